@@ -1,0 +1,42 @@
+"""merv: any set of frozen visual encoders into any language model.
+
+>>> from merv import MultiEncoder
+>>> video = MultiEncoder(["fake"])(torch.zeros(8, 3, 32, 32, dtype=torch.uint8))
+>>> video.tokens.shape
+torch.Size([1, 1024, 8])
+
+Names are loaded on first use, so that `import merv` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from merv.encode import Encoder as Encoder
+    from merv.types import EncoderSpec as EncoderSpec
+    from merv.types import Frames as Frames
+    from merv.types import Fused as Fused
+    from merv.types import Grid as Grid
+    from merv.types import Preset as Preset
+    from merv.types import VideoInfo as VideoInfo
+
+_HOME = {
+    "Encoder": "merv.encode",
+    "EncoderSpec": "merv.types",
+    "Frames": "merv.types",
+    "Fused": "merv.types",
+    "Grid": "merv.types",
+    "Preset": "merv.types",
+    "VideoInfo": "merv.types",
+}
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'merv' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

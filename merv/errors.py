@@ -1,0 +1,82 @@
+"""Everything that merv raises for something a user can cause.
+
+MervError
+├── VideoError            a video, image or folder of frames cannot be used
+│   ├── UnreadableVideo   nothing could be decoded from it
+│   └── DamagedVideo      some frames could be decoded, not all that were wanted
+├── SamplingError         the times asked for do not fit the clip
+├── ShapeError            a tensor has another shape than its contract says
+├── EncoderError          an encoder cannot be found, loaded or trusted
+│   ├── UnknownEncoder    no encoder of that name; the nearest is suggested
+│   ├── AmbiguousEncoder  two distributions register that name
+│   └── BrokenEncoder     the plug-in is there but does not load or keep its contract
+├── WeightsError          weights are missing, or do not fit the module
+├── CheckpointError       a saved folder does not fit what it is loaded into
+├── PromptError           chat messages cannot be turned into a prompt
+├── DataError             a training or evaluation sample is malformed
+└── MissingDependency     an optional package is needed; the message has the command
+
+Every message says what came, what was wanted and what to try.
+"""
+
+
+class MervError(Exception):
+    """Root of the tree above."""
+
+
+class VideoError(MervError):
+    """A video, image or folder of frames cannot be used; the message names it."""
+
+
+class UnreadableVideo(VideoError):
+    """Nothing could be decoded."""
+
+
+class DamagedVideo(VideoError):
+    """Some frames could be decoded, but not all that were wanted."""
+
+
+class SamplingError(MervError, ValueError):
+    """The times asked for do not fit the clip."""
+
+
+class ShapeError(MervError, ValueError):
+    """A tensor has another shape than its contract says."""
+
+
+class EncoderError(MervError):
+    """An encoder cannot be found, loaded or trusted."""
+
+
+class UnknownEncoder(EncoderError, KeyError):
+    """No encoder of that name."""
+
+    __str__ = Exception.__str__  # KeyError would print the message in quotes
+
+
+class AmbiguousEncoder(EncoderError):
+    """Two distributions register the same name."""
+
+
+class BrokenEncoder(EncoderError):
+    """A registered encoder does not load, or does not keep the contract."""
+
+
+class WeightsError(MervError):
+    """Weights are missing, unreachable, or do not fit the module."""
+
+
+class CheckpointError(MervError):
+    """A saved folder does not fit what it is loaded into."""
+
+
+class PromptError(MervError, ValueError):
+    """Chat messages cannot be turned into a prompt."""
+
+
+class DataError(MervError):
+    """A training or evaluation sample is malformed."""
+
+
+class MissingDependency(MervError, ImportError):
+    """An optional package is needed; the message has the install command."""

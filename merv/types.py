@@ -1,0 +1,247 @@
+"""The five dataclasses that carry everything from a file to the LLM.
+
+Shape legend, used in names and comments all over merv:
+
+    B batch   T frames   t, h, w grid cells (time, rows, columns)   N tokens
+    D encoder width   E encoders   L LLM width
+
+Conventions: times are seconds from the start of the clip's own clock; masks are
+True where something real is; an extent is the rectangle that a grid or picture
+covers, as (top, left, bottom, right) in units of the original, upright picture:
+(0, 0, 1, 1) is the whole picture, a centre crop lies inside it, a letterbox
+reaches beyond it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from merv.errors import ShapeError
+
+WHOLE_PICTURE = (0.0, 0.0, 1.0, 1.0)
+
+Self = TypeVar("Self", bound="_Tensors")
+
+
+def _expect(owner: object, name: str, shape: tuple[int | None, ...]) -> None:
+    """Raise ShapeError unless the tensor `owner.name` has `shape` (None: any size)."""
+    came = tuple(getattr(owner, name).shape)
+    if len(came) != len(shape) or any(w not in (None, c) for c, w in zip(came, shape, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ShapeError(
+            f"{type(owner).__name__}.{name} has shape {list(came)}; wanted [{wanted}]. "
+            "See the shape legend in merv/types.py."
+        )
+
+
+class _Tensors:
+    """What the tensor-carrying dataclasses share: moving to a device or dtype."""
+
+    def to(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """Like `Tensor.to`, for every tensor; times, extents and masks keep their dtype."""
+        moved = {}
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                keep = {} if f.name in ("pixels", "values", "tokens") else {"dtype": value.dtype}
+                moved[f.name] = value.to(*args, **kwargs).to(**keep) if keep else value.to(*args, **kwargs)
+        return replace(self, **moved)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What is known of a video before a picture of it is decoded.
+
+    `times_s` are the true presentation times of all its frames, ascending, the
+    first one at 0; `width` and `height` are those of the upright picture, after
+    `rotation` (degrees clockwise) has been applied.
+    """
+
+    name: str
+    duration_s: float
+    times_s: tuple[float, ...]
+    width: int
+    height: int
+    rotation: int = 0
+    codec: str = ""
+    backend: str = ""
+
+    @property
+    def frames(self) -> int:
+        """How many frames there are."""
+        return len(self.times_s)
+
+    @property
+    def fps(self) -> float:
+        """Mean frames per second (0 for a still)."""
+        return self.frames / self.duration_s if self.duration_s > 0 else 0.0
+
+    @property
+    def is_still(self) -> bool:
+        """True for an image, and for a video of one frame."""
+        return self.frames == 1
+
+
+@dataclass(frozen=True, eq=False)
+class Frames(_Tensors):
+    """Pictures on their way to an encoder.
+
+    pixels: [B, T, 3, H, W], RGB; uint8 as decoded, floating point as preprocessed.
+        Native-aspect encoders get packed patches instead: [B, P, 3·p·p] with
+        `patches` [B, T, 2] telling rows and columns of patches of each frame.
+    times_s: [B, T], the time at which each picture is on screen.
+    extent: [B, 4], the rectangle of the picture that the pixels show.
+    mask: [B, T], True for a real frame, False for padding.
+    """
+
+    pixels: Tensor
+    times_s: Tensor
+    extent: Tensor
+    mask: Tensor
+    patches: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        batch, frames = self.mask.shape
+        if self.patches is None:
+            _expect(self, "pixels", (batch, frames, 3, None, None))
+        else:
+            _expect(self, "pixels", (batch, None, None))
+            _expect(self, "patches", (batch, frames, 2))
+        _expect(self, "times_s", (batch, frames))
+        _expect(self, "extent", (batch, 4))
+
+    @classmethod
+    def of(cls, pixels: Tensor, times_s: Tensor | None = None, extent: Tensor | None = None) -> Frames:
+        """Frames around [B, T, 3, H, W] pixels, all real; times default to 0, 1, 2, … s.
+
+        >>> Frames.of(torch.zeros(2, 8, 3, 32, 32)).mask.shape
+        torch.Size([2, 8])
+        """
+        if pixels.ndim != 5 or pixels.shape[2] != 3:
+            raise ShapeError(
+                f"Frames want pixels [B, T, 3, H, W]; got {list(pixels.shape)}. Frames are channels-first."
+            )
+        batch, frames = pixels.shape[:2]
+        where = {"device": pixels.device}
+        if times_s is None:
+            times_s = torch.arange(frames, dtype=torch.float64, **where).expand(batch, -1)
+        if extent is None:
+            extent = torch.tensor(WHOLE_PICTURE, **where).expand(batch, -1)
+        return cls(pixels, times_s, extent, torch.ones(batch, frames, dtype=torch.bool, **where))
+
+
+@dataclass(frozen=True, eq=False)
+class Grid(_Tensors):
+    """Features of an encoder on its own space-time grid, or aligned to a common one.
+
+    values: [B, t, h, w, D].
+    times_s: [B, t], the centre of each cell.
+    extent: [B, 4], the rectangle of the picture that the h×w cells cover.
+    mask: [B, t, h, w], True where the value comes from a real part of the video.
+    """
+
+    values: Tensor
+    times_s: Tensor
+    extent: Tensor
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        _expect(self, "values", (*self.mask.shape, None))
+        _expect(self, "times_s", tuple(self.mask.shape[:2]))
+        _expect(self, "extent", (self.mask.shape[0], 4))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(t, h, w)."""
+        t, h, w = self.mask.shape[1:]
+        return t, h, w
+
+
+@dataclass(frozen=True, eq=False)
+class Fused(_Tensors):
+    """Tokens for the LLM, with all that later stages need to know of them.
+
+    tokens: [B, N, L].
+    positions: [B, N, 3], float: time in seconds, row, column of the token's cell.
+    mask: [B, N], True for a real token, False for padding.
+    weights: [B, E, t, h, w], what each encoder contributed to each cell (sums to 1
+        over the encoders present there, 0 where none is), or None where the mixer has none.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    mask: Tensor
+    weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        batch, tokens = self.mask.shape
+        _expect(self, "tokens", (batch, tokens, None))
+        _expect(self, "positions", (batch, tokens, 3))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How an encoder wants its pictures: geometry first, then numbers.
+
+    fit: `squash` to `size` whatever the aspect; `crop`: short side to `resize`, then the
+        centre `size`; `letterbox`: long side to `size`, the rest filled with the mean.
+    size: (height, width) in pixels.
+    resize: short side before a crop; None: the short side of `size`.
+    interpolation: `bicubic` or `bilinear`, antialiased as PIL does it; `bilinear_plain`
+        is torch's, on floats, without antialiasing.
+    mean, std: per RGB channel, for pixels in [0, 1]; after it (pixel − mean) / std.
+    """
+
+    fit: Literal["squash", "crop", "letterbox"]
+    size: tuple[int, int]
+    interpolation: Literal["bicubic", "bilinear", "bilinear_plain"] = "bicubic"
+    resize: int | None = None
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """All that the rest of merv needs to know of an encoder, before it is built.
+
+    frames: how many it wants of a clip; fps: instead, a rate (`frames` is then the cap).
+    window: frames that see each other. Windows are independent, so equal ones are encoded
+        once; a clip is sampled to a multiple of it. 1 for an image encoder.
+    tubelet: frames per cell of its time axis.
+    grid: (t, h, w) for `frames` frames.
+    width: D. layer: which output is taken, in words. source, revision: the hub id of the
+        default weights. parameters: how many, all told, as loaded.
+    presets: named ways to preprocess; the first is the default.
+    """
+
+    name: str
+    frames: int
+    grid: tuple[int, int, int]
+    width: int
+    presets: Mapping[str, Preset] = field(hash=False)
+    fps: float | None = None
+    window: int = 1
+    tubelet: int = 1
+    patch: int | None = None
+    layer: str = "last"
+    source: str = ""
+    revision: str | None = None
+    licence: str = "unknown"
+    parameters: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.window < 1 or self.frames % self.window:
+            raise ShapeError(
+                f"{self.name}: frames={self.frames} must be a positive multiple of window={self.window}."
+            )
+        if self.window % self.tubelet:
+            raise ShapeError(
+                f"{self.name}: window={self.window} must be a multiple of tubelet={self.tubelet}."
+            )
+        if not self.presets:
+            raise ShapeError(f"{self.name}: an encoder declares at least one preset of preprocessing.")
