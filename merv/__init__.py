@@ -9,10 +9,14 @@ Names are loaded on first use, so that `import merv` costs nothing.
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from merv.encode import Encoder as Encoder
+    from merv.registry import create_encoder as create_encoder
+    from merv.registry import find_encoder as find_encoder
+    from merv.registry import list_encoders as list_encoders
     from merv.types import EncoderSpec as EncoderSpec
     from merv.types import Frames as Frames
     from merv.types import Fused as Fused
@@ -28,6 +32,9 @@ _HOME = {
     "Grid": "merv.types",
     "Preset": "merv.types",
     "VideoInfo": "merv.types",
+    "create_encoder": "merv.registry",
+    "find_encoder": "merv.registry",
+    "list_encoders": "merv.registry",
 }
 __all__ = [*_HOME]
 
@@ -35,6 +42,8 @@ __all__ = [*_HOME]
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
+    if name == "__version__":
+        return version("merv")
     raise AttributeError(f"module 'merv' has no attribute {name!r}")
 
 

