@@ -14,7 +14,7 @@ reaches beyond it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
@@ -51,6 +51,19 @@ class _Tensors:
                 keep = {} if f.name in ("pixels", "values", "tokens") else {"dtype": value.dtype}
                 moved[f.name] = value.to(*args, **kwargs).to(**keep) if keep else value.to(*args, **kwargs)
         return replace(self, **moved)  # type: ignore[type-var]
+
+    def __getitem__(self: Self, samples: slice) -> Self:
+        """Some samples of the batch, in every tensor."""
+        if not isinstance(samples, slice):
+            raise TypeError(f"Index a batch with a slice, as in [2:3]; got {samples!r}.")
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **{n: v if v is None else v[samples] for n, v in values.items()})  # type: ignore[type-var]
+
+    @classmethod
+    def cat(cls: type[Self], parts: Sequence[Self]) -> Self:
+        """One batch of several whose samples have equal shapes."""
+        rows = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{n: None if v[0] is None else torch.cat(v) for n, v in rows.items()})
 
 
 @dataclass(frozen=True)
@@ -155,6 +168,21 @@ class Grid(_Tensors):
         _expect(self, "times_s", tuple(self.mask.shape[:2]))
         _expect(self, "extent", (self.mask.shape[0], 4))
 
+    @classmethod
+    def batch(cls, grids: Sequence[Grid]) -> Grid:
+        """One grid of several with equal h, w, D; shorter ones are padded at the end of time."""
+        t = max(grid.shape[0] for grid in grids)
+
+        def padded(x: Tensor) -> Tensor:  # [1, t', ...] → [1, t, ...], padding is zero
+            return torch.cat([x, x.new_zeros((x.shape[0], t - x.shape[1], *x.shape[2:]))], dim=1)
+
+        return cls(
+            torch.cat([padded(grid.values) for grid in grids]),
+            torch.cat([padded(grid.times_s) for grid in grids]),
+            torch.cat([grid.extent for grid in grids]),
+            torch.cat([padded(grid.mask) for grid in grids]),
+        )
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(t, h, w)."""
@@ -211,7 +239,8 @@ class EncoderSpec:
 
     frames: how many it wants of a clip; fps: instead, a rate (`frames` is then the cap).
     window: frames that see each other. Windows are independent, so equal ones are encoded
-        once; a clip is sampled to a multiple of it. 1 for an image encoder.
+        once; a clip is sampled to a multiple of it. 1 for an image encoder; 0 where all frames
+        of a clip, however many, are one window.
     tubelet: frames per cell of its time axis.
     grid: (t, h, w) for `frames` frames.
     width: D. layer: which output is taken, in words. source, revision: the hub id of the
@@ -235,13 +264,12 @@ class EncoderSpec:
     parameters: int | None = None
 
     def __post_init__(self) -> None:
-        if self.frames < 1 or self.window < 1 or self.frames % self.window:
+        window = self.window or self.frames
+        if self.frames < 1 or self.window < 0 or self.frames % window:
             raise ShapeError(
                 f"{self.name}: frames={self.frames} must be a positive multiple of window={self.window}."
             )
-        if self.window % self.tubelet:
-            raise ShapeError(
-                f"{self.name}: window={self.window} must be a multiple of tubelet={self.tubelet}."
-            )
+        if window % self.tubelet:
+            raise ShapeError(f"{self.name}: window={window} must be a multiple of tubelet={self.tubelet}.")
         if not self.presets:
             raise ShapeError(f"{self.name}: an encoder declares at least one preset of preprocessing.")

@@ -1,0 +1,85 @@
+"""Checkpoint: a folder with safetensors of what was trained and a JSON that says how to use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from merv.errors import CheckpointError
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FORMAT = 1
+
+
+def save_folder(
+    folder: str | Path, kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> None:
+    """Write `folder` whole or not at all; an older one is replaced.
+
+    kind: the class that can load it. config: JSON. state: the trained tensors only.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        text = json.dumps({"merv": FORMAT, "kind": kind, **config}, indent=2)
+        (fresh / CONFIG).write_text(text + "\n")
+        save_file(
+            {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, fresh / WEIGHTS
+        )
+        _swap(fresh, folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def load_folder(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of a folder that `save_folder` wrote for `kind`.
+
+    Raises CheckpointError where it is not such a folder; the message says what it is.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        there = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
+        raise CheckpointError(
+            f"{folder} is no checkpoint of merv: it needs {CONFIG} and {WEIGHTS}; there is {there}."
+        )
+    config = json.loads((folder / CONFIG).read_text())
+    if config.pop("merv", None) != FORMAT or config.get("kind") != kind:
+        raise CheckpointError(f"{folder} holds a {config.get('kind')!r}; wanted a {kind!r}.")
+    config.pop("kind")
+    return config, load_file(folder / WEIGHTS)
+
+
+def fill_exactly(module: nn.Module, state: Mapping[str, Tensor], folder: str | Path) -> None:
+    """Load a state dict that must fit; CheckpointError names what is missing or left over."""
+    own = module.state_dict()
+    missing = [name for name in own if name not in state]
+    left = [name for name in state if name not in own]
+    shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
+    if missing or left or shapes:
+        raise CheckpointError(
+            f"{folder} does not fit: missing {missing[:5]}, left over {left[:5]}, of another shape {shapes[:5]}."
+        )
+    module.load_state_dict(dict(state))
+
+
+def _swap(fresh: Path, folder: Path) -> None:
+    """Put `fresh` where `folder` is; the old one goes last."""
+    old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
+    if folder.exists():
+        if not (folder / CONFIG).is_file() and any(folder.iterdir()):
+            raise CheckpointError(f"{folder} exists and is no checkpoint of merv; it is left as it is.")
+        os.replace(folder, old)
+    os.replace(fresh, folder)
+    shutil.rmtree(old, ignore_errors=True)

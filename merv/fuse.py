@@ -1,0 +1,177 @@
+"""Fuse: one projector per encoder and a mixer, in a plain form and a folded one.
+
+Plain (training, the released order): project every stream to the LLM's width, then mix.
+Folded (inference): read the weights from the features before any projection, then one
+matrix product over [a_1 p_1 | … | a_E p_E] with the stacked projections plus Σ a_e b_e. No
+[B, E, N, L] tensor is made, and the result is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor, nn
+
+from merv.errors import ShapeError
+from merv.mix import Concat, Mixer, WeightingMixer, cell_positions, create_mixer
+from merv.types import Fused, Grid
+
+
+class Projector(nn.Module):
+    """Features of one encoder to the LLM's width: [..., D] → [..., L].
+
+    kind: `linear` (the released one) or `mlp` (Linear, GELU, Linear).
+    norm: first bring each feature vector to mean 0 and variance 1. The release does not;
+        encoders differ in scale by orders of magnitude, and without it the largest one
+        decides what is learned first.
+    """
+
+    def __init__(
+        self, features: int, width: int, kind: Literal["linear", "mlp"] = "linear", norm: bool = True
+    ) -> None:
+        super().__init__()
+        self.features = features
+        if kind not in ("linear", "mlp"):
+            raise ShapeError(f"Unknown projector {kind!r}: 'linear' or 'mlp'.")
+        self.norm = nn.LayerNorm(features, elementwise_affine=False) if norm else nn.Identity()
+        self.hidden = nn.Sequential(nn.Linear(features, width), nn.GELU()) if kind == "mlp" else nn.Identity()
+        self.linear = nn.Linear(width if kind == "mlp" else features, width)
+
+    def before(self, features: Tensor) -> Tensor:
+        """Everything but the last Linear, which the folded form applies after mixing."""
+        return self.hidden(self.norm(features))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(self.before(features))
+
+
+class Fusion(nn.Module):
+    """Projectors and mixer: aligned grids by name → tokens for the LLM.
+
+    widths: encoder name → its width D, in the order of the streams.
+    width: L. mixer: a name of `merv.mix.MIXERS` or a Mixer; mixer_options go to its constructor.
+    folded: True, False, or None: folded outside of training wherever the mixer allows it.
+
+    >>> fusion = Fusion({"a": 32, "b": 48}, width=64, mixer="gate")
+    >>> fusion.projectors["b"](torch.zeros(5, 48)).shape
+    torch.Size([5, 64])
+
+    Source: arXiv 2501.01426 §3; the folded form follows from the linearity of the projectors.
+    """
+
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        width: int,
+        mixer: str | Mixer = "cross_attention",
+        *,
+        projector: Literal["linear", "mlp"] = "linear",
+        norm: bool = True,
+        mixer_options: Mapping[str, Any] | None = None,
+        folded: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.names, self.width, self.folded = list(widths), width, folded
+        self.projectors = nn.ModuleDict(
+            {name: Projector(features, width, projector, norm) for name, features in widths.items()}
+        )
+        self.mixer = (
+            create_mixer(mixer, width, len(self.names), **(mixer_options or {}))
+            if isinstance(mixer, str)
+            else mixer
+        )
+        if (self.mixer.width, self.mixer.encoders) != (width, len(self.names)):
+            raise ShapeError(
+                f"The mixer is built for {self.mixer.encoders} encoders of width {self.mixer.width}; "
+                f"this fusion has {len(self.names)} of width {width}."
+            )
+
+    def forward(self, grids: Mapping[str, Grid], question: Tensor | None = None) -> Fused:
+        """Aligned grids [B, t, h, w, D_e] → Fused; an encoder that is left out counts as absent.
+
+        question: [B, L], for mixers that are conditioned on it.
+        Raises ShapeError for unknown names and for grids that are not aligned.
+        """
+        self._check(grids)
+        mask = self._mask(grids)  # [B, E, t, h, w]
+        features = [self._features(name, grids, mask.shape) for name in self.names]
+        mix = self._mix_folded if self._is_folded() else self._mix_plain
+        tokens, real, weights = mix(features, mask, question)
+        grid = next(iter(grids.values()))
+        positions = cell_positions(grid.times_s, *grid.shape[1:])
+        if isinstance(self.mixer, Concat):
+            positions = positions.repeat(1, len(self.names), 1)
+        return Fused(tokens, positions, real, weights)
+
+    def scale_to(self, rms: float) -> None:
+        """Start the projectors so that a token has root mean square `rms`, as the LLM's own have.
+
+        Exact for normalised features, where it lets learning begin at once; tokens far off the
+        scale of the embeddings are noise to a frozen LLM.
+        """
+        for projector in self.projectors.values():
+            linear = projector.linear
+            nn.init.normal_(linear.weight, std=rms / linear.in_features**0.5)
+            nn.init.zeros_(linear.bias)
+
+    # The two forms ------------------------------------------------------------------------
+
+    def _is_folded(self) -> bool:
+        can = isinstance(self.mixer, WeightingMixer)
+        return can and (not self.training if self.folded is None else self.folded)
+
+    def _mix_plain(self, features: Sequence[Tensor], mask: Tensor, question: Tensor | None):
+        """Project, then mix: the released order."""
+        streams = [self.projectors[n](f) for n, f in zip(self.names, features, strict=True)]
+        return self.mixer(torch.stack(streams, dim=1), mask, question)
+
+    def _mix_folded(self, features: Sequence[Tensor], mask: Tensor, question: Tensor | None):
+        """Read the weights through the projectors, mix the features, project once."""
+        features = [self.projectors[n].before(f) for n, f in zip(self.names, features, strict=True)]
+        linears = [self.projectors[n].linear for n in self.names]
+        reader = self.mixer.reader()
+        reads = None
+        if reader is not None:
+            reads = torch.stack(
+                [
+                    f @ (reader @ linear.weight).T + reader @ linear.bias
+                    for f, linear in zip(features, linears, strict=True)
+                ],
+                dim=1,
+            )  # [B, E, t, h, w, R]
+        weights = self.mixer.weigh(reads, mask, question)
+        shares = weights.to(features[0].dtype)  # [B, E, t, h, w]
+        weighted = torch.cat([f * shares[:, e, ..., None] for e, f in enumerate(features)], dim=-1)
+        stacked = torch.cat([linear.weight for linear in linears], dim=1)  # [L, ΣD]
+        bias = einsum(shares, torch.stack([linear.bias for linear in linears]), "b e t h w, e l -> b t h w l")
+        tokens = weighted @ stacked.T + bias
+        real = rearrange(mask.any(dim=1), "b t h w -> b (t h w)")
+        return rearrange(tokens, "b t h w l -> b (t h w) l"), real, weights
+
+    # Checks and shapes --------------------------------------------------------------------
+
+    def _check(self, grids: Mapping[str, Grid]) -> None:
+        unknown = [name for name in grids if name not in self.names]
+        if unknown or not grids:
+            raise ShapeError(
+                f"This fusion knows the encoders {', '.join(self.names)}; got features of "
+                f"{', '.join(grids) or 'none'}."
+            )
+        shapes = {name: tuple(grid.mask.shape) for name, grid in grids.items()}
+        if len(set(shapes.values())) > 1:
+            raise ShapeError(f"Grids must be aligned before they are fused; got [B, t, h, w] {shapes}.")
+
+    def _mask(self, grids: Mapping[str, Grid]) -> Tensor:
+        some = next(iter(grids.values())).mask
+        absent = torch.zeros_like(some)
+        return torch.stack([grids[n].mask if n in grids else absent for n in self.names], dim=1)
+
+    def _features(self, name: str, grids: Mapping[str, Grid], shape: torch.Size) -> Tensor:
+        """[B, t, h, w, D] in the projector's dtype; zeros for an absent encoder."""
+        projector = self.projectors[name]
+        if name in grids:
+            return grids[name].values.to(projector.linear.weight)
+        return projector.linear.weight.new_zeros((shape[0], *shape[2:], projector.features))

@@ -1,0 +1,332 @@
+"""MultiEncoder: several frozen encoders on one video, aligned and, with a width, fused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from merv.align import Aligner
+from merv.checkpoint import fill_exactly, load_folder, save_folder
+from merv.encode import Encoder
+from merv.errors import CheckpointError, EncoderError
+from merv.fuse import Fusion
+from merv.mix import cell_positions
+from merv.prepare import Clip, prepare
+from merv.registry import create_encoder
+from merv.sample import Sampling
+from merv.store import FeatureStore, video_key
+from merv.suggest import nearest
+from merv.types import Fused, Grid
+from merv.weights import PRETRAINED
+from merv.windows import encode_distinct, place
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """What a MultiEncoder makes of a batch of videos.
+
+    features: encoder name → aligned Grid [B, t, h, w, D]. fused: the tokens made of them.
+    """
+
+    features: dict[str, Grid]
+    fused: Fused
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, N, L]; without a width the channels of all encoders side by side."""
+        return self.fused.tokens
+
+    @property
+    def weights(self) -> Tensor | None:
+        """[B, E, t, h, w], or None where nothing is weighed."""
+        return self.fused.weights
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, N], True for a real token."""
+        return self.fused.mask
+
+    @property
+    def times_s(self) -> Tensor:
+        """[B, N], the time of each token in seconds."""
+        return self.fused.positions[..., 0]
+
+
+class MultiEncoder(nn.Module):
+    """Any set of frozen encoders, on one grid of time, rows and columns.
+
+    encoders: names (`merv encoders` lists them; "dinov2/base" picks a variant), modules, or a
+        mapping of names of your own to either.
+    grid: the common (t, h, w); stills get one step of time.
+    width: L of the tokens, usually the LLM's. None: nothing is untrained here, and the tokens
+        are the encoders' channels side by side.
+    mixer, projector, norm, mixer_options: see `merv.fuse.Fusion`; only with a width.
+    weights: for encoders given by name: "pretrained", a folder, a hub id, None for random, or a
+        mapping from names to these.
+    sampling: a mode of `merv.sample.Sampling`, or a Sampling. align: see `merv.align.Aligner`.
+
+    Raises the errors of the encoders it is made of; ShapeError for impossible grids.
+
+    >>> video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+    >>> MultiEncoder(["fake"], grid=(4, 2, 2))(video).tokens.shape
+    torch.Size([1, 16, 8])
+    >>> MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2), width=32)(video).weights.shape
+    torch.Size([1, 2, 4, 2, 2])
+
+    Source: arXiv 2501.01426.
+    """
+
+    def __init__(
+        self,
+        encoders: Sequence[str | Encoder] | Mapping[str, str | Encoder],
+        *,
+        grid: tuple[int, int, int] = (16, 8, 8),
+        width: int | None = None,
+        mixer: str = "cross_attention",
+        projector: Literal["linear", "mlp"] = "linear",
+        norm: bool = True,
+        mixer_options: Mapping[str, Any] | None = None,
+        weights: str | None | Mapping[str, str | None] = PRETRAINED,
+        sampling: str | Sampling = "uniform",
+        align: Literal["area", "official"] = "area",
+    ) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleDict(_create(_named(encoders), weights))
+        self.aligner = Aligner(grid, align)
+        self.sampling = Sampling(mode=sampling) if isinstance(sampling, str) else sampling
+        self.fusion: Fusion | None = None
+        if width is not None:
+            widths = {name: encoder.spec.width for name, encoder in self.named()}
+            self.fusion = Fusion(
+                widths, width, mixer, projector=projector, norm=norm, mixer_options=mixer_options
+            )
+        self.options: dict[str, Any] = {
+            "grid": list(grid),
+            "width": width,
+            "mixer": mixer,
+            "projector": projector,
+            "norm": norm,
+            "mixer_options": dict(mixer_options or {}),
+            "align": align,
+        }
+
+    def forward(
+        self, videos: Any, question: Tensor | None = None, only: Sequence[str] | None = None
+    ) -> Encoded:
+        """Encode, align and fuse a video or a list of videos (anything `load_video` reads).
+
+        question: [B, L], for mixers conditioned on it. only: the encoders to use, a non-empty
+        subset; the others count as absent.
+        """
+        clips = [self.read(video, only) for video in as_batch(videos)]
+        grids = self.encode(clips)
+        features = self.align(grids, clips)
+        return self.fuse(features, question)
+
+    # The stages ---------------------------------------------------------------------------
+
+    def read(self, video: Any, only: Sequence[str] | None = None) -> Clip:
+        """Probe, sample, decode and preprocess one video for its encoders."""
+        return prepare(video, dict(self.named(only)), self.sampling)
+
+    @torch.no_grad()
+    def encode(self, clips: Sequence[Clip]) -> dict[str, list[Grid]]:
+        """Each encoder's own features of each clip, on the encoder's own grid."""
+        names = clips[0].frames
+        return {
+            name: encode_distinct(
+                self.encoders[name],
+                [clip.frames[name] for clip in clips],
+                [clip.indices[name] for clip in clips],
+            )
+            for name in names
+        }
+
+    def align(self, grids: Mapping[str, Sequence[Grid]], clips: Sequence[Clip]) -> dict[str, Grid]:
+        """All of them on the common grid: encoder name → Grid [B, t, h, w, D]."""
+        device = next(iter(grids.values()))[0].values.device
+        spans = [torch.tensor([clip.span_s], dtype=torch.float64, device=device) for clip in clips]
+        return {
+            name: Grid.batch([self.aligner(grid, span) for grid, span in zip(own, spans, strict=True)])
+            for name, own in grids.items()
+        }
+
+    def fuse(self, features: Mapping[str, Grid], question: Tensor | None = None) -> Encoded:
+        """Aligned features to tokens; the part that is trained, and all that training needs."""
+        if self.fusion is not None:
+            return Encoded(dict(features), self.fusion(features, question))
+        values = torch.cat([grid.values for grid in features.values()], dim=-1)
+        mask = torch.stack([grid.mask for grid in features.values()]).any(dim=0)
+        grid = next(iter(features.values()))
+        fused = Fused(
+            rearrange(values, "b t h w d -> b (t h w) d"),
+            cell_positions(grid.times_s, *grid.shape[1:]),
+            rearrange(mask, "b t h w -> b (t h w)"),
+        )
+        return Encoded(dict(features), fused)
+
+    @torch.no_grad()
+    def features(
+        self, videos: Any, only: Sequence[str] | None = None, store: FeatureStore | None = None
+    ) -> dict[str, Grid]:
+        """Aligned features without fusing them, from `store` where it has them already."""
+        batch = []
+        for video in as_batch(videos):
+            names = [name for name, _ in self.named(only)]
+            keys = {name: self.key(video, name) for name in names} if store is not None else {}
+            found = {name: store.get(key) for name, key in keys.items()} if store is not None else {}
+            missing = [name for name in names if found.get(name) is None]
+            if missing:
+                clip = self.read(video, missing)
+                made = self.align(self.encode([clip]), [clip])
+                found.update(made)
+                if store is not None:
+                    for name, grid in made.items():
+                        store.put(keys[name], grid)
+            batch.append({name: found[name].to(self.device) for name in names})
+        return {name: Grid.batch([sample[name] for sample in batch]) for name in batch[0]}
+
+    # Parts --------------------------------------------------------------------------------
+
+    def named(self, only: Sequence[str] | None = None) -> Iterator[tuple[str, Encoder]]:
+        """Names and encoders, in the order of the streams; `only` restricts them."""
+        if only is not None:
+            for name in only:
+                if name not in self.encoders:
+                    raise EncoderError(
+                        f"This MultiEncoder has no encoder {name!r}.{nearest(name, self.encoders)} "
+                        f"It has: {', '.join(self.encoders)}."
+                    )
+            if not only:
+                raise EncoderError("At least one encoder is needed; `only` is empty.")
+        return ((name, e) for name, e in self.encoders.items() if only is None or name in only)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first encoder is."""
+        return place(next(iter(self.encoders.values())))[0]
+
+    def key(self, video: Any, name: str) -> str:
+        """What the stored features of `video` under encoder `name` depend on, hashed."""
+        encoder = self.encoders[name]
+        recipe = (encoder.identity, encoder.variant, encoder.spec, encoder.preset, place(encoder)[1])
+        return video_key(video, repr((recipe, self.sampling, self.aligner.grid, self.aligner.mode)))
+
+    # Saving -------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and the trained weights; frozen encoders are named, not copied."""
+        random = [name for name, encoder in self.named() if encoder.identity.sha256 is None]
+        if random:
+            raise CheckpointError(
+                f"{', '.join(random)} has random weights, which nothing could load again. "
+                "Save models whose encoders have weights from a file, folder, package or hub."
+            )
+        config = {**self.options, "sampling": vars(self.sampling), "encoders": self.describe()}
+        state = {} if self.fusion is None else self.fusion.state_dict()
+        save_folder(folder, "MultiEncoder", config, state)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, weights: Mapping[str, str | None] | None = None
+    ) -> MultiEncoder:
+        """Load what `save_pretrained` wrote.
+
+        weights: by encoder, where its weights are now, if not where they were.
+        Raises CheckpointError where the folder, or the identity of an encoder, is not as saved.
+        """
+        config, state = load_folder(folder, "MultiEncoder")
+        described = config.pop("encoders")
+        sampling = Sampling(**config.pop("sampling"))
+        encoders = {name: _recreate(name, saved, weights or {}) for name, saved in described.items()}
+        config["grid"] = tuple(config["grid"])
+        model = cls(encoders, sampling=sampling, **config)
+        if model.fusion is not None:
+            fill_exactly(model.fusion, state, folder)
+        return model
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Of each encoder: how to make it again, and the identity of its weights."""
+        return {
+            name: {
+                "class": f"{type(encoder).__module__}:{type(encoder).__qualname__}",
+                "variant": encoder.variant,
+                "preset": encoder.preset_name,
+                "identity": vars(encoder.identity),
+            }
+            for name, encoder in self.named()
+        }
+
+
+def as_batch(videos: Any) -> list:
+    """A list of videos is a batch; anything else is one video."""
+    return list(videos) if isinstance(videos, (list, tuple)) else [videos]
+
+
+def _named(encoders: Sequence[str | Encoder] | Mapping[str, str | Encoder]) -> dict[str, str | Encoder]:
+    """Names for the streams: as given, as typed, or the spec's name."""
+    if isinstance(encoders, (str, Encoder)):
+        encoders = [encoders]
+    if isinstance(encoders, Mapping):
+        named = dict(encoders)
+    else:
+        names = [_stream_name(encoder) for encoder in encoders]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise EncoderError(
+                f"Two encoders are called {', '.join(twice)}; give them names: "
+                f"MultiEncoder({{'{twice[0]}_a': ..., '{twice[0]}_b': ...}})."
+            )
+        named = dict(zip(names, encoders, strict=True))
+    if not named:
+        raise EncoderError("A MultiEncoder needs at least one encoder; see `merv encoders` for names.")
+    return named
+
+
+def _stream_name(encoder: str | Encoder) -> str:
+    """`dinov2/base` → dinov2_base, `package.module:Class` → Class, a module → its spec's name."""
+    typed = encoder if isinstance(encoder, str) else encoder.spec.name
+    return typed.rpartition(":")[2].replace("/", "_").replace(".", "_").replace("-", "_")
+
+
+def _create(
+    named: Mapping[str, str | Encoder], weights: str | None | Mapping[str, str | None]
+) -> dict[str, Encoder]:
+    if isinstance(weights, Mapping):
+        for name in weights:
+            if name not in named:
+                raise EncoderError(
+                    f"weights= names {name!r}, which is no encoder here.{nearest(name, named)} "
+                    f"There are: {', '.join(named)}."
+                )
+    encoders = {}
+    for name, encoder in named.items():
+        own = weights.get(name, PRETRAINED) if isinstance(weights, Mapping) else weights
+        encoders[name] = create_encoder(encoder, weights=own) if isinstance(encoder, str) else encoder
+    return encoders
+
+
+def _recreate(name: str, saved: Mapping[str, Any], weights: Mapping[str, str | None]) -> Encoder:
+    """An encoder as it was saved, checked to be the same."""
+    was = saved["identity"]
+    source = was["source"] if was["revision"] is None else f"{was['source']}@{was['revision']}"
+    encoder = create_encoder(
+        saved["class"],
+        variant=saved["variant"],
+        preset=saved["preset"],
+        weights=weights.get(name, source),
+    )
+    now = vars(encoder.identity)
+    if now["sha256"] != was["sha256"]:
+        raise CheckpointError(
+            f"Encoder {name!r} has other weights than when this was saved: {was['source']} "
+            f"({was['sha256']}) then, {now['source']} ({now['sha256']}) now. "
+            f"Pass weights={{{name!r}: '/folder/with/the/right/ones'}}."
+        )
+    return encoder
