@@ -1,0 +1,67 @@
+"""Are the clips of a folder read with right times and orientation?
+
+    python benchmarks/robustness/clips.py FOLDER
+
+Prints a table. "error" is the worst difference, in ms, between the times that merv gives
+without decoding and the time stamps of every frame as PyAV decodes them one after another;
+"pixels" the worst difference of a frame read by merv out of order from the same frame there.
+"""
+
+import sys
+from pathlib import Path
+
+import av
+import torch
+
+from merv.decode import open_video
+from merv.errors import VideoError
+
+ROW = "{:28} {:>6} {:>10} {:>8} {:>9} {:>9} {:>7}"
+
+
+def reference(path: Path) -> tuple[list[float], list[torch.Tensor]]:
+    """Times (s, from the first frame) and every 16th picture [H, W, 3], by plain decoding."""
+    times_s, pictures = [], []
+    with av.open(str(path)) as container:
+        for index, frame in enumerate(container.decode(video=0)):
+            times_s.append(frame.time)
+            if index % 16 == 0:
+                picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+                pictures.append(torch.rot90(picture, frame.rotation // 90))  # counter-clockwise
+    return [time_s - times_s[0] for time_s in times_s], pictures
+
+
+def row(path: Path) -> tuple[str, float]:
+    """A line of the table, and the worst time error in ms."""
+    times_s, pictures = reference(path)
+    with open_video(path) as video:
+        info = video.info
+        if info.frames != len(times_s):
+            return f"{path.name}: merv counts {info.frames} frames, decoding gives {len(times_s)}", float(
+                "inf"
+            )
+        error_ms = 1000 * max(abs(a - b) for a, b in zip(info.times_s, times_s, strict=True))
+        read = video.read(list(range(0, info.frames, 16))[::-1]).flip(0).permute(0, 2, 3, 1)
+    pixels = (read.int() - torch.stack(pictures).int()).abs().max().item()
+    size = f"{info.width}×{info.height}"
+    cells = (path.name, info.frames, size, info.rotation, f"{info.duration_s:.3f}", f"{error_ms:.6f}", pixels)
+    return ROW.format(*cells), error_ms
+
+
+def main(folder: Path) -> None:
+    """Print the table for all files of a folder."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    worst, read = 0.0, 0
+    print(ROW.format("file", "frames", "size", "rotation", "seconds", "error ms", "pixels"))
+    for path in paths:
+        try:
+            line, error_ms = row(path)
+        except VideoError as problem:
+            line, error_ms = str(problem), float("inf")
+        print(line)
+        worst, read = max(worst, error_ms), read + (error_ms < 1)
+    print(f"{read} of {len(paths)} files read with the right times; worst error {worst:.6f} ms")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,165 @@
+"""Decode: from anything that holds pictures to uint8 RGB frames with true times.
+
+`open_video` finds the reader for a source; a reader tells what it knows (`info`) and
+decodes the frames that are asked for, each once. Audio is ignored.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+from torch import Tensor
+
+from merv.errors import DamagedVideo, UnreadableVideo, VideoError
+from merv.types import VideoInfo
+
+BACKENDS = ("pyav",)
+FRAMES_PER_SECOND = 25.0  # of what has no clock of its own: folders of frames, arrays
+
+
+class VideoReader:
+    """Reads frames of one source by index; what `open_video` returns.
+
+    info: what is known without decoding. missing: indices that turned out to be unreadable.
+    damage: what is wrong with the source as a whole, or "".
+
+    A subclass sets `info` and yields pictures in `_decode`.
+    """
+
+    info: VideoInfo
+    damage: str = ""
+
+    def __init__(self) -> None:
+        self.missing: set[int] = set()
+
+    def read(self, indices: Sequence[int], on_error: Literal["raise", "partial"] = "raise") -> Tensor:
+        """Frames of these indices, in this order: uint8 RGB [len(indices), 3, H, W], upright.
+
+        An index may come twice. With `partial`, unreadable frames are left out (see
+        `missing`); with `raise`, they raise DamagedVideo. Raises UnreadableVideo where no
+        frame could be read at all, IndexError for an index that the clip does not have.
+        """
+        wanted = sorted(set(indices))
+        if not wanted or wanted[0] < 0 or wanted[-1] >= self.info.frames:
+            raise IndexError(f"{self.info.name} has frames 0 to {self.info.frames - 1}; asked for {indices}.")
+        pixels = torch.empty(len(wanted), 3, self.info.height, self.info.width, dtype=torch.uint8)
+        place = {index: i for i, index in enumerate(wanted)}
+        got = set()
+        for index, picture in self._decode(wanted):  # picture: [3, H, W]
+            pixels[place[index]] = picture
+            got.add(index)
+        self.missing |= set(wanted) - got
+        self._check(len(got), len(wanted), on_error)
+        if list(indices) == wanted and len(got) == len(wanted):
+            return pixels
+        return pixels[[place[index] for index in indices if index in got]]
+
+    def close(self) -> None:
+        """Close what was opened; a file that was handed over open stays open."""
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _decode(self, wanted: list[int]) -> Iterator[tuple[int, Tensor]]:
+        """(index, uint8 [3, H, W]) of those of `wanted` (ascending) that can be read."""
+        raise NotImplementedError
+
+    def _check(self, got: int, wanted: int, on_error: str) -> None:
+        if not got:
+            raise UnreadableVideo(
+                f"{self.info.name}: none of the {wanted} wanted frames could be decoded. "
+                "on_error='skip' passes over such files."
+            )
+        if on_error == "partial" or (got == wanted and not self.damage):
+            return
+        raise DamagedVideo(
+            f"{self.info.name}: {got} of the {wanted} wanted frames could be decoded"
+            f"{self.damage and '; ' + self.damage}. on_error='partial' takes what is readable, "
+            "on_error='skip' passes over such files."
+        )
+
+
+def open_video(
+    source: Any, *, name: str | None = None, backend: str = "pyav", fps: float = FRAMES_PER_SECOND
+) -> VideoReader:
+    """A reader for anything that holds pictures; use it in a `with` statement.
+
+    source: path of a video, an image, an animated GIF or WebP, or a folder of frame images
+        (in natural order); the bytes or the open binary file of one of these files (read from
+        its beginning); a uint8 array or tensor, RGB, [T, 3, H, W] or [T, H, W, 3], without T
+        for a still; a PIL image.
+    name: what to call it in errors; by default the path.
+    backend: `pyav`, which brings its own FFmpeg.
+    fps: frames per second of arrays, tensors and folders, which have no clock of their own.
+
+    Raises UnreadableVideo for a source that is missing or holds no picture, ShapeError for an
+    array that is not one of the above. Sound is ignored. Only local files are opened, and never
+    a file that another file points to.
+
+    >>> with open_video(np.zeros((50, 32, 48, 3), dtype=np.uint8)) as video:
+    ...     video.info.duration_s, video.read([0, 49]).shape
+    (2.0, torch.Size([2, 3, 32, 48]))
+    """
+    if backend not in BACKENDS:
+        raise VideoError(f"Unknown decoding backend {backend!r}. There are: {', '.join(BACKENDS)}.")
+    from merv import decode_pictures as pictures
+
+    if isinstance(source, VideoReader):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        return _open_path(Path(os.fspath(source)), name or os.fspath(source), fps)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _open_file(BytesIO(source), name or f"<{len(source)} bytes>", owned=True)
+    if hasattr(source, "read"):
+        seekable = getattr(source, "seekable", lambda: False)()
+        file = source if seekable else BytesIO(source.read())
+        return _open_file(file, name or str(getattr(source, "name", "<open file>")), owned=not seekable)
+    if isinstance(source, Tensor) or hasattr(source, "__array_interface__"):
+        return pictures.array_reader(source, name or "<array>", fps)
+    raise VideoError(
+        f"Cannot read a video from {type(source).__name__}. Give a path, bytes, an open binary file, a "
+        "folder of frames, a uint8 array or tensor, or a PIL image."
+    )
+
+
+def probe(source: Any, **options: Any) -> VideoInfo:
+    """What is known of a source before its pictures are decoded; options as of `open_video`.
+
+    >>> probe(torch.zeros(3, 32, 48, dtype=torch.uint8)).is_still
+    True
+    """
+    with open_video(source, **options) as reader:
+        return reader.info
+
+
+def _open_path(path: Path, name: str, fps: float) -> VideoReader:
+    from merv.decode_pictures import folder_reader
+
+    try:
+        if path.is_dir():
+            return folder_reader(path, name, fps)
+        file = path.open("rb")
+    except OSError as error:
+        hint = " Only local files are read: download it first." if "://" in name else ""
+        raise UnreadableVideo(f"{name}: {error.strerror or error}.{hint}") from error
+    return _open_file(file, name, owned=True)
+
+
+def _open_file(file: BinaryIO, name: str, *, owned: bool) -> VideoReader:
+    from merv.decode_pictures import image_reader
+    from merv.decode_pyav import PyAVReader
+
+    try:
+        return image_reader(file, name, owned=owned) or PyAVReader(file, name, owned=owned)
+    except BaseException:
+        if owned:
+            file.close()
+        raise

@@ -1,0 +1,160 @@
+"""Readers of what is already a row of pictures: images, GIFs, folders of frames, arrays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from merv.decode import VideoReader
+from merv.errors import ShapeError, UnreadableVideo
+from merv.types import VideoInfo
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what PIL raises
+
+
+class PicturesReader(VideoReader):
+    """Reads pictures that `picture(index)` gives, as uint8 [3, H, W] or raising one of BROKEN."""
+
+    def __init__(
+        self,
+        info: VideoInfo,
+        picture: Callable[[int], Tensor],
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__()
+        self.info = info
+        self._picture = picture
+        self.close = close  # type: ignore[method-assign]
+
+    def _decode(self, wanted: list[int]) -> Iterator[tuple[int, Tensor]]:
+        for index in wanted:
+            try:
+                yield index, self._picture(index)
+            except BROKEN:
+                continue
+
+
+def array_reader(source: Any, name: str, fps: float) -> PicturesReader:
+    """Reader of a uint8 array or tensor, [T, 3, H, W] or [T, H, W, 3], without T for a still."""
+    if isinstance(source, Image.Image):
+        source = _upright_rgb(source)
+    pixels = source.detach().cpu() if isinstance(source, Tensor) else torch.from_numpy(np.array(source))
+    if pixels.dtype != torch.uint8:
+        raise ShapeError(
+            f"{name}: pixels are uint8, 0 to 255; got {pixels.dtype}. For floats in [0, 1]: "
+            "(pixels * 255).round().to(torch.uint8)."
+        )
+    first = pixels.ndim in (3, 4) and pixels.shape[-3] == 3
+    last = pixels.ndim in (3, 4) and pixels.shape[-1] == 3
+    if first == last or not pixels.numel():
+        why = "both could be the channels" if first else "no axis is 3 channels"
+        raise ShapeError(
+            f"{name}: wanted [T, 3, H, W] or [T, H, W, 3], or one picture without T; got "
+            f"{list(pixels.shape)}, where {why}."
+        )
+    if last:
+        pixels = pixels.movedim(-1, -3)
+    if pixels.ndim == 3:
+        pixels = pixels[None]
+    return PicturesReader(_clocked(name, pixels.shape, fps, "array"), lambda index: pixels[index])
+
+
+def folder_reader(folder: Path, name: str, fps: float) -> PicturesReader:
+    """Reader of a folder of frame images, in natural order: frame2.png before frame10.png."""
+    paths = sorted(
+        (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")),
+        key=lambda p: [(not part.isdecimal(), int(part) if part.isdecimal() else part) for part in _parts(p)],
+    )
+    if not paths:
+        raise UnreadableVideo(f"{name}: the folder holds no images ({', '.join(SUFFIXES)}).")
+    size = next((size for size in map(_size, paths) if size), None)
+    if size is None:
+        raise UnreadableVideo(f"{name}: none of the folder's {len(paths)} images could be read.")
+
+    def picture(index: int) -> Tensor:
+        with Image.open(paths[index], formats=FORMATS) as image:
+            pixels = _tensor(_upright_rgb(image))
+        if pixels.shape[1:] != size:
+            raise UnreadableVideo(
+                f"{paths[index]} is {pixels.shape[2]}×{pixels.shape[1]} pixels, frames before it "
+                f"{size[1]}×{size[0]}. Frames of one clip have one size."
+            )
+        return pixels
+
+    return PicturesReader(_clocked(name, (len(paths), 3, *size), fps, "images"), picture)
+
+
+def image_reader(file: BinaryIO, name: str, *, owned: bool) -> PicturesReader | None:
+    """Reader of an image or an animated one, or None if the file is no image that PIL knows."""
+    file.seek(0)
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        file.seek(0)
+        return None
+    except BROKEN as error:
+        raise UnreadableVideo(f"{name}: {error}") from error
+    frames = getattr(image, "n_frames", 1) if image.format in ("GIF", "WEBP") else 1
+    times_s, end_s = _clock(image, frames)
+    height, width = _upright_size(image)
+
+    def picture(index: int) -> Tensor:
+        image.seek(index)
+        return _tensor(_upright_rgb(image))
+
+    info = VideoInfo(name, end_s, times_s, width, height, codec=str(image.format).lower(), backend="pillow")
+    return PicturesReader(info, picture, close=file.close if owned else lambda: None)
+
+
+def _clock(image: Image.Image, frames: int) -> tuple[tuple[float, ...], float]:
+    """When each frame of an animated image begins, and when the last one ends."""
+    if frames == 1:
+        return (0.0,), 0.0
+    begins_ms = [0.0]
+    for index in range(frames):
+        image.seek(index)
+        image.load()  # WebP knows a frame's duration only now
+        duration_ms = image.info.get("duration", 0)
+        begins_ms.append(begins_ms[-1] + (duration_ms if duration_ms > 10 else 100))  # as browsers do
+    return tuple(ms / 1000 for ms in begins_ms[:-1]), begins_ms[-1] / 1000
+
+
+def _clocked(name: str, shape: Sequence[int], fps: float, codec: str) -> VideoInfo:
+    frames, _, height, width = shape
+    times_s = tuple(i / fps for i in range(frames))
+    return VideoInfo(name, frames / fps if frames > 1 else 0.0, times_s, width, height, codec=codec)
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return _upright_size(image)
+    except BROKEN:
+        return None
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) after the picture has been turned upright."""
+    turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap the axes
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _parts(path: Path) -> list[str]:
+    return [part for part in re.split(r"(\d+)", path.name) if part]
