@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     their traceback.
     """
     typed = sys.argv[1:] if argv is None else argv
-    sys.path.append(os.getcwd())  # last, so that `module:Class` finds a file here and shadows nothing
+    if os.getcwd() not in sys.path:  # so that `module:Class` finds a file here; last, to shadow nothing
+        sys.path.append(os.getcwd())
     try:
         arguments = _parser().parse_args(typed or ["--help"])
         return _command(arguments.command).run(arguments.arguments)

@@ -1,6 +1,7 @@
 """What all tests share: few threads, no network, torch and numpy in doctests."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -14,3 +15,21 @@ torch.set_num_threads(2)
 def seed() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def plant(tmp_path, monkeypatch):
+    """Install a distribution of one module, as pip would, with entries of `merv.encoders`."""
+
+    def install(distribution: str, entries: dict[str, str], **modules: str) -> None:
+        info = tmp_path / f"{distribution.replace('-', '_')}-1.2.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")
+        lines = [f"{name} = {value}" for name, value in entries.items()]
+        (info / "entry_points.txt").write_text("\n".join(["[merv.encoders]", *lines]))
+        for name, source in modules.items():
+            (tmp_path / f"{name}.py").write_text(source)
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    return install

@@ -1,0 +1,148 @@
+"""The command line: one table of commands, quick help, errors without a traceback."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from merv import cli
+from merv.errors import MervError
+
+
+def merv(*arguments: str) -> int:
+    """The exit status of the command line, also where argparse ends it."""
+    try:
+        return cli.main(arguments)
+    except SystemExit as ended:
+        return ended.code or 0
+
+
+FUSSY = """
+from merv.encoders.fake import Fake
+
+class Fussy(Fake):
+    def build(self):
+        raise RuntimeError("no sun today")
+"""
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Put a command `try` into the table whose run() is the function given."""
+
+    def add(run, *, raw=False, add_arguments=lambda parser: None):
+        module = type(sys)("try_module")
+        module.run, module.add_arguments = run, add_arguments
+        monkeypatch.setitem(sys.modules, "try_module", module)
+        monkeypatch.setattr(cli, "COMMANDS", (*cli.COMMANDS, cli.Command("try", "Try.", "try_module", raw)))
+
+    return add
+
+
+def test_help_lists_every_command(capsys):
+    assert merv("--help") == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {command.name} " in shown and command.help in shown for command in cli.COMMANDS)
+
+
+def test_without_arguments_it_shows_its_help(capsys):
+    assert merv() == 0
+    assert capsys.readouterr().out.startswith("usage: merv COMMAND")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["encoders"], ["encoders", "--help"], ["parts", "--help"]]
+)
+def test_what_should_be_quick_imports_nothing_heavy(arguments):
+    code = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print({'torch', 'lightning', 'transformers', 'av'} & set(sys.modules)))\n"
+        f"from merv.cli import main; main({arguments})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("row", cli.COMMANDS, ids=lambda row: row.name)
+def test_every_row_names_a_module_that_is_there(row):
+    assert find_spec(row.module) is not None
+
+
+@pytest.mark.parametrize("row", [row for row in cli.COMMANDS if not row.raw], ids=lambda row: row.name)
+def test_every_command_teaches_with_an_example(row, capsys):
+    assert merv(row.name, "--help") == 0
+    assert f"\n  merv {row.name}" in capsys.readouterr().out
+
+
+def test_an_unknown_command_suggests_the_nearest(capsys):
+    assert merv("encoder") == 2
+    assert "Unknown command 'encoder'. Did you mean 'encoders'?" in capsys.readouterr().err
+
+
+def test_an_error_of_ours_is_a_message_and_status_2(command, capsys):
+    command(lambda args: (_ for _ in ()).throw(MervError("clip.mp4 is empty")))
+    assert merv("try") == 2
+    assert capsys.readouterr().err == "merv: clip.mp4 is empty\n"
+
+
+def test_merv_debug_shows_the_traceback(command, monkeypatch):
+    monkeypatch.setenv("MERV_DEBUG", "1")
+    command(lambda args: (_ for _ in ()).throw(MervError("clip.mp4 is empty")))
+    with pytest.raises(MervError):
+        merv("try")
+
+
+def test_an_interrupt_is_status_130(command):
+    command(lambda args: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert merv("try") == 130
+
+
+def test_a_raw_command_gets_what_was_typed(command):
+    got = []
+    command(got.extend, raw=True)
+    assert merv("try", "--config", "demo", "--help", "--", "-x") == 0
+    assert got == ["--config", "demo", "--help", "--", "-x"]
+
+
+def test_a_command_gets_its_arguments_and_gives_its_status(command):
+    command(lambda args: args.number, add_arguments=lambda parser: parser.add_argument("number", type=int))
+    assert merv("try", "7") == 7
+
+
+def test_encoders_lists_name_distribution_and_version(capsys):
+    assert merv("encoders") == 0
+    header, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert header == ["name", "distribution", "version"]
+    assert {"dinov2", "siglip", "clip", "vivit", "languagebind", "fake"} <= {row[0] for row in rows}
+
+
+def test_encoders_long_shows_each_variant_and_what_is_broken(plant, capsys):
+    plant("sunny-encoders", {"sunny": "raises_sunny:Sunny"}, raises_sunny="raise OSError('no\\nsun')")
+    assert merv("encoders", "--long") == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert ["sunny", "sunny-encoders", "1.2", "broken:", "no", "sun"] in [row.split() for row in rows]
+    fake = next(row.split() for row in rows if row.startswith("fake/video"))
+    assert fake[1] == "merv"
+    assert fake[3:6] == ["ok", "16", "8×2×2"]
+
+
+def test_check_of_a_good_encoder_is_status_0(capsys):
+    assert merv("encoders", "check", "fake", "fake/video") == 0
+    assert "FAIL" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("fussy", "fails 1 of 1 checks"), ("absent", "cannot be imported")]
+)
+def test_check_of_a_bad_encoder_is_status_1_and_names_its_distribution(plant, capsys, name, said):
+    plant("sunny-encoders", {"fussy": "sunny_module:Fussy", "absent": "nowhere:X"}, sunny_module=FUSSY)
+    assert merv("encoders", "check", name, "fake") == 1
+    last = capsys.readouterr().out
+    assert "sunny-encoders" in last
+    assert said in last
+
+
+def test_check_of_an_unknown_encoder_is_status_2(capsys):
+    assert merv("encoders", "check", "siglp") == 2
+    assert "Did you mean 'siglip'" in capsys.readouterr().err

@@ -1,0 +1,178 @@
+"""The registry: what is installed, what is broken, what is typed wrongly."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from merv.encode import Encoder
+from merv.errors import AmbiguousEncoder, BrokenEncoder, EncoderError, UnknownEncoder
+from merv.registry import Listing, create_encoder, find_encoder, list_encoders
+
+ROOT = Path(__file__).parent.parent
+GOOD = """
+from merv.encode import Encoder
+from merv.encoders.fake import Fake
+
+class Good(Fake):
+    pass
+
+class NoVariants(Encoder):
+    variants = {}
+
+class WrongVariants(Encoder):
+    variants = {"base": "a spec"}
+
+class Fussy(Fake):
+    def build(self):
+        raise RuntimeError("no sun today")
+
+not_a_class = 3
+"""
+
+
+def test_every_first_party_encoder_is_registered_by_its_file():
+    files = {path.stem for path in (ROOT / "encoders").glob("[!_]*.py")}
+    listed = {e.name: e.value.partition(":")[0] for e in list_encoders() if e.distribution == "merv"}
+    assert listed == {name: f"merv.encoders.{name}" for name in files}
+
+
+def test_listing_imports_nothing(plant):
+    plant("sunny-encoders", {"sunny": "raises_sunny:Sunny"}, raises_sunny="raise OSError('no sun today')")
+    assert Listing("sunny", "sunny-encoders", "1.2", "raises_sunny:Sunny") in list_encoders()
+    assert "raises_sunny" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "source", ["raise OSError('no sun today')", "import sys; sys.exit('no sun today')", "x = no sun today"]
+)
+def test_a_module_that_does_not_import_is_reported_with_its_distribution(plant, source):
+    plant("sunny-encoders", {"sunny": "raises_sunny:Sunny"}, raises_sunny=source)
+    with pytest.raises(
+        BrokenEncoder, match=r"'sunny' of sunny-encoders 1\.2 \(raises_sunny:Sunny\)"
+    ) as caught:
+        find_encoder("sunny")
+    assert caught.value.__cause__ is not None
+    assert find_encoder("fake").__name__ == "Fake"  # and hides nothing
+
+
+@pytest.mark.parametrize(
+    ("attribute", "fault"),
+    [
+        ("absent", "AttributeError"),
+        ("not_a_class", "is 3; wanted a subclass of merv.Encoder"),
+        ("Encoder", "wanted a dict of name → merv.EncoderSpec"),
+        ("NoVariants", r"has variants = \{\}"),
+        ("WrongVariants", "declares 'base' as no merv.EncoderSpec"),
+    ],
+)
+def test_what_is_no_encoder_is_refused_on_arrival(plant, attribute, fault):
+    plant("sunny-encoders", {"sunny": f"sunny_module:{attribute}"}, sunny_module=GOOD)
+    with pytest.raises(BrokenEncoder, match=f"sunny-encoders 1.2.*{fault}"):
+        find_encoder("sunny")
+
+
+def test_an_encoder_that_cannot_be_created_is_reported_with_its_distribution(plant):
+    plant("sunny-encoders", {"sunny": "sunny_module:Fussy"}, sunny_module=GOOD)
+    with pytest.raises(
+        BrokenEncoder, match=r"sunny-encoders 1.2.*cannot be created: RuntimeError: no sun today"
+    ):
+        create_encoder("sunny")
+
+
+def test_a_name_registered_twice_wants_its_distribution(plant):
+    plant("Sunny.Encoders", {"fake": "sunny_module:Good"}, sunny_module=GOOD)
+    assert sum(e.name == "fake" for e in list_encoders()) == 2
+    with pytest.raises(AmbiguousEncoder) as caught:
+        find_encoder("fake")
+    assert "Sunny.Encoders 1.2" in str(caught.value)
+    assert "Type 'Sunny.Encoders:fake' or 'merv:fake'." in str(caught.value)
+    assert find_encoder("merv:fake").__name__ == "Fake"
+    assert find_encoder("sunny-encoders:fake").__name__ == "Good"  # spelt as pip would accept it
+
+
+def test_an_unpackaged_class_goes_by_its_path(plant):
+    plant("unrelated", {}, sunny_module=GOOD)
+    assert isinstance(create_encoder("sunny_module:Good", weights=None), Encoder)
+
+
+def test_a_path_wins_over_nothing_when_a_distribution_has_the_modules_name(plant):
+    plant("sunny-module", {"good": "sunny_module:Good"}, sunny_module=GOOD)
+    assert find_encoder("sunny_module:good") is find_encoder("sunny_module:Good")
+
+
+def test_an_unpackaged_class_that_is_not_there_is_broken(plant):
+    plant("unrelated", {}, sunny_module=GOOD)
+    with pytest.raises(BrokenEncoder, match=r"Encoder 'Bad' \(sunny_module:Bad\) cannot be imported"):
+        find_encoder("sunny_module:Bad")
+
+
+def test_an_unknown_name_suggests_the_nearest():
+    with pytest.raises(UnknownEncoder) as caught:
+        find_encoder("siglp")
+    assert str(caught.value).startswith(
+        "Unknown encoder 'siglp'. Did you mean 'siglip'? Installed: clip, dinov2, "
+    )
+    assert str(caught.value).endswith(". See `merv encoders`.")
+
+
+@pytest.mark.parametrize("name", ["", ":", "nowhere:Encoder", "nowhere.at_all:Encoder", "merv-:fake/"])
+def test_no_name_crashes_the_search(name):
+    with pytest.raises(UnknownEncoder, match="Installed: clip"):
+        find_encoder(name)
+
+
+def test_a_name_may_carry_a_variant():
+    assert create_encoder("fake/video").variant == "video"
+    assert create_encoder("merv:fake/video").variant == "video"
+    with pytest.raises(
+        EncoderError, match=r"Two variants of 'fake': 'video' in its name and 'image'. Give one."
+    ):
+        create_encoder("fake/video", variant="image")
+
+
+def test_an_unknown_variant_names_the_ones_there_are():
+    with pytest.raises(EncoderError, match=r"'vidio'.* Did you mean 'video'. There are: image, video"):
+        create_encoder("fake/vidio")
+
+
+def core_files() -> list[Path]:
+    return sorted((ROOT / "merv").rglob("*.py"))
+
+
+def imported_by(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("path", core_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_core_imports_no_encoder(path):
+    assert not [name for name in imported_by(path) if f"{name}.".startswith(("merv.encoders.", "encoders."))]
+
+
+@pytest.mark.parametrize("path", core_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_core_decides_nothing_by_the_name_of_an_encoder(path):
+    names = {e.name for e in list_encoders() if e.distribution == "merv"}
+    compared = {
+        constant.value
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Compare)
+        for constant in ast.walk(node)
+        if isinstance(constant, ast.Constant) and isinstance(constant.value, str)
+    }
+    assert not names & compared
+
+
+def test_import_merv_imports_nothing_heavy():
+    code = (
+        "import merv, sys; print(sorted({'torch', 'lightning', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
