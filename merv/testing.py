@@ -80,7 +80,7 @@ class _Trial:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
         self.spec = encoder.spec
-        self.length = max(2, self.spec.window)  # frames a clip
+        self.length = max(2, self.spec.window or 8 * self.spec.tubelet)  # frames a clip
 
     @cached_property
     def frames(self) -> Frames:
@@ -171,6 +171,9 @@ def _batch_equals_one_by_one(trial: _Trial) -> str | None:
 
 
 def _windows_are_independent(trial: _Trial) -> str | None:
+    if not trial.spec.window:  # a clip is one window: then its padding must not show
+        real = trial.encoder(Frames.of(trial.frames.pixels[1:, : trial.length // 2])).values
+        return _far(real, trial.grid.values[1:, : real.shape[1]])
     both = Frames.of(trial.frames.pixels.flatten(0, 1)[None])  # the two clips as one
     return _far(trial.encoder(both).values, trial.grid.values.flatten(0, 1)[None])
 
@@ -322,7 +325,7 @@ def make_video(
 
     width, height = size
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps)
+        stream: Any = container.add_stream(codec, rate=fps)  # a VideoStream, if `codec` is one for video
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for index in range(frames):
             picture = _square(width, height, index / max(1, frames - 1))
