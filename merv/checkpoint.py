@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from merv.errors import CheckpointError
 
@@ -61,17 +61,20 @@ def load_folder(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
     return config, load_file(folder / WEIGHTS)
 
 
-def fill_exactly(module: nn.Module, state: Mapping[str, Tensor], folder: str | Path) -> None:
-    """Load a state dict that must fit; CheckpointError names what is missing or left over."""
-    own = module.state_dict()
-    missing = [name for name in own if name not in state]
-    left = [name for name in state if name not in own]
-    shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
-    if missing or left or shapes:
-        raise CheckpointError(
-            f"{folder} does not fit: missing {missing[:5]}, left over {left[:5]}, of another shape {shapes[:5]}."
+def fill_exactly(own: Mapping[str, Tensor], state: Mapping[str, Tensor], folder: str | Path) -> None:
+    """Copy `state` into the tensors `own`; CheckpointError names what is missing or left over."""
+    faults = {
+        "missing": [name for name in own if name not in state],
+        "left over": [name for name in state if name not in own],
+        "of another shape": [n for n in own if n in state and own[n].shape != state[n].shape],
+    }
+    if any(faults.values()):
+        said = "; ".join(
+            f"{len(names)} {what} ({', '.join(names[:4])})" for what, names in faults.items() if names
         )
-    module.load_state_dict(dict(state))
+        raise CheckpointError(f"{folder} does not fit the model that its config.json describes: {said}.")
+    for name, tensor in own.items():
+        tensor.data.copy_(state[name])
 
 
 def _swap(fresh: Path, folder: Path) -> None:

@@ -13,6 +13,7 @@ MervError
 ├── WeightsError          weights are missing, or do not fit the module
 ├── CheckpointError       a saved folder does not fit what it is loaded into
 ├── PromptError           chat messages cannot be turned into a prompt
+├── TrainingError         what shall be trained, or how, does not fit the model
 ├── DataError             a training or evaluation sample is malformed
 └── MissingDependency     an optional package is needed; the message has the command
 
@@ -72,6 +73,10 @@ class CheckpointError(MervError):
 
 class PromptError(MervError, ValueError):
     """Chat messages cannot be turned into a prompt."""
+
+
+class TrainingError(MervError, ValueError):
+    """What shall be trained, or how, does not fit the model."""
 
 
 class DataError(MervError):

@@ -92,7 +92,7 @@ class MultiEncoder(nn.Module):
         projector: Literal["linear", "mlp"] = "linear",
         norm: bool = True,
         mixer_options: Mapping[str, Any] | None = None,
-        weights: str | None | Mapping[str, str | None] = PRETRAINED,
+        weights: str | Mapping[str, str | None] | None = PRETRAINED,
         sampling: str | Sampling = "uniform",
         align: Literal["area", "official"] = "area",
     ) -> None:
@@ -220,17 +220,31 @@ class MultiEncoder(nn.Module):
 
     # Saving -------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and the trained weights; frozen encoders are named, not copied."""
+    def config(self) -> dict[str, Any]:
+        """All that `from_config` needs to make this again, as JSON; trained weights are not in it.
+
+        Raises CheckpointError where an encoder has random weights: nothing could load them again.
+        """
         random = [name for name, encoder in self.named() if encoder.identity.sha256 is None]
         if random:
             raise CheckpointError(
                 f"{', '.join(random)} has random weights, which nothing could load again. "
                 "Save models whose encoders have weights from a file, folder, package or hub."
             )
-        config = {**self.options, "sampling": vars(self.sampling), "encoders": self.describe()}
+        return {**self.options, "sampling": vars(self.sampling), "encoders": self.describe()}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], weights: Mapping[str, str | None]) -> MultiEncoder:
+        """The MultiEncoder that `config` describes, its fusion untrained."""
+        options = dict(config)
+        encoders = {name: _recreate(name, saved, weights) for name, saved in options.pop("encoders").items()}
+        sampling = Sampling(**options.pop("sampling"))
+        return cls(encoders, sampling=sampling, **{**options, "grid": tuple(options["grid"])})
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and the trained weights; frozen encoders are named, not copied."""
         state = {} if self.fusion is None else self.fusion.state_dict()
-        save_folder(folder, "MultiEncoder", config, state)
+        save_folder(folder, "MultiEncoder", self.config(), state)
 
     @classmethod
     def from_pretrained(
@@ -242,13 +256,9 @@ class MultiEncoder(nn.Module):
         Raises CheckpointError where the folder, or the identity of an encoder, is not as saved.
         """
         config, state = load_folder(folder, "MultiEncoder")
-        described = config.pop("encoders")
-        sampling = Sampling(**config.pop("sampling"))
-        encoders = {name: _recreate(name, saved, weights or {}) for name, saved in described.items()}
-        config["grid"] = tuple(config["grid"])
-        model = cls(encoders, sampling=sampling, **config)
-        if model.fusion is not None:
-            fill_exactly(model.fusion, state, folder)
+        model = cls.from_config(config, weights or {})
+        own = {} if model.fusion is None else model.fusion.state_dict()
+        fill_exactly(own, state, folder)
         return model
 
     def describe(self) -> dict[str, dict[str, Any]]:
@@ -296,7 +306,7 @@ def _stream_name(encoder: str | Encoder) -> str:
 
 
 def _create(
-    named: Mapping[str, str | Encoder], weights: str | None | Mapping[str, str | None]
+    named: Mapping[str, str | Encoder], weights: str | Mapping[str, str | None] | None
 ) -> dict[str, Encoder]:
     if isinstance(weights, Mapping):
         for name in weights:

@@ -1,0 +1,111 @@
+"""LLM: load any causal language model of transformers, add a LoRA, know it again."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merv.errors import MissingDependency, WeightsError
+
+DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SAMPLED = 64  # values of each parameter that go into a fingerprint
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """A low-rank adapter: rank r, scale alpha / r, and the names of the Linears it goes on.
+
+    Source: LoRA, arXiv 2106.09685; built by peft.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: Sequence[str] = ("q_proj", "v_proj")
+    dropout: float = 0.0
+
+
+def load_llm(source: str | Path, dtype: str = "auto") -> tuple[Any, Any]:
+    """A causal LM in eval mode and its tokenizer, from a folder or hub id.
+
+    dtype: `auto` (as saved), `fp32`, `bf16`, `fp16`. No code of the source is ever run.
+    Raises WeightsError where it cannot be had; the message says what to type.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise WeightsError(f"Unknown dtype {dtype!r} for the LLM: {', '.join(DTYPES)}.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        llm = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise WeightsError(
+            f"The LLM {str(source)!r} cannot be loaded: {reason} Pass the folder of a causal LM in the "
+            "layout of transformers, or a hub id that can be reached or is cached."
+        ) from error
+    return llm.eval(), tokenizer
+
+
+def add_lora(llm: nn.Module, options: LoraOptions) -> list[str]:
+    """Put a LoRA on the LLM in place; returns the names of its parameters.
+
+    Raises MissingDependency without peft, WeightsError where no target is in the LLM.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise MissingDependency('LoRA needs peft: pip install "merv[lora]"') from error
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        target_modules=list(options.targets),
+        lora_dropout=options.dropout,
+    )
+    try:
+        inject_adapter_in_model(config, llm)
+    except ValueError as error:
+        raise WeightsError(f"No LoRA on {', '.join(options.targets)}: {error}") from error
+    return [name for name, _ in llm.named_parameters() if "lora_" in name]
+
+
+def fingerprint(llm: nn.Module) -> str:
+    """A hash that tells one LLM from another: names, shapes and a sample of all parameters.
+
+    The same whether it is loaded in fp32 or bf16; quick for 7 B parameters.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in llm.named_parameters():
+        values = parameter.detach().flatten()
+        some = values[:: max(1, len(values) // SAMPLED)][:SAMPLED].to(torch.bfloat16).float()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + some.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def stream_tokens(llm: Any, tokenizer: Any, inputs: dict[str, Tensor | Any]) -> Iterator[str]:
+    """Text as `llm.generate(**inputs)` makes it; its errors are raised here."""
+    from transformers import TextIteratorStreamer
+
+    streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with torch.no_grad():
+                llm.generate(**inputs, streamer=streamer)
+        except BaseException as error:  # carried over to the reader below
+            failed.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield from (piece for piece in streamer if piece)
+    thread.join()
+    if failed:
+        raise failed[0]

@@ -1,0 +1,277 @@
+"""VideoLLM: a causal language model of transformers that sees through a MultiEncoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merv.chat import NOT_LEARNED, Message, Prompt, Visual, render
+from merv.checkpoint import fill_exactly, load_folder, save_folder
+from merv.errors import CheckpointError, PromptError, ShapeError, TrainingError
+from merv.llm import LoraOptions, add_lora, fingerprint, load_llm, stream_tokens
+from merv.multi_encoder import MultiEncoder
+from merv.pack import Packed, Tokens, pack
+from merv.store import FeatureStore
+from merv.suggest import nearest
+
+Conversation = Sequence[Message]
+
+
+class VideoLLM(nn.Module):
+    """Any causal LM, any encoders: chat messages with videos in, answers out.
+
+    llm, tokenizer: of transformers. vision: a MultiEncoder whose width is the LLM's.
+    store: where aligned features are kept, so that encoders run once per video.
+
+    Raises ShapeError where the widths differ.
+
+    >>> from merv.testing import tiny_llm
+    >>> llm, tokenizer = tiny_llm()
+    >>> vision = MultiEncoder(["fake"], grid=(2, 2, 2), width=llm.config.hidden_size)
+    >>> model = VideoLLM(llm, tokenizer, vision).eval()
+    >>> video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+    >>> from merv.chat import ask
+    >>> len(model.generate([ask("What is this?", video)], max_new_tokens=4))
+    1
+    """
+
+    def __init__(
+        self, llm: Any, tokenizer: Any, vision: MultiEncoder, store: FeatureStore | None = None
+    ) -> None:
+        super().__init__()
+        width = llm.get_input_embeddings().embedding_dim
+        if vision.fusion is None or vision.fusion.width != width:
+            came = None if vision.fusion is None else vision.fusion.width
+            raise ShapeError(
+                f"The LLM is {width} wide; build the MultiEncoder with width={width}, not {came}."
+            )
+        self.llm, self.tokenizer, self.vision, self.store = llm, tokenizer, vision, store
+        self.identity = {"source": getattr(llm.config, "_name_or_path", ""), "fingerprint": fingerprint(llm)}
+        self.lora: LoraOptions | None = None
+        self.train_only(("projector", "mixer"))
+
+    # The path -----------------------------------------------------------------------------
+
+    def forward(self, groups: Sequence[Sequence[Conversation]]) -> Tensor:
+        """The training loss: mean negative log-likelihood of the answers' tokens.
+
+        groups: conversations that end in an answer; those of a group share their video, which
+        the LLM then reads once for all of them.
+        """
+        packed, visual = self.pack(groups)
+        keep = (packed.labels[:, 1:] != NOT_LEARNED).any(dim=0).nonzero()[:, 0]
+        if not len(keep):
+            raise PromptError("There is nothing to learn here: no conversation has an assistant's turn.")
+        logits = self.logits(packed, visual, keep)  # [B, K, V]
+        labels = packed.labels[:, keep + 1]
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+    def logits(self, packed: Packed, visual: Tensor, keep: Tensor) -> Tensor:
+        """What follows the tokens `keep` [K] of each row: [B, K, vocabulary]."""
+        embeddings = packed.embed(self.llm.get_input_embeddings(), visual)
+        out = self.llm(
+            inputs_embeds=embeddings,
+            attention_mask=packed.mask,
+            position_ids=packed.positions,
+            logits_to_keep=keep,
+            use_cache=False,
+        )
+        return out.logits
+
+    def pack(self, groups: Sequence[Sequence[Conversation]], side: Any = "right") -> tuple[Packed, Tensor]:
+        """Conversations as the LLM's input, and the visual tokens [V, L] that go into it."""
+        prompts = [[render(messages, self.tokenizer) for messages in group] for group in groups]
+        everything = [visual for group in prompts for prompt in group for visual in prompt.visuals]
+        visual, runs = self.see(everything)
+        ready = iter(runs)
+        sequences = [[_sequence(prompt, ready) for prompt in group] for group in prompts]
+        pad_id = self.tokenizer.pad_token_id
+        packed = pack(sequences, self.tokenizer.eos_token_id if pad_id is None else pad_id, side)
+        device = self.device
+        return Packed(*(tensor.to(device) for tensor in vars(packed).values())), visual
+
+    def see(self, visuals: Sequence[Visual]) -> tuple[Tensor, list[range]]:
+        """Visual tokens of all videos [V, L], each distinct video once, and which are whose."""
+        width = self.llm.get_input_embeddings().embedding_dim
+        if not visuals:
+            return torch.empty(0, width, device=self.device), []
+        conditioned = getattr(self.vision.fusion.mixer, "from_question", None) is not None
+        keys = [(_name(v.source), v.question if conditioned else "") for v in visuals]
+        distinct = {key: visual for key, visual in zip(keys, visuals, strict=True)}
+        features = self.vision.features([v.source for v in distinct.values()], store=self.store)
+        question = self.read([v.question for v in distinct.values()]) if conditioned else None
+        fused = self.vision.fuse(features, question).fused
+        ends = fused.mask.sum(dim=1).cumsum(0).tolist()
+        runs = {key: range(start, end) for key, start, end in zip(distinct, [0, *ends], ends, strict=False)}
+        return fused.tokens[fused.mask], [runs[key] for key in keys]
+
+    def read(self, questions: Sequence[str]) -> Tensor:
+        """The mean embedding of each question's tokens, [B, L]: what a mixer may be conditioned on."""
+        table = self.llm.get_input_embeddings()
+        ids = [self.tokenizer(q or " ", add_special_tokens=False).input_ids for q in questions]
+        return torch.stack([table(torch.tensor(own, device=self.device)).mean(dim=0) for own in ids])
+
+    # Answers ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, conversations: Sequence[Conversation], **options: Any) -> list[str]:
+        """The assistant's next turn in each conversation; options go to transformers' generate.
+
+        Greedy and at most 64 new tokens unless the options say otherwise. A batch gives the same
+        answers as one by one.
+        """
+        inputs = self._inputs(conversations)
+        ids = self.llm.generate(**inputs, **self._options(options))
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def stream(self, conversation: Conversation, **options: Any) -> Iterator[str]:
+        """The answer to one conversation piece by piece, as it comes."""
+        inputs = self._inputs([conversation])
+        return stream_tokens(self.llm, self.tokenizer, {**inputs, **self._options(options)})
+
+    @torch.no_grad()
+    def log_probs(self, conversations: Sequence[Conversation]) -> list[Tensor]:
+        """Log-probability of each token of the assistant's turns, a float tensor a conversation."""
+        packed, visual = self.pack([[conversation] for conversation in conversations])
+        learned = packed.labels[:, 1:] != NOT_LEARNED
+        keep = learned.any(dim=0).nonzero()[:, 0]
+        chosen = self.logits(packed, visual, keep).float().log_softmax(dim=-1)
+        labels = packed.labels[:, keep + 1]
+        scores = chosen.gather(2, labels.clamp(min=0)[..., None])[..., 0]
+        return [row[real] for row, real in zip(scores, learned[:, keep], strict=True)]
+
+    def _inputs(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
+        for messages in conversations:
+            if messages and messages[-1]["role"] == "assistant":
+                raise PromptError("To be answered, a conversation must end in the user's turn.")
+        with torch.no_grad():
+            packed, visual = self.pack([[messages] for messages in conversations], side="left")
+            embeddings = packed.embed(self.llm.get_input_embeddings(), visual)
+        return {"inputs_embeds": embeddings, "attention_mask": packed.mask.long()}
+
+    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+        pad_id = self.tokenizer.pad_token_id
+        return {
+            "max_new_tokens": 64,
+            "do_sample": False,
+            "pad_token_id": self.tokenizer.eos_token_id if pad_id is None else pad_id,
+            **options,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the LLM is."""
+        return self.llm.get_input_embeddings().weight.device
+
+    # What is trained ----------------------------------------------------------------------
+
+    def add_lora(self, options: LoraOptions) -> None:
+        """Put a LoRA on the LLM; it is trained when `lora` is among the parts."""
+        add_lora(self.llm, options)
+        self.lora = options
+        self.train_only(self.trained)
+
+    def parts(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Parameters by part: projector, mixer, lora (if there is one), llm."""
+        assert self.vision.fusion is not None
+        fusion = [(f"vision.fusion.{name}", p) for name, p in self.vision.fusion.named_parameters()]
+        llm = [(f"llm.{name}", p) for name, p in self.llm.named_parameters()]
+        parts = {
+            "projector": {name: p for name, p in fusion if ".projectors." in name},
+            "mixer": {name: p for name, p in fusion if ".mixer." in name},
+            "lora": {name: p for name, p in llm if "lora_" in name},
+            "llm": {name: p for name, p in llm if "lora_" not in name},
+        }
+        return parts if self.lora is not None else {k: v for k, v in parts.items() if k != "lora"}
+
+    def train_only(self, trained: Sequence[str]) -> None:
+        """Make exactly these parts trainable; the encoders never are.
+
+        Raises TrainingError for a part that is not there.
+        """
+        parts = self.parts()
+        for name in trained:
+            if name not in parts:
+                raise TrainingError(
+                    f"Nothing here is called {name!r}.{nearest(name, parts)} There are: {', '.join(parts)}."
+                )
+        self.trained = tuple(trained)
+        for name, parameters in parts.items():
+            for parameter in parameters.values():
+                parameter.requires_grad_(name in trained)
+
+    # Saving -------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what was trained and how to find the rest: a small folder, whole or not at all."""
+        kept = {"projector", "mixer", "lora", *self.trained}
+        state = {n: p for part, own in self.parts().items() if part in kept for n, p in own.items()}
+        config = {
+            "llm": {**self.identity, "dtype": str(self.llm.dtype).removeprefix("torch.")},
+            "lora": None if self.lora is None else vars(self.lora),
+            "trained": list(self.trained),
+            "vision": self.vision.config(),
+        }
+        save_folder(folder, "VideoLLM", config, state)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        llm: str | Path | None = None,
+        weights: Mapping[str, str | None] | None = None,
+        dtype: str | None = None,
+    ) -> VideoLLM:
+        """Load what `save_pretrained` wrote.
+
+        llm: where the language model is now, if not where it was. weights: the same for encoders,
+        by name. dtype: of the LLM; None: as it was.
+        Raises CheckpointError where something is not what it was, naming both.
+        """
+        config, state = load_folder(folder, "VideoLLM")
+        was = config["llm"]
+        names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+        loaded, tokenizer = load_llm(llm or was["source"], dtype or names.get(was["dtype"], "auto"))
+        model = cls(loaded, tokenizer, MultiEncoder.from_config(config["vision"], weights or {}))
+        if model.identity["fingerprint"] != was["fingerprint"]:
+            raise CheckpointError(
+                f"{folder} was trained on the LLM {was['source']} ({was['fingerprint'][:12]}…); "
+                f"{model.identity['source']} ({model.identity['fingerprint'][:12]}…) is another. Pass llm=."
+            )
+        if config["lora"] is not None:
+            model.add_lora(LoraOptions(**config["lora"]))
+        model.train_only(config["trained"])
+        _fill(model, state, folder)
+        return model.eval()
+
+
+def _fill(model: VideoLLM, state: Mapping[str, Tensor], folder: str | Path) -> None:
+    """Load the trained parameters, all of them and no others."""
+    kept = {"projector", "mixer", "lora", *model.trained}
+    own = {n: p for part, named in model.parts().items() if part in kept for n, p in named.items()}
+    fill_exactly(own, state, folder)
+
+
+def _sequence(prompt: Prompt, runs: Iterator[range]) -> Tokens:
+    """A prompt as ids and labels, the visual tokens of its videos taken from `runs` in order."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for piece, learned in zip(prompt.pieces, prompt.learned, strict=True):
+        if isinstance(piece, Visual):
+            places = [-1 - i for i in next(runs)]
+            ids += places
+            labels += [NOT_LEARNED] * len(places)
+        else:
+            ids += piece
+            labels += [i if flag else NOT_LEARNED for i, flag in zip(piece, learned, strict=True)]
+    return Tokens(torch.tensor(ids), torch.tensor(labels))
+
+
+def _name(source: Any) -> Any:
+    """Equal for equal paths and for one and the same object."""
+    return str(source) if isinstance(source, (str, Path)) else id(source)
