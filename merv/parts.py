@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from merv.errors import MissingDependency, WeightsError
 from merv.suggest import nearest
@@ -177,14 +178,14 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    where: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     del read.config.quantization_config  # else save_pretrained refuses
     with torch.random.fork_rng(devices=[]):
-        plain = type(read)(read.config).to(torch.bfloat16)
+        plain = type(read)(read.config)
     plain.load_state_dict(read.state_dict())
     plain.generation_config = read.generation_config
-    plain.save_pretrained(folder)
+    plain.bfloat16().save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
 
