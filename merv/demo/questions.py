@@ -61,11 +61,13 @@ def questions(
     ['count', 'first', 'last', 'order', 'present', 'when']
     """
     asked: dict[str, Question] = {}
-    for _ in range(20):  # rounds: later ones only add what differs from the questions before
+    coins = {kind: rng.random() < 0.5 for kind in KINDS}
+    for turn in range(20):  # later turns only add what differs from the questions before
         for kind in rng.sample(KINDS, len(KINDS)):
             if len(asked) == per_clip:
                 return list(asked.values())
-            found = _ASK[kind](plan.names, names, rng)
+            yes = coins[kind] != bool(turn % 2)  # asked twice, a kind gets both answers
+            found = _ASK[kind](plan.names, names, rng, yes)
             if found is not None:
                 text, answer = f"{found[0]} {ONE_WORD}", found[1]
                 needs_new = not set(new).isdisjoint(re.findall(r"\w+", f"{text} {answer}"))
@@ -79,19 +81,19 @@ def questions(
 _Asked = tuple[str, str] | None
 
 
-def _first(shown: Sequence[str], names: Sequence[str], rng: random.Random) -> _Asked:
+def _first(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _Asked:
     return "What is shown first?", shown[0]
 
 
-def _last(shown: Sequence[str], names: Sequence[str], rng: random.Random) -> _Asked:
+def _last(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _Asked:
     return "What is shown last?", shown[-1]
 
 
-def _count(shown: Sequence[str], names: Sequence[str], rng: random.Random) -> _Asked:
+def _count(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _Asked:
     return "How many shots does the video have?", NUMBERS[len(shown) - 1]
 
 
-def _when(shown: Sequence[str], names: Sequence[str], rng: random.Random) -> _Asked:
+def _when(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _Asked:
     """Half of the askings in longer clips go to the middle: each answer is then given a third of the time."""
     if len(shown) < 2:
         return None
@@ -102,22 +104,21 @@ def _when(shown: Sequence[str], names: Sequence[str], rng: random.Random) -> _As
     return f"When do you see the {name}: at the start, in the middle or at the end?", answer
 
 
-def _order(shown: Sequence[str], names: Sequence[str], rng: random.Random) -> _Asked:
+def _order(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _Asked:
     if len(shown) < 2:
         return None
     earlier, later = sorted(rng.sample(shown, 2), key=shown.index)
-    answer = rng.choice(("yes", "no"))
-    one, other = (earlier, later) if answer == "yes" else (later, earlier)
-    return f"Do you see the {one} before the {other}?", answer
+    one, other = (earlier, later) if yes else (later, earlier)
+    return f"Do you see the {one} before the {other}?", "yes" if yes else "no"
 
 
-def _present(shown: Sequence[str], names: Sequence[str], rng: random.Random) -> _Asked:
+def _present(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _Asked:
     absent = [name for name in names if name not in shown]
-    answer = rng.choice(("yes", "no")) if absent else "yes"
-    return f"Do you see the {rng.choice(shown if answer == 'yes' else absent)} in the video?", answer
+    name = rng.choice(shown if yes or not absent else absent)
+    return f"Do you see the {name} in the video?", "yes" if name in shown else "no"
 
 
-_ASK: dict[str, Callable[[Sequence[str], Sequence[str], random.Random], _Asked]] = {
+_ASK: dict[str, Callable[[Sequence[str], Sequence[str], random.Random, bool], _Asked]] = {
     "first": _first,
     "last": _last,
     "count": _count,
@@ -131,11 +132,16 @@ _ASK: dict[str, Callable[[Sequence[str], Sequence[str], random.Random], _Asked]]
 
 
 def rows(clips: Iterable[Clip], things: Sequence[Thing], *, per_clip: int = 5, seed: int = 0) -> list[Row]:
-    """A row per clip; only a clip that shows a held-out thing is asked about held-out things."""
+    """A row per clip; only a clip that shows a held-out thing is asked about held-out things.
+
+    Nor is it asked whether a thing is there that another one also shows.
+    """
     new = {thing.name for thing in things if thing.held_out}
     made = []
     for clip in clips:
-        names = [t.name for t in things if new & set(clip.plan.names) or not t.held_out]
+        also = {name for t in things if t.name in clip.plan.names for name in t.also}
+        maybe = things if new & set(clip.plan.names) else [t for t in things if not t.held_out]
+        names = [thing.name for thing in maybe if thing.name not in also]
         rng = random.Random(f"{seed} {clip.plan.key}")
         asked = questions(clip.plan, names, rng, per_clip=per_clip, new=new)
         shots = tuple((shot.name, shot.start_s, shot.end_s) for shot in clip.plan.shots)

@@ -1,0 +1,299 @@
+"""The demo's material: plans are exact, splits are disjoint, answers are true and hard to guess."""
+
+import random
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image, ImageChops
+
+from merv.demo import clips, material, questions
+from merv.demo.clips import FPS, SIZE, ClipPlan, Shot, View, make_clips, plan_clip, plan_clips, split_of
+from merv.demo.material import Thing
+from merv.demo.questions import Question, Row
+from merv.errors import DataError, MissingDependency
+
+NAMES = ("red", "green", "blue", "white", "black", "gray")
+SPLITS = ("train", "held_out", "unseen")
+
+
+@pytest.fixture
+def things(tmp_path) -> list[Thing]:
+    """Six plain pictures as files, the last of them held out."""
+    made = []
+    for name in NAMES:
+        Image.new("RGB", (300, 240), name).save(tmp_path / f"{name}.png")
+        made.append(Thing(name, "photograph", tmp_path / f"{name}.png", "ours", held_out=name == "gray"))
+    return made
+
+
+def still(name: str, start_s: float, end_s: float, **other) -> Shot:
+    view = View(0.5, 0.5, 1.0)
+    plain = {"move": "still", "begin": view, "end": view, "fade_s": 0.0, "brightness": 1.0}
+    return Shot(name, start_s, end_s, **{**plain, "mirrored": False, "excerpt": 0.0, **other})
+
+
+def solid(*names: str) -> dict[str, list[Image.Image]]:
+    return {name: [Image.new("RGB", (300, 240), name)] for name in names}
+
+
+def decoded(path: Path) -> tuple[list[float], np.ndarray]:
+    """Times in seconds and the mean colour of every frame, [T, 3]."""
+    with av.open(str(path)) as container:
+        frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    return [time for time, _ in frames], np.stack([pixels.mean((0, 1)) for _, pixels in frames])
+
+
+def fake_things(count: int = 12, held_out: int = 2) -> list[Thing]:
+    return [
+        Thing(f"thing{i}", "photograph", Path("nowhere"), "", held_out=i < held_out) for i in range(count)
+    ]
+
+
+# Plans
+
+
+def test_shots_follow_each_other_without_gaps_and_fades_never_touch():
+    for plan in plan_clips("train", 60, 0, fake_things()):
+        assert plan.shots[0].start_s == 0
+        assert plan.shots[0].fade_s == 0
+        assert clips.FRAMES[0] <= plan.frames <= clips.FRAMES[1]
+        for shot, following in zip(plan.shots, plan.shots[1:], strict=False):
+            assert shot.end_s == following.start_s
+            assert shot.end_s - shot.start_s > (shot.fade_s + following.fade_s) / 2
+        assert len(set(plan.names)) == len(plan.names)
+
+
+def test_views_stay_inside_the_picture():
+    for plan in plan_clips("train", 40, 1, fake_things()):
+        for shot in plan.shots:
+            for view in (shot.begin, shot.end):
+                left, top, right, bottom = view.box((384, 288))
+                assert 0 <= left < right <= 384
+                assert 0 <= top < bottom <= 288
+                assert (right - left) / (bottom - top) == pytest.approx(SIZE[0] / SIZE[1], rel=1e-3)
+
+
+def test_plans_depend_on_seed_split_and_index_only():
+    things = fake_things()
+    longer = plan_clips("train", 12, 5, things)
+    assert plan_clips("train", 8, 5, things) == longer[:8]
+    assert plan_clips("train", 8, 6, things) != longer[:8]
+    assert len({plan.key for plan in longer}) == 12
+
+
+def test_train_and_held_out_share_no_order_of_things():
+    things = fake_things(8)
+    orders = {s: {plan.names for plan in plan_clips(s, 400, 0, things)} for s in ("train", "held_out")}
+    assert orders["train"].isdisjoint(orders["held_out"])
+    shown = [{name for order in orders[split] for name in order} for split in ("train", "held_out")]
+    assert shown[0] == shown[1]
+
+
+def test_only_unseen_clips_show_held_out_things_and_all_of_them_do():
+    things = fake_things()
+    held_out = {thing.name for thing in things if thing.held_out}
+    for split in SPLITS:
+        for plan in plan_clips(split, 40, 0, things):
+            assert bool(held_out & set(plan.names)) == (split == "unseen")
+
+
+def test_split_without_possible_clips_is_an_error():
+    with pytest.raises(DataError, match="'unseen' wants at least one that is held out"):
+        plan_clips("unseen", 1, 0, fake_things(4, held_out=0))
+
+
+# Files
+
+
+def test_cut_is_in_the_file_at_the_planned_frame(tmp_path):
+    plan = ClipPlan((still("red", 0, 1.25), still("blue", 1.25, 3)))
+    clips.render(plan, tmp_path / "cut.mp4", solid("red", "blue"))
+    times_s, colours = decoded(tmp_path / "cut.mp4")
+    assert times_s == pytest.approx([i / FPS for i in range(72)], abs=1e-4)
+    assert (colours[:, 0] > 200).tolist() == [i < 30 for i in range(72)]
+    assert (colours[:, 2] > 200).tolist() == [i >= 30 for i in range(72)]
+
+
+def test_fade_is_centred_on_the_planned_time(tmp_path):
+    plan = ClipPlan((still("black", 0, 1.5), still("white", 1.5, 3, fade_s=12 / FPS)))
+    clips.render(plan, tmp_path / "fade.mp4", solid("black", "white"))
+    luminance = decoded(tmp_path / "fade.mp4")[1].mean(1) / 255
+    ramp = [min(1, max(0, (i - 30 + 0.5) / 12)) for i in range(72)]
+    assert luminance == pytest.approx(ramp, abs=0.05)
+
+
+def test_file_shows_what_was_drawn_in_a_random_plan(tmp_path, things):
+    [clip] = make_clips(tmp_path, "train", 1, things=things, seed=3)
+    drawn = clips.draw_frames(clip.plan, material.load_pictures(things))
+    wanted = np.stack([np.asarray(picture).mean((0, 1)) for picture in drawn])
+    colours = decoded(clip.path)[1]
+    assert len(colours) == clip.plan.frames
+    assert np.abs(colours - wanted).max() < 6
+
+
+def test_pan_right_moves_the_picture_left_mirrored_or_not():
+    stripes = Image.new("RGB", (300, 240))
+    stripes.paste((255, 255, 255), (140, 0, 160, 240))
+    ways = {"begin": View(0.1, 0.5, 0.7), "end": View(0.9, 0.5, 0.7), "move": "pan right"}
+    for mirrored in (False, True):
+        plan = ClipPlan((still("stripes", 0, 3, mirrored=mirrored, **ways),))
+        frames = [np.asarray(picture) for picture in clips.draw_frames(plan, {"stripes": [stripes]})]
+        where = [frame.mean((0, 2)).argmax() for frame in (frames[0], frames[36], frames[-1])]
+        assert where == sorted(where, reverse=True)
+        assert where[0] > where[-1]
+
+
+def test_short_footage_runs_to_and_fro():
+    assert [clips._footage_index(i, 8, 4, 1.0) for i in range(8)] == [0, 1, 2, 3, 2, 1, 0, 1]
+    assert [clips._footage_index(i, 2, 4, 1.0) for i in range(2)] == [2, 3]
+    assert clips._footage_index(5, 8, 1, 0.5) == 0
+
+
+def test_files_that_are_there_are_kept_and_progress_is_told(tmp_path, things):
+    told = []
+    first = make_clips(tmp_path / "clips", "train", 3, things=things, progress=lambda *p: told.append(p))
+    written = [clip.path.stat().st_mtime_ns for clip in first]
+    again = make_clips(tmp_path / "clips", "train", 4, things=things, progress=lambda *p: told.append(p))
+    assert told == [(1, 3), (2, 3), (3, 3), (4, 4)]
+    assert again[:3] == first
+    assert [clip.path.stat().st_mtime_ns for clip in first] == written
+    assert {path.suffix for path in (tmp_path / "clips").iterdir()} == {".mp4"}
+
+
+# Material
+
+
+@pytest.mark.skipif(not all(map(find_spec, ("skimage", "sklearn"))), reason="needs merv[demo]")
+def test_photographs_are_there_named_by_one_word_and_different():
+    found = material.photographs()
+    pictures = material.load_pictures(found)
+    assert len(pictures) == len(found) == 14
+    assert all(thing.name.isalpha() and thing.name.islower() for thing in found)
+    small = [stills[0].resize((64, 64)) for stills in pictures.values()]
+    pairs = [(a, b) for i, a in enumerate(small) for b in small[:i]]
+    assert min(np.asarray(ImageChops.difference(a, b)).mean() for a, b in pairs) > 10
+
+
+def test_footage_gives_the_frames_of_its_excerpt(tmp_path):
+    plan = ClipPlan((still("red", 0, 1.25), still("blue", 1.25, 3)))
+    clips.render(plan, tmp_path / "film.mp4", solid("red", "blue"))
+    film = Thing("film", "footage", tmp_path / "film.mp4", "ours", frames=(29, 33))
+    loaded = material.load_pictures([film])["film"]
+    assert [np.asarray(picture).mean((0, 1)).argmax() for picture in loaded] == [0, 2, 2, 2]
+
+
+def test_missing_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(material.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependency, match=r'skimage, which is not installed.*"merv\[demo\]"'):
+        material.photographs()
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"cat\.png for 'cat'"):
+        material.load_pictures([Thing("cat", "photograph", tmp_path / "cat.png", "")])
+
+
+# Questions
+
+
+def rows(split: str, count: int) -> list[Row]:
+    things = fake_things()
+    made = [clips.Clip(Path(f"{plan.key}.mp4"), plan) for plan in plan_clips(split, count, 0, things)]
+    return questions.rows(made, things)
+
+
+def truth(names: list[str], question: str) -> str:
+    """The answer worked out from the words of a question, apart from how it was made."""
+    words = question.replace(":", " ").replace("?", " ").split()
+    named = [word for word in words if word.startswith("thing")]
+    if "first" in words:
+        return names[0]
+    if "last" in words:
+        return names[-1]
+    if "many" in words:
+        return ["one", "two", "three", "four"][len(names) - 1]
+    if "before" in words:
+        return "yes" if names.index(named[0]) < names.index(named[1]) else "no"
+    if "When" in words:
+        return {0: "start", len(names) - 1: "end"}.get(names.index(named[0]), "middle")
+    return "yes" if named[0] in names else "no"
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_answers_are_true_of_the_plan(split):
+    for row in rows(split, 80):
+        assert len({question.question for question in row.questions}) == 5
+        for question in row.questions:
+            assert question.answer == truth([name for name, *_ in row.shots], question.question)
+
+
+def test_answers_are_balanced():
+    made = rows("train", 800)
+    answers = Counter((q.kind, q.answer) for row in made for q in row.questions)
+    shares = {kind: sum(n for (k, _), n in answers.items() if k == kind) for kind in questions.KINDS}
+    top = {kind: max(n for (k, _), n in answers.items() if k == kind) / shares[kind] for kind in shares}
+    assert top["count"] < 0.30
+    assert top["when"] < 0.40
+    assert max(top["order"], top["present"]) < 0.56
+    assert max(top["first"], top["last"]) < 0.2
+
+
+def test_no_training_question_names_a_held_out_thing_and_unseen_ones_are_set_apart():
+    held_out = {thing.name for thing in fake_things() if thing.held_out}
+    for split in SPLITS:
+        for question in (question for row in rows(split, 40) for question in row.questions):
+            words = {*question.question.replace(":", "").replace("?", "").split(), question.answer}
+            assert bool(held_out & words) == (question.kind == questions.NEW_NAME)
+            assert split == "unseen" or question.kind != questions.NEW_NAME
+
+
+def test_nobody_is_asked_for_what_another_thing_also_shows():
+    cat, eye = (
+        Thing(n, "photograph", Path(n), "", also=also) for n, also in (("cat", ("eye",)), ("eye", ()))
+    )
+    made = [clips.Clip(Path("a"), plan_clip(random.Random(i), ["cat"])) for i in range(20)]
+    asked = [q for row in questions.rows(made, [cat, eye], per_clip=4) for q in row.questions]
+    assert not any("eye" in question.question for question in asked)
+
+
+def test_questions_are_the_same_each_time():
+    assert rows("train", 10) == rows("train", 10)
+
+
+def test_too_many_questions_are_an_error():
+    plan = plan_clip(random.Random(0), ["cat"])
+    with pytest.raises(DataError, match="wanted 9"):
+        questions.questions(plan, ["cat"], random.Random(0), per_clip=9)
+
+
+def test_rows_come_back_from_their_file(tmp_path):
+    made = rows("train", 5)
+    assert questions.read_rows(questions.write_rows(tmp_path / "train.jsonl", made)) == made
+
+
+def test_malformed_row_is_named_by_its_line(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"video": "a.mp4", "questions": []}\n{"video": "b.mp4"}\n')
+    with pytest.raises(
+        DataError, match=r"x\.jsonl, line 2: wanted a JSON object with 'video' and 'questions'"
+    ):
+        questions.read_rows(tmp_path / "x.jsonl")
+
+
+def test_majority_accuracy_is_that_of_the_commonest_training_answer():
+    train = [Row("a", tuple(Question("count", "?", answer) for answer in ("one", "one", "two")))]
+    test = [
+        Row("b", (Question("count", "?", "one"), Question("count", "?", "two"), Question("first", "?", "x")))
+    ]
+    assert questions.majority_accuracy(train, test) == {"count": 0.5, "first": 0.0}
+
+
+def test_order_of_things_decides_the_split():
+    things = fake_things(6, held_out=0)
+    assert {split_of(pair) for pair in [(a, b) for a in things for b in things if a != b]} == {
+        "train",
+        "held_out",
+    }
