@@ -137,6 +137,18 @@ def fill(module: nn.Module, state: dict[str, Tensor], name: str, owner: str) -> 
     module.load_state_dict(state)
 
 
+def select(state: dict[str, Tensor], *, prefix: str = "", drop: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """A state dict without the keys that begin with one of `drop`, and with `prefix` taken off the rest.
+
+    What is left out is named, so that nothing is left out unseen.
+
+    >>> list(select({"visual.proj": torch.ones(1), "logit_scale": torch.ones(1)}, prefix="visual.",
+    ...             drop=("logit_scale",)))
+    ['proj']
+    """
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if not key.startswith(drop)}
+
+
 def identity_of(module: nn.Module) -> Identity:
     """The identity of weights that a module makes itself: the hash of its tensors."""
     tensors = module.state_dict().items()

@@ -1,0 +1,74 @@
+"""CLIP (Radford et al., 2021): image features trained to match captions, OpenAI's weights.
+
+Through open_clip, with the activation of the original (QuickGELU). https://arxiv.org/abs/2103.00020
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from einops import rearrange
+from torch import Tensor
+
+from merv.encode import Encoder
+from merv.types import EncoderSpec, Preset
+from merv.weights import select
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+TEXT_TOWER = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
+
+# variant: hub id, size, patch, width, layers, width of the embedding shared with text, parameters
+SIZES = {
+    "large": ("timm/vit_large_patch14_clip_224.openai", 224, 14, 1024, 24, 768, 303_966_208),
+    "large-336": ("timm/vit_large_patch14_clip_336.openai", 336, 14, 1024, 24, 768, 304_293_888),
+    "base-16": ("timm/vit_base_patch16_clip_224.openai", 224, 16, 768, 12, 512, 86_192_640),
+    "base-32": ("timm/vit_base_patch32_clip_224.openai", 224, 32, 768, 12, 512, 87_849_216),
+}
+
+
+class CLIP(Encoder):
+    """The output of the last block but one, without the class token: 16×16 a frame.
+
+    >>> CLIP.variants["large"].grid, CLIP.variants["large"].width
+    ((16, 16, 16), 1024)
+    """
+
+    variants: ClassVar = {
+        variant: EncoderSpec(
+            "clip",
+            frames=16,
+            grid=(16, size // patch, size // patch),
+            width=width,
+            presets=dict.fromkeys(
+                ("merv", "upstream"), Preset("crop", (size, size), "bicubic", None, MEAN, STD)
+            ),
+            patch=patch,
+            layer="last block but one",
+            source=source,
+            licence="MIT",
+            parameters=parameters,
+        )
+        for variant, (source, size, patch, width, _, _, parameters) in SIZES.items()
+    }
+    weight_files = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+    def build(self) -> None:
+        from open_clip.transformer import QuickGELU, VisionTransformer
+
+        _, size, patch, width, layers, shared, _ = SIZES[self.variant]
+        self.net = VisionTransformer(
+            size, patch, width, layers, width // 64, mlp_ratio=4.0, output_dim=shared, act_layer=QuickGELU
+        )
+
+    def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return select(state, prefix="visual.", drop=(*TEXT_TOWER, "logit_scale"))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        _, height, _ = self.spec.grid
+        images = rearrange(pixels, "b t c h w -> (b t) c h w")
+        layers = [len(self.net.transformer.resblocks) - 2]
+        found = self.net.forward_intermediates(
+            images, layers, stop_early=True, intermediates_only=True, output_fmt="NLC"
+        )
+        (tokens,) = found["image_intermediates"]
+        return rearrange(tokens, "(b t) (h w) d -> b t h w d", b=len(pixels), h=height)

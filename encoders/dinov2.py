@@ -1,0 +1,77 @@
+"""DINOv2 (Oquab et al., 2023): self-supervised image features that know parts and geometry.
+
+Through timm; the position table of its 518-pixel checkpoints is resampled as timm does it.
+https://arxiv.org/abs/2304.07193, with registers: https://arxiv.org/abs/2309.16588
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from einops import rearrange
+from torch import Tensor
+
+from merv.encode import Encoder
+from merv.types import EncoderSpec, Preset
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIZE, PATCH = 224, 14
+
+# variant: timm's name, width, parameters
+SIZES = {
+    "large": ("vit_large_patch14_reg4_dinov2", 1024, 303_230_976),
+    "small": ("vit_small_patch14_reg4_dinov2", 384, 21_629_952),
+    "base": ("vit_base_patch14_reg4_dinov2", 768, 85_727_232),
+    "giant": ("vit_giant_patch14_reg4_dinov2", 1536, 1_134_774_272),
+    "large-without-registers": ("vit_large_patch14_dinov2", 1024, 303_227_904),
+    "small-without-registers": ("vit_small_patch14_dinov2", 384, 21_628_800),
+    "base-without-registers": ("vit_base_patch14_dinov2", 768, 85_724_928),
+    "giant-without-registers": ("vit_giant_patch14_dinov2", 1536, 1_134_769_664),
+}
+
+
+class DINOv2(Encoder):
+    """The output of the last block but one, without norm, class and register tokens: 16×16 a frame.
+
+    >>> DINOv2.variants["large"].grid, DINOv2.variants["large"].width
+    ((16, 16, 16), 1024)
+    """
+
+    variants: ClassVar = {
+        variant: EncoderSpec(
+            "dinov2",
+            frames=16,
+            grid=(16, SIZE // PATCH, SIZE // PATCH),
+            width=width,
+            presets={
+                "merv": Preset("squash", (SIZE, SIZE), "bicubic", None, MEAN, STD),
+                "upstream": Preset("crop", (SIZE, SIZE), "bicubic", None, MEAN, STD),
+            },
+            patch=PATCH,
+            layer="last block but one, no norm",
+            source=f"timm/{name}.lvd142m",
+            licence="Apache-2.0",
+            parameters=parameters,
+        )
+        for variant, (name, width, parameters) in SIZES.items()
+    }
+
+    def build(self) -> None:
+        import timm
+
+        name, *_ = SIZES[self.variant]
+        self.net = timm.create_model(name, pretrained=False, img_size=SIZE, num_classes=0)
+
+    def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        return checkpoint_filter_fn(state, self.net)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        _, height, _ = self.spec.grid
+        images = rearrange(pixels, "b t c h w -> (b t) c h w")
+        layers = [len(self.net.blocks) - 2]
+        (tokens,) = self.net.forward_intermediates(
+            images, indices=layers, stop_early=True, intermediates_only=True, output_fmt="NLC"
+        )
+        return rearrange(tokens, "(b t) (h w) d -> b t h w d", b=len(pixels), h=height)

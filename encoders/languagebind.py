@@ -1,0 +1,83 @@
+"""LanguageBind video (Zhu et al., 2023): a CLIP ViT with attention over time in every block.
+
+https://arxiv.org/abs/2310.01852, https://github.com/PKU-YuanGroup/LanguageBind (MIT)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+from einops import rearrange
+from torch import Tensor
+
+from merv.encode import Encoder
+from merv.encoders._languagebind_tower import Shape, Tower, vision_config
+from merv.types import EncoderSpec, Preset
+from merv.weights import select
+
+SIZE, PATCH = 224, 14
+# The official code crops too; it also mirrors half of the clips at random, which is not copied.
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CROP = Preset("crop", (SIZE, SIZE), "bilinear_plain", mean=MEAN, std=STD)
+# In the same checkpoint: the text tower, and the numbers 0, 1, 2, … that older versions stored.
+REST = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+POSITIONS = "vision_model.embeddings.position_ids"
+
+# variant: hub id, width, layers, heads, parameters
+SIZES = {
+    "large": ("LanguageBind/LanguageBind_Video_merge", 1024, 24, 16, 404_187_136),
+    "large-ft": ("LanguageBind/LanguageBind_Video_FT", 1024, 24, 16, 404_187_136),
+    "huge-v1.5": ("LanguageBind/LanguageBind_Video_Huge_V1.5_FT", 1280, 32, 16, 841_054_720),
+}
+
+
+class LanguageBind(Encoder):
+    """The hidden state before the last block, without the class token: 16×16 a frame.
+
+    The activation and the number of frames that see each other come from the config.json beside the
+    weights, without a default; random weights get "gelu" and 8.
+
+    >>> LanguageBind.variants["large"].grid, LanguageBind.variants["large"].window
+    ((16, 16, 16), 8)
+    """
+
+    variants: ClassVar = {
+        variant: EncoderSpec(
+            "languagebind",
+            frames=16,
+            grid=(16, SIZE // PATCH, SIZE // PATCH),
+            width=width,
+            presets={"merv": CROP, "upstream": CROP},
+            window=8,
+            patch=PATCH,
+            layer="before the last block",
+            source=source,
+            licence="MIT",
+            parameters=parameters,
+        )
+        for variant, (source, width, _, _, parameters) in SIZES.items()
+    }
+
+    def build(self) -> None:
+        config = {"hidden_act": "gelu", "num_frames": 8}
+        if self.source:
+            config = vision_config(self.source, most_frames=self.spec.frames)
+        frames = config["num_frames"]
+        _, width, layers, heads, _ = SIZES[self.variant]
+        class_tokens = frames if config.get("clip_type") == "vl_new" else 1
+        self.spec = replace(self.spec, window=frames)
+        self.net = Tower(Shape(width, layers, heads, PATCH, SIZE, frames, config["hidden_act"], class_tokens))
+
+    def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = select(state, prefix="vision_model.", drop=(*REST, POSITIONS))
+        token, patches = "embeddings.class_embedding", "embeddings.patch_embedding.weight"
+        if token in state and state[token].ndim == 1:
+            state[token] = state[token][None]
+        if patches in state and state[patches].ndim == 5:  # version 1.5: a tube of one frame
+            state[patches] = state[patches].squeeze(2)
+        return state
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        tokens = self.net(rearrange(pixels, "b t c h w -> (b t) c h w"))[:, 1:]  # without the class token
+        return rearrange(tokens, "(b t) (h w) d -> b t h w d", b=len(pixels), h=self.spec.grid[1])

@@ -1,0 +1,78 @@
+"""ViViT (Arnab et al., 2021): a video transformer over tubelets, trained to tell actions apart.
+
+Through transformers, without its pooling and classifier. https://arxiv.org/abs/2103.15691
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+from einops import rearrange
+from torch import Tensor
+
+from merv.encode import Encoder
+from merv.types import EncoderSpec, Preset
+from merv.weights import select
+
+FRAMES, SIZE, TUBELET, PATCH = 32, 224, 2, 16
+PRESETS = {
+    "merv": Preset("squash", (SIZE, SIZE), "bilinear"),
+    # Its processor scales to [-1, 1] and then takes off the mean once more: (2p - 1 - .5) / .5.
+    "upstream": Preset("crop", (SIZE, SIZE), "bilinear", 256, mean=(0.75,) * 3, std=(0.25,) * 3),
+}
+# The checkpoints' names in newer versions of transformers; older ones keep them.
+NEWER_NAMES = {
+    r"^encoder\.layer\.": "layers.",
+    r"attention\.attention\.query\.": "attention.q_proj.",
+    r"attention\.attention\.key\.": "attention.k_proj.",
+    r"attention\.attention\.value\.": "attention.v_proj.",
+    r"attention\.output\.dense\.": "attention.o_proj.",
+    r"intermediate\.dense\.": "mlp.fc1.",
+    r"(\d)\.output\.dense\.": r"\1.mlp.fc2.",
+}
+
+
+class ViViT(Encoder):
+    """The last hidden state after the final norm, without the class token: 16×14×14 of 32 frames.
+
+    >>> ViViT.variants["b-16x2-kinetics400"].window
+    32
+    """
+
+    variants: ClassVar = {
+        variant: EncoderSpec(
+            "vivit",
+            frames=FRAMES,
+            grid=(FRAMES // TUBELET, SIZE // PATCH, SIZE // PATCH),
+            width=768,
+            presets=PRESETS,
+            window=FRAMES,
+            tubelet=TUBELET,
+            patch=PATCH,
+            layer="last, after the final norm",
+            source=f"google/vivit-{variant}",
+            licence="MIT",
+            parameters=88_646_400,
+        )
+        for variant in ("b-16x2-kinetics400", "b-16x2")
+    }
+
+    def build(self) -> None:
+        from transformers import VivitConfig, VivitModel
+
+        self.net = VivitModel(VivitConfig(), add_pooling_layer=False)
+
+    def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = select(state, prefix="vivit.", drop=("classifier.", "vivit.pooler."))
+        if "encoder.layer.0.layernorm_before.weight" in self.net.state_dict():
+            return state
+        for old, new in NEWER_NAMES.items():
+            state = {re.sub(old, new, name): tensor for name, tensor in state.items()}
+        return state
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        t, h, w = self.spec.grid
+        windows = rearrange(pixels, "b (n t) c h w -> (b n) t c h w", t=FRAMES)
+        tokens = self.net(windows).last_hidden_state[:, 1:]  # without the class token
+        return rearrange(tokens, "(b n) (t h w) d -> b (n t) h w d", b=len(pixels), t=t, h=h, w=w)
