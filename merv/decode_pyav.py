@@ -98,7 +98,7 @@ class PyAVReader(VideoReader):
             if fast:
                 needed = not packet.size or packet.pts in left
                 stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
-            for frame in _decoded(packet):
+            for frame in self._decoded(packet):
                 pts = self._pts[min(shown, len(self._pts) - 1)] if self._by_count else frame.pts
                 shown += 1
                 if pts in left:
@@ -107,9 +107,20 @@ class PyAVReader(VideoReader):
                 if pts is not None and pts >= wanted[-1]:
                     return
 
+    def _decoded(self, packet: Any) -> list[Any]:
+        """What comes out when a packet goes in. An error spoils the frames that build on it, too."""
+        try:
+            return packet.decode()
+        except BROKEN:
+            if packet.pts is None or packet.pts > self._pts[0]:
+                self.damage = self.damage or "some of its packets are damaged"
+            return []
+
     def _runs(self, wanted: list[int]) -> Iterator[tuple[int | None, list[int]]]:
         """`wanted` cut where seeking pays: (pts of the keyframe to seek to, frames to read on)."""
-        key, run, here = None, [], self._pts[0]
+        key: int | None = None
+        run: list[int] = []
+        here = self._pts[0]
         for pts in wanted:
             before = self._keys[bisect_right(self._keys, pts) - 1] if self._keys else here
             if (before - here) * self._tick_s > SEEK_S:
@@ -128,9 +139,11 @@ class PyAVReader(VideoReader):
 
     def _open(self) -> Any:
         self._file.seek(0)
-        old = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+        options: dict[str, Any] = {"options": {"protocol_whitelist": "none"}}
+        if int(av.__version__.split(".")[0]) < 19:  # from then on never an error
+            options["metadata_errors"] = "replace"
         try:
-            container = av.open(self._file, options={"protocol_whitelist": "none"}, **old)
+            container = av.open(self._file, **options)
         except BROKEN as error:
             empty = not self._file.seek(0, 2)
             raise UnreadableVideo(
@@ -174,11 +187,13 @@ class Scan:
         try:
             for packet in _packets(container, stream, salvage=False):
                 if scan.first is None:
-                    scan.first = next(iter(_decoded(packet)), None)
+                    with suppress(*BROKEN):
+                        scan.first = next(iter(packet.decode()), None)
                 if not packet.size:
                     continue
                 scan.by_count |= packet.pts is None
-                pts = packets * step if packet.pts is None else packet.pts
+                pts = packet.dts if scan.by_count else packet.pts
+                pts = packets * step if pts is None else pts
                 packets += 1
                 if not packet.is_discard:
                     scan.shown[pts] = packet.duration or step
@@ -186,10 +201,14 @@ class Scan:
                     scan.keys.append(pts)
         except BROKEN as error:
             scan.damage = f"reading stopped at {type(error).__name__}"
-        promised = stream.frames if container.format.name.startswith("mov") else 0
-        if packets < promised:
-            scan.damage = f"the file is cut off, {packets} of its {promised} frames are there"
+        if packets < stream.frames and scan.end() + step < (stream.start_time or 0) + (stream.duration or 0):
+            scan.damage = f"the file is cut off, {packets} of its {stream.frames} frames are there"
         return scan
+
+    def end(self) -> int:
+        """When the last frame ends."""
+        last = max(self.shown, default=0)
+        return last + self.shown.get(last, 0)
 
     def frame_pts(self) -> list[int]:
         """When frames are shown, ascending, from the first that can be decoded."""
@@ -235,19 +254,13 @@ class Turn:
 def _video_stream(container: Any) -> Any:
     """The first stream of moving pictures; a song's cover is none."""
     covers = av.stream.Disposition.attached_pic
-    return next((s for s in container.streams.video if not s.disposition & covers), None)
+    stream = next((s for s in container.streams.video if not s.disposition & covers), None)
+    if stream is not None:
+        stream.thread_type = "SLICE"
+    return stream
 
 
 def _packets(container: Any, stream: Any, salvage: bool = True) -> Iterator[Any]:
     """Packets of the stream up to a last, empty one that flushes the decoder."""
-    stream.thread_type = "SLICE"
     with suppress(*(BROKEN if salvage else ())):
         yield from container.demux(stream)
-
-
-def _decoded(packet: Any) -> list[Any]:
-    """The frames that come out when a packet goes in; none where it is damaged."""
-    try:
-        return packet.decode()
-    except BROKEN:
-        return []

@@ -1,0 +1,293 @@
+"""Decoding: right frames, right times, upright, from every kind of source; errors that help."""
+
+import io
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from media import indices_of, make_folder, make_gif, make_video, overwrite, picture
+from PIL import Image
+
+import merv.decode_pyav
+from merv.decode import open_video, probe
+from merv.errors import DamagedVideo, ShapeError, UnreadableVideo, VideoError
+from merv.sample import on_screen
+
+
+def test_frames_come_in_the_order_asked(tmp_path: Path) -> None:
+    with open_video(make_video(tmp_path / "a.mp4", 40)) as video:
+        pixels = video.read([39, 3, 17, 3])
+    assert pixels.dtype == torch.uint8
+    assert pixels.shape == (4, 3, 32, 64)
+    assert indices_of(pixels) == [39, 3, 17, 3]
+
+
+def test_probe_tells_times_size_and_codec(tmp_path: Path) -> None:
+    info = probe(make_video(tmp_path / "a.mp4", 10, fps=20))
+    assert (info.width, info.height, info.codec, info.backend) == (64, 32, "h264", "pyav")
+    assert info.times_s == pytest.approx([i / 20 for i in range(10)])
+    assert (info.duration_s, info.fps) == pytest.approx((0.5, 20.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.mp4", "libx264"),
+        ("a.mkv", "libx264"),
+        ("a.ts", "libx264"),
+        ("a.webm", "libvpx-vp9"),
+        ("a.avi", "libx264"),  # its time stamps are in the order of storage
+        ("a.h264", "libx264"),  # has no time stamps
+        ("a.mpg", "mpeg2video"),
+    ],
+)
+def test_b_frames_come_at_their_own_times(tmp_path: Path, name: str, codec: str) -> None:
+    with open_video(make_video(tmp_path / name, 30, codec=codec, options={"g": "10", "bf": "2"})) as video:
+        assert video.info.times_s == pytest.approx([i / 25 for i in range(30)], abs=1e-4)
+        assert indices_of(video.read(range(30))) == list(range(30))
+        assert indices_of(video.read([29, 1, 14])) == [29, 1, 14]
+
+
+def test_variable_frame_rate_keeps_its_true_times(tmp_path: Path) -> None:
+    times_ms = [0, 40, 500, 540, 2000, 2040]
+    with open_video(make_video(tmp_path / "a.mp4", times_ms=times_ms)) as video:
+        assert video.info.times_s == pytest.approx([ms / 1000 for ms in times_ms])
+        at = on_screen(video.info.times_s, [0.45, 1.9, 2.01])
+        assert indices_of(video.read(at)) == [1, 3, 4]
+
+
+def test_clock_starts_at_the_first_frame(tmp_path: Path) -> None:
+    info = probe(make_video(tmp_path / "a.mkv", 5, start_s=60.0))
+    assert info.times_s == pytest.approx([0.0, 0.04, 0.08, 0.12, 0.16])
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+def test_rotated_video_comes_upright(tmp_path: Path, rotation: int) -> None:
+    with open_video(make_video(tmp_path / "a.mp4", rotation=rotation)) as video:
+        assert (video.info.rotation, video.info.width, video.info.height) == (rotation, 64, 32)
+        assert indices_of(video.read([5, 6])) == [5, 6]
+
+
+def test_far_frames_are_reached_by_seeking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_video(tmp_path / "a.mp4", 200, options={"g": "20", "bf": "2"})
+    decoded = 0
+    picked = merv.decode_pyav.PyAVReader._decoded
+
+    def count(self: merv.decode_pyav.PyAVReader, packet: av.Packet) -> list:
+        nonlocal decoded
+        decoded += 1
+        return picked(self, packet)
+
+    monkeypatch.setattr(merv.decode_pyav.PyAVReader, "_decoded", count)
+    with open_video(path) as video:
+        assert indices_of(video.read([190, 2, 95])) == [190, 2, 95]
+    assert decoded < 100
+
+
+def test_quick_and_plain_passes_give_the_same_pixels(tmp_path: Path) -> None:
+    wanted = [1, 30, 77, 78, 150]
+    with open_video(make_video(tmp_path / "a.mp4", 200, options={"g": "20", "bf": "3"})) as video:
+        quick = video.read(wanted)
+        video._by_count = True  # type: ignore[attr-defined]  # decodes everything, in order
+        assert torch.equal(quick, video.read(wanted))
+
+
+def test_sources_of_the_same_bytes_give_the_same_frames(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4")
+    data = path.read_bytes()
+    with path.open("rb") as file:
+        for source in (path, str(path), data, bytearray(data), io.BytesIO(data), file):
+            with open_video(source) as video:
+                assert indices_of(video.read([0, 9])) == [0, 9]
+        assert not file.closed
+
+
+def test_file_opened_here_is_closed(tmp_path: Path) -> None:
+    with open_video(make_video(tmp_path / "a.mp4")) as video:
+        pass
+    assert video._file.closed  # type: ignore[attr-defined]
+
+
+def test_image_is_a_still(tmp_path: Path) -> None:
+    Image.fromarray(picture(7)).save(tmp_path / "a.png")
+    for source in (tmp_path / "a.png", Image.fromarray(picture(7)), picture(7)):
+        with open_video(source) as image:
+            assert image.info.is_still
+            assert image.info.duration_s == 0
+            assert indices_of(image.read([0])) == [7]
+
+
+def test_photo_is_turned_as_its_exif_says(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn 90° clockwise
+    Image.fromarray(np.rot90(picture(9)).copy()).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    with open_video(tmp_path / "a.jpg") as image:
+        assert (image.info.width, image.info.height) == (64, 32)
+        assert indices_of(image.read([0])) == [9]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_animation_honours_its_durations(tmp_path: Path, suffix: str) -> None:
+    with open_video(make_gif(tmp_path / f"a.{suffix}", [50, 200, 100])) as video:
+        assert video.info.times_s == pytest.approx([0.0, 0.05, 0.25])
+        assert video.info.duration_s == pytest.approx(0.35)
+        assert indices_of(video.read([2, 0, 1])) == [2, 0, 1]
+
+
+def test_folder_is_read_in_natural_order(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "frames", ["f2.png", "f9.png", "f10.png"])
+    (folder / "notes.txt").write_text("no picture")
+    with open_video(folder, fps=2) as video:
+        assert video.info.times_s == (0.0, 0.5, 1.0)
+        assert indices_of(video.read([0, 1, 2])) == [0, 1, 2]
+
+
+def test_broken_image_in_a_folder_is_damage(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "frames", ["1.png", "2.png", "3.png"])
+    (folder / "2.png").write_bytes(b"")
+    with open_video(folder) as video:
+        assert indices_of(video.read([0, 1, 2], on_error="partial")) == [0, 2]
+        assert video.missing == {1}
+        with pytest.raises(DamagedVideo, match="frames: 2 of the 3 wanted frames"):
+            video.read([0, 1, 2])
+
+
+def test_frames_of_different_sizes_are_refused(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "frames", ["1.png", "2.png"])
+    Image.new("RGB", (8, 8)).save(folder / "2.png")
+    with open_video(folder) as video, pytest.raises(UnreadableVideo, match=r"2.png is 8×8 .* 64×32"):
+        video.read([0, 1])
+
+
+@pytest.mark.parametrize("channels_first", [True, False])
+def test_array_and_tensor_channels_are_found(channels_first: bool) -> None:
+    array = np.stack([picture(i) for i in range(5)])
+    tensor = torch.from_numpy(array)
+    for source in (array, tensor):
+        turned = source.transpose(0, 3, 1, 2) if source is array else source.permute(0, 3, 1, 2)
+        with open_video(turned if channels_first else source, fps=5) as video:
+            assert video.info.duration_s == 1.0
+            assert indices_of(video.read([4, 2])) == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((3, 8, 3), np.uint8), "both could be the channels"),
+        (np.zeros((4, 8, 8), np.uint8), "no axis is 3 channels"),
+        (np.zeros((0, 3, 8, 8), np.uint8), r"got \[0, 3, 8, 8\]"),
+        (np.zeros((4, 3, 8, 8), np.float32), r"\(pixels \* 255\).round\(\).to\(torch.uint8\)"),
+    ],
+)
+def test_ambiguous_and_float_arrays_are_refused(array: np.ndarray, message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        open_video(array)
+
+
+def test_lost_packets_are_damage_and_the_rest_is_salvaged(tmp_path: Path) -> None:
+    path = overwrite(make_video(tmp_path / "a.mp4", 100, options={"g": "10"}), 0.3, 0.4)
+    with open_video(path) as video:
+        with pytest.raises(DamagedVideo, match=r"a.mp4: \d+ of the 100 wanted .* on_error='partial'"):
+            video.read(range(100))
+        salvaged = video.read(range(100), on_error="partial")
+    assert len(salvaged) == 100 - len(video.missing)
+    assert 60 < len(salvaged) < 100
+    assert indices_of(salvaged[:20]) == list(range(20))
+
+
+def test_frames_away_from_the_damage_are_read_without_complaint(tmp_path: Path) -> None:
+    path = overwrite(make_video(tmp_path / "a.mp4", 100, options={"g": "10"}), 0.5, 0.6)
+    with open_video(path) as video:
+        assert indices_of(video.read([0, 5, 12])) == [0, 5, 12]
+
+
+def cut_off(path: Path) -> Path:
+    """An mp4 whose index stands before its pictures, without the last of these."""
+    whole = make_video(path, 100, options={"g": "10"}, container={"movflags": "faststart"})
+    data = whole.read_bytes()
+    path.write_bytes(data[: data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2])
+    return path
+
+
+def test_cut_off_file_is_damaged(tmp_path: Path) -> None:
+    with open_video(cut_off(tmp_path / "a.mp4")) as video:
+        assert 20 < video.info.frames < 80
+        with pytest.raises(DamagedVideo, match=r"1 of the 1 wanted .*; the file is cut off, \d+ of its 100"):
+            video.read([0])
+        assert indices_of(video.read([0], on_error="partial")) == [0]
+
+
+def test_trimmed_file_is_not_cut_off(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4", 100, options={"g": "10"})
+    data = bytearray(path.read_bytes())
+    place = data.index(b"elst") + 12  # the edit's duration, in ms
+    data[place : place + 4] = (2000).to_bytes(4, "big")
+    path.write_bytes(data)
+    with open_video(path) as video:
+        assert (video.info.frames, video.info.duration_s) == (50, 2.0)
+        assert indices_of(video.read([0, 49])) == [0, 49]
+
+
+PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile://%s\n#EXT-X-ENDLIST\n"
+CONCAT = b"ffconcat version 1.0\nfile '%s'\n"
+
+
+@pytest.mark.parametrize("text", [PLAYLIST, CONCAT])
+def test_file_that_points_to_another_is_refused(tmp_path: Path, text: bytes) -> None:
+    target = make_video(tmp_path / "secret.mp4")
+    (tmp_path / "a.m3u8").write_bytes(text % str(target).encode())
+    with pytest.raises(UnreadableVideo, match=r"a\.m3u8"):
+        open_video(tmp_path / "a.m3u8")
+
+
+def test_sound_alone_is_no_video(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+    with pytest.raises(UnreadableVideo, match=r"a.wav: the file holds no video"):
+        open_video(tmp_path / "a.wav")
+
+
+def test_missing_file_is_named() -> None:
+    with pytest.raises(UnreadableVideo, match=r"nowhere/clip.mp4: No such file"):
+        open_video("nowhere/clip.mp4")
+
+
+def test_address_is_refused_with_advice() -> None:
+    with pytest.raises(UnreadableVideo, match="Only local files are read: download it first"):
+        open_video("https://example.org/clip.mp4")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [(b"", "is empty"), (b"no video " * 99, "not a video or image")]
+)
+def test_file_without_video_is_named(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "clip.mp4").write_bytes(data)
+    with pytest.raises(UnreadableVideo, match=rf"clip\.mp4: .*{message}"):
+        open_video(tmp_path / "clip.mp4")
+
+
+def test_folder_without_images_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableVideo, match="holds no images"):
+        open_video(tmp_path)
+
+
+def test_index_beyond_the_clip_is_an_error(tmp_path: Path) -> None:
+    with open_video(make_video(tmp_path / "a.mp4", 5)) as video, pytest.raises(IndexError, match="0 to 4"):
+        video.read([5])
+
+
+def test_unknown_backend_and_source_say_what_there_is() -> None:
+    with pytest.raises(VideoError, match=r"'decord'. There are: pyav"):
+        open_video("a.mp4", backend="decord")
+    with pytest.raises(VideoError, match=r"from int. Give a path"):
+        open_video(3)
+
+
+def test_name_is_used_in_errors() -> None:
+    with pytest.raises(UnreadableVideo, match="upload 7: the file is empty"):
+        open_video(b"", name="upload 7")

@@ -1,0 +1,107 @@
+"""Preprocessing: equal to torchvision's on PIL images, with the extent of what remains."""
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from merv.errors import ShapeError
+from merv.preprocess import normalise, preprocess, resize
+from merv.types import Frames, Preset
+
+MODES = {"bicubic": transforms.InterpolationMode.BICUBIC, "bilinear": transforms.InterpolationMode.BILINEAR}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def pictures(height: int, width: int, frames: int = 2) -> Tensor:
+    return torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8)
+
+
+def by_torchvision(pixels: Tensor, geometry: list) -> Tensor:
+    pipeline = transforms.Compose([*geometry, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    return torch.stack([pipeline(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in pixels])
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("height_width", [(48, 85), (85, 48), (33, 33), (20, 31), (32, 45)])
+@pytest.mark.parametrize("short", [None, 37])
+def test_crop_equals_torchvision(
+    interpolation: str, height_width: tuple[int, int], short: int | None
+) -> None:
+    pixels = pictures(*height_width)
+    preset = Preset("crop", (32, 32), interpolation, short, MEAN, STD)  # type: ignore[arg-type]
+    geometry = [transforms.Resize(short or 32, MODES[interpolation]), transforms.CenterCrop(32)]
+    assert torch.equal(normalise(resize(pixels, preset)[0], preset), by_torchvision(pixels, geometry))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_squash_equals_torchvision(interpolation: str) -> None:
+    pixels = pictures(48, 85)
+    preset = Preset("squash", (32, 24), interpolation, None, MEAN, STD)  # type: ignore[arg-type]
+    geometry = [transforms.Resize((32, 24), MODES[interpolation])]
+    assert torch.equal(normalise(resize(pixels, preset)[0], preset), by_torchvision(pixels, geometry))
+
+
+@pytest.mark.parametrize(("height_width", "long"), [((48, 85), 56), ((85, 48), 56), ((30, 45), 48)])
+def test_plain_bilinear_rounds_down_and_does_not_antialias(height_width: tuple[int, int], long: int) -> None:
+    pixels = pictures(*height_width)
+    wide = height_width[1] > height_width[0]
+    whole = torch.nn.functional.interpolate(
+        pixels / 255, size=(32, long) if wide else (long, 32), mode="bilinear", align_corners=False
+    )
+    start = round((long - 32) / 2)
+    wanted = whole[..., start : start + 32] if wide else whole[..., start : start + 32, :]
+    assert torch.equal(resize(pixels, Preset("crop", (32, 32), "bilinear_plain"))[0], wanted)
+
+
+def test_extent_of_a_crop_is_its_rectangle() -> None:
+    pixels, extent = resize(pictures(40, 80), Preset("crop", (40, 40)))
+    assert pixels.shape == (2, 3, 40, 40)
+    assert extent == (0.0, 0.25, 1.0, 0.75)
+
+
+def test_extent_of_a_letterbox_reaches_beyond_and_is_filled_with_the_mean() -> None:
+    preset = Preset("letterbox", (40, 40), mean=MEAN, std=STD)
+    frames = preprocess(Frames.of(pictures(40, 80)[None]), preset)
+    assert frames.extent.tolist() == [[-0.5, 0.0, 1.5, 1.0]]
+    assert frames.pixels[..., :10, :].abs().max() < 0.01
+    assert frames.pixels[..., 10:30, :].abs().max() > 1
+
+
+def test_extents_are_composed() -> None:
+    cropped = Frames.of(pictures(40, 80)[None], extent=torch.tensor([[0.0, 0.5, 1.0, 1.0]]))
+    assert preprocess(cropped, Preset("crop", (40, 40))).extent.tolist() == [[0.0, 0.625, 1.0, 0.875]]
+
+
+@pytest.mark.parametrize("fit", ["squash", "crop", "letterbox"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear_plain"])
+def test_right_size_passes_through(fit: str, interpolation: str) -> None:
+    pixels = pictures(32, 32)
+    same, extent = resize(pixels, Preset(fit, (32, 32), interpolation))  # type: ignore[arg-type]
+    assert torch.equal(same, pixels if interpolation == "bicubic" else pixels / 255)
+    assert extent == (0.0, 0.0, 1.0, 1.0)
+
+
+def test_batches_keep_times_and_mask() -> None:
+    frames = Frames.of(pictures(32, 48, frames=6).reshape(2, 3, 3, 32, 48), torch.rand(2, 3))
+    ready = preprocess(frames, Preset("squash", (16, 16)))
+    assert ready.pixels.shape == (2, 3, 3, 16, 16)
+    assert ready.pixels.dtype == torch.float32
+    assert torch.equal(ready.times_s, frames.times_s)
+    assert torch.equal(ready.pixels[1, 0], normalise(*resize_one(frames.pixels[1, 0])))
+
+
+def resize_one(picture: Tensor) -> tuple[Tensor, Preset]:
+    preset = Preset("squash", (16, 16))
+    return resize(picture[None], preset)[0][0], preset
+
+
+def test_floats_are_refused() -> None:
+    with pytest.raises(ShapeError, match=r"uint8 pixels \[T, 3, H, W\], 0 to 255; got torch.float32"):
+        resize(torch.rand(2, 3, 32, 32), Preset("squash", (16, 16)))
+
+
+def test_crop_larger_than_the_picture_is_refused() -> None:
+    with pytest.raises(ShapeError, match=r"Cannot crop 32×64 pixels from 32×40.*larger `resize`"):
+        resize(pictures(32, 40), Preset("crop", (32, 64)))
