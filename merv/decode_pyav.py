@@ -139,7 +139,8 @@ class PyAVReader(VideoReader):
 
     def _open(self) -> Any:
         self._file.seek(0)
-        options: dict[str, Any] = {"options": {"protocol_whitelist": "none"}}
+        # Not `options`: before PyAV 18 those crash in files that announce no streams, as mpg.
+        options: dict[str, Any] = {"container_options": {"protocol_whitelist": "none"}}
         if int(av.__version__.split(".")[0]) < 19:  # from then on never an error
             options["metadata_errors"] = "replace"
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -19,7 +19,7 @@ def load_video(
     source: Any,
     *,
     frames: int = 32,
-    sampling: Mode | Sampling = "uniform",
+    sampling: str | Sampling = "uniform",
     fps: float | None = None,
     start_s: float = 0.0,
     end_s: float | None = None,
@@ -56,9 +56,9 @@ def load_video(
         return None
 
 
-def _sampling(sampling: Mode | Sampling, fps: float | None, start_s: float, end_s: float | None) -> Sampling:
+def _sampling(sampling: str | Sampling, fps: float | None, start_s: float, end_s: float | None) -> Sampling:
     if not isinstance(sampling, Sampling):
-        return Sampling(sampling, start_s=start_s, end_s=end_s, fps=fps)
+        return Sampling(cast(Mode, sampling), start_s=start_s, end_s=end_s, fps=fps)
     if fps is not None or start_s or end_s is not None:
         raise SamplingError("fps, start_s and end_s go into the Sampling that is given, not beside it.")
     return sampling

@@ -13,7 +13,7 @@ from merv.sample import Sampling, official_indices
 
 
 def test_times_are_those_of_the_frames_that_came(tmp_path: Path) -> None:
-    frames = load_video(make_video(tmp_path / "a.mp4", times_ms=[0, 40, 500, 540, 960]), frames=4)
+    frames = load_video(make_video(tmp_path / "a.mp4", times_ms=[0, 40, 500, 540, 960]), frames=4, end_s=0.96)
     assert frames is not None
     assert indices_of(frames.pixels[0]) == [1, 1, 3, 3]
     assert frames.times_s.tolist() == [pytest.approx([0.04, 0.04, 0.54, 0.54])]
