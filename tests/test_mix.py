@@ -1,0 +1,231 @@
+import math
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from merv.errors import ShapeError
+from merv.fuse import Fusion
+from merv.mix import MIXERS, CrossAttention, create_mixer
+from merv.types import WHOLE_PICTURE, Grid
+
+WEIGHTING = ["gate", "cross_attention", "mean", "scalar"]
+
+
+def grids_of(widths: dict[str, int], batch=2, t=4, h=3, w=3) -> dict[str, Grid]:
+    return {
+        name: Grid(
+            torch.randn(batch, t, h, w, width),
+            torch.arange(t, dtype=torch.float64).expand(batch, -1),
+            torch.tensor(WHOLE_PICTURE).expand(batch, -1),
+            torch.ones(batch, t, h, w, dtype=torch.bool),
+        )
+        for name, width in widths.items()
+    }
+
+
+def randomised(fusion: Fusion) -> Fusion:
+    """Every parameter random, so that nothing hides behind a zero."""
+    for parameter in fusion.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return fusion
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_gate_with_projectors_equals_the_released_formula(folded):
+    """Written out from the description of the released model, with its dead value map and key bias."""
+    widths, width, hidden = {"a": 24, "b": 40, "c": 16}, 48, 32
+    fusion = randomised(
+        Fusion(widths, width, "gate", norm=False, mixer_options={"hidden": hidden}, folded=folded)
+    )
+    grids = grids_of(widths, t=4, h=8, w=8)
+    out = fusion(grids)
+
+    gate, key_bias = fusion.mixer, torch.randn(hidden)
+    projected = []  # x_e [B, N, L]: Linear on the tokens of each encoder, in order (t h w)
+    for name in widths:
+        linear = fusion.projectors[name].linear
+        projected.append(grids[name].values.flatten(1, 3) @ linear.weight.T + linear.bias)
+    means = torch.stack([x.mean(dim=1) for x in projected], dim=1)  # x̄_e [B, E, L]
+    query = gate.query @ gate.to_query.weight.T + gate.to_query.bias
+    keys = means @ gate.to_key.weight.T + key_bias
+    a = torch.softmax(query @ keys.mT / math.sqrt(hidden), dim=-1)[:, 0]  # [B, E]
+    expected = sum(a[:, e, None, None] * x for e, x in enumerate(projected))
+    ignored = scaled_dot_product_attention(query.expand(2, 1, -1), keys, torch.randn(2, 3, 7))
+    assert ignored.shape == (2, 1, 7)  # the release computes it, then throws it away
+
+    torch.testing.assert_close(out.weights[:, :, 0, 0, 0], a, atol=1e-6, rtol=0)
+    torch.testing.assert_close(out.tokens, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mixer", WEIGHTING)
+def test_folded_equals_plain_with_absent_encoders(mixer):
+    fusion = randomised(Fusion({"a": 8, "b": 12, "c": 5}, 16, mixer))
+    grids = grids_of({"a": 8, "b": 12, "c": 5})
+    grids["a"].mask[1] = False
+    grids["b"].mask[0, :2] = False
+    plain = fusion.train()(grids)
+    folded = fusion.eval()(grids)
+    torch.testing.assert_close(folded.tokens, plain.tokens, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(folded.weights, plain.weights)
+
+
+@pytest.mark.parametrize("mixer", WEIGHTING)
+def test_absent_encoders_have_no_weight_and_the_others_sum_to_one(mixer):
+    fusion = randomised(Fusion({"a": 8, "b": 8, "c": 8}, 16, mixer))
+    grids = grids_of({"a": 8, "b": 8, "c": 8})
+    grids["a"].mask[0] = False  # differs by sample
+    grids["b"].mask[1] = False
+    grids["a"].values[0] = 0
+    out = fusion(grids)
+    assert out.tokens.isfinite().all()
+    assert (out.weights[0, 0] == 0).all()
+    assert (out.weights[1, 1] == 0).all()
+    torch.testing.assert_close(out.weights.sum(dim=1), torch.ones(2, 4, 3, 3))
+
+
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_a_left_out_encoder_counts_as_absent(mixer):
+    fusion = randomised(Fusion({"a": 8, "b": 12}, 16, mixer))
+    grids = grids_of({"a": 8, "b": 12})
+    only = fusion({"b": grids["b"]})
+    grids["a"].mask[:] = False
+    grids["a"].values[:] = 0
+    both = fusion(grids)
+    torch.testing.assert_close(only.tokens, both.tokens)
+    assert torch.equal(only.mask, both.mask)
+
+
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_a_cell_that_nobody_sees_is_masked_and_gives_finite_gradients(mixer):
+    fusion = randomised(Fusion({"a": 8, "b": 8}, 16, mixer))
+    grids = grids_of({"a": 8, "b": 8}, batch=1)
+    for grid in grids.values():
+        grid.mask[:, 0] = False
+    out = fusion.train()(grids)
+    assert not out.mask[:, :9].any()
+    out.tokens[out.mask].square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in fusion.parameters())
+
+
+@pytest.mark.parametrize("mixer", sorted(set(MIXERS) - {"mean"}))
+def test_every_parameter_of_a_mixer_gets_a_gradient(mixer):
+    fusion = randomised(Fusion({"a": 8, "b": 8}, 16, mixer)).train()
+    fusion(grids_of({"a": 8, "b": 8})).tokens.square().sum().backward()
+    assert [n for n, p in fusion.mixer.named_parameters() if p.grad is None] == []
+
+
+def test_concat_gives_as_many_times_the_tokens():
+    fusion = Fusion({"a": 8, "b": 8}, 16, "concat")
+    out = fusion(grids_of({"a": 8, "b": 8}))
+    assert out.tokens.shape == (2, 2 * 36, 16)
+    assert out.positions.shape == (2, 2 * 36, 3)
+    assert out.weights is None
+
+
+def test_concat_channels_is_a_linear_map_of_all_channels():
+    fusion = Fusion({"a": 8, "b": 8}, 16, "concat_channels", norm=False)
+    grids = grids_of({"a": 8, "b": 8})
+    streams = [fusion.projectors[n](grids[n].values).flatten(1, 3) for n in "ab"]
+    torch.testing.assert_close(fusion(grids).tokens, fusion.mixer.linear(torch.cat(streams, dim=-1)))
+
+
+def test_cross_attention_starts_as_the_mean():
+    grids = grids_of({"a": 8, "b": 8})
+    fusion = Fusion({"a": 8, "b": 8}, 16, "cross_attention")
+    torch.testing.assert_close(fusion(grids).weights, torch.full((2, 2, 4, 3, 3), 0.5))
+
+
+def test_permuting_time_permutes_the_weights_of_cross_attention():
+    fusion = randomised(Fusion({"a": 8, "b": 8}, 16, "cross_attention"))
+    grids = grids_of({"a": 8, "b": 8})
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = {n: Grid(g.values[:, order], g.times_s, g.extent, g.mask) for n, g in grids.items()}
+    torch.testing.assert_close(fusion(shuffled).weights, fusion(grids).weights[:, :, order])
+
+
+def test_the_question_changes_the_weights_when_conditioned():
+    fusion = randomised(Fusion({"a": 8, "b": 8}, 16, "cross_attention", mixer_options={"conditioned": True}))
+    grids = grids_of({"a": 8, "b": 8})
+    one, other = fusion(grids, torch.randn(2, 16)), fusion(grids, torch.randn(2, 16))
+    assert (one.weights - other.weights).abs().max() > 0.01
+
+
+def test_a_conditioned_mixer_without_a_question_says_so():
+    fusion = Fusion({"a": 8}, 16, "cross_attention", mixer_options={"conditioned": True})
+    with pytest.raises(ShapeError, match="conditioned on the question"):
+        fusion(grids_of({"a": 8}))
+
+
+def learn_to_switch(mixer: str, steps: int = 150) -> tuple[float, torch.Tensor]:
+    """One encoder knows the answer in the first half of time, the other in the second.
+
+    A read-out that is shared by all cells has to tell which of 4 patterns is shown; where an
+    encoder knows nothing it shows a wrong pattern at random. Returns the accuracy on fresh clips
+    and the weights.
+    """
+    torch.manual_seed(1)
+    patterns = torch.randn(4, 12)
+    fusion = Fusion({"a": 13, "b": 13}, 16, mixer, norm=False, mixer_options={"hidden": 32})
+    head = torch.nn.Linear(16, 4)
+    optimizer = torch.optim.Adam([*fusion.parameters(), *head.parameters()], lr=2e-2)
+
+    def clips(batch: int) -> tuple[dict[str, Grid], torch.Tensor]:
+        truth = torch.randint(4, (batch, 8))
+        shown = {name: torch.randint(4, (batch, 8)) for name in "ab"}
+        shown["a"][:, :4], shown["b"][:, 4:] = truth[:, :4], truth[:, 4:]
+        sure = {"a": (torch.arange(8) < 4).float(), "b": (torch.arange(8) >= 4).float()}
+        values = {
+            n: torch.cat([patterns[shown[n]], sure[n].expand(batch, 8)[..., None]], dim=-1) for n in "ab"
+        }
+        grids = grids_of({"a": 13, "b": 13}, batch, 8, 1, 1)
+        return {
+            n: Grid(values[n][:, :, None, None], g.times_s, g.extent, g.mask) for n, g in grids.items()
+        }, truth
+
+    for _ in range(steps):
+        grids, truth = clips(64)
+        loss = torch.nn.functional.cross_entropy(head(fusion(grids).tokens).flatten(0, 1), truth.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    grids, truth = clips(256)
+    out = fusion.eval()(grids)
+    return (head(out.tokens).argmax(dim=-1) == truth).float().mean().item(), out.weights.mean(dim=(0, 3, 4))
+
+
+def test_cross_attention_learns_to_switch_between_encoders_where_gate_cannot():
+    accuracy, weights = learn_to_switch("cross_attention")
+    gate_accuracy, _ = learn_to_switch("gate")
+    assert accuracy > 0.95
+    assert gate_accuracy < 0.85
+    assert weights[0, :4].min() > 0.8  # the first encoder speaks in the first half
+    assert weights[1, 4:].min() > 0.8
+
+
+def test_an_unknown_mixer_suggests_the_nearest():
+    with pytest.raises(ShapeError, match="Did you mean 'gate'"):
+        create_mixer("gat", 8, 2)
+
+
+def test_features_that_are_not_aligned_are_refused():
+    fusion = Fusion({"a": 8, "b": 8}, 16)
+    grids = {**grids_of({"a": 8}), **grids_of({"b": 8}, t=5)}
+    with pytest.raises(ShapeError, match="must be aligned"):
+        fusion(grids)
+
+
+def test_features_of_a_stranger_are_refused():
+    with pytest.raises(ShapeError, match="knows the encoders a; got features of b"):
+        Fusion({"a": 8}, 16)(grids_of({"b": 8}))
+
+
+def test_scale_to_sets_the_scale_of_the_tokens():
+    fusion = Fusion({"a": 512}, 64, "mean")
+    fusion.scale_to(0.1)
+    assert fusion(grids_of({"a": 512})).tokens.square().mean().sqrt().item() == pytest.approx(0.1, rel=0.1)
+
+
+def test_a_mixer_of_another_size_is_refused():
+    with pytest.raises(ShapeError, match="built for 3 encoders of width 16; this fusion has 1"):
+        Fusion({"a": 8}, 16, CrossAttention(16, 3))
