@@ -1,0 +1,234 @@
+import pytest
+import torch
+
+from merv.chat import ask
+from merv.errors import CheckpointError, PromptError, ShapeError, TrainingError
+from merv.llm import LoraOptions, fingerprint, load_llm
+from merv.multi_encoder import MultiEncoder
+from merv.pack import Tokens, pack
+from merv.testing import tiny_llm
+from merv.video_llm import VideoLLM
+
+
+def video(frames: int, height: int = 32, width: int = 32) -> torch.Tensor:
+    return torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8)
+
+
+def build(conditioned: bool = False, **llm) -> VideoLLM:
+    model, tokenizer = tiny_llm(**llm)
+    options = {"conditioned": True} if conditioned else {}
+    vision = MultiEncoder(
+        ["fake", "fake/video"], grid=(4, 2, 2), width=model.config.hidden_size, mixer_options=options
+    )
+    torch.nn.init.normal_(vision.fusion.mixer.gain)
+    return VideoLLM(model, tokenizer, vision).eval()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_llm(tmp_path / "llm")
+    return tmp_path / "llm"
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+@pytest.mark.parametrize("llm", [{}, {"chat_template": False}, {"chat_template": False, "bos": False}])
+def test_image_short_long_and_text_answer_in_a_batch_as_one_by_one(llm, conditioned):
+    model = build(conditioned, **llm)
+    talks = [
+        ask("What is on it?", video(1)),
+        ask("What happens?", video(3)),
+        ask("And in this much longer question about a longer clip?", video(80, 40, 24)),
+        ask("Just text."),
+        ask("Which of the two?", video(20), video(1)),
+    ]
+    together = model.generate(talks, max_new_tokens=6)
+    assert together == [model.generate([talk], max_new_tokens=6)[0] for talk in talks]
+
+
+def test_the_video_changes_the_answer():
+    model = build()
+    one, other = (model.log_probs([ask("What?", video(8), answer="cat")])[0] for _ in range(2))
+    assert (one - other).abs().max() > 1e-4
+
+
+def test_the_logits_are_those_of_the_llm_on_the_spliced_embeddings():
+    """Against transformers itself: embeddings spliced by hand, the LLM called directly."""
+    model, clip = build(), video(8)
+    talk = ask("What?", clip, answer="cat")
+    before, after = (
+        model.tokenizer(part, add_special_tokens=False).input_ids
+        for part in model.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "\ue000What?"}, talk[1]], tokenize=False
+        ).split("\ue000")
+    )
+    table = model.llm.get_input_embeddings()
+    tokens = model.vision(clip).tokens
+    spliced = torch.cat([table(torch.tensor([before])), tokens, table(torch.tensor([after]))], dim=1)
+    logits = model.llm(inputs_embeds=spliced).logits
+    expected = logits[0, -len(after) - 1 : -1].log_softmax(-1)[range(len(after)), after]
+    ours = model.log_probs([talk])[0]
+    torch.testing.assert_close(
+        ours,
+        expected[-len(ours) :]
+        if after[-1] == model.tokenizer.eos_token_id
+        else expected[-len(ours) - 1 : -1],
+    )
+
+
+def test_questions_that_share_a_video_cost_it_once_and_give_the_same_loss():
+    model, clip = build(), video(8)
+    talks = [
+        ask("What?", clip, answer="cat"),
+        ask("Who is it then?", clip, answer="a dog"),
+        ask("Why?", clip, answer="x"),
+    ]
+    packed, _ = model.pack([talks])
+    alone = [model.pack([[talk]])[0].ids.shape[1] for talk in talks]
+    assert packed.ids.shape[1] < sum(alone) - 2 * 16
+    torch.testing.assert_close(model([talks]), model([[talk] for talk in talks]))
+
+
+def test_questions_that_share_a_video_do_not_see_each_other():
+    model, clip = build(), video(8)
+    talks = [ask("What?", clip, answer="cat"), ask("Who?", clip, answer="dog")]
+    first, _, branches = model.predict([talks])
+    talks[0] = ask("Whoever?", clip, answer="cats")
+    second, _, others = model.predict([talks])
+    torch.testing.assert_close(first[branches == 2], second[others == 2])
+
+
+def test_gradients_of_a_shared_video_add_up():
+    model, clip = build().train(), video(8)
+    talks = [ask("What?", clip, answer="cat"), ask("Who?", clip, answer="dog")]
+    grads = []
+    for groups in ([talks], [[talk] for talk in talks]):
+        model.zero_grad()
+        model(groups).backward()
+        grads.append([p.grad.clone() for p in model.vision.fusion.parameters()])
+    torch.testing.assert_close(*grads)
+
+
+def test_would_say_agrees_with_greedy_decoding():
+    model, clip = build(), video(8)
+    wordy = model.generate([ask("What?", clip)], max_new_tokens=3)[0]
+    said = model.would_say([[ask("What?", clip, answer="no such thing")]])
+    assert said == [[False]]
+    packed, _ = model.pack([[ask("What?", clip, answer=wordy)]])
+    logits, labels, _ = model.predict([[ask("What?", clip, answer=wordy)]])
+    right = (logits.argmax(-1) == labels) | (labels == -100)
+    assert model.would_say([[ask("What?", clip, answer=wordy)]]) == [[bool(right.all())]]
+
+
+def test_streaming_gives_the_same_text():
+    model, talk = build(), ask("What?", video(4))
+    assert (
+        "".join(model.stream(talk, max_new_tokens=6)).strip() == model.generate([talk], max_new_tokens=6)[0]
+    )
+
+
+def test_an_error_while_streaming_is_raised():
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        list(build().stream(ask("What?"), max_new_tokens=-1))
+
+
+def test_log_probs_are_per_token_of_the_answer():
+    model = build()
+    scores = model.log_probs([ask("What?", answer="abc"), ask("What?", answer="a")])
+    assert [len(s) for s in scores] == [4, 2]  # bytes and the end
+    assert all((s < 0).all() for s in scores)
+
+
+def test_a_conversation_of_several_turns_learns_every_answer():
+    turns = [*ask("One?", video(4), answer="a"), *ask("Two?", answer="b")]
+    assert len(build().log_probs([turns])[0]) == 4
+
+
+def test_nothing_to_learn_is_an_error():
+    with pytest.raises(PromptError, match="no conversation has an assistant's turn"):
+        build()([[ask("What?")]])
+
+
+def test_an_answered_conversation_cannot_be_answered():
+    with pytest.raises(PromptError, match="end in the user's turn"):
+        build().generate([ask("What?", answer="cat")])
+
+
+def test_another_width_is_refused():
+    llm, tokenizer = tiny_llm()
+    with pytest.raises(ShapeError, match=f"width={llm.config.hidden_size}, not 8"):
+        VideoLLM(llm, tokenizer, MultiEncoder(["fake"], width=8))
+
+
+def test_only_the_named_parts_are_trained():
+    model = build()
+    model.add_lora(LoraOptions(rank=2))
+    model.train_only(["projector", "lora"])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".projectors." in name or "lora_" in name for name in trained)
+
+
+def test_every_trained_parameter_gets_a_gradient():
+    model = build()
+    model.add_lora(LoraOptions(rank=2))
+    model.train_only(["projector", "mixer", "lora"])
+    model([[ask("What?", video(4), answer="cat")]]).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_an_unknown_part_suggests_the_nearest():
+    with pytest.raises(TrainingError, match="Did you mean 'projector'"):
+        build().train_only(["projectors"])
+
+
+@pytest.mark.parametrize(
+    "parts", [["projector", "mixer"], ["projector", "lora"], ["projector", "mixer", "llm"]]
+)
+def test_saved_and_loaded_answers_the_same(parts, folder, tmp_path):
+    llm, tokenizer = load_llm(folder)
+    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], grid=(4, 2, 2), width=llm.config.hidden_size))
+    if "lora" in parts:
+        model.add_lora(LoraOptions(rank=2))
+    model.train_only(parts)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.eval().save_pretrained(tmp_path / "saved")
+    again = VideoLLM.from_pretrained(tmp_path / "saved")
+    talk = ask("What?", video(8), answer="cat")
+    assert torch.equal(model.log_probs([talk])[0], again.log_probs([talk])[0])
+    assert again.trained == tuple(parts)
+
+
+def test_a_saved_folder_holds_what_was_trained_only(folder, tmp_path):
+    llm, tokenizer = load_llm(folder)
+    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], width=llm.config.hidden_size))
+    model.save_pretrained(tmp_path / "saved")
+    trained = sum(p.numel() for p in model.vision.fusion.parameters()) * 4
+    assert trained < (tmp_path / "saved/model.safetensors").stat().st_size < trained + 4096
+
+
+def test_another_llm_than_in_training_is_refused(folder, tmp_path):
+    llm, tokenizer = load_llm(folder)
+    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], width=llm.config.hidden_size))
+    model.save_pretrained(tmp_path / "saved")
+    llm.get_input_embeddings().weight.data.add_(1)
+    llm.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="is another. Pass llm="):
+        VideoLLM.from_pretrained(tmp_path / "saved", llm=tmp_path / "other")
+
+
+def test_a_fingerprint_does_not_depend_on_the_precision_of_loading(folder):
+    llm = load_llm(folder)[0].bfloat16()
+    llm.save_pretrained(folder)
+    assert fingerprint(load_llm(folder, "fp32")[0]) == fingerprint(load_llm(folder, "bf16")[0])
+
+
+def test_a_generator_of_padding_on_either_side():
+    rows = [
+        [Tokens(torch.tensor([5, 6]), torch.tensor([-100, 6]))],
+        [Tokens(torch.tensor([7]), torch.tensor([-100]))],
+    ]
+    assert pack(rows, pad_id=0, side="left").ids.tolist() == [[5, 6], [0, 7]]
+    assert pack(rows, pad_id=0, side="right").ids.tolist() == [[5, 6], [7, 0]]
