@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `merv encoders` to `parser`."""
     parser.epilog = EXAMPLES
     parser.add_argument("--long", action="store_true", help="import each: state, shapes, parameters, licence")
-    actions = parser.add_subparsers(dest="action", metavar="check")
+    actions = parser.add_subparsers(title="instead of the list", dest="action", metavar="ACTION")
     check = actions.add_parser("check", help="test an encoder against its contract (random weights)")
     check.add_argument("names", nargs="+", metavar="NAME", help="NAME, NAME/VARIANT or MODULE:CLASS")
 

@@ -146,3 +146,10 @@ def test_check_of_a_bad_encoder_is_status_1_and_names_its_distribution(plant, ca
 def test_check_of_an_unknown_encoder_is_status_2(capsys):
     assert merv("encoders", "check", "siglp") == 2
     assert "Did you mean 'siglip'" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_distribution(capsys):
+    import merv as package
+
+    assert merv("--version") == 0
+    assert capsys.readouterr().out == f"merv {package.__version__}\n"

@@ -5,9 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from merv import parts
 from merv.errors import MissingDependency, WeightsError
+from merv.testing import tiny_llm
 
 PART = parts.Part("a-part", "1.0", "0" * 64, "a_part", "models/*.pth", "A part (MIT), 1 MB")
 
@@ -115,6 +117,21 @@ def test_the_language_model_is_converted_once(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "_convert_gguf", lambda gguf, folder: converted.append(gguf))
     assert parts.smollm2_folder() == parts.smollm2_folder() == cache / "smollm2-135m-instruct"
     assert converted == [tmp_path / "model.gguf"]
+
+
+def test_a_packed_model_is_saved_plain_and_in_bfloat16(cache, tmp_path, monkeypatch):
+    import transformers
+
+    llm, tokenizer = tiny_llm()
+    llm.config.quantization_config = {"quant_method": "gguf"}
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: llm)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    parts._convert_gguf(tmp_path / "model.gguf", tmp_path / "plain")
+    saved = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "plain")
+    assert saved.dtype == torch.bfloat16
+    assert not hasattr(saved.config, "quantization_config")
+    assert torch.equal(saved.lm_head.weight, llm.lm_head.weight.bfloat16())
+    assert (tmp_path / "plain" / "tokenizer.json").exists()
 
 
 def test_a_conversion_that_fails_leaves_nothing(cache, tmp_path, monkeypatch):
