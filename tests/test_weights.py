@@ -1,0 +1,184 @@
+"""Weights are found where they were said to be, fit key by key, or an error says what to type."""
+
+import pickle
+
+import pytest
+import torch
+from hub import cache_as_hub, write_hub, write_shards
+from torch import nn
+
+from merv.errors import WeightsError
+from merv.weights import BUILT_IN, Identity, Source, fill, identity_of, locate, package_file, select
+
+STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def same(state):
+    return state.keys() == STATE.keys() and all(torch.equal(state[key], STATE[key]) for key in STATE)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folder_is_found_by_the_names_of_a_hub(tmp_path, file):
+    source = locate(write_hub(tmp_path, STATE, file=file))
+    assert same(source.state())
+    assert source.revision is None
+
+
+def test_safetensors_come_before_pickles(tmp_path):
+    write_hub(tmp_path, {}, file="pytorch_model.bin")
+    assert same(locate(write_hub(tmp_path, STATE)).state())
+
+
+def test_an_encoder_may_name_its_own_files(tmp_path):
+    write_hub(tmp_path, {})
+    write_hub(tmp_path, STATE, file="open_clip_model.safetensors")
+    assert same(locate(str(tmp_path), ("open_clip_model.safetensors",)).state())
+
+
+def test_shards_are_read_together(tmp_path):
+    assert same(locate(write_shards(tmp_path, STATE)).state())
+
+
+def test_an_absent_shard_is_named(tmp_path):
+    folder = write_shards(tmp_path, STATE)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"lacks 1 of its files \(model-00002-of-00002.safetensors\)"):
+        locate(folder)
+
+
+@pytest.mark.parametrize("file", ["any.safetensors", "any.pth", "any.bin"])
+def test_a_single_file_is_taken_as_it_is(tmp_path, file):
+    write_hub(tmp_path, STATE, file=file)
+    assert same(locate(str(tmp_path / file)).state())
+
+
+def test_the_identity_is_the_hash_of_the_bytes(tmp_path):
+    one = locate(write_hub(tmp_path / "a", STATE)).identity()
+    two = locate(write_hub(tmp_path / "b", STATE)).identity()
+    other = locate(write_hub(tmp_path / "c", {**STATE, "bias": torch.zeros(2)})).identity()
+    assert one.sha256 == two.sha256 != other.sha256
+
+
+def test_a_hub_id_is_taken_from_the_cache_when_offline(tmp_path, monkeypatch):
+    folder = write_hub(tmp_path / "repo", STATE, config={"frames": 8})
+    cache_as_hub(tmp_path / "hub", "someone/model", COMMIT, folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    source = locate("someone/model")
+    assert same(source.state())
+    assert source.config() == {"frames": 8}
+    assert source.identity() == Identity("someone/model", COMMIT, source.identity().sha256)
+
+
+def test_a_revision_that_is_not_cached_is_not_replaced_by_another(tmp_path, monkeypatch):
+    cache_as_hub(tmp_path / "hub", "someone/model", COMMIT, write_hub(tmp_path / "repo", STATE))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert locate(f"someone/model@{COMMIT}").revision == COMMIT
+    with pytest.raises(WeightsError, match="cannot be had from the hub"):
+        locate("someone/model@another")
+
+
+def test_an_unreachable_hub_says_what_to_type(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsError) as error:
+        locate("someone/model")
+    assert "someone/model cannot be had from the hub" in str(error.value)
+    assert 'weights="/path/to/folder"' in str(error.value)
+    assert "weights=None" in str(error.value)
+
+
+@pytest.mark.parametrize("weights", ["/no/such/folder", "./nothing", "nothing", "a/b/c"])
+def test_a_path_that_is_not_there_is_no_hub_id(weights):
+    with pytest.raises(WeightsError, match="no such file or folder"):
+        locate(weights)
+
+
+def test_a_malformed_hub_id_is_an_error_of_ours():
+    with pytest.raises(WeightsError, match="cannot be had from the hub"):
+        locate("some one/model")
+
+
+def test_a_folder_without_weights_lists_what_was_looked_for(tmp_path):
+    with pytest.raises(WeightsError, match=r"looked for model.safetensors, .*pass the file itself"):
+        locate(str(tmp_path))
+
+
+def test_a_missing_config_is_an_error(tmp_path):
+    with pytest.raises(WeightsError, match=r"no config.json beside model.safetensors"):
+        locate(write_hub(tmp_path, STATE)).config()
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("unpickled",)
+
+
+def test_nothing_is_fully_unpickled(tmp_path, capsys):
+    file = tmp_path / "weights.pt"
+    file.write_bytes(pickle.dumps(Evil(), protocol=2))
+    torch.save({"weight": Evil()}, tmp_path / "zipped.pt")
+    for path in (file, tmp_path / "zipped.pt"):
+        with pytest.raises(WeightsError, match="cannot be read as weights"):
+            Source("x", (path,)).state()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("file", ["cut.safetensors", "cut.bin"])
+def test_a_damaged_file_is_named(tmp_path, file):
+    write_hub(tmp_path, STATE, file=file)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:40])
+    with pytest.raises(WeightsError, match=f"{file} cannot be read as weights"):
+        locate(str(tmp_path / file)).state()
+
+
+def test_a_nested_file_says_what_it_holds(tmp_path):
+    torch.save({"model": STATE, "step": 3}, tmp_path / "checkpoint.pt")
+    with pytest.raises(WeightsError, match="holds model, step; wanted a state dict"):
+        locate(str(tmp_path / "checkpoint.pt")).state()
+
+
+def test_fill_takes_every_key_and_no_other():
+    module = nn.Linear(3, 2)
+    fill(module, STATE, "w", "Linear")
+    assert same(module.state_dict())
+    wrong = {"weight": torch.zeros(3, 3), "scale": torch.zeros(1)}
+    with pytest.raises(WeightsError) as error:
+        fill(module, wrong, "w", "Linear")
+    assert str(error.value) == (
+        "The weights w do not fit Linear: 1 missing (bias); 1 unexpected (scale); 1 of another shape "
+        "(weight [3, 3], wanted [2, 3]). Are they those of another variant or model?"
+    )
+    assert same(module.state_dict())  # nothing was copied
+
+
+def test_many_wrong_keys_are_counted_and_the_first_named():
+    with pytest.raises(WeightsError, match=r"9 unexpected \(k0, k1, k2, k3, …\)"):
+        fill(nn.ReLU(), {f"k{i}": torch.zeros(1) for i in range(9)}, "w", "ReLU")
+
+
+def test_select_leaves_out_only_what_is_named():
+    state = dict.fromkeys(["visual.proj", "text.proj", "other"], torch.zeros(1))
+    assert list(select(state, prefix="visual.", drop=("text.",))) == ["proj", "other"]
+
+
+def test_built_in_weights_have_a_stable_identity():
+    one, two = nn.Linear(3, 2), nn.Linear(3, 2)
+    one.load_state_dict(STATE)
+    two.load_state_dict(STATE)
+    assert identity_of(one) == identity_of(two)
+    assert identity_of(one).source == BUILT_IN
+
+
+def test_a_package_is_found_installed_or_in_the_cache_and_never_imported(tmp_path, monkeypatch):
+    monkeypatch.setenv("MERV_CACHE", str(tmp_path))
+    with pytest.raises(WeightsError, match="Run `merv parts some-weights`"):
+        package_file("some_weights", "*.pth")
+    fetched = tmp_path / "parts" / "some_weights"
+    write_hub(fetched, STATE, file="w.pth")
+    assert package_file("some_weights", "*.pth") == fetched / "w.pth"
+    installed = tmp_path / "site" / "some_weights"
+    write_hub(installed, STATE, file="w.pth")
+    (installed / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert package_file("some_weights", "*.pth") == installed / "w.pth"
+    assert same(locate("package:some_weights/*.pth").state())
