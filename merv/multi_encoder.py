@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -69,6 +69,7 @@ class MultiEncoder(nn.Module):
     mixer, projector, norm, mixer_options: see `merv.fuse.Fusion`; only with a width.
     weights: for encoders given by name: "pretrained", a folder, a hub id, None for random, or a
         mapping from names to these.
+    frames: by name, how many frames an encoder gets, if not what its spec says.
     sampling: a mode of `merv.sample.Sampling`, or a Sampling. align: see `merv.align.Aligner`.
 
     Raises the errors of the encoders it is made of; ShapeError for impossible grids.
@@ -93,11 +94,13 @@ class MultiEncoder(nn.Module):
         norm: bool = True,
         mixer_options: Mapping[str, Any] | None = None,
         weights: str | Mapping[str, str | None] | None = PRETRAINED,
+        frames: Mapping[str, int] | None = None,
         sampling: str | Sampling = "uniform",
         align: Literal["area", "official"] = "area",
     ) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict(_create(_named(encoders), weights))
+        self.frames = _checked_frames(frames or {}, self.encoders)
         self.aligner = Aligner(grid, align)
         self.sampling = Sampling(mode=sampling) if isinstance(sampling, str) else sampling
         self.fusion: Fusion | None = None
@@ -114,6 +117,7 @@ class MultiEncoder(nn.Module):
             "norm": norm,
             "mixer_options": dict(mixer_options or {}),
             "align": align,
+            "frames": self.frames,
         }
 
     def forward(
@@ -133,7 +137,7 @@ class MultiEncoder(nn.Module):
 
     def read(self, video: Any, only: Sequence[str] | None = None) -> Clip:
         """Probe, sample, decode and preprocess one video for its encoders."""
-        return prepare(video, dict(self.named(only)), self.sampling)
+        return prepare(video, dict(self.named(only)), self.sampling, self.frames)
 
     @torch.no_grad()
     def encode(self, clips: Sequence[Clip]) -> dict[str, list[Grid]]:
@@ -215,7 +219,14 @@ class MultiEncoder(nn.Module):
     def key(self, video: Any, name: str) -> str:
         """What the stored features of `video` under encoder `name` depend on, hashed."""
         encoder = self.encoders[name]
-        recipe = (encoder.identity, encoder.variant, encoder.spec, encoder.preset, place(encoder)[1])
+        recipe = (
+            encoder.identity,
+            encoder.variant,
+            encoder.spec,
+            encoder.preset,
+            self.frames.get(name),
+            place(encoder)[1],
+        )
         return video_key(video, repr((recipe, self.sampling, self.aligner.grid, self.aligner.mode)))
 
     # Saving -------------------------------------------------------------------------------
@@ -309,17 +320,30 @@ def _create(
     named: Mapping[str, str | Encoder], weights: str | Mapping[str, str | None] | None
 ) -> dict[str, Encoder]:
     if isinstance(weights, Mapping):
-        for name in weights:
-            if name not in named:
-                raise EncoderError(
-                    f"weights= names {name!r}, which is no encoder here.{nearest(name, named)} "
-                    f"There are: {', '.join(named)}."
-                )
+        _check_names("weights", weights, named)
     encoders = {}
     for name, encoder in named.items():
         own = weights.get(name, PRETRAINED) if isinstance(weights, Mapping) else weights
         encoders[name] = create_encoder(encoder, weights=own) if isinstance(encoder, str) else encoder
     return encoders
+
+
+def _check_names(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise EncoderError(
+                f"{option}= names {name!r}, which is no encoder here.{nearest(name, known)} "
+                f"There are: {', '.join(known)}."
+            )
+
+
+def _checked_frames(frames: Mapping[str, int], encoders: Mapping[str, Encoder]) -> dict[str, int]:
+    _check_names("frames", frames, encoders)
+    for name, count in frames.items():
+        window = encoders[name].spec.window or 1
+        if count < 1 or count % window:
+            raise EncoderError(f"{name} takes frames in windows of {window}; frames={count} is no multiple.")
+    return dict(frames)
 
 
 def _recreate(name: str, saved: Mapping[str, Any], weights: Mapping[str, str | None]) -> Encoder:

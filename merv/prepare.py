@@ -35,8 +35,16 @@ class Clip:
     indices: dict[str, tuple[int, ...]]
 
 
-def prepare(source: Any, encoders: Mapping[str, Encoder], sampling: Sampling, **reading: Any) -> Clip:
+def prepare(
+    source: Any,
+    encoders: Mapping[str, Encoder],
+    sampling: Sampling,
+    frames: Mapping[str, int] | None = None,
+    **reading: Any,
+) -> Clip:
     """Read `source` for all `encoders`; `reading` goes to `merv.decode.open_video`.
+
+    frames: by encoder, how many frames it gets, if not what its spec says.
 
     A video of fewer frames than an encoder wants shows frames for longer: a wanted time gets the
     frame that is on screen then. Raises the errors of decoding and sampling, which name the source.
@@ -49,24 +57,30 @@ def prepare(source: Any, encoders: Mapping[str, Encoder], sampling: Sampling, **
     """
     with open_video(source, **reading) as reader:
         info = reader.info
-        times = {name: wanted_times(encoder.spec, info, sampling) for name, encoder in encoders.items()}
+        times = {
+            name: wanted_times(encoder.spec, info, sampling, (frames or {}).get(name))
+            for name, encoder in encoders.items()
+        }
         indices = {name: tuple(on_screen(info.times_s, wanted)) for name, wanted in times.items()}
         union = sorted({index for chosen in indices.values() for index in chosen})
         pixels = reader.read(union)  # [len(union), 3, H, W], uint8
-    frames = _preprocess(pixels, union, indices, {n: e.preset for n, e in encoders.items()}, times)
+    prepared = _preprocess(pixels, union, indices, {n: e.preset for n, e in encoders.items()}, times)
     end_s = info.duration_s if sampling.end_s is None else min(sampling.end_s, info.duration_s)
-    return Clip(info, (0.0, 0.0) if info.is_still else (sampling.start_s, end_s), frames, indices)
+    return Clip(info, (0.0, 0.0) if info.is_still else (sampling.start_s, end_s), prepared, indices)
 
 
-def wanted_times(spec: EncoderSpec, info: VideoInfo, sampling: Sampling) -> list[float]:
+def wanted_times(
+    spec: EncoderSpec, info: VideoInfo, sampling: Sampling, frames: int | None = None
+) -> list[float]:
     """Times in seconds that an encoder wants of a video, in whole windows.
 
+    frames: how many, instead of the number or rate of the spec.
     A still fills one window; where a rate leaves the last window short, its last time repeats.
     """
     window = max(spec.window, 1)
     if info.is_still:
         return [0.0] * window
-    times = sampling.times(info, spec.frames, spec.fps)
+    times = sampling.times(info, frames or spec.frames, None if frames else spec.fps)
     return times + [times[-1]] * (-len(times) % window)
 
 

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 class Training(LightningModule):
     """What `merv fit` trains: a VideoLLM built from names.
 
-    llm: folder or hub id. encoders, grid, mixer, projector, norm, mixer_options, sampling: of the
+    llm: folder or hub id. encoders, grid, mixer, projector, norm, mixer_options, frames, sampling: of the
         MultiEncoder. weights: of encoders, by name.
     train: the parts to train: projector, mixer, lora, llm. lora: with `lora` among them.
     lr: peak learning rate; lr_of: another one for a part, by name. weight_decay: not on biases, norms
@@ -50,6 +50,7 @@ class Training(LightningModule):
         norm: bool = True,
         mixer_options: dict[str, Any] | None = None,
         weights: dict[str, str] | None = None,
+        frames: dict[str, int] | None = None,
         sampling: str = "uniform",
         train: Sequence[str] = ("projector", "mixer"),
         lora: LoraOptions | None = None,
@@ -82,6 +83,7 @@ class Training(LightningModule):
             norm=h.norm,
             mixer_options=h.mixer_options,
             weights=h.weights or {},
+            frames=h.frames,
             sampling=h.sampling,
         )
         assert vision.fusion is not None
