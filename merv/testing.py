@@ -318,7 +318,8 @@ def make_video(
     size: (width, height) in pixels, even numbers. The container is chosen by the suffix of `path`.
 
     >>> import tempfile
-    >>> make_video(tempfile.mkdtemp() + "/square.mp4").name
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     make_video(folder + "/square.mp4").name
     'square.mp4'
     """
     import av
