@@ -26,7 +26,7 @@ class Encoder(nn.Module):
     where the weights were found (None: not in a file), for networks that a config.json describes.
 
     variant: a key of `variants`.
-    weights: "pretrained" (the spec's source), another hub id, a local folder or file, or
+    weights: "pretrained" (the spec's source), a hub id ("owner/name@revision"), a local folder or file, or
         None for random weights. Nothing is ever substituted for what was asked.
     preset: a key of the spec's presets; None takes the first.
 

@@ -1,0 +1,60 @@
+"""The five encoders of MERV at full size: token shapes, parameters, seconds for one clip.
+
+    python benchmarks/encoders/full_size.py [NAME ...] [--weights FOLDER_OR_HUB_ID] [--threads N]
+
+Weights are random unless said otherwise: shapes and seconds do not depend on them. The clip is 32
+frames of noise of 320×240, of which each encoder gets as many as it wants, in its preset `merv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+from merv import Frames, find_encoder
+from merv.preprocess import preprocess
+
+NAMES = ("languagebind", "dinov2", "vivit", "siglip", "clip")
+ROW = "{:14} {:18} {:>20} {:>13} {:>9} {:>13} {:>9}"
+
+
+def main() -> None:
+    """Build, run and forget one encoder after the other, so that they fit into 8 GB."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME")
+    parser.add_argument("--weights")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, fp32, {args.threads} threads")
+    print(ROW.format("encoder", "variant", "tokens", "parameters", "build s", "preprocess s", "encode s"))
+    for name in args.names:
+        print(measure(name, args.weights), flush=True)
+
+
+def measure(name: str, weights: str | None) -> str:
+    """One row of the table; fails where shape or size is not what the spec declares."""
+    torch.manual_seed(0)
+    started = time.perf_counter()
+    encoder = find_encoder(name)(weights=weights)
+    built = time.perf_counter()
+    spec = encoder.spec
+    noise = torch.randint(0, 256, (1, 32, 3, 240, 320), dtype=torch.uint8)
+    frames = preprocess(Frames.of(noise[:, :: 32 // spec.frames]), spec.presets["merv"])
+    preprocessed = time.perf_counter()
+    values = encoder(frames).values
+    encoded = time.perf_counter()
+    parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    if values.shape != (1, *spec.grid, spec.width) or parameters != spec.parameters:
+        raise SystemExit(f"{name}: {list(values.shape)}, {parameters} parameters; the spec says {spec}")
+    tokens = "×".join(map(str, values.shape[1:]))
+    seconds = (built - started, preprocessed - built, encoded - preprocessed)
+    return ROW.format(
+        name, encoder.variant, tokens, f"{parameters:,}", *(f"{second:.1f}" for second in seconds)
+    )
+
+
+if __name__ == "__main__":
+    main()
