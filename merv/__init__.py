@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from merv.encode import Encoder as Encoder
+    from merv.load import load_video as load_video
+    from merv.multi_encoder import MultiEncoder as MultiEncoder
     from merv.registry import create_encoder as create_encoder
     from merv.registry import find_encoder as find_encoder
     from merv.registry import list_encoders as list_encoders
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from merv.types import Grid as Grid
     from merv.types import Preset as Preset
     from merv.types import VideoInfo as VideoInfo
+    from merv.video_llm import VideoLLM as VideoLLM
 
 _HOME = {
     "Encoder": "merv.encode",
@@ -30,11 +33,14 @@ _HOME = {
     "Frames": "merv.types",
     "Fused": "merv.types",
     "Grid": "merv.types",
+    "MultiEncoder": "merv.multi_encoder",
     "Preset": "merv.types",
     "VideoInfo": "merv.types",
+    "VideoLLM": "merv.video_llm",
     "create_encoder": "merv.registry",
     "find_encoder": "merv.registry",
     "list_encoders": "merv.registry",
+    "load_video": "merv.load",
 }
 __all__ = [*_HOME]
 
