@@ -128,6 +128,8 @@ class ChatData(LightningDataModule):
         self.batch_size, self.questions, self.seed = batch_size, questions, seed
         self.train: list[Sample] = []
         self.val: list[Sample] = []
+        if val is not None:  # where there is no such method, Lightning does not validate
+            self.val_dataloader = self._val_dataloader  # type: ignore[method-assign]
 
     def setup(self, stage: str | None = None) -> None:
         """Read the files; errors in them come now, before anything slow."""
@@ -145,9 +147,13 @@ class ChatData(LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),
         )
 
-    def val_dataloader(self) -> DataLoader | list:
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave batches as they are: they name videos, and the model moves what it makes of them."""
+        return batch
+
+    def _val_dataloader(self) -> DataLoader:
         """Batches of samples, in the order of the file."""
-        return DataLoader(self.val, batch_size=self.batch_size, collate_fn=list) if self.val else []
+        return DataLoader(self.val, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
 
     def videos(self) -> Iterator[Any]:
         """Each distinct video of both files once."""

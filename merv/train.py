@@ -64,6 +64,7 @@ class Training(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.lora = lora
         self.model: VideoLLM | None = None
 
     # Parts --------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ class Training(LightningModule):
         vision.fusion.scale_to(h.token_rms or table.float().pow(2).mean().sqrt().item())
         self.model = VideoLLM(llm, tokenizer, vision, FeatureStore(h.store))
         if "lora" in h.train:
-            self.model.add_lora(h.lora or LoraOptions())
+            self.model.add_lora(self.lora or LoraOptions())
         self.model.train_only(h.train)
 
     def configure_optimizers(self) -> dict[str, Any]:

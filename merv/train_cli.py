@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from merv.errors import TrainingError
 from merv.suggest import nearest
+
+
+# What Lightning says on every run and a user can do nothing about.
+NOISE = ("does not have many workers", "no `val_dataloader`", "LeafSpec", "in eval mode", "litlogger")
 
 
 def recipes() -> dict[str, Path]:
@@ -48,13 +56,19 @@ def with_recipes(argv: Sequence[str]) -> list[str]:
 
 def run(argv: Sequence[str]) -> int:
     """Train as the recipe and the options say; the result is a folder under trainer.default_root_dir."""
+    # Lightning calls jsonargparse by names that are going away; users can do nothing about that.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     from lightning.pytorch.cli import LightningCLI
 
     from merv.data import ChatData
     from merv.plot import LossPlot
     from merv.train import Training, save
 
-    logging.getLogger("merv").setLevel(logging.INFO)
+    for words in NOISE:
+        warnings.filterwarnings("ignore", f".*{re.escape(words)}.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not any(words in record.getMessage() for words in NOISE)
+    )
 
     class Command(LightningCLI):
         """fit, then save the model and its loss curve."""
@@ -63,12 +77,15 @@ def run(argv: Sequence[str]) -> int:
             folder = save(self.model, Path(self.trainer.default_root_dir) / "model")
             print(f"The trained model is in {folder}: merv ask VIDEO QUESTION --model {folder}")
 
-    Command(
-        Training,
-        ChatData,
-        args=["fit", *with_recipes(argv)],
-        trainer_defaults={"callbacks": [LossPlot()]},
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"fit": {"default_env": False}},
-    )
+    typed, sys.argv = sys.argv, ["merv", "fit", *with_recipes(argv)]  # LightningCLI reads them there
+    try:
+        Command(
+            Training,
+            ChatData,
+            trainer_defaults={"callbacks": [LossPlot()]},
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+        )
+    finally:
+        sys.argv = typed
     return 0

@@ -1,0 +1,193 @@
+import json
+import re
+
+import pytest
+import torch
+from lightning import Trainer
+from PIL import Image
+
+from merv.cli import main
+from merv.data import ChatData
+from merv.errors import TrainingError
+from merv.llm import LoraOptions
+from merv.plot import draw_clip, draw_loss
+from merv.testing import make_video, tiny_llm
+from merv.train import Training, save
+from merv.train_cli import NOISE, recipes, with_recipes
+from merv.video_llm import VideoLLM
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{re.escape(words)}.*") for words in NOISE]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny LLM, a video and a picture, and questions about them."""
+    tiny_llm(tmp_path / "llm")
+    make_video(tmp_path / "0.mp4", frames=4)
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "1.png")
+    rows = []
+    for number, name in enumerate(("0.mp4", "1.png")):
+        rows.append(
+            {
+                "video": name,
+                "questions": [{"question": "Who?", "answer": "ab"[number], "kind": "who"}],
+            }
+        )
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def training(folder, **options) -> Training:
+    return Training(str(folder / "llm"), ["fake", "fake/video"], grid=(2, 1, 1), lr=3e-2, **options)
+
+
+def trainer(folder, **options) -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(
+        **{
+            **quiet,
+            "enable_model_summary": False,
+            "accelerator": "cpu",
+            "default_root_dir": folder,
+            **options,
+        }
+    )
+
+
+def test_training_learns_to_tell_two_videos_apart(folder):
+    module = training(folder, train=["projector", "mixer", "llm"], lr_of={"llm": 3e-3})
+    data = ChatData(str(folder / "data.jsonl"), str(folder / "data.jsonl"), batch_size=2)
+    fit = trainer(folder, max_steps=60, check_val_every_n_epoch=60, num_sanity_val_steps=0)
+    fit.fit(module, data)
+    assert fit.callback_metrics["loss"] < 0.1
+    assert fit.callback_metrics["val/all"] == 1
+    again = VideoLLM.from_pretrained(save(module, folder / "model"))
+    assert again.would_say([sample.conversations for sample in data.val]) == [[True], [True]]
+
+
+def test_only_the_trained_parts_change(folder):
+    module = training(folder)
+    module.configure_model()
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    data = ChatData(str(folder / "data.jsonl"), batch_size=2)
+    trainer(folder, max_steps=2).fit(module, data)
+    changed = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert all(".fusion." in name for name in changed)
+
+
+def test_frozen_parts_stay_in_eval_mode(folder):
+    module = training(folder)
+    module.configure_model()
+    module.train()
+    assert not module.model.llm.training
+    assert not any(
+        m.training for m in module.model.vision.encoders.modules() if m is not module.model.vision.encoders
+    )
+    assert module.model.vision.fusion.training
+
+
+def test_videos_are_encoded_once(folder, monkeypatch):
+    module = training(folder)
+    module.configure_model()
+    vision, read = module.model.vision, []
+    reading = type(vision).read
+    monkeypatch.setattr(
+        type(vision), "read", lambda self, video, only: read.append(video) or reading(self, video, only)
+    )
+    trainer(folder, max_epochs=3).fit(module, ChatData(str(folder / "data.jsonl"), batch_size=1))
+    assert len(read) == 2
+
+
+def test_a_checkpoint_holds_the_trained_parameters_only_and_loads(folder):
+    module = training(folder)
+    module.configure_model()
+    state = module.state_dict()
+    assert state
+    assert all(".fusion." in name for name in state)
+    again = training(folder)
+    again.configure_model()
+    again.load_state_dict(state)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in state.items())
+    state.pop(next(iter(state)))
+    with pytest.raises(TrainingError, match="does not fit: it lacks"):
+        again.load_state_dict(state)
+
+
+def test_matrices_decay_and_vectors_do_not(folder):
+    module = training(folder, weight_decay=0.1, lr_of={"mixer": 1e-5})
+    module.configure_model()
+    groups = module.parameter_groups()
+    assert {(p.ndim > 1, group["weight_decay"]) for group in groups for p in group["params"]} == {
+        (True, 0.1),
+        (False, 0.0),
+    }
+    assert {group["lr"] for group in groups} == {3e-2, 1e-5}
+
+
+def test_tokens_start_at_the_scale_of_the_embeddings(folder):
+    module = training(folder)
+    module.configure_model()
+    scale = module.model.llm.get_input_embeddings().weight.square().mean().sqrt()
+    tokens = module.model.vision(str(folder / "0.mp4")).tokens
+    assert 0.5 < tokens.square().mean().sqrt() / scale < 2
+
+
+def test_a_schedule_without_an_end_is_refused(folder):
+    module, data = training(folder), ChatData(str(folder / "data.jsonl"))
+    with pytest.raises(TrainingError, match=r"set trainer\.max_steps"):
+        trainer(folder, max_epochs=-1).fit(module, data)
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_recipe_trains_on_tiny_parts(folder, name, capsys):
+    options = {
+        "model.llm": folder / "llm",
+        "model.encoders": "[fake]",
+        "model.frames": "null",
+        "model.dtype": "fp32",
+        "model.store": "null",
+        "data.train": folder / "data.jsonl",
+        "trainer.max_steps": 2,
+        "trainer.default_root_dir": folder,
+        "trainer.logger": "false",
+        "trainer.enable_progress_bar": "false",
+    }
+    assert main(["fit", "--config", name, *(f"--{key}={value}" for key, value in options.items())]) == 0
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "merv ask VIDEO QUESTION --model" in capsys.readouterr().out
+    assert main(["ask", str(folder / "0.mp4"), "Who?", "--model", str(folder / "model"), "--weights"]) == 0
+    assert "fake 100%" in capsys.readouterr().out
+
+
+def test_every_recipe_says_what_it_is_and_how_to_run_it():
+    found = recipes()
+    assert found
+    for name, path in found.items():
+        head = path.read_text().splitlines()[0]
+        assert head.startswith(f"# merv fit --config {name}")
+
+
+def test_a_misspelt_recipe_suggests_the_nearest():
+    with pytest.raises(TrainingError, match="Did you mean 'demo'"):
+        with_recipes(["--config", "dem"])
+
+
+def test_a_recipe_by_name_becomes_its_file():
+    assert with_recipes(["--config=demo"]) == [f"--config={recipes()['demo']}"]
+
+
+def test_pictures_are_drawn(tmp_path):
+    draw_loss([(step, 1 / (step + 1)) for step in range(50)], tmp_path / "loss.png")
+    pictures = [torch.zeros(16, 24, 3, dtype=torch.uint8).numpy()] * 3
+    weights = torch.tensor([[0.2, 0.8], [0.8, 0.2]])
+    draw_clip(
+        pictures,
+        [0.5, 1.5, 2.5],
+        weights,
+        [0.75, 2.25],
+        ["a", "b"],
+        [("Who?", "cat", "dog")],
+        tmp_path / "clip.png",
+    )
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("loss.png", "clip.png"))
