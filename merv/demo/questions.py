@@ -25,7 +25,6 @@ from merv.errors import DataError
 KINDS = ("first", "last", "count", "when", "order", "present")
 NEW_NAME = "new name"
 NUMBERS = ("one", "two", "three", "four")
-ONE_WORD = "Answer in one word."
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def questions(
             yes = coins[kind] != bool(turn % 2)  # asked twice, a kind gets both answers
             found = _ASK[kind](plan.names, names, rng, yes)
             if found is not None:
-                text, answer = f"{found[0]} {ONE_WORD}", found[1]
+                text, answer = found
                 needs_new = not set(new).isdisjoint(re.findall(r"\w+", f"{text} {answer}"))
                 asked.setdefault(text, Question(NEW_NAME if needs_new else kind, text, answer))
     raise DataError(
@@ -90,7 +89,7 @@ def _last(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: b
 
 
 def _count(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _Asked:
-    return "How many shots does the video have?", NUMBERS[len(shown) - 1]
+    return "How many shots are there?", NUMBERS[len(shown) - 1]
 
 
 def _when(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _Asked:
@@ -101,7 +100,7 @@ def _when(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: b
         name, answer = rng.choice(shown[1:-1]), "middle"
     else:
         name, answer = rng.choice([(shown[0], "start"), (shown[-1], "end")])
-    return f"When do you see the {name}: at the start, in the middle or at the end?", answer
+    return f"When is the {name} shown: start, middle or end?", answer
 
 
 def _order(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _Asked:
@@ -109,13 +108,13 @@ def _order(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: 
         return None
     earlier, later = sorted(rng.sample(shown, 2), key=shown.index)
     one, other = (earlier, later) if yes else (later, earlier)
-    return f"Do you see the {one} before the {other}?", "yes" if yes else "no"
+    return f"Is the {one} shown before the {other}?", "yes" if yes else "no"
 
 
 def _present(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _Asked:
     absent = [name for name in names if name not in shown]
     name = rng.choice(shown if yes or not absent else absent)
-    return f"Do you see the {name} in the video?", "yes" if name in shown else "no"
+    return f"Is the {name} shown?", "yes" if name in shown else "no"
 
 
 _ASK: dict[str, Callable[[Sequence[str], Sequence[str], random.Random, bool], _Asked]] = {

@@ -155,9 +155,9 @@ def show(model: Any, out: Path) -> Path:
     video = out / row.video
     names = [name for name, _, _ in row.shots]
     asked = [
-        ("What is shown first? Answer in one word.", names[0]),
-        ("What is shown last? Answer in one word.", names[-1]),
-        ("How many shots does the video have? Answer in one word.", NUMBERS[len(names) - 1]),
+        ("What is shown first?", names[0]),
+        ("What is shown last?", names[-1]),
+        ("How many shots are there?", NUMBERS[len(names) - 1]),
     ]
     said = model.generate([ask(question, video) for question, _ in asked], max_new_tokens=8)
     for (question, wanted), answer in zip(asked, said, strict=True):
