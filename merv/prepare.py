@@ -47,7 +47,8 @@ def prepare(
     frames: by encoder, how many frames it gets, if not what its spec says.
 
     A video of fewer frames than an encoder wants shows frames for longer: a wanted time gets the
-    frame that is on screen then. Raises the errors of decoding and sampling, which name the source.
+    frame that is on screen then. The last frame fills up a last window. Raises the errors of decoding
+    and sampling, which name the source.
 
     >>> from merv import create_encoder
     >>> video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
@@ -57,11 +58,13 @@ def prepare(
     """
     with open_video(source, **reading) as reader:
         info = reader.info
-        times = {
-            name: wanted_times(encoder.spec, info, sampling, (frames or {}).get(name))
-            for name, encoder in encoders.items()
-        }
-        indices = {name: tuple(on_screen(info.times_s, wanted)) for name, wanted in times.items()}
+        times, indices = {}, {}
+        for name, encoder in encoders.items():
+            wanted = wanted_times(encoder.spec, info, sampling, (frames or {}).get(name))
+            missing = -len(wanted) % (encoder.spec.window or 1)
+            times[name] = run_on(wanted, missing)
+            shown = on_screen(info.times_s, wanted)
+            indices[name] = (*shown, *[shown[-1]] * missing)
         union = sorted({index for chosen in indices.values() for index in chosen})
         pixels = reader.read(union)  # [len(union), 3, H, W], uint8
     prepared = _preprocess(pixels, union, indices, {n: e.preset for n, e in encoders.items()}, times)
@@ -72,16 +75,21 @@ def prepare(
 def wanted_times(
     spec: EncoderSpec, info: VideoInfo, sampling: Sampling, frames: int | None = None
 ) -> list[float]:
-    """Times in seconds that an encoder wants of a video, in whole windows.
+    """Times in seconds that an encoder wants of a video; where there is a rate, not in whole windows.
 
     frames: how many, instead of the number or rate of the spec.
-    A still fills one window; where a rate leaves the last window short, its last time repeats.
     """
-    window = max(spec.window, 1)
-    if info.is_still:
-        return [0.0] * window
-    times = sampling.times(info, frames or spec.frames, None if frames else spec.fps)
-    return times + [times[-1]] * (-len(times) % window)
+    return sampling.times(info, frames or spec.frames, None if frames else spec.fps)
+
+
+def run_on(times_s: Sequence[float], more: int) -> list[float]:
+    """`more` times after the last, at its pace: what fills a window lies beyond the end of the clip.
+
+    >>> run_on([0.5, 1.5], 2), run_on([0.0], 1)
+    ([0.5, 1.5, 2.5, 3.5], [0.0, 0.0])
+    """
+    step_s = times_s[-1] - times_s[-2] if len(times_s) > 1 else 0.0
+    return [*times_s, *(times_s[-1] + step_s * i for i in range(1, more + 1))]
 
 
 def _preprocess(

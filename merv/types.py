@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,14 +42,18 @@ def _expect(owner: object, name: str, shape: tuple[int | None, ...]) -> None:
 class _Tensors:
     """What the tensor-carrying dataclasses share: moving to a device or dtype."""
 
-    def to(self: Self, *args: Any, **kwargs: Any) -> Self:
-        """Like `Tensor.to`, for every tensor; times, extents and masks keep their dtype."""
+    def to(
+        self: Self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Like `Tensor.to`, for every tensor; times, extents, masks and weights keep their dtype, exactly."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
         moved = {}
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
-                keep = {} if f.name in ("pixels", "values", "tokens") else {"dtype": value.dtype}
-                moved[f.name] = value.to(*args, **kwargs).to(**keep) if keep else value.to(*args, **kwargs)
+                cast_to = dtype if f.name in ("pixels", "values", "tokens") else None
+                moved[f.name] = value.to(device=device, dtype=cast_to)
         return replace(self, **moved)  # type: ignore[type-var]
 
     def __getitem__(self: Self, samples: slice) -> Self:
@@ -140,12 +144,12 @@ class Frames(_Tensors):
                 f"Frames want pixels [B, T, 3, H, W]; got {list(pixels.shape)}. Frames are channels-first."
             )
         batch, frames = pixels.shape[:2]
-        where = {"device": pixels.device}
+        device = pixels.device
         if times_s is None:
-            times_s = torch.arange(frames, dtype=torch.float64, **where).expand(batch, -1)
+            times_s = torch.arange(frames, dtype=torch.float64, device=device).expand(batch, -1)
         if extent is None:
-            extent = torch.tensor(WHOLE_PICTURE, **where).expand(batch, -1)
-        return cls(pixels, times_s, extent, torch.ones(batch, frames, dtype=torch.bool, **where))
+            extent = torch.tensor(WHOLE_PICTURE, device=device).expand(batch, -1)
+        return cls(pixels, times_s, extent, torch.ones(batch, frames, dtype=torch.bool, device=device))
 
 
 @dataclass(frozen=True, eq=False)

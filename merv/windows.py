@@ -23,7 +23,8 @@ def encode_distinct(
 ) -> list[Grid]:
     """Encode clips of batch 1: one Grid each, on the encoder's own grid.
 
-    indices: per clip, which frame of its video each frame is; equal windows are found by them.
+    indices: per clip, which frame of its video each frame is; equal windows are found by them, and
+        by their pace.
 
     >>> from merv import create_encoder
     >>> still_repeated = Frames.of(torch.zeros(1, 16, 3, 16, 16))
@@ -36,8 +37,10 @@ def encode_distinct(
         size = encoder.spec.window or len(shown)
         placed.append([])
         for start in range(0, len(shown), size):
-            key = (number, *shown[start : start + size])
-            distinct.setdefault(key, _window(clip, start, size))
+            window = _window(clip, start, size)
+            pace_s = (window.times_s[0] - window.times_s[0, 0]).tolist()
+            key = (number, *shown[start : start + size], *(round(time_s, 6) for time_s in pace_s))
+            distinct.setdefault(key, window)
             placed[-1].append((key, clip.times_s[:, start]))
     made = dict(zip(distinct, _encode(encoder, list(distinct.values())), strict=True))
     return [
