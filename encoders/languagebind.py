@@ -6,7 +6,7 @@ https://arxiv.org/abs/2310.01852, https://github.com/PKU-YuanGroup/LanguageBind 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from einops import rearrange
 from torch import Tensor
@@ -60,7 +60,7 @@ class LanguageBind(Encoder):
     }
 
     def build(self) -> None:
-        config = {"hidden_act": "gelu", "num_frames": 8}
+        config: dict[str, Any] = {"hidden_act": "gelu", "num_frames": 8}
         if self.source:
             config = vision_config(self.source, most_frames=self.spec.frames)
         frames = config["num_frames"]

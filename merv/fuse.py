@@ -9,7 +9,7 @@ matrix product over [a_1 p_1 | … | a_E p_E] with the stacked projections plus 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from einops import einsum, rearrange
@@ -36,8 +36,10 @@ class Projector(nn.Module):
         self.features = features
         if kind not in ("linear", "mlp"):
             raise ShapeError(f"Unknown projector {kind!r}: 'linear' or 'mlp'.")
-        self.norm = nn.LayerNorm(features, elementwise_affine=False) if norm else nn.Identity()
-        self.hidden = nn.Sequential(nn.Linear(features, width), nn.GELU()) if kind == "mlp" else nn.Identity()
+        self.norm: nn.Module = nn.LayerNorm(features, elementwise_affine=False) if norm else nn.Identity()
+        self.hidden: nn.Module = nn.Identity()
+        if kind == "mlp":
+            self.hidden = nn.Sequential(nn.Linear(features, width), nn.GELU())
         self.linear = nn.Linear(width if kind == "mlp" else features, width)
 
     def before(self, features: Tensor) -> Tensor:
@@ -96,8 +98,10 @@ class Fusion(nn.Module):
         Raises ShapeError for unknown names and for grids that are not aligned.
         """
         self._check(grids)
+        device = self._in_order()[0].linear.weight.device
+        grids = {name: grid.to(device) for name, grid in grids.items()}
         mask = self._mask(grids)  # [B, E, t, h, w]
-        features = [self._features(name, grids, mask.shape) for name in self.names]
+        features = self._features(grids, mask.shape)
         mix = self._mix_folded if self._is_folded() else self._mix_plain
         tokens, real, weights = mix(features, mask, question)
         grid = next(iter(grids.values()))
@@ -112,7 +116,7 @@ class Fusion(nn.Module):
         Exact for normalised features, where it lets learning begin at once; tokens far off the
         scale of the embeddings are noise to a frozen LLM.
         """
-        for projector in self.projectors.values():
+        for projector in self._in_order():
             linear = projector.linear
             nn.init.normal_(linear.weight, std=rms / linear.in_features**0.5)
             nn.init.zeros_(linear.bias)
@@ -123,15 +127,20 @@ class Fusion(nn.Module):
         can = isinstance(self.mixer, WeightingMixer)
         return can and (not self.training if self.folded is None else self.folded)
 
-    def _mix_plain(self, features: Sequence[Tensor], mask: Tensor, question: Tensor | None):
+    def _mix_plain(
+        self, features: Sequence[Tensor], mask: Tensor, question: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Project, then mix: the released order."""
-        streams = [self.projectors[n](f) for n, f in zip(self.names, features, strict=True)]
+        streams = [project(f) for project, f in zip(self._in_order(), features, strict=True)]
         return self.mixer(torch.stack(streams, dim=1), mask, question)
 
-    def _mix_folded(self, features: Sequence[Tensor], mask: Tensor, question: Tensor | None):
+    def _mix_folded(
+        self, features: Sequence[Tensor], mask: Tensor, question: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Read the weights through the projectors, mix the features, project once."""
-        features = [self.projectors[n].before(f) for n, f in zip(self.names, features, strict=True)]
-        linears = [self.projectors[n].linear for n in self.names]
+        assert isinstance(self.mixer, WeightingMixer)
+        features = [p.before(f) for p, f in zip(self._in_order(), features, strict=True)]
+        linears = [p.linear for p in self._in_order()]
         reader = self.mixer.reader()
         reads = None
         if reader is not None:
@@ -169,9 +178,15 @@ class Fusion(nn.Module):
         absent = torch.zeros_like(some)
         return torch.stack([grids[n].mask if n in grids else absent for n in self.names], dim=1)
 
-    def _features(self, name: str, grids: Mapping[str, Grid], shape: torch.Size) -> Tensor:
-        """[B, t, h, w, D] in the projector's dtype; zeros for an absent encoder."""
-        projector = self.projectors[name]
-        if name in grids:
-            return grids[name].values.to(projector.linear.weight)
-        return projector.linear.weight.new_zeros((shape[0], *shape[2:], projector.features))
+    def _features(self, grids: Mapping[str, Grid], shape: torch.Size) -> list[Tensor]:
+        """Of each stream [B, t, h, w, D] in the projector's dtype; zeros for an absent encoder."""
+        features = []
+        for name, projector in zip(self.names, self._in_order(), strict=True):
+            weight = projector.linear.weight
+            absent = (shape[0], *shape[2:], projector.features)
+            features.append(grids[name].values.to(weight) if name in grids else weight.new_zeros(absent))
+        return features
+
+    def _in_order(self) -> list[Projector]:
+        """The projectors, one a stream."""
+        return cast(list[Projector], list(self.projectors.values()))

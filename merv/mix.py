@@ -24,8 +24,10 @@ class Mixer(nn.Module):
     """E streams [B, E, t, h, w, L] and their mask [B, E, t, h, w] → one sequence of tokens.
 
     width: L. encoders: E. Absent encoders, cells cropped away and padding are False in the
-    mask, and may differ by sample.
+    mask, and may differ by sample. conditioned: whether it wants the question.
     """
+
+    conditioned: bool = False
 
     def __init__(self, width: int, encoders: int) -> None:
         super().__init__()
@@ -143,6 +145,7 @@ class CrossAttention(WeightingMixer):
         self.key_of_encoder = nn.Parameter(torch.zeros(encoders, hidden))
         self.query_bias = nn.Parameter(torch.zeros(hidden))
         self.gain = nn.Parameter(torch.zeros(hidden))
+        self.conditioned = conditioned
         self.from_question = nn.Linear(width, hidden, bias=False) if conditioned else None
 
     def reader(self) -> Tensor:
@@ -167,7 +170,7 @@ class CrossAttention(WeightingMixer):
                 "or build it with conditioned=False."
             )
         assert self.from_question is not None
-        asked = _unit(self.from_question(question.to(self.from_question.weight.dtype)).float())
+        asked = _unit(self.from_question(question.to(self.from_question.weight)).float())
         return rearrange(asked, "b d -> b 1 1 1 d").to(like.dtype)
 
 
