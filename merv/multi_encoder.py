@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from einops import rearrange
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from merv.align import Aligner
 from merv.checkpoint import fill_exactly, load_folder, save_folder
 from merv.encode import Encoder
-from merv.errors import CheckpointError, EncoderError
+from merv.errors import CheckpointError, EncoderError, ShapeError
 from merv.fuse import Fusion
+from merv.llm import fingerprint
 from merv.mix import cell_positions
 from merv.prepare import Clip, prepare
 from merv.registry import create_encoder
-from merv.sample import Sampling
+from merv.sample import Mode, Sampling
 from merv.store import FeatureStore, video_key
 from merv.suggest import nearest
 from merv.types import Fused, Grid
@@ -100,9 +101,9 @@ class MultiEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict(_create(_named(encoders), weights))
-        self.frames = _checked_frames(frames or {}, self.encoders)
+        self.frames = _checked_frames(frames or {}, dict(self.named()))
         self.aligner = Aligner(grid, align)
-        self.sampling = Sampling(mode=sampling) if isinstance(sampling, str) else sampling
+        self.sampling = Sampling(cast(Mode, sampling)) if isinstance(sampling, str) else sampling
         self.fusion: Fusion | None = None
         if width is not None:
             widths = {name: encoder.spec.width for name, encoder in self.named()}
@@ -145,7 +146,7 @@ class MultiEncoder(nn.Module):
         names = clips[0].frames
         return {
             name: encode_distinct(
-                self.encoders[name],
+                self.encoder(name),
                 [clip.frames[name] for clip in clips],
                 [clip.indices[name] for clip in clips],
             )
@@ -180,21 +181,26 @@ class MultiEncoder(nn.Module):
         self, videos: Any, only: Sequence[str] | None = None, store: FeatureStore | None = None
     ) -> dict[str, Grid]:
         """Aligned features without fusing them, from `store` where it has them already."""
-        batch = []
-        for video in as_batch(videos):
-            names = [name for name, _ in self.named(only)]
-            keys = {name: self.key(video, name) for name in names} if store is not None else {}
-            found = {name: store.get(key) for name, key in keys.items()} if store is not None else {}
-            missing = [name for name in names if found.get(name) is None]
-            if missing:
-                clip = self.read(video, missing)
-                made = self.align(self.encode([clip]), [clip])
-                found.update(made)
-                if store is not None:
-                    for name, grid in made.items():
-                        store.put(keys[name], grid)
-            batch.append({name: found[name].to(self.device) for name in names})
-        return {name: Grid.batch([sample[name] for sample in batch]) for name in batch[0]}
+        names = [name for name, _ in self.named(only)]
+        batch = [self._features(video, names, store) for video in as_batch(videos)]
+        return {name: Grid.batch([grids[name] for grids in batch]).to(self.device) for name in names}
+
+    def _features(self, video: Any, names: Sequence[str], store: FeatureStore | None) -> dict[str, Grid]:
+        """Those of one video: what the store has is taken, what it lacks is made and kept."""
+        if store is None:
+            return self._make(video, names)
+        keys = {name: self.key(video, name) for name in names}
+        kept = {name: store.get(key) for name, key in keys.items()}
+        found = {name: grid for name, grid in kept.items() if grid is not None}
+        missing = [name for name in names if name not in found]
+        made = self._make(video, missing) if missing else {}
+        for name, grid in made.items():
+            found[name] = store.put(keys[name], grid)
+        return found
+
+    def _make(self, video: Any, names: Sequence[str]) -> dict[str, Grid]:
+        clip = self.read(video, names)
+        return self.align(self.encode([clip]), [clip])
 
     # Parts --------------------------------------------------------------------------------
 
@@ -209,7 +215,11 @@ class MultiEncoder(nn.Module):
                     )
             if not only:
                 raise EncoderError("At least one encoder is needed; `only` is empty.")
-        return ((name, e) for name, e in self.encoders.items() if only is None or name in only)
+        return ((name, self.encoder(name)) for name in self.encoders if only is None or name in only)
+
+    def encoder(self, name: str) -> Encoder:
+        """The encoder of that name."""
+        return cast(Encoder, self.encoders[name])
 
     @property
     def device(self) -> torch.device:
@@ -218,9 +228,10 @@ class MultiEncoder(nn.Module):
 
     def key(self, video: Any, name: str) -> str:
         """What the stored features of `video` under encoder `name` depend on, hashed."""
-        encoder = self.encoders[name]
+        encoder = self.encoder(name)
+        random = encoder.identity.sha256 is None  # nothing but their values tells such weights apart
         recipe = (
-            encoder.identity,
+            fingerprint(encoder) if random else encoder.identity,
             encoder.variant,
             encoder.spec,
             encoder.preset,
@@ -287,7 +298,10 @@ class MultiEncoder(nn.Module):
 
 def as_batch(videos: Any) -> list:
     """A list of videos is a batch; anything else is one video."""
-    return list(videos) if isinstance(videos, (list, tuple)) else [videos]
+    batch = list(videos) if isinstance(videos, (list, tuple)) else [videos]
+    if not batch:
+        raise ShapeError("There is no video in the list; give at least one.")
+    return batch
 
 
 def _named(encoders: Sequence[str | Encoder] | Mapping[str, str | Encoder]) -> dict[str, str | Encoder]:

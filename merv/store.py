@@ -7,22 +7,29 @@ out is what went in, bit for bit. In memory, or one safetensors file per video a
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from merv.errors import DataError
+from merv.decode import open_video
+from merv.errors import DataError, ShapeError, UnreadableVideo
 from merv.types import Grid
+
+logger = logging.getLogger(__name__)
 
 
 class FeatureStore:
     """A dictionary of Grids, in memory or in a folder.
 
-    folder: where to keep them; None keeps them in memory. bytes written are atomic per entry, so
-    that an interrupted run goes on where it stopped.
+    folder: where to keep them; None keeps them in memory. An entry is written whole or not at all, so
+    that an interrupted run goes on where it stopped. One that cannot be read counts as not there,
+    with a warning in the log.
 
     >>> store = FeatureStore()
     >>> store.get("nothing") is None
@@ -37,55 +44,81 @@ class FeatureStore:
         """The grid of `key`, or None."""
         if self.folder is None:
             return self.memory.get(key)
-        path = self._path(key)
+        path = self.folder / _place(key)
         return _read(path) if path.is_file() else None
 
-    def put(self, key: str, grid: Grid) -> None:
-        """Keep `grid` under `key`, on the CPU."""
-        grid = grid.to("cpu")
+    def put(self, key: str, grid: Grid) -> Grid:
+        """Keep `grid` under `key`, on the CPU; returns what `get` will."""
+        with torch.inference_mode(False):  # or training could not use what validation put here
+            grid = Grid(**{name: tensor.detach().cpu().clone() for name, tensor in vars(grid).items()})
         if self.folder is None:
             self.memory[key] = grid
         else:
-            _write(self._path(key), grid)
-
-    def _path(self, key: str) -> Path:
-        assert self.folder is not None
-        return self.folder / key[:2] / f"{key}.safetensors"
+            _write(self.folder / _place(key), grid)
+        return grid
 
 
 def video_key(video: Any, recipe: str) -> str:
-    """Hash of a video's content and of the recipe that makes features of it."""
-    digest = hashlib.sha256(recipe.encode())
-    _update(digest, video)
+    """Hash of a video's content and of the recipe that makes features of it.
+
+    Raises UnreadableVideo for a path that cannot be read, DataError for what has no content.
+    """
+    return hashlib.sha256(f"{recipe}{_content(video)}".encode()).hexdigest()
+
+
+def _content(video: Any) -> str:
+    """Hash of what `video` holds: the bytes of files, of tensors and arrays."""
+    if isinstance(video, (bytes, bytearray, memoryview)):
+        return hashlib.sha256(video).hexdigest()
+    if isinstance(video, (str, os.PathLike)):
+        return _path_content(Path(video))
+    if isinstance(video, (Tensor, np.ndarray)):
+        pixels = torch.as_tensor(video).cpu().contiguous()
+        kind = f"{pixels.dtype}{tuple(pixels.shape)}".encode()
+        return hashlib.sha256(kind + pixels.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    if hasattr(video, "__array_interface__"):  # a PIL image: its palette and orientation count too
+        with open_video(video) as reader:
+            return _content(reader.read([0]))
+    if hasattr(video, "read") and hasattr(video, "seek"):
+        where = video.tell()
+        video.seek(0)
+        content = hashlib.sha256(video.read()).hexdigest()
+        video.seek(where)
+        return content
+    raise DataError(
+        f"Features of a {type(video).__name__} cannot be stored: it has no content to key them by."
+    )
+
+
+def _path_content(path: Path) -> str:
+    """Hash of a file's bytes, or of the names and bytes of the files in a folder."""
+    try:
+        if not path.is_dir():
+            return _file_content(path)
+        files = sorted(p for p in path.iterdir() if p.is_file())
+        named = [f"{file.name} {_file_content(file)}" for file in files]
+    except OSError as error:
+        raise UnreadableVideo(f"{path}: {error.strerror or error}.") from error
+    return hashlib.sha256("\n".join(named).encode()).hexdigest()
+
+
+def _file_content(path: Path) -> str:
+    about = path.stat()
+    return _digest(str(path.absolute()), about.st_size, about.st_mtime_ns)
+
+
+@cache
+def _digest(path: str, size: int, changed_ns: int) -> str:
+    """Hash of a file; in one process it is read again only when its size or time has changed."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
-def _update(digest: Any, video: Any) -> None:
-    """Feed what `video` holds to the hash: bytes of files, of tensors and arrays."""
-    if isinstance(video, (bytes, bytearray, memoryview)):
-        digest.update(video)
-    elif isinstance(video, (str, os.PathLike)):
-        path = Path(video).expanduser()
-        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-        for file in files:
-            digest.update(file.name.encode() if path.is_dir() else b"")
-            if file.is_file():
-                with file.open("rb") as opened:
-                    while block := opened.read(1 << 20):
-                        digest.update(block)
-    elif isinstance(video, Tensor) or hasattr(video, "__array__"):
-        pixels = torch.as_tensor(video).cpu().contiguous()
-        digest.update(f"{pixels.dtype}{tuple(pixels.shape)}".encode())
-        digest.update(pixels.view(torch.uint8).numpy().tobytes() if pixels.numel() else b"")
-    elif hasattr(video, "read") and hasattr(video, "seek"):
-        where = video.tell()
-        video.seek(0)
-        digest.update(video.read())
-        video.seek(where)
-    else:
-        raise DataError(
-            f"Features of a {type(video).__name__} cannot be stored: it has no content to key them by."
-        )
+def _place(key: str) -> Path:
+    return Path(key[:2]) / f"{key}.safetensors"
 
 
 def _write(path: Path, grid: Grid) -> None:
@@ -97,7 +130,12 @@ def _write(path: Path, grid: Grid) -> None:
     os.replace(fresh, path)
 
 
-def _read(path: Path) -> Grid:
+def _read(path: Path) -> Grid | None:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return Grid(**load_file(path))
+    try:
+        return Grid(**load_file(path))
+    except (SafetensorError, OSError, TypeError, ShapeError) as error:
+        logger.warning("%s is damaged and will be made again: %s", path, error)
+        return None
