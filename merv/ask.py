@@ -34,20 +34,25 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging
 
     from merv.chat import ask
+    from merv.store import FeatureStore
     from merv.video_llm import VideoLLM
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("merv").setLevel(logging.WARNING)
     videos = [video for video in args.video if video]
     model = VideoLLM.from_pretrained(args.model, llm=args.llm, dtype=args.dtype).to(args.device)
-    for piece in model.stream(ask(args.question, *videos), max_new_tokens=args.max_new_tokens):
+    model.store = FeatureStore()  # the encoders run once, for the answer and for the weights
+    conversation = ask(args.question, *videos)
+    for piece in model.stream(conversation, max_new_tokens=args.max_new_tokens):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
     if args.weights and videos:
-        encoded = model.vision(videos)
-        if encoded.weights is not None:
-            shares = encoded.weights.sum(dim=(0, 2, 3, 4)) / encoded.weights.sum()
+        weights = model.encode(conversation).weights  # [videos, E, t, h, w]
+        if weights is None:
+            sys.stdout.write("weights: this mixer has none\n")
+        else:
+            shares = (weights.sum(dim=(0, 2, 3, 4)) / weights.sum()).tolist()
             said = ", ".join(
                 f"{n} {share:.0%}" for n, share in zip(model.vision.encoders, shares, strict=True)
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class LoraOptions:
     """
 
     rank: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     targets: Sequence[str] = ("q_proj", "v_proj")
     dropout: float = 0.0
 
@@ -59,8 +60,9 @@ def load_llm(source: str | Path, dtype: str = "auto") -> tuple[Any, Any]:
 
 
 def add_lora(llm: nn.Module, options: LoraOptions) -> list[str]:
-    """Put a LoRA on the LLM in place; returns the names of its parameters.
+    """Put a LoRA on the LLM in place; returns the names of its parameters, which are fp32.
 
+    An optimizer's small steps would be lost in bf16; peft casts what goes in and comes out.
     Raises MissingDependency without peft, WeightsError where no target is in the LLM.
     """
     try:
@@ -77,7 +79,25 @@ def add_lora(llm: nn.Module, options: LoraOptions) -> list[str]:
         inject_adapter_in_model(config, llm)
     except ValueError as error:
         raise WeightsError(f"No LoRA on {', '.join(options.targets)}: {error}") from error
-    return [name for name, _ in llm.named_parameters() if "lora_" in name]
+    adapter = {name: p for name, p in llm.named_parameters() if "lora_" in name}
+    for parameter in adapter.values():
+        parameter.data = parameter.data.float()
+    return list(adapter)
+
+
+def shares_rows(llm: Any) -> bool:
+    """Whether conversations about one video can share a row of this LLM exactly.
+
+    It has to attend to all that a mask [B, 1, S, S] allows and to nothing else, and to take positions:
+    no sliding window, no recurrence or convolution, no attention kernel without such masks.
+    """
+    config = llm.config.get_text_config()
+    return (
+        config._attn_implementation in ("sdpa", "eager")
+        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        and getattr(config, "sliding_window", None) is None
+        and "position_ids" in inspect.signature(llm.forward).parameters
+    )
 
 
 def fingerprint(llm: nn.Module) -> str:

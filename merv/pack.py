@@ -47,7 +47,13 @@ class Packed:
             return words
         places = self.ids < 0
         # index_put, not where: its gradient adds up where branches or rows share a token
-        return words.index_put((places,), visual[-1 - self.ids[places]].to(words.dtype))
+        return words.index_put((places,), visual[-1 - self.ids[places]].to(words))
+
+    def attention_mask(self, like: Tensor, additive: bool) -> Tensor:
+        """The mask as the LLM takes it; `additive` makes one [B, 1, S, S] numbers to add to its scores."""
+        if self.mask.ndim == 2 or not additive:
+            return self.mask
+        return like.new_zeros(self.mask.shape).masked_fill(~self.mask, torch.finfo(like.dtype).min)
 
 
 def pack(groups: Sequence[Sequence[Tokens]], pad_id: int, side: Literal["left", "right"] = "right") -> Packed:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from merv.chat import NOT_LEARNED, Message, Prompt, Visual, render
 from merv.checkpoint import fill_exactly, load_folder, save_folder
 from merv.errors import CheckpointError, PromptError, ShapeError, TrainingError
-from merv.llm import LoraOptions, add_lora, fingerprint, load_llm, stream_tokens
-from merv.multi_encoder import MultiEncoder
+from merv.fuse import Fusion
+from merv.llm import LoraOptions, add_lora, fingerprint, load_llm, shares_rows, stream_tokens
+from merv.multi_encoder import Encoded, MultiEncoder
 from merv.pack import Packed, Tokens, pack
 from merv.store import FeatureStore
 from merv.suggest import nearest
+from merv.types import Grid
 
 Conversation = Sequence[Message]
 
@@ -60,14 +62,14 @@ class VideoLLM(nn.Module):
         """The training loss: mean negative log-likelihood of the answers' tokens.
 
         groups: conversations that end in an answer; those of a group share their video, which
-        the LLM then reads once for all of them.
+        the LLM then reads once for all of them (if its attention can: `merv.llm.shares_rows`).
         """
         logits, labels, _ = self.predict(groups)
         return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     def predict(self, groups: Sequence[Sequence[Conversation]]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [B, K, vocabulary], in fp32, where any row has an answer's token; those tokens
-        [B, K] (NOT_LEARNED where this row has none); and whose they are: 1 … n of the group."""
+        [B, K] (NOT_LEARNED where this row has none); and whose they are: 1 … n of the row."""
         packed, visual = self.pack(groups)
         keep = (packed.labels[:, 1:] != NOT_LEARNED).any(dim=0).nonzero()[:, 0]
         if not len(keep):
@@ -81,41 +83,58 @@ class VideoLLM(nn.Module):
     def logits(self, packed: Packed, visual: Tensor, keep: Tensor) -> Tensor:
         """What follows the tokens `keep` [K] of each row: [B, K, vocabulary]."""
         embeddings = packed.embed(self.llm.get_input_embeddings(), visual)
+        eager = self.llm.config.get_text_config()._attn_implementation == "eager"
+        shared = {"position_ids": packed.positions} if packed.mask.ndim == 4 else {}  # else 0, 1, 2, …
         out = self.llm(
             inputs_embeds=embeddings,
-            attention_mask=packed.mask,
-            position_ids=packed.positions,
+            attention_mask=packed.attention_mask(like=embeddings, additive=eager),
             logits_to_keep=keep,
             use_cache=False,
+            **shared,
         )
         return out.logits
 
+    def rows(self, groups: Sequence[Sequence[Conversation]]) -> list[Sequence[Conversation]]:
+        """The groups as rows of a batch; each conversation has its own where the LLM cannot share one."""
+        return list(groups) if shares_rows(self.llm) else [[talk] for group in groups for talk in group]
+
     def pack(self, groups: Sequence[Sequence[Conversation]], side: Any = "right") -> tuple[Packed, Tensor]:
         """Conversations as the LLM's input, and the visual tokens [V, L] that go into it."""
-        prompts = [[render(messages, self.tokenizer) for messages in group] for group in groups]
+        prompts = [[render(messages, self.tokenizer) for messages in row] for row in self.rows(groups)]
         everything = [visual for group in prompts for prompt in group for visual in prompt.visuals]
         visual, runs = self.see(everything)
         ready = iter(runs)
         sequences = [[_sequence(prompt, ready) for prompt in group] for group in prompts]
-        pad_id = self.tokenizer.pad_token_id
-        packed = pack(sequences, self.tokenizer.eos_token_id if pad_id is None else pad_id, side)
+        packed = pack(sequences, self.pad_id, side)
         device = self.device
         return Packed(*(tensor.to(device) for tensor in vars(packed).values())), visual
 
     def see(self, visuals: Sequence[Visual]) -> tuple[Tensor, list[range]]:
         """Visual tokens of all videos [V, L], each distinct video once, and which are whose."""
-        width = self.llm.get_input_embeddings().embedding_dim
         if not visuals:
-            return torch.empty(0, width, device=self.device), []
-        conditioned = getattr(self.vision.fusion.mixer, "from_question", None) is not None
-        keys = [(_name(v.source), v.question if conditioned else "") for v in visuals]
-        distinct = {key: visual for key, visual in zip(keys, visuals, strict=True)}
-        features = self.vision.features([v.source for v in distinct.values()], store=self.store)
-        question = self.read([v.question for v in distinct.values()]) if conditioned else None
-        fused = self.vision.fuse(features, question).fused
+            return torch.empty(0, self.fusion.width, device=self.device), []
+        keys = [(_name(v.source), v.question if self.fusion.mixer.conditioned else "") for v in visuals]
+        distinct = dict(zip(keys, visuals, strict=True))
+        fused = self._encode(list(distinct.values())).fused
         ends = fused.mask.sum(dim=1).cumsum(0).tolist()
         runs = {key: range(start, end) for key, start, end in zip(distinct, [0, *ends], ends, strict=False)}
         return fused.tokens[fused.mask], [runs[key] for key in keys]
+
+    def encode(self, conversation: Conversation) -> Encoded:
+        """Features, tokens and weights of the videos of one conversation: a batch of them, in order."""
+        visuals = render(conversation, self.tokenizer).visuals
+        if not visuals:
+            raise PromptError("There is no video or image in this conversation.")
+        return self._encode(visuals)
+
+    def _encode(self, visuals: Sequence[Visual]) -> Encoded:
+        sources = {_name(visual.source): visual.source for visual in visuals}
+        features = self.vision.features(list(sources.values()), store=self.store)
+        row = {name: i for i, name in enumerate(sources)}
+        rows = [row[_name(visual.source)] for visual in visuals]
+        of_visual = {n: Grid.cat([grid[i : i + 1] for i in rows]) for n, grid in features.items()}
+        question = self.read([v.question for v in visuals]) if self.fusion.mixer.conditioned else None
+        return self.vision.fuse(of_visual, question)
 
     def read(self, questions: Sequence[str]) -> Tensor:
         """The mean embedding of each question's tokens, [B, L]: what a mixer may be conditioned on."""
@@ -156,10 +175,14 @@ class VideoLLM(nn.Module):
         """
         logits, labels, branches = self.predict(groups)
         wrong = (logits.argmax(dim=-1) != labels) & (labels != NOT_LEARNED)
-        return [
-            [not wrong[row, branches[row] == number].any() for number in range(1, len(group) + 1)]
-            for row, group in enumerate(groups)
-        ]
+        said = iter(
+            [
+                not wrong[i, branches[i] == number].any()
+                for i, row in enumerate(self.rows(groups))
+                for number in range(1, len(row) + 1)
+            ]
+        )
+        return [[next(said) for _ in group] for group in groups]
 
     def _inputs(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
         for messages in conversations:
@@ -171,13 +194,21 @@ class VideoLLM(nn.Module):
         return {"inputs_embeds": embeddings, "attention_mask": packed.mask.long()}
 
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
-        pad_id = self.tokenizer.pad_token_id
-        return {
-            "max_new_tokens": 64,
-            "do_sample": False,
-            "pad_token_id": self.tokenizer.eos_token_id if pad_id is None else pad_id,
-            **options,
-        }
+        # Without the penalty and length limit that some models bring along: greedy is the likeliest token.
+        greedy = {"max_new_tokens": 64, "max_length": None, "do_sample": False, "repetition_penalty": 1.0}
+        return {**greedy, "pad_token_id": self.pad_id, **options}
+
+    @property
+    def pad_id(self) -> int:
+        """What fills up short rows: masked, so that any token will do."""
+        own = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if own is None else own
+
+    @property
+    def fusion(self) -> Fusion:
+        """The MultiEncoder's projectors and mixer."""
+        assert self.vision.fusion is not None
+        return self.vision.fusion
 
     @property
     def device(self) -> torch.device:
@@ -194,8 +225,7 @@ class VideoLLM(nn.Module):
 
     def parts(self) -> dict[str, dict[str, nn.Parameter]]:
         """Parameters by part: projector, mixer, lora (if there is one), llm."""
-        assert self.vision.fusion is not None
-        fusion = [(f"vision.fusion.{name}", p) for name, p in self.vision.fusion.named_parameters()]
+        fusion = [(f"vision.fusion.{name}", p) for name, p in self.fusion.named_parameters()]
         llm = [(f"llm.{name}", p) for name, p in self.llm.named_parameters()]
         parts = {
             "projector": {name: p for name, p in fusion if ".projectors." in name},
