@@ -62,7 +62,8 @@ def test_without_bos_the_plain_form_begins_with_the_video():
 
 
 def test_bos_stands_once(tokenizer):
-    ids = sum((piece for piece in render(MESSAGES, tokenizer).pieces if isinstance(piece, list)), [])
+    pieces = render(MESSAGES, tokenizer).pieces
+    ids = [i for piece in pieces if isinstance(piece, list) for i in piece]
     starts = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] or tokenizer.chat_template
     assert ids.count(tokenizer.bos_token_id) <= 1
     assert ids.count(tokenizer.bos_token_id) == (1 if starts and ids[0] == tokenizer.bos_token_id else 0)

@@ -187,3 +187,15 @@ def test_only_of_a_stranger_is_an_error(both):
 def test_weights_for_a_stranger_are_an_error():
     with pytest.raises(EncoderError, match="weights= names 'dino'"):
         MultiEncoder(["fake"], weights={"dino": "/folder"})
+
+
+def test_how_many_frames_an_encoder_gets_can_be_chosen():
+    model = MultiEncoder(["fake", "fake/video"], frames={"fake": 5, "fake_video": 24})
+    frames = model.read(video(50)).frames
+    assert frames["fake"].pixels.shape[1] == 5
+    assert frames["fake_video"].pixels.shape[1] == 24
+
+
+def test_frames_that_do_not_fill_windows_are_refused():
+    with pytest.raises(EncoderError, match="fake_video takes frames in windows of 8; frames=12"):
+        MultiEncoder(["fake/video"], frames={"fake_video": 12})
