@@ -1,5 +1,9 @@
 """Doctests of merv/ and encoders/ see torch and numpy by name."""
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads crawl on a busy machine
+
 import numpy as np
 import pytest
 import torch
