@@ -42,7 +42,7 @@ def test_a_folder_of_something_else_is_not_loaded(tmp_path):
         load_folder(tmp_path / "none", "Thing")
     (tmp_path / "other.txt").write_text("")
     with pytest.raises(
-        CheckpointError, match="needs config.json and model.safetensors; there is .*other.txt"
+        CheckpointError, match=r"needs config\.json and model\.safetensors; there is .*other\.txt"
     ):
         load_folder(tmp_path, "Thing")
 

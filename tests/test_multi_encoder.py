@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from merv.encoders.fake import Fake
-from merv.errors import CheckpointError, EncoderError, UnknownEncoder
+from merv.errors import CheckpointError, EncoderError, ShapeError, UnknownEncoder
 from merv.multi_encoder import MultiEncoder
+from merv.sample import Sampling
 from merv.store import FeatureStore
+from merv.testing import make_video
 from merv.types import Frames, Grid
 from merv.windows import encode_distinct
 
@@ -199,3 +201,53 @@ def test_how_many_frames_an_encoder_gets_can_be_chosen():
 def test_frames_that_do_not_fill_windows_are_refused():
     with pytest.raises(EncoderError, match="fake_video takes frames in windows of 8; frames=12"):
         MultiEncoder(["fake/video"], frames={"fake_video": 12})
+
+
+def test_a_video_file_is_the_first_thing_anyone_gives(tmp_path):
+    path = make_video(tmp_path / "clip.mp4", frames=16, fps=8)
+    out = MultiEncoder(["fake"])(str(path))
+    assert out.tokens.shape == (1, 16 * 8 * 8, 8)
+    assert out.times_s[0, ::64].tolist() == pytest.approx([(i + 0.5) / 8 for i in range(16)])
+    bright = out.features["fake"].values[0, :, 3:5].std(dim=(1, 2, 3))  # the square crosses the picture
+    assert bright.min() > 0
+    assert torch.equal(out.tokens, MultiEncoder(["fake"])(path.read_bytes()).tokens)
+
+
+def test_encoders_in_bf16_feed_a_fusion_in_fp32(both):
+    clip = video(20)
+    exact = both(clip)
+    both.encoders.bfloat16()
+    out = both(clip)
+    assert out.features["fake"].values.dtype == torch.bfloat16
+    assert out.tokens.dtype == torch.float32
+    torch.testing.assert_close(out.tokens, exact.tokens, atol=0.05, rtol=0.05)
+    assert torch.equal(out.times_s, exact.times_s)  # not rounded to bf16 on the way
+
+
+def test_all_of_it_in_bf16(both):
+    clip = video(20)
+    exact = both(clip).tokens
+    tokens = both.bfloat16()(clip).tokens
+    assert tokens.dtype == torch.bfloat16
+    torch.testing.assert_close(tokens.float(), exact, atol=0.1, rtol=0.1)
+
+
+def test_random_weights_are_told_apart_in_the_store():
+    class Other(Fake):
+        variants = {"image": replace(Fake.variants["image"], source="")}
+
+    models = [MultiEncoder({"fake": Other("image", weights=None)}) for _ in range(2)]
+    models[1].encoders["fake"].net.weight.data.add_(1)
+    clip = video(4)
+    assert models[0].key(clip, "fake") != models[1].key(clip, "fake")
+
+
+def test_a_rate_that_leaves_a_window_short_leaves_no_hole_at_the_end():
+    model = MultiEncoder(["fake/video"], grid=(16, 1, 1), sampling=Sampling("fps", fps=2))
+    out = model(video(113))  # 4.5 seconds: 9 frames, one more than a window
+    assert out.mask.all()
+
+
+def test_no_video_is_an_error(both):
+    with pytest.raises(ShapeError, match="no video in the list"):
+        both([])

@@ -3,8 +3,9 @@ import io
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from merv.errors import DataError
+from merv.errors import DataError, UnreadableVideo
 from merv.store import FeatureStore, video_key
 from merv.types import WHOLE_PICTURE, Grid
 
@@ -63,3 +64,44 @@ def test_folders_and_arrays_have_keys(tmp_path):
 def test_what_has_no_content_cannot_be_stored():
     with pytest.raises(DataError, match="a dict cannot be stored"):
         video_key({}, "recipe")
+
+
+def test_a_file_is_read_once_while_it_does_not_change(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_bytes(b"one")
+    first = video_key(path, "recipe")
+    monkeypatch.setattr("builtins.open", None)  # reading again would fail
+    assert video_key(path, "recipe") == first
+    assert video_key(path, "other") != first
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UnreadableVideo, match=r"none\.mp4: No such file"):
+        video_key(tmp_path / "none.mp4", "recipe")
+
+
+def test_pictures_of_other_colours_have_other_keys():
+    red, blue = (Image.new("P", (4, 4)) for _ in range(2))
+    red.putpalette([255, 0, 0])
+    blue.putpalette([0, 0, 255])
+    assert video_key(red, "recipe") != video_key(blue, "recipe")
+
+
+@pytest.mark.parametrize("damage", [b"", b"no safetensors", None])
+def test_a_damaged_entry_counts_as_missing_and_is_logged(tmp_path, caplog, damage):
+    store = FeatureStore(tmp_path)
+    store.put("k" * 64, some_grid())
+    (entry,) = tmp_path.rglob("*.safetensors")
+    whole = entry.read_bytes()
+    entry.write_bytes(whole[:-20] if damage is None else damage)
+    assert store.get("k" * 64) is None
+    assert "is damaged and will be made again" in caplog.text
+
+
+def test_what_inference_mode_put_there_can_be_trained_on():
+    store = FeatureStore()
+    with torch.inference_mode():
+        store.put("k", some_grid())
+    linear = torch.nn.Linear(4, 2)
+    linear(store.get("k").values.float()).sum().backward()
+    assert linear.weight.grad is not None

@@ -1,12 +1,14 @@
 import pytest
 import torch
+from PIL import Image
 
 from merv.chat import ask
 from merv.errors import CheckpointError, PromptError, ShapeError, TrainingError
-from merv.llm import LoraOptions, fingerprint, load_llm
+from merv.llm import LoraOptions, fingerprint, load_llm, shares_rows
 from merv.multi_encoder import MultiEncoder
 from merv.pack import Tokens, pack
-from merv.testing import tiny_llm
+from merv.store import FeatureStore
+from merv.testing import make_video, tiny_llm
 from merv.video_llm import VideoLLM
 
 
@@ -231,3 +233,135 @@ def test_a_generator_of_padding_on_either_side():
     ]
     assert pack(rows, pad_id=0, side="left").ids.tolist() == [[5, 6], [0, 7]]
     assert pack(rows, pad_id=0, side="right").ids.tolist() == [[5, 6], [7, 0]]
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_log_probs_of_a_batch_are_those_of_one_by_one(conditioned):
+    model = build(conditioned)
+    talks = [
+        ask("What is on it?", video(1), answer="a cat"),
+        ask("What happens?", video(3), answer="no"),
+        ask("And in this much longer question?", video(80, 40, 24), answer="a much longer answer"),
+        ask("Just text.", answer="yes"),
+    ]
+    for together, talk in zip(model.log_probs(talks), talks, strict=True):
+        torch.testing.assert_close(together, model.log_probs([talk])[0])
+
+
+def test_a_file_its_bytes_and_the_open_file_give_the_same(tmp_path):
+    model, path = build(), make_video(tmp_path / "clip.mp4")
+    with path.open("rb") as file:
+        talks = [ask("What?", source, answer="cat") for source in (path, path.read_bytes(), file)]
+        one, *others = (model.log_probs([talk])[0] for talk in talks)
+        model.store = FeatureStore()
+        stored = model.log_probs(talks)
+    for other in (*others, *stored):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_image_file_is_one_step_of_time(tmp_path):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    content = [{"type": "image", "image": tmp_path / "red.png"}, {"type": "text", "text": "What?"}]
+    assert build().encode([{"role": "user", "content": content}]).tokens.shape[:2] == (1, 4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_sharing_a_video_is_exact_with_either_attention(attention):
+    model, clip = build(), video(8)
+    model.llm.set_attn_implementation(attention)
+    talks = [ask("What?", clip, answer="cat"), ask("Who is it then?", clip, answer="a dog")]
+    torch.testing.assert_close(model([talks]), model([[talk] for talk in talks]))
+
+
+def test_attention_without_free_masks_gets_a_row_for_each_conversation(monkeypatch):
+    model, clip = build(), video(8)
+    talks = [ask("What?", clip, answer="cat"), ask("Who?", clip, answer="a dog")]
+    groups = [talks, talks[:1]]
+    shared, said = model(groups), model.would_say(groups)
+    monkeypatch.setattr(model.llm.config, "_attn_implementation_internal", "flash_attention_2")
+    packed, _ = model.pack(groups)
+    assert packed.mask.ndim == 2
+    assert len(packed.ids) == 3
+    monkeypatch.setattr("merv.video_llm.shares_rows", lambda llm: False)
+    monkeypatch.setattr(model.llm.config, "_attn_implementation_internal", "sdpa")
+    torch.testing.assert_close(model(groups), shared)
+    assert model.would_say(groups) == said
+
+
+@pytest.mark.parametrize("change", [{"sliding_window": 8}, {"layer_types": ["conv", "full_attention"]}])
+def test_layers_that_do_not_attend_freely_share_no_rows(change):
+    llm = tiny_llm()[0]
+    assert shares_rows(llm)
+    for name, value in change.items():
+        setattr(llm.config, name, value)
+    assert not shares_rows(llm)
+
+
+def test_a_llm_in_bf16_answers_and_trains_the_fusion_in_fp32():
+    model, clip = build(), video(8)
+    exact = model.log_probs([ask("What?", clip, answer="cat")])[0]
+    model.llm.bfloat16()
+    talks = [ask("What?", clip, answer="cat"), ask("Who?", clip, answer="dog")]
+    torch.testing.assert_close(model.log_probs(talks[:1])[0], exact, atol=0.2, rtol=0.1)
+    model([talks]).backward()
+    for parameter in model.vision.fusion.projectors.parameters():
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.abs().max() > 0
+    assert len(model.generate([ask("What?", clip)], max_new_tokens=3)) == 1
+
+
+def test_a_lora_on_a_llm_in_bf16_is_fp32_and_keeps_small_steps(folder, tmp_path):
+    llm, tokenizer = load_llm(folder, "bf16")
+    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], grid=(4, 2, 2), width=llm.config.hidden_size))
+    model.add_lora(LoraOptions(rank=2))
+    model.train_only(["lora"])
+    adapter = model.parts()["lora"]
+    assert {p.dtype for p in adapter.values()} == {torch.float32}
+    for parameter in adapter.values():
+        torch.nn.init.normal_(parameter)
+    talk = ask("What?", video(8), answer="cat")
+    model([[talk]]).backward()
+    assert all(p.grad.abs().max() > 0 for p in adapter.values())
+    torch.optim.SGD(adapter.values(), lr=1e-5).step()
+    model.eval().save_pretrained(tmp_path / "saved")
+    again = VideoLLM.from_pretrained(tmp_path / "saved")
+    assert again.llm.dtype == torch.bfloat16
+    for name, parameter in again.parts()["lora"].items():
+        assert torch.equal(parameter, adapter[name])
+    assert torch.equal(model.log_probs([talk])[0], again.log_probs([talk])[0])
+
+
+def test_a_conditioned_mixer_weighs_by_the_question():
+    model, clip = build(conditioned=True), video(8)
+    one, other = (model.encode(ask(question, clip)).weights for question in ("How many?", "Which colour?"))
+    assert (one - other).abs().max() > 1e-3
+    torch.testing.assert_close(other.sum(dim=1), torch.ones_like(other.sum(dim=1)))
+
+
+def test_without_a_condition_the_question_changes_no_weights():
+    model, clip = build(), video(8)
+    one, other = (model.encode(ask(question, clip)).weights for question in ("How many?", "Which colour?"))
+    assert torch.equal(one, other)
+
+
+def test_several_questions_about_a_video_encode_it_once(monkeypatch):
+    model, clip = build(conditioned=True), video(8)
+    read, seen = model.vision.read, []
+    monkeypatch.setattr(model.vision, "read", lambda *args: seen.append(args) or read(*args))
+    model([[ask("What?", clip, answer="a"), ask("Who?", clip, answer="b")]])
+    assert len(seen) == 1
+
+
+def test_a_conversation_without_a_video_has_nothing_to_encode():
+    with pytest.raises(PromptError, match="no video or image"):
+        build().encode(ask("What?"))
+
+
+def test_greedy_is_greedy_and_silent_whatever_the_llm_brings_along(caplog):
+    model, talk = build(), ask("What?", video(4))
+    expected = model.generate([talk], max_new_tokens=8)
+    own = model.llm.generation_config
+    own.temperature, own.top_p, own.top_k, own.do_sample = 0.6, 0.9, 20, True
+    own.repetition_penalty, own.max_length = 1.5, 4096
+    assert model.generate([talk], max_new_tokens=8) == expected
+    assert caplog.text == ""
