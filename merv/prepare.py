@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merv.decode import open_video
 from merv.encode import Encoder
-from merv.preprocess import normalise, resize
+from merv.preprocessing import normalise, resize
 from merv.sample import Sampling, on_screen
 from merv.types import EncoderSpec, Frames, Preset, VideoInfo
 

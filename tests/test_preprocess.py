@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from merv.errors import ShapeError
-from merv.preprocess import normalise, preprocess, resize
+from merv.preprocessing import normalise, preprocess, resize
 from merv.types import Frames, Preset
 
 MODES = {"bicubic": transforms.InterpolationMode.BICUBIC, "bilinear": transforms.InterpolationMode.BILINEAR}
