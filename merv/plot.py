@@ -49,7 +49,7 @@ def draw_loss(losses: Sequence[tuple[int, float]], path: str | Path) -> None:
 def draw_clip(
     pictures: Sequence[np.ndarray],
     picture_times_s: Sequence[float],
-    weights: Tensor,
+    weights: Tensor | None,
     times_s: Sequence[float],
     encoders: Sequence[str],
     answers: Sequence[tuple[str, str, str]],
@@ -58,36 +58,38 @@ def draw_clip(
 ) -> None:
     """One picture of one clip: its frames in time, each encoder's weight over time, the questions.
 
-    pictures: RGB arrays [H, W, 3], shown at picture_times_s. weights: [E, t], summing to 1 over E.
+    pictures: RGB arrays [H, W, 3], shown at picture_times_s. weights: [E, t], summing to 1 over E;
+        None where the mixer has none.
     answers: (question, answer, expected).
     """
-    figure, (frames, curve, text) = _figure(
-        11, 5.6, rows=3, height_ratios=[1.6, 1.8, 0.35 + 0.28 * len(answers)]
-    )
-    frames.imshow(
-        np.concatenate([np.pad(p, ((0, 0), (0, 4), (0, 0)), constant_values=255) for p in pictures], axis=1)
-    )
-    width = pictures[0].shape[1] + 4
-    frames.set_xticks(
-        [width * (i + 0.5) for i in range(len(pictures))], [f"{time:.1f} s" for time in picture_times_s]
-    )
-    frames.set_yticks([])
+    heights = [1.6, 1.8, 0.35 + 0.28 * len(answers)]
+    figure, (frames, curve, text) = _figure(11, 5.6, rows=3, height_ratios=heights)
     frames.set_title(title, loc="left", fontsize=11)
-    for spine in frames.spines.values():
-        spine.set_visible(False)
-    edge_s = (times_s[1] - times_s[0]) / 2 if len(times_s) > 1 else 0.5
-    curve.stackplot(times_s, *weights.tolist(), labels=encoders, colors=COLOURS, step="mid", alpha=0.85)
-    curve.set(xlim=(times_s[0], times_s[-1]), ylim=(0, 1), xlabel="time (s)", ylabel="weight in the mix")
-    curve.margins(x=edge_s)
-    curve.legend(loc="upper right", ncols=len(encoders), fontsize=9)
+    _draw_frames(frames, pictures, picture_times_s)
+    curve.axis("off")
+    if weights is not None:
+        curve.axis("on")
+        curve.stackplot(times_s, *weights.tolist(), labels=encoders, colors=COLOURS, step="mid", alpha=0.85)
+        curve.set(xlim=(times_s[0], times_s[-1]), ylim=(0, 1), xlabel="time (s)", ylabel="weight in the mix")
+        curve.legend(loc="upper right", ncols=len(encoders), fontsize=9)
     text.axis("off")
     for i, (question, answer, expected) in enumerate(answers):
-        verdict = "" if answer.lower().strip(" .") == expected else f"   (expected: {expected})"
-        text.text(0, 1 - (i + 0.5) / len(answers), question, fontsize=10, va="center")
-        text.text(
-            0.62, 1 - (i + 0.5) / len(answers), f"{answer}{verdict}", fontsize=10, va="center", weight="bold"
-        )
+        height = 1 - (i + 0.5) / len(answers)
+        verdict = "" if answer.lower().strip(" .") == expected else f"   (right: {expected})"
+        text.text(0, height, question, fontsize=10, va="center")
+        text.text(0.62, height, f"{answer}{verdict}", fontsize=10, va="center", weight="bold")
     _save(figure, path)
+
+
+def _draw_frames(axes: Any, pictures: Sequence[np.ndarray], times_s: Sequence[float]) -> None:
+    """Pictures side by side with their times under them."""
+    gap = ((0, 0), (0, 4), (0, 0))
+    axes.imshow(np.concatenate([np.pad(picture, gap, constant_values=255) for picture in pictures], axis=1))
+    width = pictures[0].shape[1] + 4
+    centres = [width * (i + 0.5) for i in range(len(pictures))]
+    axes.set_xticks(centres, [f"{time:.1f} s" for time in times_s])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
 
 
 def _figure(width: float, height: float, rows: int = 1, **grid: Any) -> Any:

@@ -190,4 +190,5 @@ def test_pictures_are_drawn(tmp_path):
         [("Who?", "cat", "dog")],
         tmp_path / "clip.png",
     )
-    assert all((tmp_path / name).stat().st_size > 5000 for name in ("loss.png", "clip.png"))
+    draw_clip(pictures, [0.5, 1.5, 2.5], None, [], ["a"], [("Who?", "cat", "cat")], tmp_path / "plain.png")
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("loss.png", "clip.png", "plain.png"))

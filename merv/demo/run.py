@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, help="of training (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0, help="of clips and training (default: %(default)s)")
+    parser.add_argument(
+        "--fit",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="all that follows goes to merv fit, as in --fit --model.mixer=gate",
+    )
     parser.add_argument("--only-data", action="store_true", help="make the clips and questions, then stop")
 
 
@@ -42,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.only_data:
         return 0
     _say(2, "Frozen encoders see every clip once; then mixer, projector and a small LoRA learn", "4 minutes")
-    train(out, args.steps, args.seed)
+    train(out, args.steps, args.seed, args.fit)
     _say(3, "Questions about clips that training never saw, with and without the video", "1 minute")
     model, results = evaluate(out)
     _table(results)
@@ -81,7 +87,7 @@ def make_data(out: Path, counts: Mapping[str, int], seed: int) -> None:
             progress.update(task, completed=count)
 
 
-def train(out: Path, steps: int | None, seed: int) -> None:
+def train(out: Path, steps: int | None, seed: int, further: Sequence[str] = ()) -> None:
     """`merv fit --config demo` on the data in `out`."""
     from merv.train_cli import run as fit
 
@@ -92,7 +98,7 @@ def train(out: Path, steps: int | None, seed: int) -> None:
         f"--model.store={out / 'features'}",
         f"--data.train={out / 'train.jsonl'}",
     ]
-    fit(["--config", "demo", *options, *([f"--trainer.max_steps={steps}"] if steps else [])])
+    fit(["--config", "demo", *options, *([f"--trainer.max_steps={steps}"] if steps else []), *further])
 
 
 def evaluate(out: Path) -> tuple[Any, dict[str, Any]]:
@@ -162,14 +168,14 @@ def show(model: Any, out: Path) -> Path:
     said = model.generate([ask(question, video) for question, _ in asked], max_new_tokens=8)
     for (question, wanted), answer in zip(asked, said, strict=True):
         print(f"  {question}  {answer}   (right: {wanted})")
-    encoded = model.vision([str(video)])
+    encoded = model.vision.fuse(model.vision.features([str(video)], store=model.store))
     frames = load_video(video, frames=8)
     shots = ", ".join(f"{name} {start:.1f}–{end:.1f} s" for name, start, end in row.shots)
     draw_clip(
         [frame.permute(1, 2, 0).numpy() for frame in frames.pixels[0]],
         frames.times_s[0].tolist(),
-        encoded.weights[0].mean(dim=(2, 3)),
-        encoded.features["efficientnet_lite"].times_s[0].tolist(),
+        None if encoded.weights is None else encoded.weights[0].mean(dim=(2, 3)),
+        next(iter(encoded.features.values())).times_s[0].tolist(),
         list(model.vision.encoders),
         [(question, answer, wanted) for (question, wanted), answer in zip(asked, said, strict=True)],
         out / "clip.png",

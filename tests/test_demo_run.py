@@ -1,0 +1,58 @@
+import json
+import re
+
+import pytest
+
+from merv.cli import main
+from merv.demo import clips, material, run
+from merv.demo.run import without_video
+from merv.testing import tiny_llm
+from merv.train_cli import NOISE
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{re.escape(words)}.*") for words in NOISE]
+pytestmark.append(pytest.mark.filterwarnings("ignore:Glyph"))  # an untrained LLM says anything
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The demo with photographs only, few clips, a tiny LLM and the fake encoders."""
+    tiny_llm(tmp_path / "llm")
+    monkeypatch.setattr(material, "things", material.photographs)
+    monkeypatch.setattr(run, "COUNTS", {"train": 4, "held_out": 8, "unseen": 2})
+    monkeypatch.setattr(clips, "FRAMES", (64, 72))
+    return [
+        *("demo", "--out", str(tmp_path / "out"), "--clips", "4", "--steps", "2", "--fit"),
+        f"--model.llm={tmp_path / 'llm'}",
+        "--model.encoders=[fake,fake/video]",
+        "--model.frames=null",
+        "--model.dtype=fp32",
+        "--trainer.enable_progress_bar=false",
+    ]
+
+
+def test_the_demo_goes_through_all_its_steps(tiny, tmp_path, capsys):
+    assert main(tiny) == 0
+    said = capsys.readouterr().out
+    assert all(f"[{step}/4]" in said for step in (1, 2, 3, 4))
+    assert "What is shown first?" in said
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert {"count", "first", "last"} <= set(results["held_out"])
+    assert results["machine"]
+    for name in ("clip.png", "loss.png", "model/model.safetensors"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
+
+
+def test_only_data_stops_before_training(tiny, tmp_path):
+    assert main([*tiny[: tiny.index("--fit")], "--only-data"]) == 0
+    assert (tmp_path / "out/train.jsonl").read_text().count("\n") == 4
+    assert not (tmp_path / "out/model").exists()
+
+
+def test_without_video_only_the_text_is_left():
+    talk = [
+        {"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "Who?"}]},
+        {"role": "assistant", "content": "cat"},
+    ]
+    (blind,) = without_video([talk])
+    assert blind == [{"role": "user", "content": [{"type": "text", "text": "Who?"}]}, talk[1]]
+    assert len(talk[0]["content"]) == 2
