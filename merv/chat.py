@@ -63,14 +63,14 @@ def ask(question: str, *videos: Any, answer: str | None = None) -> list[dict[str
 
 
 def render(messages: Sequence[Message], tokenizer: Any) -> Prompt:
-    """Messages → Prompt; one that ends with the user's turn is ready to be answered.
+    """Messages → Prompt. Ending with the user's turn, it is to be answered: nothing in it is learned.
 
     Raises PromptError for messages that are malformed or that the chat template rejects.
     """
     flat, visuals = _flatten(messages)
     open_turn = flat[-1]["role"] != "assistant"
     text = _text(flat, tokenizer, open_turn)
-    answers = _answer_spans(flat, tokenizer, text)
+    answers = [] if open_turn else _answer_spans(flat, tokenizer, text)
     if text.count(VISUAL) != len(visuals):
         raise PromptError(
             f"The chat template kept {text.count(VISUAL)} of {len(visuals)} videos. "
@@ -91,27 +91,31 @@ def render(messages: Sequence[Message], tokenizer: Any) -> Prompt:
     return Prompt(tuple(pieces), tuple(learned))
 
 
-def _flatten(messages: Sequence[Message]) -> tuple[list[dict[str, str]], list[Visual]]:
-    """Content lists to strings, each video to a VISUAL character."""
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise PromptError unless these are the messages of one conversation."""
     if not messages or not all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in messages):
         raise PromptError(
-            f"Messages are a non-empty list of {{'role': …, 'content': …}}; got {str(messages)[:200]}."
+            f"Messages are a non-empty list of {{'role': …, 'content': …}}; got {str(messages)[:200]}. "
+            "Several conversations are a list of such lists."
         )
+
+
+def _flatten(messages: Sequence[Message]) -> tuple[list[dict[str, str]], list[Visual]]:
+    """Content lists to strings, each video to a VISUAL character."""
+    check_messages(messages)
     flat, visuals = [], []
     for message in messages:
         content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        words = " ".join(part.get("text", "") for part in parts if part.get("type") == "text").strip()
+        whole = {"type": "text", "text": content} if isinstance(content, str) else content
+        parts = whole if isinstance(whole, (list, tuple)) else [whole]
+        for part in parts:
+            _check_part(part)
+        words = " ".join(part["text"] for part in parts if part["type"] == "text").strip()
         if VISUAL in words:
             raise PromptError(f"The text {words[:80]!r} has the character U+E000, which stands for videos.")
         said = ""
         for part in parts:
-            kind = part.get("type")
-            if kind not in ("text", "video", "image") or kind not in part:
-                raise PromptError(
-                    "Content parts are {'type': 'text', 'text': …}, or the same with 'video' or 'image'; "
-                    f"got {str(part)[:200]}."
-                )
+            kind = part["type"]
             if kind == "text":
                 said += part["text"]
             else:
@@ -119,6 +123,16 @@ def _flatten(messages: Sequence[Message]) -> tuple[list[dict[str, str]], list[Vi
                 visuals.append(Visual(part[kind], words))
         flat.append({"role": str(message["role"]), "content": said})
     return flat, visuals
+
+
+def _check_part(part: Any) -> None:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    known = kind in ("text", "video", "image") and kind in part
+    if not known or (kind == "text" and not isinstance(part["text"], str)):
+        raise PromptError(
+            "Content is a text or a list of parts {'type': 'text', 'text': …}, or the same with 'video' or "
+            f"'image'; got {str(part)[:200]}."
+        )
 
 
 def _text(flat: Sequence[Mapping[str, str]], tokenizer: Any, open_turn: bool) -> str:

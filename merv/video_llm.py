@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merv.chat import NOT_LEARNED, Message, Prompt, Visual, render
+from merv.chat import NOT_LEARNED, Message, Prompt, Visual, check_messages, render
 from merv.checkpoint import fill_exactly, load_folder, save_folder
 from merv.errors import CheckpointError, PromptError, ShapeError, TrainingError
 from merv.fuse import Fusion
@@ -186,7 +186,8 @@ class VideoLLM(nn.Module):
 
     def _inputs(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
         for messages in conversations:
-            if messages and messages[-1]["role"] == "assistant":
+            check_messages(messages)
+            if messages[-1]["role"] == "assistant":
                 raise PromptError("To be answered, a conversation must end in the user's turn.")
         with torch.no_grad():
             packed, visual = self.pack([[messages] for messages in conversations], side="left")

@@ -84,6 +84,9 @@ def test_a_visual_knows_the_question_beside_it():
         ([{"role": "user"}], "non-empty list"),
         ([{"role": "user", "content": [{"type": "sound", "sound": 1}]}], "'video' or 'image'"),
         ([{"role": "user", "content": [{"type": "video"}]}], "'video' or 'image'"),
+        ([{"role": "user", "content": ["Hi"]}], "or a list of parts .* got Hi"),
+        ([{"role": "user", "content": None}], "or a list of parts .* got None"),
+        ([{"role": "user", "content": [{"type": "text", "text": 7}]}], "or a list of parts .* got"),
         ([{"role": "user", "content": f"Hi {VISUAL}"}], r"U\+E000"),
     ],
 )
@@ -104,6 +107,14 @@ def test_a_template_that_rewrites_history_is_a_prompt_error():
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(PromptError, match="rewrites earlier turns"):
         render(MESSAGES, tokenizer)
+
+
+def test_a_question_can_follow_under_such_a_template():
+    tokenizer = tiny_llm()[1]
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    prompt = render(MESSAGES[:3], tokenizer)
+    assert text_of(prompt, tokenizer).startswith("3")
+    assert not any(flag for flags in prompt.learned for flag in flags)
 
 
 def test_a_template_that_drops_videos_is_a_prompt_error():

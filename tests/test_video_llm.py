@@ -3,6 +3,7 @@ import torch
 from PIL import Image
 
 from merv.chat import ask
+from merv.cli import main
 from merv.errors import CheckpointError, PromptError, ShapeError, TrainingError
 from merv.llm import LoraOptions, fingerprint, load_llm, shares_rows
 from merv.multi_encoder import MultiEncoder
@@ -365,3 +366,31 @@ def test_greedy_is_greedy_and_silent_whatever_the_llm_brings_along(caplog):
     own.repetition_penalty, own.max_length = 1.5, 4096
     assert model.generate([talk], max_new_tokens=8) == expected
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("method", ["generate", "log_probs"])
+def test_one_conversation_where_a_list_is_wanted_is_explained(method):
+    with pytest.raises(PromptError, match="Several conversations are a list of such lists"):
+        getattr(build(), method)(ask("What?"))
+
+
+def test_ask_prints_the_answer_and_the_weights_for_that_question(folder, tmp_path, capsys, monkeypatch):
+    llm, tokenizer = load_llm(folder)
+    vision = MultiEncoder(
+        ["fake", "fake/video"], width=llm.config.hidden_size, mixer_options={"conditioned": True}
+    )
+    VideoLLM(llm, tokenizer, vision).save_pretrained(tmp_path / "model")
+    path, seen, read = make_video(tmp_path / "clip.mp4"), [], MultiEncoder.read
+    monkeypatch.setattr(MultiEncoder, "read", lambda *args: seen.append(args) or read(*args))
+    assert main(["ask", str(path), "What?", "--model", str(tmp_path / "model"), "--weights"]) == 0
+    assert capsys.readouterr().out.endswith("\nweights: fake 50%, fake_video 50%\n")
+    assert len(seen) == 1
+
+
+def test_a_mask_to_add_to_scores_is_zero_where_one_may_look():
+    row = [Tokens(torch.tensor([5, 6, i]), torch.tensor([-100, -100, i])) for i in (7, 8)]
+    packed = pack([row], pad_id=0)
+    added = packed.attention_mask(like=torch.zeros(1, dtype=torch.bfloat16), additive=True)
+    assert added.dtype == torch.bfloat16
+    assert torch.equal(added == 0, packed.mask)
+    assert packed.attention_mask(like=added, additive=False) is packed.mask
