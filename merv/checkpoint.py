@@ -46,6 +46,7 @@ def load_folder(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
 
     Raises CheckpointError where it is not such a folder; the message says what it is.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -54,11 +55,14 @@ def load_folder(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
         raise CheckpointError(
             f"{folder} is no checkpoint of merv: it needs {CONFIG} and {WEIGHTS}; there is {there}."
         )
-    config = json.loads((folder / CONFIG).read_text())
+    try:
+        config, state = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+    except (ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from error
     if config.pop("merv", None) != FORMAT or config.get("kind") != kind:
         raise CheckpointError(f"{folder} holds a {config.get('kind')!r}; wanted a {kind!r}.")
     config.pop("kind")
-    return config, load_file(folder / WEIGHTS)
+    return config, state
 
 
 def fill_exactly(own: Mapping[str, Tensor], state: Mapping[str, Tensor], folder: str | Path) -> None:

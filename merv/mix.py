@@ -120,8 +120,8 @@ class Gate(WeightingMixer):
 
     def score(self, reads: Tensor | None, mask: Tensor, question: Tensor | None = None) -> Tensor:
         assert reads is not None
-        real = mask[..., None].to(reads.dtype)
-        total = (reads * real).sum(dim=(2, 3, 4), keepdim=True)
+        real = mask[..., None].float()
+        total = (reads.float() * real).sum(dim=(2, 3, 4), keepdim=True)
         return (total / real.sum(dim=(2, 3, 4), keepdim=True).clamp(min=1))[..., 0]  # [B, E, 1, 1, 1]
 
 

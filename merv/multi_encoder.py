@@ -259,6 +259,7 @@ class MultiEncoder(nn.Module):
     def from_config(cls, config: Mapping[str, Any], weights: Mapping[str, str | None]) -> MultiEncoder:
         """The MultiEncoder that `config` describes, its fusion untrained."""
         options = dict(config)
+        _check_names("weights", weights, options["encoders"])
         encoders = {name: _recreate(name, saved, weights) for name, saved in options.pop("encoders").items()}
         sampling = Sampling(**options.pop("sampling"))
         return cls(encoders, sampling=sampling, **{**options, "grid": tuple(options["grid"])})

@@ -66,3 +66,11 @@ def test_missing_left_over_and_misshapen_tensors_are_named():
         CheckpointError, match=r"1 missing \(a\); 1 left over \(c\); 1 of another shape \(b\)"
     ):
         fill_exactly(own, {"b": torch.ones(3), "c": torch.ones(1)}, "folder")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_damaged_folder_is_named(tmp_path, file):
+    save_folder(tmp_path / "a", "Thing", {}, {"w": torch.ones(2)})
+    (tmp_path / "a" / file).write_bytes((tmp_path / "a" / file).read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match="a is damaged"):
+        load_folder(tmp_path / "a", "Thing")

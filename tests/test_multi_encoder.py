@@ -251,3 +251,9 @@ def test_a_rate_that_leaves_a_window_short_leaves_no_hole_at_the_end():
 def test_no_video_is_an_error(both):
     with pytest.raises(ShapeError, match="no video in the list"):
         both([])
+
+
+def test_weights_for_a_stranger_are_an_error_when_loading_too(both, tmp_path):
+    both.save_pretrained(tmp_path / "model")
+    with pytest.raises(EncoderError, match=r"weights= names 'fke'.*Did you mean 'fake'"):
+        MultiEncoder.from_pretrained(tmp_path / "model", weights={"fke": "/folder"})
