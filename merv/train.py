@@ -73,7 +73,7 @@ class Training(LightningModule):
         """Build the VideoLLM; Lightning calls this when the place to build it is known."""
         if self.model is not None:
             return
-        h = self.hparams
+        h: Any = self.hparams
         llm, tokenizer = load_llm(h.llm, h.dtype)
         vision = MultiEncoder(
             h.encoders,
@@ -95,14 +95,14 @@ class Training(LightningModule):
             self.model.add_lora(self.lora or LoraOptions())
         self.model.train_only(h.train)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW over the trained parts, linear warm-up, cosine to zero."""
-        assert self.model is not None
+        h: Any = self.hparams
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise TrainingError("The schedule needs an end: set trainer.max_steps or trainer.max_epochs.")
-        optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.hparams.lr)
-        warm = max(1, round(self.hparams.warmup * steps))
+        optimizer = torch.optim.AdamW(self.parameter_groups(), lr=h.lr)
+        warm = max(1, round(h.warmup * steps))
 
         def scale(step: int) -> float:
             if step < warm:
@@ -115,14 +115,15 @@ class Training(LightningModule):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Per part a group with weight decay for matrices, and one without for the rest."""
         assert self.model is not None
-        rates: Mapping[str, float] = self.hparams.lr_of or {}
+        h: Any = self.hparams
+        rates: Mapping[str, float] = h.lr_of or {}
         parts = self.model.parts()
         groups = []
         for part in self.model.trained:
-            rate = rates.get(part, self.hparams.lr)
+            rate = rates.get(part, h.lr)
             matrices = [p for p in parts[part].values() if p.ndim > 1]
             vectors = [p for p in parts[part].values() if p.ndim <= 1]
-            decays = ((matrices, self.hparams.weight_decay), (vectors, 0.0))
+            decays = ((matrices, h.weight_decay), (vectors, 0.0))
             groups += [{"params": ps, "lr": rate, "weight_decay": decay} for ps, decay in decays if ps]
         return groups
 
@@ -175,7 +176,7 @@ class Training(LightningModule):
             self.model.llm.eval()
         return self
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Only what is trained: Lightning's checkpoints hold nothing frozen."""
         state = super().state_dict(*args, **kwargs)
         trained = {name for name, p in self.named_parameters() if p.requires_grad}

@@ -10,10 +10,13 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-COUNTS = {"train": 320, "held_out": 96, "unseen": 48}
+from merv.demo.clips import Split
+
+COUNTS: dict[Split, int] = {"train": 320, "held_out": 96, "unseen": 48}
 QUESTIONS = 6  # of each clip
 
 
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_data(out: Path, counts: Mapping[str, int], seed: int) -> None:
+def make_data(out: Path, counts: Mapping[Split, int], seed: int) -> None:
     """Render the clips of each split that are not there yet, and write their questions."""
     from rich.progress import Progress
 
@@ -73,18 +76,14 @@ def make_data(out: Path, counts: Mapping[str, int], seed: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with Progress(transient=True) as progress:
         for split, count in counts.items():
-            task = progress.add_task(f"{split} clips", total=count)
-            clips = make_clips(
-                out / "clips",
-                split,
-                count,
-                things=shown,
-                seed=seed,
-                progress=lambda ready, total, task=task: progress.update(task, completed=ready),
-            )
+            step = partial(_advance, progress, progress.add_task(f"{split} clips", total=count))
+            clips = make_clips(out / "clips", split, count, things=shown, seed=seed, progress=step)
             local = [replace(clip, path=clip.path.relative_to(out)) for clip in clips]
             write_rows(out / f"{split}.jsonl", rows(local, shown, per_clip=QUESTIONS, seed=seed))
-            progress.update(task, completed=count)
+
+
+def _advance(progress: Any, task: Any, ready: int, total: int) -> None:
+    progress.update(task, completed=ready, total=total)
 
 
 def train(out: Path, steps: int | None, seed: int, further: Sequence[str] = ()) -> None:
@@ -170,6 +169,7 @@ def show(model: Any, out: Path) -> Path:
         print(f"  {question}  {answer}   (right: {wanted})")
     encoded = model.vision.fuse(model.vision.features([str(video)], store=model.store))
     frames = load_video(video, frames=8)
+    assert frames is not None  # only on_error="skip" gives None
     shots = ", ".join(f"{name} {start:.1f}–{end:.1f} s" for name, start, end in row.shots)
     draw_clip(
         [frame.permute(1, 2, 0).numpy() for frame in frames.pixels[0]],
