@@ -23,6 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", help="the question, in quotes")
     parser.add_argument("--model", required=True, help="a folder that `merv fit` or save_pretrained wrote")
     parser.add_argument("--llm", help="where its language model is now, if not where it was in training")
+    parser.add_argument(
+        "--encoder",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="where an encoder's weights are now, if not where they were in training",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: %(default)s)")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the LLM (default: as trained)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="length limit (default: %(default)s)")
@@ -40,7 +47,10 @@ def run(args: argparse.Namespace) -> int:
     transformers_logging.disable_progress_bar()
     logging.getLogger("merv").setLevel(logging.WARNING)
     videos = [video for video in args.video if video]
-    model = VideoLLM.from_pretrained(args.model, llm=args.llm, dtype=args.dtype).to(args.device)
+    moved = dict(pair.partition("=")[::2] for pair in args.encoder)
+    model = VideoLLM.from_pretrained(args.model, llm=args.llm, weights=moved, dtype=args.dtype).to(
+        args.device
+    )
     model.store = FeatureStore()  # the encoders run once, for the answer and for the weights
     conversation = ask(args.question, *videos)
     for piece in model.stream(conversation, max_new_tokens=args.max_new_tokens):

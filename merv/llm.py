@@ -55,7 +55,8 @@ def load_llm(source: str | Path, dtype: str = "auto") -> tuple[Any, Any]:
             f"The LLM {str(source)!r} cannot be loaded: {reason} Pass the folder of a causal LM in the "
             "layout of transformers, or a hub id that can be reached or is cached."
         ) from error
-    llm.config._name_or_path = str(source)  # as typed: a checkpoint names it to find it again
+    # What a checkpoint will look for: a folder wherever it is loaded from, else what was typed.
+    llm.config._name_or_path = str(Path(source).resolve() if Path(source).is_dir() else source)
     return llm.eval(), tokenizer
 
 

@@ -59,11 +59,13 @@ def run(argv: Sequence[str]) -> int:
     # Lightning calls jsonargparse by names that are going away; users can do nothing about that.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     from lightning.pytorch.cli import LightningCLI
+    from transformers.utils import logging as transformers_logging
 
     from merv.data import ChatData
     from merv.plot import LossPlot
     from merv.train import Training, save
 
+    transformers_logging.disable_progress_bar()
     for words in NOISE:
         warnings.filterwarnings("ignore", f".*{re.escape(words)}.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

@@ -133,6 +133,11 @@ def test_tokens_start_at_the_scale_of_the_embeddings(folder):
     assert 0.5 < tokens.square().mean().sqrt() / scale < 2
 
 
+def test_training_the_llm_itself_in_bf16_is_refused(folder):
+    with pytest.raises(TrainingError, match="Set dtype: fp32"):
+        training(folder, train=["projector", "llm"], dtype="bf16").configure_model()
+
+
 def test_a_schedule_without_an_end_is_refused(folder):
     module, data = training(folder), ChatData(str(folder / "data.jsonl"))
     with pytest.raises(TrainingError, match=r"set trainer\.max_steps"):
