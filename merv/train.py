@@ -35,7 +35,7 @@ class Training(LightningModule):
     train: the parts to train: projector, mixer, lora, llm. lora: with `lora` among them.
     lr: peak learning rate; lr_of: another one for a part, by name. weight_decay: not on biases, norms
         and other vectors. warmup: share of the steps; then cosine down to zero.
-    dtype: of the LLM; fp32 where `llm` itself is trained. Mixer, projector and LoRA always train in fp32.
+    dtype: of the LLM; fp32 where `llm` itself is trained. All that is trained is in fp32.
     token_rms: scale at which tokens enter the LLM; None: that of its own embeddings.
     store: folder for the encoders' features; None keeps them in memory.
     """

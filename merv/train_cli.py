@@ -13,7 +13,6 @@ from pathlib import Path
 from merv.errors import TrainingError
 from merv.suggest import nearest
 
-
 # What Lightning says on every run and a user can do nothing about.
 NOISE = ("does not have many workers", "no `val_dataloader`", "LeafSpec", "in eval mode", "litlogger")
 

@@ -9,7 +9,6 @@ from PIL import Image
 from merv.cli import main
 from merv.data import ChatData
 from merv.errors import TrainingError
-from merv.llm import LoraOptions
 from merv.plot import draw_clip, draw_loss
 from merv.testing import make_video, tiny_llm
 from merv.train import Training, save
