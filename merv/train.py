@@ -77,7 +77,7 @@ class Training(LightningModule):
         llm, tokenizer = load_llm(h.llm, h.dtype)
         if "llm" in h.train and llm.dtype != torch.float32:
             raise TrainingError(
-                f"The LLM is in {str(llm.dtype).removeprefix('torch.')}, where small steps of its own weights "
+                f"The LLM is in {str(llm.dtype).removeprefix('torch.')}, where small steps of its weights "
                 "are lost. Set dtype: fp32 (with trainer.precision: bf16-mixed for speed), or train a lora."
             )
         vision = MultiEncoder(
