@@ -16,7 +16,7 @@ from typing import Any
 
 from merv.demo.clips import Split
 
-COUNTS: dict[Split, int] = {"train": 320, "held_out": 96, "unseen": 48}
+COUNTS: dict[Split, int] = {"train": 160, "held_out": 64, "unseen": 32}
 QUESTIONS = 6  # of each clip
 
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _say(2, "Frozen encoders see every clip once; then mixer, projector and a small LoRA learn", "4 minutes")
     train(out, args.steps, args.seed, args.fit)
-    _say(3, "Questions about clips that training never saw, with and without the video", "1 minute")
+    _say(3, "Questions about clips that training never saw, with and without the video", "2 minutes")
     model, results = evaluate(out)
     _table(results)
     _say(4, "Three questions about one clip, and its picture", "10 seconds")
