@@ -20,8 +20,9 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(material, "things", material.photographs)
     monkeypatch.setattr(run, "COUNTS", {"train": 4, "held_out": 8, "unseen": 2})
     monkeypatch.setattr(clips, "FRAMES", (64, 72))
+    monkeypatch.chdir(tmp_path)
     return [
-        *("demo", "--out", str(tmp_path / "out"), "--clips", "4", "--steps", "2", "--fit"),
+        *("demo", "--out", "out", "--clips", "4", "--steps", "2", "--fit"),
         f"--model.llm={tmp_path / 'llm'}",
         "--model.encoders=[fake,fake/video]",
         "--model.frames=null",

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The four steps, each announced with how long it takes on two cores."""
     started = time.monotonic()
-    out = Path(args.out)
+    out = Path(args.out).resolve()
     _say(1, "Clips from photographs and footage that packages ship, with exact ground truth", "1 minute")
     make_data(out, {**COUNTS, "train": args.clips}, args.seed)
     if args.only_data:
