@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads crawl on a busy machine
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # spinning threads crawl on a busy machine
 
 import numpy as np
 import pytest

@@ -200,13 +200,10 @@ class Training(LightningModule):
 
 def encode_all(model: VideoLLM, videos: Sequence[Any]) -> None:
     """Fill the model's feature store, with a progress bar; what is there already is not computed."""
-    from rich.progress import Progress
+    from tqdm import tqdm
 
-    with Progress(transient=True) as progress:
-        task = progress.add_task("Encoding videos, once", total=len(videos))
-        for video in videos:
-            model.vision.features([video], store=model.store)
-            progress.advance(task)
+    for video in tqdm(videos, "Encoding videos, once", unit="video", mininterval=1.0):
+        model.vision.features([video], store=model.store)
 
 
 def save(training: Training, folder: str | Path) -> Path:

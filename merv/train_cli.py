@@ -57,6 +57,7 @@ def run(argv: Sequence[str]) -> int:
     """Train as the recipe and the options say; the result is a folder under trainer.default_root_dir."""
     # Lightning calls jsonargparse by names that are going away; users can do nothing about that.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    from lightning.pytorch.callbacks import TQDMProgressBar
     from lightning.pytorch.cli import LightningCLI
     from transformers.utils import logging as transformers_logging
 
@@ -73,6 +74,10 @@ def run(argv: Sequence[str]) -> int:
 
     class Command(LightningCLI):
         """fit, then save the model and its loss curve."""
+
+        def before_instantiate_classes(self) -> None:
+            if self.config["fit"]["trainer"]["enable_progress_bar"] is not False:
+                self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=5))  # in logs too
 
         def after_fit(self) -> None:
             folder = save(self.model, Path(self.trainer.default_root_dir) / "model")

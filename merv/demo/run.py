@@ -10,7 +10,6 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +58,14 @@ def run(args: argparse.Namespace) -> int:
     picture = show(model, out)
     results.update(machine=_machine(), minutes=round((time.monotonic() - started) / 60, 1))
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\nPicture: {picture}. Numbers: {out / 'results.json'}. Loss: {out / 'loss.png'}.")
+    print(f"\nIn {args.out}: {picture.name} (the picture), results.json (the numbers), loss.png, model/.")
     print(f"All of it took {results['minutes']} minutes on {results['machine']}.")
     return 0
 
 
 def make_data(out: Path, counts: Mapping[Split, int], seed: int) -> None:
     """Render the clips of each split that are not there yet, and write their questions."""
-    from rich.progress import Progress
+    from tqdm import tqdm
 
     from merv.demo.clips import make_clips
     from merv.demo.material import things
@@ -74,16 +73,19 @@ def make_data(out: Path, counts: Mapping[Split, int], seed: int) -> None:
 
     shown = things()
     out.mkdir(parents=True, exist_ok=True)
-    with Progress(transient=True) as progress:
-        for split, count in counts.items():
-            step = partial(_advance, progress, progress.add_task(f"{split} clips", total=count))
-            clips = make_clips(out / "clips", split, count, things=shown, seed=seed, progress=step)
-            local = [replace(clip, path=clip.path.relative_to(out)) for clip in clips]
-            write_rows(out / f"{split}.jsonl", rows(local, shown, per_clip=QUESTIONS, seed=seed))
-
-
-def _advance(progress: Any, task: Any, ready: int, total: int) -> None:
-    progress.update(task, completed=ready, total=total)
+    for split, count in counts.items():
+        with tqdm(total=count, desc=f"{split} clips", unit="clip", mininterval=1.0) as bar:
+            clips = make_clips(
+                out / "clips",
+                split,
+                count,
+                things=shown,
+                seed=seed,
+                progress=lambda ready, total, bar=bar: bar.update(ready - bar.n),  # type: ignore[misc]
+            )
+            bar.update(count - bar.n)
+        local = [replace(clip, path=clip.path.relative_to(out)) for clip in clips]
+        write_rows(out / f"{split}.jsonl", rows(local, shown, per_clip=QUESTIONS, seed=seed))
 
 
 def train(out: Path, steps: int | None, seed: int, further: Sequence[str] = ()) -> None:
@@ -102,7 +104,7 @@ def train(out: Path, steps: int | None, seed: int, further: Sequence[str] = ()) 
 
 def evaluate(out: Path) -> tuple[Any, dict[str, Any]]:
     """The trained model, and its accuracy by kind of question and split."""
-    from rich.progress import track
+    from tqdm import tqdm
 
     from merv.data import read_samples
     from merv.demo.questions import majority_accuracy, read_rows
@@ -116,7 +118,7 @@ def evaluate(out: Path) -> tuple[Any, dict[str, Any]]:
         samples = read_samples(out / f"{split}.jsonl")
         right: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
         batches = [samples[i : i + 8] for i in range(0, len(samples), 8)]
-        for batch in track(batches, f"Asking about {split} clips", transient=True):
+        for batch in tqdm(batches, f"Asking about {split} clips", unit="8 clips"):
             seen = model.would_say([sample.conversations for sample in batch])
             blind = model.would_say([without_video(sample.conversations) for sample in batch])
             for sample, *hits in zip(batch, seen, blind, strict=True):
@@ -189,6 +191,7 @@ def _say(step: int, what: str, takes: str) -> None:
 
 
 def _table(results: Mapping[str, Any]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -197,7 +200,7 @@ def _table(results: Mapping[str, Any]) -> None:
         "unseen": "Clips with photographs that training never showed or named",
     }
     for split, title in titles.items():
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", box=box.ASCII2)
         for column in ("question", "with video %", "without %", "commonest answer %", "asked"):
             table.add_column(column, justify="left" if column == "question" else "right")
         for kind, row in results[split].items():
