@@ -61,12 +61,15 @@ def test_without_bos_the_plain_form_begins_with_the_video():
     assert text_of(render(ask("Who?", "a.mp4"), tokenizer), tokenizer) == f"{VISUAL}In: Who?\nOut:"
 
 
-def test_bos_stands_once(tokenizer):
-    pieces = render(MESSAGES, tokenizer).pieces
-    ids = [i for piece in pieces if isinstance(piece, list) for i in piece]
-    starts = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] or tokenizer.chat_template
-    assert ids.count(tokenizer.bos_token_id) <= 1
-    assert ids.count(tokenizer.bos_token_id) == (1 if starts and ids[0] == tokenizer.bos_token_id else 0)
+@pytest.mark.parametrize(
+    ("tokenizer", "times"),
+    [("template", 1), ("plain with BOS", 1), ("plain without BOS", 0)],
+    indirect=["tokenizer"],
+)
+def test_bos_stands_once_where_there_is_one(tokenizer, times):
+    text = text_of(render(MESSAGES, tokenizer), tokenizer)
+    assert text.count("<s>") == times
+    assert text.startswith("<s>") == bool(times)
 
 
 def test_text_only_has_no_visuals(tokenizer):
