@@ -100,17 +100,28 @@ def check_messages(messages: Sequence[Message]) -> None:
         )
 
 
+def check_content(messages: Sequence[Message]) -> None:
+    """Raise PromptError unless the content of every message is text, videos and images."""
+    for message in messages:
+        for part in _parts(message):
+            _check_part(part)
+
+
+def _parts(message: Message) -> list[Any]:
+    """The parts of a message's content; a text alone is one part."""
+    content = message["content"]
+    whole = {"type": "text", "text": content} if isinstance(content, str) else content
+    return list(whole) if isinstance(whole, (list, tuple)) else [whole]
+
+
 def _flatten(messages: Sequence[Message]) -> tuple[list[dict[str, str]], list[Visual]]:
     """Content lists to strings, each video to a VISUAL character."""
     check_messages(messages)
+    check_content(messages)
     flat, visuals = [], []
     for message in messages:
-        content = message["content"]
-        whole = {"type": "text", "text": content} if isinstance(content, str) else content
-        parts = whole if isinstance(whole, (list, tuple)) else [whole]
-        for part in parts:
-            _check_part(part)
-        words = " ".join(part["text"] for part in parts if part["type"] == "text").strip()
+        parts = _parts(message)
+        words = "".join(part["text"] for part in parts if part["type"] == "text").strip()
         if VISUAL in words:
             raise PromptError(f"The text {words[:80]!r} has the character U+E000, which stands for videos.")
         said = ""

@@ -27,6 +27,7 @@ def save_folder(
     from safetensors.torch import save_file
 
     folder = Path(folder)
+    check_free(folder)
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -81,12 +82,23 @@ def fill_exactly(own: Mapping[str, Tensor], state: Mapping[str, Tensor], folder:
         tensor.data.copy_(state[name])
 
 
+def check_free(folder: str | Path) -> None:
+    """Raise CheckpointError where saving to `folder` would destroy something that is not merv's."""
+    folder = Path(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        ours = "merv" in json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise CheckpointError(f"{folder} exists and is no checkpoint of merv; it is left as it is.")
+
+
 def _swap(fresh: Path, folder: Path) -> None:
     """Put `fresh` where `folder` is; the old one goes last."""
     old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
     if folder.exists():
-        if not (folder / CONFIG).is_file() and any(folder.iterdir()):
-            raise CheckpointError(f"{folder} exists and is no checkpoint of merv; it is left as it is.")
         os.replace(folder, old)
     os.replace(fresh, folder)
     shutil.rmtree(old, ignore_errors=True)

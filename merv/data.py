@@ -23,7 +23,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from merv.chat import ask
+from merv.chat import ask, check_content, check_messages
 from merv.errors import DataError
 
 Group = list[list[dict[str, Any]]]  # conversations about the same video
@@ -56,7 +56,7 @@ def read_samples(path: str | Path) -> list[Sample]:
         if line.strip():
             try:
                 samples.append(_sample(json.loads(line), path.parent))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(
                     f"{path}, line {number}: {type(error).__name__}: {error}. Wanted 'video' and 'questions' "
                     f"(each with 'question' and 'answer'), or 'messages'; got {line[:80]!r}."
@@ -68,10 +68,19 @@ def read_samples(path: str | Path) -> list[Sample]:
 
 def _sample(row: dict[str, Any], folder: Path) -> Sample:
     if "messages" in row:
-        return Sample((_placed(row["messages"], folder),), (str(row.get("kind", "")),))
-    video = _path(row["video"], folder)
-    talks = tuple(ask(q["question"], video, answer=q["answer"]) for q in row["questions"])
-    return Sample(talks, tuple(str(q.get("kind", "")) for q in row["questions"]))
+        check_messages(row["messages"])
+        sample = Sample((_placed(row["messages"], folder),), (str(row.get("kind", "")),))
+    else:
+        video = _path(row["video"], folder)
+        talks = tuple(ask(q["question"], video, answer=q["answer"]) for q in row["questions"])
+        sample = Sample(talks, tuple(str(q.get("kind", "")) for q in row["questions"]))
+    if not sample.conversations:
+        raise ValueError("there are no questions")
+    for talk in sample.conversations:
+        check_content(talk)
+        if talk[-1]["role"] != "assistant":
+            raise ValueError("the last turn must be the assistant's")
+    return sample
 
 
 def _placed(messages: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
@@ -95,15 +104,16 @@ def _path(video: str, folder: Path) -> str:
 class _Groups(Dataset):
     """Samples as groups for training: up to `most` of each one's conversations, drawn anew each time."""
 
-    def __init__(self, samples: Sequence[Sample], most: int) -> None:
+    def __init__(self, samples: Sequence[Sample], most: int, seed: int) -> None:
         self.samples, self.most = samples, most
+        self.drawn = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Group:
         talks = self.samples[index].conversations
-        chosen = torch.randperm(len(talks))[: self.most].tolist()
+        chosen = torch.randperm(len(talks), generator=self.drawn)[: self.most].tolist()
         return [talks[i] for i in chosen]
 
 
@@ -140,7 +150,7 @@ class ChatData(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Batches of groups, shuffled by the seed."""
         return DataLoader(
-            _Groups(self.train, self.questions),
+            _Groups(self.train, self.questions, self.seed),
             batch_size=self.batch_size,
             shuffle=True,
             collate_fn=list,

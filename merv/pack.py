@@ -100,7 +100,11 @@ def _common(group: Sequence[Tokens]) -> int:
     rows = torch.stack([sequence.ids[:least] for sequence in group])
     learned = torch.stack([sequence.labels[:least] != NOT_LEARNED for sequence in group])
     differs = (rows != rows[:1]).any(dim=0) | learned.any(dim=0)
-    return int(differs.nonzero()[0]) if differs.any() else least - 1
+    if not differs.any():
+        return least - 1
+    first = int(differs.nonzero()[0])
+    # What predicts an answer's first token is the token before it, which therefore is each one's own.
+    return max(first - 1, 0) if learned[:, first].any() else first
 
 
 def _who_sees_whom(branches: Tensor) -> Tensor:

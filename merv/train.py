@@ -10,6 +10,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Training(LightningModule):
         store: str | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["lora"])  # plain values only: checkpoints are never unpickled
         self.lora = lora
         self.model: VideoLLM | None = None
 
@@ -108,13 +109,9 @@ class Training(LightningModule):
             raise TrainingError("The schedule needs an end: set trainer.max_steps or trainer.max_epochs.")
         optimizer = torch.optim.AdamW(self.parameter_groups(), lr=h.lr)
         warm = max(1, round(h.warmup * steps))
-
-        def scale(step: int) -> float:
-            if step < warm:
-                return (step + 1) / warm
-            return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, partial(warm_up_and_cosine, warm=warm, steps=steps)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -196,6 +193,17 @@ class Training(LightningModule):
                 f"{sorted(set(state) - trained)[:4]} besides."
             )
         return super().load_state_dict(state, strict=False, assign=assign)
+
+
+def warm_up_and_cosine(step: int, *, warm: int, steps: float) -> float:
+    """Share of the peak learning rate: up in a line over `warm` steps, down to 0 at `steps`.
+
+    >>> [round(warm_up_and_cosine(step, warm=2, steps=10), 2) for step in (0, 1, 2, 6, 10)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def encode_all(model: VideoLLM, videos: Sequence[Any]) -> None:

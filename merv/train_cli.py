@@ -61,6 +61,7 @@ def run(argv: Sequence[str]) -> int:
     from lightning.pytorch.cli import LightningCLI
     from transformers.utils import logging as transformers_logging
 
+    from merv.checkpoint import check_free
     from merv.data import ChatData
     from merv.plot import LossPlot
     from merv.train import Training, save
@@ -78,6 +79,9 @@ def run(argv: Sequence[str]) -> int:
         def before_instantiate_classes(self) -> None:
             if self.config["fit"]["trainer"]["enable_progress_bar"] is not False:
                 self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=5))  # in logs too
+
+        def before_fit(self) -> None:
+            check_free(Path(self.trainer.default_root_dir) / "model")  # before hours of training, not after
 
         def after_fit(self) -> None:
             folder = save(self.model, Path(self.trainer.default_root_dir) / "model")

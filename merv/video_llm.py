@@ -71,9 +71,9 @@ class VideoLLM(nn.Module):
         """Logits [B, K, vocabulary], in fp32, where any row has an answer's token; those tokens
         [B, K] (NOT_LEARNED where this row has none); and whose they are: 1 … n of the row."""
         packed, visual = self.pack(groups)
+        if not all(any(turn["role"] == "assistant" for turn in talk) for group in groups for talk in group):
+            raise PromptError("There is nothing to predict where a conversation has no assistant's turn.")
         keep = (packed.labels[:, 1:] != NOT_LEARNED).any(dim=0).nonzero()[:, 0]
-        if not len(keep):
-            raise PromptError("There is nothing to predict: no conversation has an assistant's turn.")
         return (
             self.logits(packed, visual, keep).float(),
             packed.labels[:, keep + 1],

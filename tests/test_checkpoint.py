@@ -37,6 +37,14 @@ def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
     assert (tmp_path / "mine/thesis.tex").read_text() == "years of work"
 
 
+def test_a_folder_of_another_library_is_not_overwritten(tmp_path):
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm/config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="is no checkpoint of merv; it is left as it is"):
+        save_folder(tmp_path / "llm", "Thing", {}, {})
+    assert (tmp_path / "llm/config.json").is_file()
+
+
 def test_a_folder_of_something_else_is_not_loaded(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder"):
         load_folder(tmp_path / "none", "Thing")

@@ -39,7 +39,18 @@ def test_messages_keep_their_form_with_absolute_paths(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "broken", ["{", "[]", '{"video": "a.mp4"}', '{"video": "a.mp4", "questions": [{"question": "Who?"}]}']
+    "broken",
+    [
+        '{"video": "a.mp4", "questions": []}',
+        '{"video": "a.mp4", "questions": [{"question": "How many?", "answer": 3}]}',
+        '{"messages": [{"role": "user", "content": "Who?"}]}',
+        '{"messages": [{"content": "Who?"}]}',
+        '{"messages": "Who?"}',
+        "{",
+        "[]",
+        '{"video": "a.mp4"}',
+        '{"video": "a.mp4", "questions": [{"question": "Who?"}]}',
+    ],
 )
 def test_a_broken_line_is_named(tmp_path, broken):
     path = write(tmp_path / "a.jsonl", ROW, broken)

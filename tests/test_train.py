@@ -9,6 +9,7 @@ from PIL import Image
 from merv.cli import main
 from merv.data import ChatData
 from merv.errors import TrainingError
+from merv.llm import LoraOptions
 from merv.plot import draw_clip, draw_loss
 from merv.testing import make_video, tiny_llm
 from merv.train import Training, save
@@ -111,6 +112,42 @@ def test_a_checkpoint_holds_the_trained_parameters_only_and_loads(folder):
     state.pop(next(iter(state)))
     with pytest.raises(TrainingError, match="does not fit: it lacks"):
         again.load_state_dict(state)
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_lightning(folder):
+    data = ChatData(str(folder / "data.jsonl"), batch_size=2)
+    parts = {"train": ["projector", "mixer", "lora"], "lora": LoraOptions(rank=2)}
+    whole = training(folder, **parts)
+    torch.manual_seed(0)
+    trainer(folder, max_steps=2).fit(whole, data)
+    half = training(folder, **parts)
+    torch.manual_seed(0)
+    first = trainer(folder, max_steps=2)
+    first.fit(half, data)
+    first.save_checkpoint(folder / "half.ckpt")
+    again = training(folder, **parts)
+    trainer(folder, max_steps=2).fit(again, data, ckpt_path=folder / "half.ckpt", weights_only=True)
+    assert all(torch.equal(p, again.state_dict()[name]) for name, p in half.state_dict().items())
+    assert {name for name in half.state_dict()} == set(whole.state_dict())
+
+
+def test_a_folder_in_the_way_is_found_before_training(folder, monkeypatch):
+    (folder / "model").mkdir()
+    (folder / "model/config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr(Training, "training_step", None)
+    options = [
+        f"--model.llm={folder / 'llm'}",
+        "--model.encoders=[fake]",
+        f"--data.train={folder / 'data.jsonl'}",
+    ]
+    fit = [
+        "fit",
+        *options,
+        f"--trainer.default_root_dir={folder}",
+        "--trainer.max_steps=1",
+        "--trainer.accelerator=cpu",
+    ]
+    assert main(fit) == 2
 
 
 def test_matrices_decay_and_vectors_do_not(folder):

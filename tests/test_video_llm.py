@@ -91,6 +91,13 @@ def test_questions_that_share_a_video_cost_it_once_and_give_the_same_loss():
     torch.testing.assert_close(model([talks]), model([[talk] for talk in talks]))
 
 
+@pytest.mark.parametrize("answers", [("cat", "dog"), ("cat", "cat"), ("cat", "cats")])
+def test_one_question_with_two_answers_gives_the_loss_of_separate_rows(answers):
+    model, clip = build(), video(8)
+    talks = [ask("What?", clip, answer=answer) for answer in answers]
+    torch.testing.assert_close(model([talks]), model([[talk] for talk in talks]))
+
+
 def test_questions_that_share_a_video_do_not_see_each_other():
     model, clip = build(), video(8)
     talks = [ask("What?", clip, answer="cat"), ask("Who?", clip, answer="dog")]
@@ -111,14 +118,25 @@ def test_gradients_of_a_shared_video_add_up():
     torch.testing.assert_close(*grads)
 
 
-def test_would_say_agrees_with_greedy_decoding():
+def test_would_say_is_true_for_what_greedy_decoding_says_and_for_nothing_else(monkeypatch):
+    """An LLM that says a, then b, then stops, whatever it is asked."""
     model, clip = build(), video(8)
-    wordy = model.generate([ask("What?", clip)], max_new_tokens=3)[0]
-    said = model.would_say([[ask("What?", clip, answer="no such thing")]])
-    assert said == [[False]]
-    logits, labels, _ = model.predict([[ask("What?", clip, answer=wordy)]])
-    right = (logits.argmax(-1) == labels) | (labels == -100)
-    assert model.would_say([[ask("What?", clip, answer=wordy)]]) == [[bool(right.all())]]
+    a, b = model.tokenizer("ab", add_special_tokens=False).input_ids
+    after = {a: b, b: model.tokenizer.eos_token_id}
+    table = model.llm.get_input_embeddings().weight.data
+    table.copy_(torch.nn.functional.normalize(torch.randn_like(table)))  # each is nearest to itself
+    forward = model.llm.forward
+
+    def says_ab(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        read = (kwargs["inputs_embeds"] @ table.T).argmax(dim=-1)[:, kwargs["logits_to_keep"]]
+        said = [[after.get(token, a) for token in row] for row in read.tolist()]
+        out.logits = torch.nn.functional.one_hot(torch.tensor(said), len(table)).float()
+        return out
+
+    monkeypatch.setattr(model.llm, "forward", says_ab)
+    talks = [ask("What?", clip, answer=answer) for answer in ("ab", "a", "abb", "b", "aab")]
+    assert model.would_say([talks]) == [[True, False, False, False, False]]
 
 
 def test_streaming_gives_the_same_text():
@@ -146,7 +164,7 @@ def test_a_conversation_of_several_turns_learns_every_answer():
 
 
 def test_nothing_to_learn_is_an_error():
-    with pytest.raises(PromptError, match="no conversation has an assistant's turn"):
+    with pytest.raises(PromptError, match="a conversation has no assistant's turn"):
         build()([[ask("What?")]])
 
 

@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
     model, results = evaluate(out)
     _table(results)
     _say(4, "Three questions about one clip, and its picture", "10 seconds")
-    picture = show(model, out)
     results.update(machine=_machine(), minutes=round((time.monotonic() - started) / 60, 1))
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    picture = show(model, out)
     print(f"\nIn {args.out}: {picture.name} (the picture), results.json (the numbers), loss.png, model/.")
     print(f"All of it took {results['minutes']} minutes on {results['machine']}.")
     return 0
@@ -99,7 +99,9 @@ def train(out: Path, steps: int | None, seed: int, further: Sequence[str] = ()) 
         f"--model.store={out / 'features'}",
         f"--data.train={out / 'train.jsonl'}",
     ]
-    fit(["--config", "demo", *options, *([f"--trainer.max_steps={steps}"] if steps else []), *further])
+    if steps is not None:
+        options += [f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1"]
+    fit(["--config", "demo", *options, *further])
 
 
 def evaluate(out: Path) -> tuple[Any, dict[str, Any]]:
@@ -169,7 +171,7 @@ def show(model: Any, out: Path) -> Path:
     said = model.generate([ask(question, video) for question, _ in asked], max_new_tokens=8)
     for (question, wanted), answer in zip(asked, said, strict=True):
         print(f"  {question}  {answer}   (right: {wanted})")
-    encoded = model.vision.fuse(model.vision.features([str(video)], store=model.store))
+    encoded = model.encode(ask(asked[0][0], video))
     frames = load_video(video, frames=8)
     assert frames is not None  # only on_error="skip" gives None
     shots = ", ".join(f"{name} {start:.1f}–{end:.1f} s" for name, start, end in row.shots)
