@@ -15,7 +15,7 @@ from typing import Any
 
 from merv.demo.clips import Split
 
-COUNTS: dict[Split, int] = {"train": 160, "held_out": 64, "unseen": 32}
+COUNTS: dict[Split, int] = {"train": 128, "held_out": 48, "unseen": 24}
 QUESTIONS = 6  # of each clip
 
 
