@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +19,15 @@ from merv.types import VideoInfo
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what PIL raises
+BROKEN = (  # what PIL raises
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 
 class PicturesReader(VideoReader):
@@ -103,29 +112,41 @@ def image_reader(file: BinaryIO, name: str, *, owned: bool) -> PicturesReader | 
         return None
     except BROKEN as error:
         raise UnreadableVideo(f"{name}: {error}") from error
-    frames = getattr(image, "n_frames", 1) if image.format in ("GIF", "WEBP") else 1
-    times_s, end_s = _clock(image, frames)
+    begins_s, damage = _clock(image) if image.format in ("GIF", "WEBP") else ([0.0, 0.0], "")
+    *times_s, end_s = begins_s
+    if not times_s:
+        raise UnreadableVideo(f"{name}: its first picture cannot be read.")
     height, width = _upright_size(image)
 
     def picture(index: int) -> Tensor:
         image.seek(index)
         return _tensor(_upright_rgb(image))
 
-    info = VideoInfo(name, end_s, times_s, width, height, codec=str(image.format).lower(), backend="pillow")
-    return PicturesReader(info, picture, close=file.close if owned else lambda: None)
+    codec = str(image.format).lower()
+    duration_s = 0.0 if len(times_s) == 1 else end_s
+    info = VideoInfo(name, duration_s, tuple(times_s), width, height, codec=codec, backend="pillow")
+    reader = PicturesReader(info, picture, close=file.close if owned else lambda: None)
+    reader.damage = damage
+    return reader
 
 
-def _clock(image: Image.Image, frames: int) -> tuple[tuple[float, ...], float]:
-    """When each frame of an animated image begins, and when the last one ends."""
-    if frames == 1:
-        return (0.0,), 0.0
+def _clock(image: Image.Image) -> tuple[list[float], str]:
+    """When each frame of an animated image begins and the last one ends, in seconds; what is damaged.
+
+    It ends before the first frame that cannot be read: others build on it.
+    """
     begins_ms = [0.0]
-    for index in range(frames):
-        image.seek(index)
-        image.load()  # WebP knows a frame's duration only now
+    while True:
+        try:
+            image.seek(len(begins_ms) - 1)
+            image.load()  # WebP knows a frame's duration only now
+        except EOFError:  # there is no next frame
+            return [ms / 1000 for ms in begins_ms], ""
+        except BROKEN as error:
+            damage = f"the file is broken after {len(begins_ms) - 1} of its pictures ({error})"
+            return [ms / 1000 for ms in begins_ms], damage
         duration_ms = image.info.get("duration", 0)
         begins_ms.append(begins_ms[-1] + (duration_ms if duration_ms > 10 else 100))  # as browsers do
-    return tuple(ms / 1000 for ms in begins_ms[:-1]), begins_ms[-1] / 1000
 
 
 def _clocked(name: str, shape: Sequence[int], fps: float, codec: str) -> VideoInfo:

@@ -13,6 +13,7 @@ from PIL import Image
 import merv.decode_pyav
 from merv.decode import open_video, probe
 from merv.errors import DamagedVideo, ShapeError, UnreadableVideo, VideoError
+from merv.load import load_video
 from merv.sample import on_screen
 
 
@@ -134,6 +135,24 @@ def test_animation_honours_its_durations(tmp_path: Path, suffix: str) -> None:
         assert video.info.times_s == pytest.approx([0.0, 0.05, 0.25])
         assert video.info.duration_s == pytest.approx(0.35)
         assert indices_of(video.read([2, 0, 1])) == [2, 0, 1]
+
+
+def test_cut_off_animation_is_damaged(tmp_path: Path) -> None:
+    path = make_gif(tmp_path / "a.gif", [50, 200, 100])
+    path.write_bytes(path.read_bytes()[:-60])
+    with open_video(path) as video:
+        assert video.info.times_s == pytest.approx([0.0, 0.05])
+        assert indices_of(video.read([0, 1], on_error="partial")) == [0, 1]
+        with pytest.raises(DamagedVideo, match=r"a.gif: 2 of the 2 .*broken after 2 of its pictures"):
+            video.read([0, 1])
+    assert load_video(path, on_error="skip") is None
+
+
+@pytest.mark.parametrize("length", [20, 60, 100])
+def test_animation_without_a_whole_picture_is_named(tmp_path: Path, length: int) -> None:
+    data = make_gif(tmp_path / "a.gif", [50, 200, 100]).read_bytes()[:length]
+    with pytest.raises(UnreadableVideo, match=r"a\.gif: "):
+        open_video(data, name="a.gif")
 
 
 def test_folder_is_read_in_natural_order(tmp_path: Path) -> None:
