@@ -6,6 +6,7 @@ first frame is at 0.
 
 from __future__ import annotations
 
+import math
 import random
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -37,17 +38,18 @@ def uniform_times(duration_s: float, frames: int, start_s: float = 0.0) -> list[
 def fps_times(duration_s: float, fps: float, max_frames: int, start_s: float = 0.0) -> list[float]:
     """Centres of consecutive stretches of 1/fps seconds; `uniform_times` where that is too many.
 
-    At least one time comes out, however short the clip.
+    The last stretch may run past the end of the clip, its time does not. At least one time comes
+    out, however short the clip.
 
     >>> fps_times(2.0, fps=2, max_frames=8)
     [0.25, 0.75, 1.25, 1.75]
     >>> fps_times(60.0, fps=2, max_frames=4)
     [7.5, 22.5, 37.5, 52.5]
     """
-    frames = int(duration_s * fps + NOISE_S)
-    if not 1 <= frames <= max_frames:
-        return uniform_times(duration_s, min(max(frames, 1), max_frames), start_s)
-    return [start_s + (i + 0.5) / fps for i in range(frames)]
+    frames = max(math.ceil(duration_s * fps - NOISE_S), 1)
+    if frames == 1 or frames > max_frames:
+        return uniform_times(duration_s, min(frames, max_frames), start_s)
+    return [start_s + min((i + 0.5) / fps, duration_s) for i in range(frames)]
 
 
 def segment_times(

@@ -25,8 +25,14 @@ def test_rate_gives_one_time_per_period() -> None:
     assert fps_times(3.0, fps=1, max_frames=8) == [0.5, 1.5, 2.5]
 
 
-def test_rate_does_not_lose_a_frame_to_float_noise() -> None:
+def test_rate_looks_at_the_tail_too() -> None:
+    assert fps_times(4.9, fps=1, max_frames=8) == [0.5, 1.5, 2.5, 3.5, 4.5]
+    assert fps_times(2.2, fps=1, max_frames=8, start_s=1.0) == [1.5, 2.5, 3.2]
+
+
+def test_rate_does_not_lose_or_add_a_frame_by_float_noise() -> None:
     assert len(fps_times(0.1 + 0.2, fps=10, max_frames=8)) == 3
+    assert len(fps_times(0.3, fps=10, max_frames=8)) == 3
 
 
 def test_rate_with_too_many_frames_becomes_uniform() -> None:
