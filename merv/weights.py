@@ -90,7 +90,8 @@ def locate(weights: str, names: Sequence[str] = WEIGHT_FILES) -> Source:
     """Find weights: a file, a folder in the hub's layout, `package:MODULE/GLOB`, or a hub id.
 
     names: which files to look for in a folder or hub repository, best first. A hub id may carry
-    a revision: "owner/name@revision". HF_HOME and HF_HUB_OFFLINE are honoured.
+    a revision: "owner/name@revision". HF_HOME and HF_HUB_OFFLINE are honoured. The name of what was found
+    is an absolute path or a hub id, so that it can be found again from another directory.
 
     Raises WeightsError where nothing is found; it says what else to type.
 
@@ -103,7 +104,7 @@ def locate(weights: str, names: Sequence[str] = WEIGHT_FILES) -> Source:
         return Source(weights, (package_file(module, pattern),))
     path = Path(weights).expanduser()
     if path.is_file():
-        return Source(weights, (path,))
+        return Source(str(path.absolute()), (path,))
     if path.is_dir():
         return _in_folder(weights, path, names)
     if path.is_absolute() or weights.startswith((".", "~")) or weights.count("/") != 1:
@@ -189,7 +190,7 @@ def _in_folder(weights: str, folder: Path, names: Sequence[str]) -> Source:
     absent = [file.name for file in shards if not file.is_file()]
     if absent:
         raise WeightsError(f"The folder {weights} lacks {len(absent)} of its files ({_few(absent)}).")
-    return Source(weights, shards)
+    return Source(str(folder.absolute()), shards)
 
 
 def _on_hub(weights: str, names: Sequence[str]) -> Source:

@@ -53,6 +53,14 @@ def test_a_single_file_is_taken_as_it_is(tmp_path, file):
     assert same(locate(str(tmp_path / file)).state())
 
 
+def test_a_relative_path_is_found_again_from_another_directory(tmp_path, monkeypatch):
+    write_hub(tmp_path / "own", STATE)
+    monkeypatch.chdir(tmp_path)
+    names = [locate(typed).name for typed in ("own", "./own", "own/model.safetensors")]
+    monkeypatch.chdir("/")
+    assert all(same(locate(name).state()) for name in names)
+
+
 def test_the_identity_is_the_hash_of_the_bytes(tmp_path):
     one = locate(write_hub(tmp_path / "a", STATE)).identity()
     two = locate(write_hub(tmp_path / "b", STATE)).identity()
