@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -231,6 +232,8 @@ class MultiEncoder(nn.Module):
         encoder = self.encoder(name)
         random = encoder.identity.sha256 is None  # nothing but their values tells such weights apart
         recipe = (
+            (type(encoder).__module__, type(encoder).__qualname__),
+            ("pyav", version("av")),  # what decodes
             fingerprint(encoder) if random else encoder.identity,
             encoder.variant,
             encoder.spec,
@@ -355,7 +358,7 @@ def _check_names(option: str, given: Iterable[str], known: Iterable[str]) -> Non
 def _checked_frames(frames: Mapping[str, int], encoders: Mapping[str, Encoder]) -> dict[str, int]:
     _check_names("frames", frames, encoders)
     for name, count in frames.items():
-        window = encoders[name].spec.window or 1
+        window = encoders[name].spec.window or encoders[name].spec.tubelet
         if count < 1 or count % window:
             raise EncoderError(f"{name} takes frames in windows of {window}; frames={count} is no multiple.")
     return dict(frames)

@@ -61,7 +61,7 @@ def prepare(
         times, indices = {}, {}
         for name, encoder in encoders.items():
             wanted = wanted_times(encoder.spec, info, sampling, (frames or {}).get(name))
-            missing = -len(wanted) % (encoder.spec.window or 1)
+            missing = -len(wanted) % (encoder.spec.window or encoder.spec.tubelet)
             times[name] = run_on(wanted, missing)
             shown = on_screen(info.times_s, wanted)
             indices[name] = (*shown, *[shown[-1]] * missing)
@@ -101,7 +101,7 @@ def _preprocess(
 ) -> dict[str, Frames]:
     """Resize once per geometry, then pick and normalise for each encoder."""
     place = {index: i for i, index in enumerate(union)}
-    geometry = {n: (p.fit, p.size, p.resize, p.interpolation) for n, p in presets.items()}
+    geometry = {n: _geometry(preset) for n, preset in presets.items()}
     resized: dict[tuple, tuple[Tensor, tuple[float, float, float, float], dict[int, int]]] = {}
     frames = {}
     for name, preset in presets.items():
@@ -116,3 +116,9 @@ def _preprocess(
             chosen[None], torch.tensor([times[name]], dtype=torch.float64), torch.tensor([extent])
         )
     return frames
+
+
+def _geometry(preset: Preset) -> tuple:
+    """All of a preset that `resize` depends on; a letterbox is filled with the mean."""
+    fill = preset.mean if preset.fit == "letterbox" else None
+    return (preset.fit, preset.size, preset.resize, preset.interpolation, fill)

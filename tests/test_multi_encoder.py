@@ -131,6 +131,22 @@ def test_another_grid_or_video_has_another_key(both):
     assert len(keys | {both.key(video(20), "fake")}) == 4
 
 
+def test_another_class_or_decoder_has_another_key(monkeypatch):
+    clip = video(4)
+    models = [MultiEncoder({"fake": kind("image")}, grid=(4, 2, 2)) for kind in (Fake, Counting)]
+    keys = [model.key(clip, "fake") for model in models]
+    monkeypatch.setattr("merv.multi_encoder.version", lambda package: "0.1")
+    assert len({*keys, models[0].key(clip, "fake")}) == 3
+
+
+def test_frames_that_do_not_fill_tubelets_are_refused():
+    class Whole(Fake):
+        variants = {"video": replace(Fake.variants["video"], window=0)}
+
+    with pytest.raises(EncoderError, match="whole takes frames in windows of 2; frames=5"):
+        MultiEncoder({"whole": Whole("video")}, frames={"whole": 5})
+
+
 def test_saved_and_loaded_gives_the_same_tokens(both, tmp_path):
     both.save_pretrained(tmp_path / "model")
     again = MultiEncoder.from_pretrained(tmp_path / "model").eval()
