@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where an encoder's weights are now, if not where they were in training",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: %(default)s)")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the LLM (default: as trained)")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="of the LLM (default: as trained)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="length limit (default: %(default)s)")
     parser.add_argument("--weights", action="store_true", help="also print how much each encoder counted")
 

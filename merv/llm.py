@@ -104,7 +104,8 @@ def shares_rows(llm: Any) -> bool:
 def fingerprint(llm: nn.Module) -> str:
     """A hash that tells one LLM from another: names, shapes and a sample of all parameters.
 
-    The same whether it is loaded in fp32 or bf16; quick for 7 B parameters.
+    The same whether it is loaded in fp32 or bf16 (fp16 rounds otherwise: train and load it in the same
+    precision); quick for 7 B parameters.
     """
     digest = hashlib.sha256()
     for name, parameter in llm.named_parameters():
