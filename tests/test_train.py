@@ -131,7 +131,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_lightning(folder):
     assert {name for name in half.state_dict()} == set(whole.state_dict())
 
 
-def test_a_folder_in_the_way_is_found_before_training(folder, monkeypatch):
+def test_a_folder_in_the_way_is_found_before_training(folder, monkeypatch, capsys):
     (folder / "model").mkdir()
     (folder / "model/config.json").write_text('{"model_type": "llama"}')
     monkeypatch.setattr(Training, "training_step", None)
@@ -146,8 +146,10 @@ def test_a_folder_in_the_way_is_found_before_training(folder, monkeypatch):
         f"--trainer.default_root_dir={folder}",
         "--trainer.max_steps=1",
         "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
     ]
     assert main(fit) == 2
+    assert "model exists and is no checkpoint of merv" in capsys.readouterr().err
 
 
 def test_matrices_decay_and_vectors_do_not(folder):
