@@ -76,14 +76,14 @@ class VideoReader:
         if not got:
             raise UnreadableVideo(
                 f"{self.info.name}: none of the {wanted} wanted frames could be decoded. "
-                "on_error='skip' passes over such files."
+                "load_video(…, on_error='skip') passes over such files."
             )
         if on_error == "partial" or (got == wanted and not self.damage):
             return
         raise DamagedVideo(
             f"{self.info.name}: {got} of the {wanted} wanted frames could be decoded"
-            f"{self.damage and '; ' + self.damage}. on_error='partial' takes what is readable, "
-            "on_error='skip' passes over such files."
+            f"{self.damage and '; ' + self.damage}. load_video(…, on_error='partial') takes what "
+            "is readable, 'skip' passes over such files."
         )
 
 

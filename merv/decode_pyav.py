@@ -149,7 +149,7 @@ class PyAVReader(VideoReader):
             empty = not self._file.seek(0, 2)
             raise UnreadableVideo(
                 f"{self._name}: {'the file is empty' if empty else 'not a video or image, or too damaged'} "
-                f"({type(error).__name__}). on_error='skip' passes over such files."
+                f"({type(error).__name__}). load_video(…, on_error='skip') passes over such files."
             ) from error
         return closing(container)
 
