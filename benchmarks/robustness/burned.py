@@ -1,0 +1,130 @@
+"""Videos whose every frame carries its own index in its pixels, written with PyAV alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+os.environ.setdefault("SVT_LOG", "0")  # its AV1 encoder is talkative
+
+WIDTH, HEIGHT = 96, 64
+BITS, ROWS = 8, 3  # of the pattern: low bits, high bits, red beside blue
+
+QUICK: dict[str, dict[str, str]] = {  # quick and legible encoders, and quiet ones
+    "libx264": {"preset": "ultrafast", "x264-params": "threads=1"},
+    "libx265": {"preset": "ultrafast", "x265-params": "log-level=none:pools=1:frame-threads=1"},
+    "libsvtav1": {"preset": "12", "svtav1-params": "lp=1"},
+    "libvpx": {"deadline": "realtime", "cpu-used": "8", "b": "1M"},
+    "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8", "b": "1M"},
+}
+
+
+def picture(index: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+    """uint8 [height, width, 3]: 16 bits of `index` as 2×8 black or white blocks, red and blue below."""
+    blocks = np.zeros((ROWS, BITS, 3), np.uint8)
+    blocks[:2] = [[[255 * (index >> (row * BITS + bit) & 1)] * 3 for bit in range(BITS)] for row in (0, 1)]
+    blocks[2, : BITS // 2, 0] = blocks[2, BITS // 2 :, 2] = 255
+    rows, columns = np.arange(height) * ROWS // height, np.arange(width) * BITS // width
+    return blocks[rows][:, columns]
+
+
+def index_of(rgb: np.ndarray, gray: bool = False) -> int:
+    """The index that a picture [3, H, W] carries, or -1 where it is turned, mirrored or miscoloured."""
+    _, height, width = rgb.shape
+    levels = np.zeros((3, ROWS, BITS))
+    for row in range(ROWS):
+        for bit in range(BITS):  # the middle of each block
+            y, x = (2 * row + 1) * height // (2 * ROWS), (2 * bit + 1) * width // (2 * BITS)
+            dy, dx = height // (5 * ROWS), width // (5 * BITS)
+            levels[:, row, bit] = rgb[:, y - dy : y + dy + 1, x - dx : x + dx + 1].mean((1, 2))
+    left = levels[:, 2, : BITS // 2].mean(1)
+    right = levels[:, 2, BITS // 2 :].mean(1)
+    upright = left.mean() > right.mean() if gray else left[0] - left[2] > 60 and right[2] - right[0] > 60
+    bits = levels[:, :2].mean(0).reshape(-1) > 127
+    return sum(1 << i for i, bit in enumerate(bits) if bit) if upright else -1
+
+
+def video(
+    target: Path | Any,
+    frames: int | Sequence[int] = 12,
+    *,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+    fps: float = 25,
+    pts: Sequence[int] | None = None,
+    tick: Fraction | None = None,
+    shift: int = 0,
+    options: dict[str, str] | None = None,
+    container: dict[str, str] | None = None,
+    format: str | None = None,
+    stored: Callable[[np.ndarray], np.ndarray] = lambda rgb: rgb,
+    setup: Callable[[Any], None] = lambda stream: None,
+    sound: str = "",
+    streams: int = 1,
+) -> None:
+    """Write `picture(i)` for all `frames` (a count, or the indices themselves) to a path or open file.
+
+    size: (width, height) as stored. pts: in `tick`s, when each is shown. shift: ticks added to
+    the time stamps of what is stored. stored: turns a picture into what is stored. sound:
+    `before` or `after` the pictures in the order of streams. streams: further ones show 100, 101, …
+    """
+    indices = range(frames) if isinstance(frames, int) else frames
+    rate = Fraction(fps).limit_denominator(1001)
+    tick = tick or 1 / rate
+    path = target if hasattr(target, "write") else str(target)
+    with av.open(path, "w", format=format, options=container or {}) as file:
+        audio = add_sound(file) if sound == "before" else None
+        rows = [
+            file.add_stream(codec, rate=rate, options=QUICK.get(codec, {}) | (options or {}))
+            for _ in range(streams)
+        ]
+        for row in rows:
+            row.width, row.height = size
+            row.pix_fmt = pix_fmt
+            row.bit_rate = 2_000_000
+            row.time_base = row.codec_context.time_base = tick
+            setup(row)
+        audio = add_sound(file) if sound == "after" else audio
+        if audio:
+            mux_sound(file, audio, len(indices) / fps)
+        turned = stored(np.zeros((1, 2, 3))).shape[:2] == (2, 1)
+        for place, index in enumerate(indices):
+            for number, row in enumerate(rows):
+                rgb = stored(picture(index + 100 * number, *(size[::-1] if turned else size)))
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+                frame.pts, frame.time_base = pts[place] if pts else place, tick
+                mux(file, row.encode(frame), shift)
+        for row in rows:
+            mux(file, row.encode(), shift)
+
+
+def mux(file: Any, packets: Iterable[Any], shift: int) -> None:
+    """Write packets, their times moved by `shift` ticks."""
+    for packet in packets:
+        packet.pts += shift
+        packet.dts += shift
+        file.mux(packet)
+
+
+def add_sound(file: Any) -> Any:
+    """A sound stream of a codec that the container takes."""
+    codec = {"webm": "libopus", "flv": "aac", "mp4": "aac", "mov": "aac"}.get(file.format.name, "mp2")
+    return file.add_stream(codec, rate=48000, layout="mono")
+
+
+def mux_sound(file: Any, stream: Any, seconds: float) -> None:
+    """Soft noise of that length."""
+    noise = np.random.default_rng(0)
+    for begin in range(0, round(seconds * 48000), 960):
+        samples = (noise.standard_normal((1, 960)) * 300).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+        frame.sample_rate, frame.pts = 48000, begin
+        file.mux(stream.encode(frame))
+    file.mux(stream.encode())
