@@ -33,7 +33,7 @@ class Case:
     the sound one. whole: whether all of them have to come. error: names of the classes that
     reading may raise ("" for none), None where it must not. size: (width, height) as displayed.
     gray: it has no colours; pixels: it is large enough to carry an index. colour: how far levels
-    may be off. options: of `open_video`. sound: a video file with nothing broken.
+    may be off. reading: options of `open_video`. sound: a video file with nothing broken.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Case:
     gray: bool = False
     pixels: bool = True
     colour: float = 80.0
-    options: tuple[tuple[str, Any], ...] = ()
+    reading: tuple[tuple[str, Any], ...] = ()
     sound: bool = False
 
 
 def clip(name: str, kind: str, frames: int = 12, fps: float = 25, **details: Any) -> Case:
     """A case that `burned.video` writes; `shown` is its size where that is not the stored one."""
-    fields = ("times_s", "indices", "gray", "pixels", "options", "colour", "error", "whole", "sound")
+    fields = ("times_s", "indices", "gray", "pixels", "reading", "colour", "error", "whole", "sound")
     own: dict[str, Any] = {"sound": True} | {key: details.pop(key) for key in fields if key in details}
     size = details.pop("shown", details.get("size", SIZE))
     indices = own.pop("indices", tuple(range(frames)))
