@@ -1,0 +1,150 @@
+"""Do merv's encoders equal those of the libraries that their weights come from, from raw frames to tokens?
+
+    python benchmarks/encoders/equality.py [NAME ...] [--write] [--depth 4] [--threads 1]
+        [--python NAME=PATH ...]
+
+NAME is a file of benchmarks/encoders/references; all of them unless said. Each is run in a process of its
+own, by the Python named for it (LanguageBind's library wants an older transformers than merv has). It
+writes random weights in the layout of the hub, and what their model makes of a moving picture of 320×240.
+merv's encoder gets the same folder and the same raw frames. --write puts the rows into the table of
+docs/encoders.md, where rows that were not made anew stay as they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from references import Size, moving_picture
+from safetensors import safe_open
+from torch import Tensor
+
+from merv import Frames, create_encoder
+from merv.preprocessing import preprocess
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent.parent / "docs" / "encoders.md"
+BEGIN, END = "<!-- equality: begin -->", "<!-- equality: end -->"
+COLUMNS = (
+    "encoder",
+    "weights",
+    "preset",
+    "reference",
+    "blocks",
+    "pixels",
+    "fp32",
+    "fp32 / std",
+    "bf16 / std",
+    "theirs",
+)
+BOUND = 1e-4  # of the largest difference in fp32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--depth", type=int, default=4, help="blocks of each network")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    pythons = dict(pair.split("=", 1) for pair in args.python)
+    names = args.names or sorted(path.stem for path in (HERE / "references").glob("[!_]*.py"))
+    rows: dict[tuple[str, ...], str] = {}
+    print(line(COLUMNS))
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            run_reference(name, Path(folder), args.depth, pythons.get(name, sys.executable), args.threads)
+            rows.update(compare(name, Path(folder), args.depth))
+    if args.write:
+        write(rows)
+
+
+def run_reference(name: str, folder: Path, depth: int, python: str, threads: int) -> None:
+    command = [python, "-m", "references", name, str(folder), f"--depth={depth}", f"--threads={threads}"]
+    subprocess.run(command, check=True, cwd=HERE, stdout=subprocess.DEVNULL)
+
+
+@torch.inference_mode()
+def compare(name: str, folder: Path, depth: int) -> dict[tuple[str, ...], str]:
+    """Rows of the table, one for each preset of the reference; prints them as they come."""
+    reference = importlib.import_module(f"references.{name}")
+    frames = Frames.of(rearrange(torch.from_numpy(moving_picture(reference.FRAMES)), "t h w c -> 1 t c h w"))
+    with safe_open(folder / "theirs.safetensors", "pt") as file:
+        theirs, said = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    with reference.shrunk(Size(depth, reference.WIDTH)):
+        encoder = create_encoder(reference.ENCODER, weights=str(folder / "hub"))
+    exact = {
+        preset: encoder(preprocess(frames, encoder.spec.presets[preset])) for preset in reference.PRESETS
+    }
+    encoder.bfloat16()
+    rows = {}
+    for preset in reference.PRESETS:
+        prepared = preprocess(frames, encoder.spec.presets[preset])
+        wanted = theirs[f"{preset}.tokens"]
+        fp32 = Difference.of(exact[preset].values[0], wanted)
+        key = (encoder.spec.name, encoder.spec.source, preset, f"{reference.LIBRARY} {said['version']}")
+        figures = (
+            str(depth),
+            f"{Difference.of(prepared.pixels[0], theirs[f'{preset}.pixels']).largest:.1g}",
+            fp32.absolute(),
+            fp32.relative(),
+            Difference.of(encoder(prepared.to(torch.bfloat16)).values[0], wanted).relative(),
+            Difference.of(theirs[f"{preset}.tokens_bf16"], wanted).relative(),
+        )
+        rows[key] = line((*key, *figures))
+        print(rows[key], flush=True)
+        if fp32.largest > BOUND:
+            print(f"  above {BOUND}")
+    return rows
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between two tensors: the largest and the mean, and the spread of the second."""
+
+    largest: float
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, ours: Tensor, theirs: Tensor) -> Difference:
+        if ours.shape != theirs.shape:
+            raise SystemExit(f"ours are {list(ours.shape)}, theirs {list(theirs.shape)}")
+        apart = (ours.double() - theirs.double()).abs()
+        return cls(apart.max().item(), apart.mean().item(), theirs.double().std().item())
+
+    def absolute(self) -> str:
+        return f"{self.largest:.1e}, {self.mean:.1e}"
+
+    def relative(self) -> str:
+        return f"{self.largest / self.std:.1e}, {self.mean / self.std:.1e}"
+
+
+def line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def write(rows: dict[tuple[str, ...], str]) -> None:
+    """Put rows into the table of the page; those that were not made anew stay as they are."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    old, after = rest.split(END)
+    kept = {tuple(row.strip("| ").split(" | "))[:4]: row for row in old.splitlines() if row.startswith("| ")}
+    head = {COLUMNS[:4]: line(COLUMNS)}
+    table = {**{key: row for key, row in kept.items() if key not in head}, **rows}
+    lines = [line(COLUMNS), "|---" * len(COLUMNS) + "|", *(table[key] for key in sorted(table))]
+    PAGE.write_text("\n".join([before + BEGIN, *lines, END + after]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

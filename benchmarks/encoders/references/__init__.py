@@ -1,0 +1,134 @@
+"""What encoders are compared with: other people's models, fed by other people's preprocessing.
+
+A file an encoder. It knows nothing of merv but in `shrunk`, and is run by `python -m references`, in a
+process of its own and, where need be, in an environment that has its library and no merv. It holds
+
+    LIBRARY            the distribution that the model comes from
+    ENCODER            merv's encoder (and variant), as `merv.create_encoder` takes it
+    FRAMES, WIDTH      how many frames, and the width of the real network
+    BLOCKS             where the list of blocks is: in their model, and in `net` of merv's encoder
+    PRESETS            preset → a function of PIL images, which gives their pixels [T, 3, H, W]
+    publish(folder, size)     puts weights in `folder`, in the layout of the hub; gives their model with them
+    tokens(model, pixels)     [T, 3, H, W] → [t, h, w, D]: the ones that merv takes, out of the whole model
+    shrunk(size)              a context in which merv makes its own network of that size
+
+and, where there is something to say to who reads the table, NOTE. See dinov2.py, the first of them.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+GAINS = ("weight", "gamma", "lambda1")  # of norms and LayerScale: about 1
+
+Transform = Callable[[Sequence[Image.Image]], Tensor]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a network: how many blocks, how wide. Heads are 64 wide, as everywhere here."""
+
+    depth: int
+    width: int
+
+    @property
+    def heads(self) -> int:
+        return self.width // 64
+
+
+# The same on every machine and in every version of torch and numpy --------------------------------
+
+
+def numbers(key: str, shape: Sequence[int]) -> Tensor:
+    """Evenly spread numbers of mean 0 and variance 1, others for each key."""
+    drawn = np.random.PCG64(zlib.crc32(key.encode())).random_raw(math.prod(shape))  # a stream that is fixed
+    spread = (drawn >> np.uint64(40)) / 2**24 - 0.5
+    return torch.from_numpy(spread * 12**0.5).float().reshape(tuple(shape))
+
+
+def weight(name: str, shape: Sequence[int]) -> Tensor:
+    """A weight that leaves its mark: LayerScale and gains about 1, position tables as large as patches.
+
+    LayerScale as created, 1e-5, and positions over time as created, 0, would hide mistakes.
+    """
+    spread = numbers(name, shape)
+    if len(shape) < 2:
+        return 0.2 * spread + (1.0 if name.endswith(GAINS) else 0.0)
+    if len(shape) == 3 or (len(shape) == 2 and "embedding" in name and "patch" not in name):
+        return 0.5 * spread
+    return spread * math.prod(shape[1:]) ** -0.5
+
+
+def moving_picture(frames: int, height: int = 240, width: int = 320) -> np.ndarray:
+    """uint8 RGB [T, H, W, 3]: a checkered disc crosses a coloured slope, under a little grain."""
+    t = np.arange(frames)[:, None, None]
+    y, x = np.arange(height)[None, :, None], np.arange(width)[None, None, :]
+    slope = np.stack(
+        np.broadcast_arrays(x * 200 // width, y * 200 // height + 0 * x, (x + y + 8 * t) % 200), -1
+    )
+    from_centre = (x - (20 + t * (width - 40) // frames)) ** 2 + (y - height // 2 - (t * 37 % 60 - 30)) ** 2
+    checks = ((x // 9 + y // 7 + t) % 2 * 215 + 20)[..., None] * np.array([1, 0, 1]) + np.array([0, 90, 0])
+    picture = np.where((from_centre < (height // 4) ** 2)[..., None], checks, slope)
+    grain = np.random.PCG64(0).random_raw(picture.size).reshape(picture.shape) % np.uint64(21)
+    return (picture + grain.astype(np.int64)).astype(np.uint8)
+
+
+# For the files of references ------------------------------------------------------------------
+
+
+def write(path: Path, like: Mapping[str, Tensor]) -> Path:
+    """A checkpoint with the names and shapes of `like`, and `weight` for its floating-point tensors."""
+    state = {name: weight(name, t.shape) if t.is_floating_point() else t for name, t in like.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    return path
+
+
+def rewrite(path: Path) -> Path:
+    """The same for a checkpoint that a library has written, in its place."""
+    return write(
+        path, load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    )
+
+
+@contextmanager
+def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """A list of what goes into `module` inside the `with`."""
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def each(transform: Callable[[Image.Image], Tensor]) -> Transform:
+    """A transform of one picture, for all of a clip."""
+    return lambda images: torch.stack([transform(image) for image in images])
+
+
+def normalised(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(p / 255 - mean) / std in float32, [3, H, W]."""
+    values = np.asarray(image, dtype=np.float32) / np.float32(255)
+    values = (values - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return torch.from_numpy(values.transpose(2, 0, 1).copy())
+
+
+def squash(how: Image.Resampling, mean: Sequence[float], std: Sequence[float], side: int = 224) -> Transform:
+    """The released MERV's preprocessing where it squashes: PIL's resize, then the numbers."""
+    return each(lambda image: normalised(image.resize((side, side), how), mean, std))

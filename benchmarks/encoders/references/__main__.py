@@ -1,0 +1,54 @@
+"""Run one reference: `python -m references NAME FOLDER [--depth N] [--width N]`, in benchmarks/encoders.
+
+It leaves in FOLDER the weights, as the hub has them (`hub/`), and `theirs.safetensors`: for each preset
+its pixels, what goes into the first block, tokens, and tokens of the network in bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from references import Size, inputs_of, moving_picture
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--width", type=int, help="instead of the real one")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    run(args.name, args.folder, args.depth, args.width)
+
+
+@torch.inference_mode()
+def run(name: str, folder: Path, depth: int, width: int | None) -> None:
+    """Publish the weights, run the model, keep what it gives."""
+    reference = importlib.import_module(f"references.{name}")
+    model = reference.publish(folder / "hub", Size(depth, width or reference.WIDTH)).eval()
+    images = [Image.fromarray(picture) for picture in moving_picture(reference.FRAMES)]
+    kept = {}
+    first = model.get_submodule(reference.BLOCKS[0])[0]
+    for preset, transform in reference.PRESETS.items():
+        kept[f"{preset}.pixels"] = pixels = transform(images)
+        with inputs_of(first) as seen:
+            kept[f"{preset}.tokens"] = reference.tokens(model, pixels)
+        kept[f"{preset}.embeddings"] = seen[0]
+    model.bfloat16()
+    for preset in reference.PRESETS:
+        kept[f"{preset}.tokens_bf16"] = reference.tokens(model, kept[f"{preset}.pixels"].bfloat16())
+    kept = {key: tensor.contiguous() for key, tensor in kept.items()}
+    save_file(kept, folder / "theirs.safetensors", {"version": version(reference.LIBRARY)})
+
+
+if __name__ == "__main__":
+    main()
