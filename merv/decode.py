@@ -7,7 +7,7 @@ decodes the frames that are asked for, each once. Audio is ignored.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -18,7 +18,7 @@ from torch import Tensor
 from merv.errors import DamagedVideo, UnreadableVideo, VideoError
 from merv.types import VideoInfo
 
-BACKENDS = ("pyav",)
+BACKENDS = {"pyav": ("av",), "torchcodec": ("av", "torchcodec")}  # and the packages that decode
 FRAMES_PER_SECOND = 25.0  # of what has no clock of its own: folders of frames, arrays
 
 
@@ -97,37 +97,46 @@ def open_video(
         its beginning); a uint8 array or tensor, RGB, [T, 3, H, W] or [T, H, W, 3], without T
         for a still; a PIL image.
     name: what to call it in errors; by default the path.
-    backend: `pyav`, which brings its own FFmpeg.
+    backend: `pyav`, which brings its own FFmpeg, or `torchcodec`, which has to be installed and to
+        find FFmpeg's libraries. They give the same frames at the same times; only `pyav` reads
+        AVI and damaged files. Of videos only: pictures and arrays need neither.
     fps: frames per second of arrays, tensors and folders, which have no clock of their own.
 
     Raises UnreadableVideo for a source that is missing or holds no picture, ShapeError for an
-    array that is not one of the above. Sound is ignored. Only local files are opened, and never
+    array that is not one of the above, MissingDependency for a backend that does not load. Sound is
+    ignored. Only local files are opened, and never
     a file that another file points to.
 
     >>> with open_video(np.zeros((50, 32, 48, 3), dtype=np.uint8)) as video:
     ...     video.info.duration_s, video.read([0, 49]).shape
     (2.0, torch.Size([2, 3, 32, 48]))
     """
-    if backend not in BACKENDS:
-        raise VideoError(f"Unknown decoding backend {backend!r}. There are: {', '.join(BACKENDS)}.")
+    check_backend(backend)
     from merv import decode_pictures as pictures
 
     if isinstance(source, VideoReader):
         return source
     if isinstance(source, (str, os.PathLike)):
-        return _open_path(Path(os.fspath(source)), name or os.fspath(source), fps)
+        return _open_path(Path(os.fspath(source)), name or os.fspath(source), backend, fps)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _open_file(BytesIO(source), name or f"<{len(source)} bytes>", owned=True)
+        return _open_file(BytesIO(source), name or f"<{len(source)} bytes>", backend, owned=True)
     if hasattr(source, "read"):
         seekable = getattr(source, "seekable", lambda: False)()
         file = source if seekable else BytesIO(source.read())
-        return _open_file(file, name or str(getattr(source, "name", "<open file>")), owned=not seekable)
+        called = name or str(getattr(source, "name", "<open file>"))
+        return _open_file(file, called, backend, owned=not seekable)
     if isinstance(source, Tensor) or hasattr(source, "__array_interface__"):
         return pictures.array_reader(source, name or "<array>", fps)
     raise VideoError(
         f"Cannot read a video from {type(source).__name__}. Give a path, bytes, an open binary file, a "
         "folder of frames, a uint8 array or tensor, or a PIL image."
     )
+
+
+def check_backend(backend: str) -> None:
+    """Raise VideoError where there is no decoding backend of that name."""
+    if backend not in BACKENDS:
+        raise VideoError(f"Unknown decoding backend {backend!r}. There are: {', '.join(BACKENDS)}.")
 
 
 def probe(source: Any, **options: Any) -> VideoInfo:
@@ -140,7 +149,7 @@ def probe(source: Any, **options: Any) -> VideoInfo:
         return reader.info
 
 
-def _open_path(path: Path, name: str, fps: float) -> VideoReader:
+def _open_path(path: Path, name: str, backend: str, fps: float) -> VideoReader:
     from merv.decode_pictures import folder_reader
 
     try:
@@ -150,16 +159,25 @@ def _open_path(path: Path, name: str, fps: float) -> VideoReader:
     except OSError as error:
         hint = " Only local files are read: download it first." if "://" in name else ""
         raise UnreadableVideo(f"{name}: {error.strerror or error}.{hint}") from error
-    return _open_file(file, name, owned=True)
+    return _open_file(file, name, backend, owned=True)
 
 
-def _open_file(file: BinaryIO, name: str, *, owned: bool) -> VideoReader:
+def _open_file(file: BinaryIO, name: str, backend: str, *, owned: bool) -> VideoReader:
     from merv.decode_pictures import image_reader
-    from merv.decode_pyav import PyAVReader
 
     try:
-        return image_reader(file, name, owned=owned) or PyAVReader(file, name, owned=owned)
+        return image_reader(file, name, owned=owned) or _video_reader(backend)(file, name, owned=owned)
     except BaseException:
         if owned:
             file.close()
         raise
+
+
+def _video_reader(backend: str) -> Callable[..., VideoReader]:
+    if backend == "torchcodec":
+        from merv.decode_torchcodec import TorchcodecReader
+
+        return TorchcodecReader
+    from merv.decode_pyav import PyAVReader
+
+    return PyAVReader

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from merv.align import Aligner
 from merv.checkpoint import fill_exactly, load_folder, save_folder
+from merv.decode import BACKENDS, check_backend
 from merv.encode import Encoder
 from merv.errors import CheckpointError, EncoderError, ShapeError
 from merv.fuse import Fusion
@@ -73,6 +74,7 @@ class MultiEncoder(nn.Module):
         mapping from names to these.
     frames: by name, how many frames an encoder gets, if not what its spec says.
     sampling: a mode of `merv.sample.Sampling`, or a Sampling. align: see `merv.align.Aligner`.
+    backend: what decodes videos; see `merv.decode.open_video`.
 
     Raises the errors of the encoders it is made of; ShapeError for impossible grids.
 
@@ -99,8 +101,10 @@ class MultiEncoder(nn.Module):
         frames: Mapping[str, int] | None = None,
         sampling: str | Sampling = "uniform",
         align: Literal["area", "official"] = "area",
+        backend: str = "pyav",
     ) -> None:
         super().__init__()
+        check_backend(backend)
         self.encoders = nn.ModuleDict(_create(_named(encoders), weights))
         self.frames = _checked_frames(frames or {}, dict(self.named()))
         self.aligner = Aligner(grid, align)
@@ -120,6 +124,7 @@ class MultiEncoder(nn.Module):
             "mixer_options": dict(mixer_options or {}),
             "align": align,
             "frames": self.frames,
+            "backend": backend,
         }
 
     def forward(
@@ -139,7 +144,9 @@ class MultiEncoder(nn.Module):
 
     def read(self, video: Any, only: Sequence[str] | None = None) -> Clip:
         """Probe, sample, decode and preprocess one video for its encoders."""
-        return prepare(video, dict(self.named(only)), self.sampling, self.frames)
+        return prepare(
+            video, dict(self.named(only)), self.sampling, self.frames, backend=self.options["backend"]
+        )
 
     @torch.no_grad()
     def encode(self, clips: Sequence[Clip]) -> dict[str, list[Grid]]:
@@ -233,7 +240,7 @@ class MultiEncoder(nn.Module):
         random = encoder.identity.sha256 is None  # nothing but their values tells such weights apart
         recipe = (
             (type(encoder).__module__, type(encoder).__qualname__),
-            ("pyav", version("av")),  # what decodes
+            [(package, version(package)) for package in BACKENDS[self.options["backend"]]],
             fingerprint(encoder) if random else encoder.identity,
             encoder.variant,
             encoder.spec,
