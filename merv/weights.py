@@ -9,17 +9,18 @@ for what was asked, and no file is ever fully unpickled.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from merv.errors import WeightsError
+from merv.files import fetched_folder, files_digest, package_folders
+from merv.hub import download, find_on_hub
 
 PRETRAINED = "pretrained"
 BUILT_IN = "built-in"
@@ -30,14 +31,16 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+WRAPPERS = ("state_dict", "model")  # what training scripts call the weights beside their other state
 
 
 @dataclass(frozen=True)
 class Identity:
     """Which weights an encoder runs on: what was asked for, the commit, a hash of the bytes.
 
-    sha256 is that of the files (of the tensors where weights are built in); it and the revision
-    are None for random weights.
+    sha256 is that of the file, or of the hashes of several: the shards in order, then config.json where
+    the encoder reads it. Built-in weights are hashed tensor by tensor. Random ones have neither hash nor
+    revision.
     """
 
     source: str
@@ -52,46 +55,52 @@ class Source:
     name: str
     files: tuple[Path, ...]
     revision: str | None = None
+    _also_read: list[Path] = field(default_factory=list, compare=False, repr=False)
 
     def config(self) -> dict:
-        """The config.json that lies beside the weights.
+        """The config.json that lies beside the weights; reading it makes it part of their identity.
 
-        Raises WeightsError where there is none.
+        Raises WeightsError where there is none, or it is damaged.
         """
-        from huggingface_hub.errors import EntryNotFoundError
-
         path = self.files[0].parent / "config.json"
-        try:
-            if self.revision is not None:
-                path = _download(self.name, path.name, self.revision)
-            return json.loads(path.read_text())
-        except (FileNotFoundError, EntryNotFoundError) as error:
+        if self.revision is not None:
+            path = find_on_hub(self.name, self.revision, [path.name]) or path
+        if not path.is_file():
             raise WeightsError(
                 f"{self.name}: no config.json beside {self.files[0].name}. It says how the network is "
                 "built, so it is needed: pass a folder that has both."
-            ) from error
+            )
+        self._also_read[:] = [path]
+        return _json(path)
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors by name, on the CPU.
+        """All tensors by name, on the CPU, in the dtype that they were saved in.
 
-        Raises WeightsError where a file is damaged or holds something other than named tensors.
+        Raises WeightsError where a file is damaged or holds something other than named tensors, and
+        where two files hold a tensor of the same name.
         """
         state: dict[str, Tensor] = {}
         for file in self.files:
-            state.update(_read(file))
+            read = _read(file)
+            twice = [key for key in read if key in state]
+            if twice:
+                raise WeightsError(f"{file} holds tensors that another file of it has too ({_few(twice)}).")
+            state.update(read)
         return state
 
     def identity(self) -> Identity:
-        """Name, commit, and the hash of the files, one after the other."""
-        return Identity(self.name, self.revision, _digest(_chunks(self.files)))
+        """Name, commit, and the hash of all that was read."""
+        return Identity(self.name, self.revision, files_digest([*self.files, *self._also_read]))
 
 
 def locate(weights: str, names: Sequence[str] = WEIGHT_FILES) -> Source:
     """Find weights: a file, a folder in the hub's layout, `package:MODULE/GLOB`, or a hub id.
 
-    names: which files to look for in a folder or hub repository, best first. A hub id may carry
-    a revision: "owner/name@revision". HF_HOME and HF_HUB_OFFLINE are honoured. The name of what was found
-    is an absolute path or a hub id, so that it can be found again from another directory.
+    names: which files to look for in a folder or hub repository, best first. A hub id may carry a
+    revision: "owner/name@revision". A whole commit that is in the cache is taken from there; otherwise
+    the hub is asked, and the cache only where it does not answer. HF_HOME, HF_HUB_OFFLINE and HF_TOKEN
+    are honoured; see docs/weights.md. The name of what was found is an absolute path or a hub id, so
+    that it can be found again from another directory.
 
     Raises WeightsError where nothing is found; it says what else to type.
 
@@ -104,20 +113,26 @@ def locate(weights: str, names: Sequence[str] = WEIGHT_FILES) -> Source:
         return Source(weights, (package_file(module, pattern),))
     path = Path(weights).expanduser()
     if path.is_file():
-        return Source(str(path.absolute()), (path,))
+        return Source(str(path.absolute()), _shards(path))
     if path.is_dir():
         return _in_folder(weights, path, names)
-    if path.is_absolute() or weights.startswith((".", "~")) or weights.count("/") != 1:
+    repo, _, revision = weights.partition("@")
+    if path.is_absolute() or weights.startswith((".", "~")) or repo.count("/") != 1:
         raise WeightsError(f"No weights at {weights}: no such file or folder.")
-    return _on_hub(weights, names)
+    first = find_on_hub(repo, revision or None, names)
+    if first is None:
+        raise WeightsError(f"{repo} is on the hub, but holds none of {', '.join(names)}.")
+    commit = first.parent.name  # the cache's layout: …/snapshots/<commit>/<file>
+    return Source(repo, _shards(first, lambda name: download(repo, commit, name)), commit)
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], name: str, owner: str) -> None:
-    """Copy `state` into `module`: all its keys, and no others.
+    """Copy `state` into `module`: all its keys, and no others, in the dtype of the module.
 
     name, owner: what the weights and the module are called in the message.
 
-    Raises WeightsError with the first few keys that are missing, left over or of another shape.
+    Raises WeightsError with the first few keys that are missing, left over, of another shape, or integers
+    (quantised weights, say) where the module has floating-point numbers.
     """
     wanted = module.state_dict()
     faults = {
@@ -127,6 +142,11 @@ def fill(module: nn.Module, state: dict[str, Tensor], name: str, owner: str) -> 
             f"{key} {list(state[key].shape)}, wanted {list(wanted[key].shape)}"
             for key in wanted
             if key in state and state[key].shape != wanted[key].shape
+        ],
+        "not floating-point": [
+            f"{key} {state[key].dtype}"
+            for key in wanted
+            if key in state and wanted[key].is_floating_point() and not state[key].is_floating_point()
         ],
     }
     if any(faults.values()):
@@ -149,27 +169,47 @@ def select(state: dict[str, Tensor], *, prefix: str = "", drop: tuple[str, ...] 
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if not key.startswith(drop)}
 
 
+def renamed(state: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
+    r"""A state dict under other names: each pattern of `table`, in order, substituted in each.
+
+    >>> list(renamed({"encoder.layer.0.norm": torch.ones(1)}, {r"^encoder\.layer\.": "blocks."}))
+    ['blocks.0.norm']
+    """
+    names = {key: key for key in state}
+    for pattern, new in table.items():
+        names = {key: re.sub(pattern, new, name) for key, name in names.items()}
+    return {names[key]: tensor for key, tensor in state.items()}
+
+
+def joined(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dict[str, Tensor]:
+    """A state dict in which tensors that differ in one step of their names are one, row under row.
+
+    >>> list(joined({"a.q.bias": torch.ones(1), "a.k.bias": torch.ones(1)}, ("q", "k"), "qk"))
+    ['a.qk.bias']
+    """
+    result = dict(state)
+    for key in state:
+        rows = [key.replace(f".{parts[0]}.", f".{part}.") for part in parts]
+        if rows[0] != rows[1] and all(row in state for row in rows):
+            one = torch.cat([result.pop(row) for row in rows])
+            result[key.replace(f".{parts[0]}.", f".{whole}.")] = one
+    return result
+
+
 def identity_of(module: nn.Module) -> Identity:
     """The identity of weights that a module makes itself: the hash of its tensors."""
-    tensors = module.state_dict().items()
-    return Identity(BUILT_IN, None, _digest(key.encode() + t.numpy().tobytes() for key, t in tensors))
-
-
-def cache_folder() -> Path:
-    """Where merv keeps what it fetched: $MERV_CACHE, or ~/.cache/merv."""
-    return Path(os.environ.get("MERV_CACHE") or "~/.cache/merv").expanduser()
+    digest = hashlib.sha256()
+    for key, tensor in module.state_dict().items():
+        digest.update(key.encode() + tensor.numpy().tobytes())
+    return Identity(BUILT_IN, None, digest.hexdigest())
 
 
 def package_file(module: str, pattern: str) -> Path:
     """The file that `pattern` matches in the folder of an installed package, or of a fetched one.
 
-    The package is not imported. Fetched ones lie in `cache_folder()/parts/MODULE`.
-
-    Raises WeightsError with the command that fetches the package.
+    The package is not imported. Raises WeightsError with the command that fetches it.
     """
-    spec = importlib.util.find_spec(module)
-    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
-    for folder in [*folders, cache_folder() / "parts" / module]:
+    for folder in [*package_folders(module), fetched_folder(module)]:
         found = sorted(folder.glob(pattern))
         if found:
             return found[0]
@@ -186,60 +226,39 @@ def _in_folder(weights: str, folder: Path, names: Sequence[str]) -> Source:
             f"No weights in the folder {weights}: looked for {', '.join(names)}. "
             "If they have another name, pass the file itself."
         )
-    shards = tuple(folder / name for name in _shards(found[0]))
-    absent = [file.name for file in shards if not file.is_file()]
-    if absent:
-        raise WeightsError(f"The folder {weights} lacks {len(absent)} of its files ({_few(absent)}).")
-    return Source(str(folder.absolute()), shards)
+    return Source(str(folder.absolute()), _shards(found[0]))
 
 
-def _on_hub(weights: str, names: Sequence[str]) -> Source:
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+def _shards(file: Path, fetch: Callable[[str], Path] | None = None) -> tuple[Path, ...]:
+    """The files that hold the tensors: `file` itself, or those that it lists if it is an index.
 
-    repo, _, revision = weights.partition("@")
-    unreachable: LocalEntryNotFoundError | None = None
-    for name in names:
-        try:
-            first = _download(repo, name, revision or None, cached_only=unreachable is not None)
-        except LocalEntryNotFoundError as error:
-            unreachable = error
-        except EntryNotFoundError:
-            continue
-        else:
-            commit = first.parent.name  # the cache's layout: …/snapshots/<commit>/<file>
-            return Source(repo, tuple(_download(repo, file, commit) for file in _shards(first)), commit)
-    if unreachable is None:
-        raise WeightsError(f"{repo} is on the hub, but holds none of {', '.join(names)}.")
-    raise WeightsError(
-        _no_hub(repo, "it is not in the cache, and the hub cannot be reached")
-    ) from unreachable
-
-
-def _download(repo: str, name: str, revision: str | None, cached_only: bool = False) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-
-    try:
-        return Path(hf_hub_download(repo, name, revision=revision, local_files_only=cached_only))
-    except EntryNotFoundError:
-        raise
-    except (OSError, HFValidationError) as error:  # all answers of the hub that say no are OSErrors
-        reason = str(error).strip().splitlines()[0]
-        raise WeightsError(_no_hub(repo, reason)) from error
-
-
-def _no_hub(repo: str, reason: str) -> str:
-    return (
-        f"The weights {repo} cannot be had from the hub: {reason.rstrip('.')}. Where you have them, pass "
-        'weights="/path/to/folder" (or file); weights=None makes random ones.'
-    )
-
-
-def _shards(file: Path) -> list[str]:
-    """The names of the files that hold the tensors: `file` itself, or those that its index lists."""
+    fetch: gets one of them by name; without it they must lie beside the index.
+    """
     if not file.name.endswith(".index.json"):
-        return [file.name]
-    return sorted(set(json.loads(file.read_text())["weight_map"].values()))
+        return (file,)
+    listed = _json(file).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise WeightsError(f"{file} is no index of weights: it has no weight_map.")
+    names = sorted({str(name) for name in listed.values()})
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise WeightsError(f"{file} lists files that are not beside it ({_few(outside)}); they are not read.")
+    if fetch is not None:
+        return tuple(fetch(name) for name in names)
+    absent = [name for name in names if not (file.parent / name).is_file()]
+    if absent:
+        raise WeightsError(f"The folder {file.parent} lacks {len(absent)} of its files ({_few(absent)}).")
+    return tuple(file.parent / name for name in names)
+
+
+def _json(file: Path) -> dict:
+    try:
+        held = json.loads(file.read_text())
+    except ValueError as error:  # of the text or of its encoding
+        raise WeightsError(f"{file} is damaged: {error}") from error
+    if not isinstance(held, dict):
+        raise WeightsError(f"{file} holds a {type(held).__name__}; wanted a JSON object.")
+    return held
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -248,28 +267,27 @@ def _read(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise nearly anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(f"{file} cannot be read as weights: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        held = _few([str(key) for key in state]) if isinstance(state, dict) else type(state).__name__
-        raise WeightsError(f"{file} holds {held}; wanted a state dict, tensors by name.")
-    return state
+    if _is_state(held):
+        return held
+    states = [key for key, value in held.items() if _is_state(value)] if isinstance(held, dict) else []
+    if len(states) == 1 and states[0] in WRAPPERS:
+        return held[states[0]]
+    keys = _few([str(key) for key in held]) if isinstance(held, dict) else type(held).__name__
+    raise WeightsError(
+        f"{file} holds {keys}; wanted a state dict, tensors by name, alone or as the only one in a "
+        f"dictionary under {' or '.join(map(repr, WRAPPERS))}."
+    )
 
 
-def _chunks(files: Iterable[Path], size: int = 1 << 24) -> Iterable[bytes]:
-    for file in files:
-        with file.open("rb") as stream:
-            while chunk := stream.read(size):
-                yield chunk
-
-
-def _digest(chunks: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-    return digest.hexdigest()
+def _is_state(held: object) -> bool:
+    """Whether it is tensors by name."""
+    if not isinstance(held, dict) or not held:
+        return False
+    return all(isinstance(key, str) and isinstance(value, Tensor) for key, value in held.items())
 
 
 def _few(keys: Sequence[str], most: int = 4) -> str:

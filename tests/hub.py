@@ -20,22 +20,23 @@ def write_hub(
     return str(folder)
 
 
-def write_shards(folder: Path, state: dict[str, Tensor]) -> str:
+def write_shards(folder: Path, state: dict[str, Tensor], stem: str = "model.safetensors") -> str:
     """The same in two files and an index."""
+    base, _, suffix = stem.partition(".")
     names = sorted(state)
-    files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
+    files = {name: f"{base}-0000{1 + i % 2}-of-00002.{suffix}" for i, name in enumerate(names)}
     for file in set(files.values()):
         write_hub(folder, {name: state[name] for name in names if files[name] == file}, file=file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / f"{stem}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     return str(folder)
 
 
-def cache_as_hub(home: Path, repo: str, commit: str, folder: str) -> None:
+def cache_as_hub(home: Path, repo: str, commit: str, folder: str, ref: str = "main") -> None:
     """Put a folder where huggingface_hub keeps what it downloaded: `home` is $HF_HOME/hub."""
     place = home / f"models--{repo.replace('/', '--')}"
-    (place / "refs").mkdir(parents=True)
-    (place / "refs" / "main").write_text(commit)
-    (place / "snapshots").mkdir()
+    for made in ("refs", "snapshots"):
+        (place / made).mkdir(parents=True, exist_ok=True)
+    (place / "refs" / ref).write_text(commit)
     Path(folder).rename(place / "snapshots" / commit)
 
 

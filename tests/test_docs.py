@@ -75,7 +75,7 @@ def test_a_command_is_there_and_ours_run(line, run):
     if program == "make":
         assert set(arguments) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     elif program != "merv":
-        assert program in {"cd", "git", "pip", ".ci/run"}
+        assert program in {"cd", "git", "hf", "pip", ".ci/run"}
     elif run:
         assert exit_status(cli.main, arguments) == 0
     else:

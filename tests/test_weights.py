@@ -1,17 +1,17 @@
 """Weights are found where they were said to be, fit key by key, or an error says what to type."""
 
+import hashlib
 import pickle
 
 import pytest
 import torch
-from hub import cache_as_hub, write_hub, write_shards
+from hub import write_hub, write_shards
 from torch import nn
 
 from merv.errors import WeightsError
-from merv.weights import BUILT_IN, Identity, Source, fill, identity_of, locate, package_file, select
+from merv.weights import BUILT_IN, Source, fill, identity_of, joined, locate, package_file, select
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def same(state):
@@ -36,8 +36,11 @@ def test_an_encoder_may_name_its_own_files(tmp_path):
     assert same(locate(str(tmp_path), ("open_clip_model.safetensors",)).state())
 
 
-def test_shards_are_read_together(tmp_path):
-    assert same(locate(write_shards(tmp_path, STATE)).state())
+@pytest.mark.parametrize("stem", ["model.safetensors", "pytorch_model.bin"])
+def test_shards_are_read_together(tmp_path, stem):
+    folder = write_shards(tmp_path, STATE, stem)
+    assert same(locate(folder).state())
+    assert same(locate(f"{folder}/{stem}.index.json").state())
 
 
 def test_an_absent_shard_is_named(tmp_path):
@@ -45,6 +48,29 @@ def test_an_absent_shard_is_named(tmp_path):
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"lacks 1 of its files \(model-00002-of-00002.safetensors\)"):
         locate(folder)
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ("{cut", "is damaged"),
+        ("[]", "holds a list"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {"bias": "../other.safetensors"}}', r"not beside it \(../other.safetensors\)"),
+        ('{"weight_map": {"bias": "/etc/passwd"}}', r"not beside it \(/etc/passwd\)"),
+    ],
+)
+def test_a_malformed_index_is_refused(tmp_path, index, said):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(WeightsError, match=said):
+        locate(str(tmp_path))
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    folder = write_shards(tmp_path, STATE)
+    write_hub(tmp_path, STATE, file="model-00002-of-00002.safetensors")
+    with pytest.raises(WeightsError, match=r"tensors that another file of it has too \(bias\)"):
+        locate(folder).state()
 
 
 @pytest.mark.parametrize("file", ["any.safetensors", "any.pth", "any.bin"])
@@ -68,47 +94,38 @@ def test_the_identity_is_the_hash_of_the_bytes(tmp_path):
     assert one.sha256 == two.sha256 != other.sha256
 
 
-def test_a_hub_id_is_taken_from_the_cache_when_offline(tmp_path, monkeypatch):
-    folder = write_hub(tmp_path / "repo", STATE, config={"frames": 8})
-    cache_as_hub(tmp_path / "hub", "someone/model", COMMIT, folder)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    source = locate("someone/model")
-    assert same(source.state())
-    assert source.config() == {"frames": 8}
-    assert source.identity() == Identity("someone/model", COMMIT, source.identity().sha256)
-
-
-def test_a_revision_that_is_not_cached_is_not_replaced_by_another(tmp_path, monkeypatch):
-    cache_as_hub(tmp_path / "hub", "someone/model", COMMIT, write_hub(tmp_path / "repo", STATE))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert locate(f"someone/model@{COMMIT}").revision == COMMIT
-    with pytest.raises(WeightsError, match="cannot be had from the hub"):
-        locate("someone/model@another")
-
-
-def test_an_unreachable_hub_says_what_to_type(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(WeightsError) as error:
-        locate("someone/model")
-    assert "someone/model cannot be had from the hub" in str(error.value)
-    assert 'weights="/path/to/folder"' in str(error.value)
-    assert "weights=None" in str(error.value)
-
-
 @pytest.mark.parametrize("weights", ["/no/such/folder", "./nothing", "nothing", "a/b/c"])
 def test_a_path_that_is_not_there_is_no_hub_id(weights):
     with pytest.raises(WeightsError, match="no such file or folder"):
         locate(weights)
 
 
-def test_a_malformed_hub_id_is_an_error_of_ours():
-    with pytest.raises(WeightsError, match="cannot be had from the hub"):
-        locate("some one/model")
-
-
 def test_a_folder_without_weights_lists_what_was_looked_for(tmp_path):
     with pytest.raises(WeightsError, match=r"looked for model.safetensors, .*pass the file itself"):
         locate(str(tmp_path))
+
+
+def test_the_hash_is_that_which_hubs_and_tools_print(tmp_path):
+    source = locate(write_hub(tmp_path, STATE))
+    assert source.identity().sha256 == hashlib.sha256(source.files[0].read_bytes()).hexdigest()
+
+
+def test_a_config_that_was_read_is_part_of_the_identity(tmp_path):
+    def hashed(activation, read=True):
+        source = locate(write_hub(tmp_path, STATE, config={"hidden_act": activation}))
+        if read:
+            assert source.config() == {"hidden_act": activation}
+        return source.identity().sha256
+
+    assert hashed("gelu") == hashed("gelu") != hashed("relu")
+    assert hashed("gelu", read=False) == hashed("relu", read=False) != hashed("gelu")
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    folder = write_hub(tmp_path, STATE)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"config.json is damaged"):
+        locate(folder).config()
 
 
 def test_a_missing_config_is_an_error(tmp_path):
@@ -139,10 +156,51 @@ def test_a_damaged_file_is_named(tmp_path, file):
         locate(str(tmp_path / file)).state()
 
 
-def test_a_nested_file_says_what_it_holds(tmp_path):
-    torch.save({"model": STATE, "step": 3}, tmp_path / "checkpoint.pt")
-    with pytest.raises(WeightsError, match="holds model, step; wanted a state dict"):
+@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
+def test_weights_beside_other_state_of_a_training_are_found(tmp_path, wrapper):
+    optimizer = {"state": {}, "param_groups": [{"lr": 0.1}]}
+    torch.save({wrapper: STATE, "optimizer": optimizer, "epoch": 3}, tmp_path / "checkpoint.pth")
+    assert same(locate(str(tmp_path / "checkpoint.pth")).state())
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ({"network": STATE, "step": 3}, "network, step"),
+        ({"model": STATE, "model_ema": STATE}, "model, model_ema"),
+        ({"model": {"net": STATE}}, "model"),
+        ({}, ""),
+        ([torch.ones(1)], "list"),
+    ],
+)
+def test_what_holds_no_single_set_of_weights_says_what_it_holds(tmp_path, held, said):
+    torch.save(held, tmp_path / "checkpoint.pt")
+    with pytest.raises(WeightsError, match=f"holds {said}; wanted a state dict"):
         locate(str(tmp_path / "checkpoint.pt")).state()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_another_floating_dtype_is_converted_value_by_value(tmp_path, dtype, file):
+    module, kept = nn.Linear(3, 2), {key: torch.rand_like(value).to(dtype) for key, value in STATE.items()}
+    fill(module, locate(write_hub(tmp_path, kept, file=file)).state(), "w", "Linear")
+    assert module.weight.dtype == torch.float32
+    assert torch.equal(module.weight, kept["weight"].float())
+
+
+def test_quantised_weights_are_not_taken_for_values():
+    quantised = {**STATE, "weight": STATE["weight"].to(torch.int8)}
+    with pytest.raises(WeightsError, match=r"1 not floating-point \(weight torch.int8\)"):
+        fill(nn.Linear(3, 2), quantised, "w", "Linear")
+
+
+def test_tensors_that_share_memory_are_each_filled(tmp_path):
+    shared = torch.rand(2, 2)
+    torch.save({"0.weight": shared, "1.weight": shared}, tmp_path / "tied.bin")
+    module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    fill(module, locate(str(tmp_path / "tied.bin")).state(), "w", "Sequential")
+    assert torch.equal(module[0].weight, shared)
+    assert torch.equal(module[1].weight, shared)
 
 
 def test_fill_takes_every_key_and_no_other():
@@ -167,6 +225,16 @@ def test_many_wrong_keys_are_counted_and_the_first_named():
 def test_select_leaves_out_only_what_is_named():
     state = dict.fromkeys(["visual.proj", "text.proj", "other"], torch.zeros(1))
     assert list(select(state, prefix="visual.", drop=("text.",))) == ["proj", "other"]
+
+
+def test_tensors_are_joined_row_under_row_in_the_order_given():
+    state = {f"a.{part}.bias": torch.full((2,), float(i)) for i, part in enumerate("kvq")}
+    assert joined(state, "qkv", "qkv")["a.qkv.bias"].tolist() == [2, 2, 0, 0, 1, 1]
+
+
+def test_a_part_that_is_missing_leaves_the_others_to_be_named():
+    state = {f"a.{part}.bias": torch.zeros(2) for part in "qk"}
+    assert list(joined(state, "qkv", "qkv")) == ["a.q.bias", "a.k.bias"]
 
 
 def test_built_in_weights_have_a_stable_identity():

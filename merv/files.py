@@ -1,0 +1,51 @@
+"""Files: where merv keeps what it fetched, where packages have theirs, what a file holds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where merv keeps what it fetched: $MERV_CACHE, or ~/.cache/merv."""
+    return Path(os.environ.get("MERV_CACHE") or "~/.cache/merv").expanduser()
+
+
+def fetched_folder(module: str) -> Path:
+    """Where the files of a package are kept that was fetched and not installed."""
+    return cache_folder() / "parts" / module
+
+
+def package_folders(module: str) -> list[Path]:
+    """The folders of a package, where it is installed; the package is not imported.
+
+    >>> package_folders("no_such_package")
+    []
+    """
+    spec = find_spec(module)
+    return [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file; in one process it is read again only when its size or time has changed."""
+    about = path.stat()
+    return _digest(str(path.absolute()), about.st_size, about.st_mtime_ns)
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """That of one file; of several the hash of their hashes, in that order."""
+    digests = [file_digest(path) for path in paths]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+@cache
+def _digest(path: str, size: int, changed_ns: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
