@@ -1,11 +1,11 @@
-"""SigLIP (Zhai et al., 2023) and SigLIP 2: image features trained to match captions, pair by pair.
+"""SigLIP (Zhai et al., 2023): image features trained to match captions, pair by pair.
 
-Through timm, without the attention pooling, of which no token is taken.
-https://arxiv.org/abs/2303.15343, https://arxiv.org/abs/2502.14786
+Through timm, without the attention pooling, of which no token is taken. https://arxiv.org/abs/2303.15343
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from einops import rearrange
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from merv.encode import Encoder
 from merv.types import EncoderSpec, Preset
-from merv.weights import select
+from merv.weights import joined, renamed, select
 
 # variant: timm's name, size, patch, width, short side before timm's crop, parameters
 SIZES = {
@@ -25,23 +25,26 @@ SIZES = {
     "large-384": ("vit_large_patch16_siglip_384.webli", 384, 16, 1024, 426, 303_688_704),
     "so400m-224": ("vit_so400m_patch14_siglip_224.webli", 224, 14, 1152, 248, 412_442_352),
     "so400m-384": ("vit_so400m_patch14_siglip_384.webli", 384, 14, 1152, 426, 412_987_248),
-    "v2-base-224": ("vit_base_patch16_siglip_224.v2_webli", 224, 16, 768, 248, 85_797_120),
-    "v2-large-256": ("vit_large_patch16_siglip_256.v2_webli", 256, 16, 1024, 284, 303_361_024),
-    "v2-so400m-224": ("vit_so400m_patch14_siglip_224.v2_webli", 224, 14, 1152, 248, 412_442_352),
-    "v2-giant-256": ("vit_giantopt_patch16_siglip_256.v2_webli", 256, 16, 1536, 284, 1_134_838_272),
 }
 
+# The names in transformers' checkpoints, as timm has them.
+TRANSFORMERS = {
+    r"^vision_model\.embeddings\.patch_embedding\.": "patch_embed.proj.",
+    r"^vision_model\.embeddings\.position_embedding\.weight$": "pos_embed",
+    r"^vision_model\.encoder\.layers\.": "blocks.",
+    r"\.self_attn\.([qkv])_proj\.": r".attn.\1.",
+    r"\.self_attn\.out_proj\.": ".attn.proj.",
+    r"\.layer_norm(\d)\.": r".norm\1.",
+    r"^vision_model\.post_layernorm\.": "norm.",
+}
+REST = ("attn_pool.", "vision_model.head.", "text_model.", "logit_scale", "logit_bias")
 
-class SigLIP(Encoder):
-    """The output of the last block but one, without norm: 14×14 a frame.
 
-    >>> SigLIP.variants["base"].grid, SigLIP.variants["base"].width
-    ((16, 14, 14), 768)
-    """
-
-    variants: ClassVar = {
+def specs(family: str, sizes: Mapping[str, tuple[str, int, int, int, int, int]]) -> dict[str, EncoderSpec]:
+    """One spec a row: SigLIP and SigLIP 2 are two tables of one network."""
+    return {
         variant: EncoderSpec(
-            "siglip",
+            family,
             frames=16,
             grid=(16, size // patch, size // patch),
             width=width,
@@ -55,17 +58,30 @@ class SigLIP(Encoder):
             licence="Apache-2.0",
             parameters=parameters,
         )
-        for variant, (name, size, patch, width, resize, parameters) in SIZES.items()
+        for variant, (name, size, patch, width, resize, parameters) in sizes.items()
     }
+
+
+class SigLIP(Encoder):
+    """The output of the last block but one, without norm: 14×14 a frame.
+
+    >>> SigLIP.variants["base"].grid, SigLIP.variants["base"].width
+    ((16, 14, 14), 768)
+    """
+
+    variants: ClassVar = specs("siglip", SIZES)
 
     def build(self) -> None:
         import timm
 
-        name, *_ = SIZES[self.variant]
+        name = self.spec.source.removeprefix("timm/")
         self.net = timm.create_model(name, pretrained=False, num_classes=0, global_pool="")
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return select(state, drop=("attn_pool.",))
+        state = renamed(select(state, drop=REST), TRANSFORMERS)
+        if "pos_embed" in state and state["pos_embed"].ndim == 2:  # transformers' table has no batch
+            state["pos_embed"] = state["pos_embed"][None]
+        return joined(state, ("q", "k", "v"), "qkv")
 
     def encode(self, pixels: Tensor) -> Tensor:
         _, height, _ = self.spec.grid

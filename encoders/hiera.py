@@ -1,0 +1,80 @@
+"""Hiera (Ryali et al., 2023): a hierarchical video transformer, trained to tell actions apart.
+
+Through package hiera-transformer: timm and transformers have its image form only.
+https://arxiv.org/abs/2306.00989, https://github.com/facebookresearch/hiera (code Apache-2.0)
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import ClassVar
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from merv.encode import Encoder
+from merv.errors import MissingDependency
+from merv.types import EncoderSpec, Preset
+from merv.weights import select
+
+WINDOW, SIZE, TUBELET, CELL = 16, 224, 2, 32  # a cell of the last stage covers 32×32 pixels
+MEAN, STD = (0.45,) * 3, (0.225,) * 3
+PRESETS = {
+    "merv": Preset("squash", (SIZE, SIZE), "bilinear", None, MEAN, STD),
+    # SlowFast's loader, which its authors ask for: by F.interpolate, the long side rounded down.
+    "upstream": Preset("crop", (SIZE, SIZE), "bilinear_plain", None, MEAN, STD),
+}
+# variant: the package's name, width of the last stage, parameters
+SIZES = {
+    "base-plus": ("hiera_base_plus_16x224", 896, 69_031_648),
+    "base": ("hiera_base_16x224", 768, 50_783_424),
+    "large": ("hiera_large_16x224", 1152, 212_628_096),
+    "huge": ("hiera_huge_16x224", 2048, 670_803_968),
+}
+
+
+class Hiera(Encoder):
+    """The last stage without norm, as the released MERV takes it: 8×7×7 of 16 frames.
+
+    The norm and the head that follow, on the mean of all cells, are left out.
+
+    >>> Hiera.variants["base-plus"].grid, Hiera.variants["base-plus"].width
+    ((16, 7, 7), 896)
+    """
+
+    variants: ClassVar = {
+        variant: EncoderSpec(
+            "hiera",
+            frames=2 * WINDOW,
+            grid=(2 * WINDOW // TUBELET, SIZE // CELL, SIZE // CELL),
+            width=width,
+            presets=PRESETS,
+            window=WINDOW,
+            tubelet=TUBELET,
+            patch=CELL,
+            layer="last stage, no norm",
+            source=f"facebook/{name}.mae_k400_ft_k400",
+            licence="CC-BY-NC-4.0",
+            parameters=parameters,
+        )
+        for variant, (name, width, parameters) in SIZES.items()
+    }
+
+    def build(self) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # it knows timm.layers by an older name
+                import hiera
+        except ImportError as error:
+            raise MissingDependency(f'Hiera needs a package ({error}): pip install "merv[hiera]"') from error
+        name, *_ = SIZES[self.variant]
+        self.net = getattr(hiera, name)()
+        self.net.norm = self.net.head = nn.Identity()
+
+    def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return select(state, drop=("norm.", "head."))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        windows = rearrange(pixels, "b (n t) c h w -> (b n) c t h w", t=WINDOW)
+        _, stages = self.net(windows, return_intermediates=True)  # these are in the order of the picture
+        return rearrange(stages[-1], "(b n) t h w d -> b (n t) h w d", b=len(pixels))

@@ -1,0 +1,80 @@
+"""VideoMAE (Tong et al., 2022): a video transformer that learned to fill in what was masked.
+
+Through transformers, without decoder and classifier. https://arxiv.org/abs/2203.12602
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from einops import rearrange
+from torch import Tensor
+
+from merv.encode import Encoder
+from merv.types import EncoderSpec, Preset
+from merv.weights import renamed, select
+
+FRAMES, SIZE, TUBELET, PATCH = 16, 224, 2, 16
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PRESETS = {
+    "merv": Preset("squash", (SIZE, SIZE), "bilinear", None, MEAN, STD),
+    "upstream": Preset("crop", (SIZE, SIZE), "bilinear", None, MEAN, STD),
+}
+# In the same checkpoints: what the pretraining, or the fine-tuning, puts on top.
+REST = ("decoder.", "encoder_to_decoder.", "mask_token", "fc_norm.", "classifier.")
+
+# The checkpoints' names in newer versions of transformers; older ones keep them.
+NEWER_NAMES = {r"\.q_bias$": ".query.bias", r"\.v_bias$": ".value.bias"}
+
+# variant: hub id, width, layers, heads, whether a norm ends it (fine-tuning put it in the head), parameters
+SIZES = {
+    "base": ("MCG-NJU/videomae-base", 768, 12, 12, True, 86_227_200),
+    "large": ("MCG-NJU/videomae-large", 1024, 24, 16, True, 303_860_736),
+    "base-kinetics": ("MCG-NJU/videomae-base-finetuned-kinetics", 768, 12, 12, False, 86_225_664),
+    "large-kinetics": ("MCG-NJU/videomae-large-finetuned-kinetics", 1024, 24, 16, False, 303_858_688),
+    "huge-kinetics": ("MCG-NJU/videomae-huge-finetuned-kinetics", 1280, 32, 16, False, 631_604_480),
+}
+
+
+class VideoMAE(Encoder):
+    """The last hidden state: 8×14×14 of 16 frames.
+
+    >>> VideoMAE.variants["base"].grid, VideoMAE.variants["base"].width
+    ((8, 14, 14), 768)
+    """
+
+    variants: ClassVar = {
+        variant: EncoderSpec(
+            "videomae",
+            frames=FRAMES,
+            grid=(FRAMES // TUBELET, SIZE // PATCH, SIZE // PATCH),
+            width=width,
+            presets=PRESETS,
+            window=FRAMES,
+            tubelet=TUBELET,
+            patch=PATCH,
+            layer="last, after the final norm" if norm else "last, no norm",
+            source=source,
+            licence="CC-BY-NC-4.0",
+            parameters=parameters,
+        )
+        for variant, (source, width, _, _, norm, parameters) in SIZES.items()
+    }
+
+    def build(self) -> None:
+        from transformers import VideoMAEConfig, VideoMAEModel
+
+        _, width, layers, heads, norm, _ = SIZES[self.variant]
+        sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        config = VideoMAEConfig(**sizes, intermediate_size=4 * width, use_mean_pooling=not norm)
+        self.net = VideoMAEModel(config)
+
+    def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = select(state, prefix="videomae.", drop=REST)
+        same = "encoder.layer.0.attention.attention.q_bias" in self.net.state_dict()
+        return state if same else renamed(state, NEWER_NAMES)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        t, h, w = self.spec.grid
+        tokens = self.net(rearrange(pixels, "b (n t) c h w -> (b n) t c h w", t=FRAMES)).last_hidden_state
+        return rearrange(tokens, "(b n) (t h w) d -> b (n t) h w d", b=len(pixels), t=t, h=h, w=w)

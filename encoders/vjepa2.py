@@ -1,0 +1,77 @@
+"""V-JEPA 2 (Assran et al., 2025): a video transformer that learned to predict its own features.
+
+Through transformers, the encoder alone: the predictor is neither loaded nor run.
+https://arxiv.org/abs/2506.09985
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from einops import rearrange
+from torch import Tensor
+
+from merv.encode import Encoder
+from merv.types import EncoderSpec, Preset
+from merv.weights import select
+
+TUBELET, PATCH = 2, 16
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# Positions are rotations, so any number of frames goes. 16 at 256 pixels is what most of its training
+# saw, and its authors' probes on Kinetics; 64, of the last phase, cost 7 times as much.
+# variant: hub id, frames that see each other, size, short side before its processor's crop,
+# width, layers, heads, width within an MLP, licence, parameters
+SIZES = {
+    "large": ("vitl-fpc64-256", 16, 256, 292, 1024, 24, 16, 4096, "MIT", 303_885_312),
+    "large-64-frames": ("vitl-fpc64-256", 64, 256, 292, 1024, 24, 16, 4096, "MIT", 303_885_312),
+    "huge": ("vith-fpc64-256", 16, 256, 292, 1280, 32, 16, 5120, "Apache-2.0", 631_648_000),
+    "giant": ("vitg-fpc64-256", 16, 256, 292, 1408, 40, 22, 6144, "Apache-2.0", 1_012_173_952),
+    "giant-384": ("vitg-fpc64-384", 16, 384, 438, 1408, 40, 22, 6144, "Apache-2.0", 1_012_173_952),
+}
+
+
+class VJEPA2(Encoder):
+    """The encoder's output after its final norm, on which its authors train probes: 8×16×16 of 16 frames.
+
+    >>> VJEPA2.variants["large"].grid, VJEPA2.variants["large"].width
+    ((8, 16, 16), 1024)
+    """
+
+    variants: ClassVar = {
+        variant: EncoderSpec(
+            "vjepa2",
+            frames=frames,
+            grid=(frames // TUBELET, size // PATCH, size // PATCH),
+            width=width,
+            presets={
+                "merv": Preset("squash", (size, size), "bilinear", None, MEAN, STD),
+                "upstream": Preset("crop", (size, size), "bilinear", resize, MEAN, STD),
+            },
+            window=frames,
+            tubelet=TUBELET,
+            patch=PATCH,
+            layer="last, after the final norm",
+            source=f"facebook/vjepa2-{name}",
+            licence=licence,
+            parameters=parameters,
+        )
+        for variant, (name, frames, size, resize, width, _, _, _, licence, parameters) in SIZES.items()
+    }
+
+    def build(self) -> None:
+        from transformers import VJEPA2Config, VJEPA2Model
+
+        _, _, size, _, width, layers, heads, inside, *_ = SIZES[self.variant]
+        sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        config = VJEPA2Config(crop_size=size, mlp_ratio=inside / width, pred_num_hidden_layers=1, **sizes)
+        self.net = VJEPA2Model(config).encoder
+
+    def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return select(state, prefix="encoder.", drop=("predictor.",))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        t, h, w = self.spec.grid
+        windows = rearrange(pixels, "b (n t) c h w -> (b n) t c h w", t=self.spec.window)
+        tokens = self.net(windows).last_hidden_state
+        return rearrange(tokens, "(b n) (t h w) d -> b (n t) h w d", b=len(pixels), t=t, h=h, w=w)

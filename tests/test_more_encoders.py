@@ -1,0 +1,232 @@
+"""Hiera, VideoMAE, V-JEPA 2 and SigLIP 2 give what their libraries give, in the layout of their hubs."""
+
+import sys
+import warnings
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import timm
+import torch
+import transformers
+from einops import rearrange
+from hub import output_of, write_hub
+from torch.nn.functional import interpolate
+
+from merv import create_encoder
+from merv.encoders import siglip2, videomae, vjepa2
+from merv.encoders.hiera import Hiera
+from merv.encoders.siglip2 import SigLIP2
+from merv.encoders.videomae import VideoMAE
+from merv.encoders.vjepa2 import VJEPA2
+from merv.errors import MissingDependency
+from merv.preprocessing import preprocess
+from merv.testing import check_encoder
+from merv.types import Frames
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)
+    import hiera
+
+VARIANTS = [
+    (encoder, variant) for encoder in (Hiera, VideoMAE, VJEPA2, SigLIP2) for variant in encoder.variants
+]
+WIDTH, HEADS = 64, 1  # of a small network; 64 a head, as in the real ones
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+GREY_LEVEL = 1 / 255 / 0.224
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Networks of a block or two (Hiera: one a stage), and narrow ones."""
+    monkeypatch.setattr(
+        "hiera.hiera_base_16x224", partial(hiera.hiera_base_16x224, embed_dim=8, stages=[1] * 4)
+    )
+    monkeypatch.setattr(
+        "timm.create_model", partial(timm.create_model, depth=2, embed_dim=WIDTH, num_heads=HEADS)
+    )
+    for variant, (source, _, _, _, norm, parameters) in videomae.SIZES.items():
+        monkeypatch.setitem(videomae.SIZES, variant, (source, WIDTH, 1, HEADS, norm, parameters))
+    for variant, (name, frames, size, resize, *_, licence, parameters) in vjepa2.SIZES.items():
+        row = (name, frames, size, resize, WIDTH, 1, HEADS, 4 * WIDTH, licence, parameters)
+        monkeypatch.setitem(vjepa2.SIZES, variant, row)
+
+
+def clip(frames: int, height: int = 96, width: int = 128) -> torch.Tensor:
+    """Noise, uint8 [T, 3, H, W]."""
+    return torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8)
+
+
+def ready(encoder, pictures: torch.Tensor) -> Frames:
+    return preprocess(Frames.of(pictures[None]), encoder.preset)
+
+
+def scrambled(model):
+    """All parameters random: as created, biases and tables would hide mistakes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.1)
+    return model.eval()
+
+
+# What is declared ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("encoder", "variant"), VARIANTS)
+def test_every_variant_has_the_shape_and_size_of_its_spec(encoder, variant, monkeypatch):
+    """At full size: on torch's meta device shapes are computed and numbers are not."""
+    monkeypatch.setattr("torch.linspace", partial(torch.linspace, device="cpu"))  # Hiera reads its numbers
+    table = "transformers.models.videomae.modeling_videomae.get_sinusoid_encoding_table"
+    monkeypatch.setattr(table, lambda *shape: torch.empty(1, *shape))  # seconds of Python
+    spec = encoder.variants[variant]
+    with torch.device("meta"):
+        net = encoder(variant, weights=None)
+        values = net.encode(torch.empty(1, spec.frames, 3, *net.preset.size))
+    assert values.shape == (1, *spec.grid, spec.width)
+    assert sum(parameter.numel() for parameter in net.parameters()) == spec.parameters
+
+
+@pytest.mark.parametrize(("encoder", "variant"), VARIANTS)
+def test_every_variant_declares_both_presets_a_source_and_a_licence(encoder, variant):
+    spec = encoder.variants[variant]
+    assert list(spec.presets) == ["merv", "upstream"]
+    assert spec.presets["merv"].fit == "squash"
+    assert spec.source
+    assert spec.licence != "unknown"
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "window", "grid", "width"),
+    [
+        ("hiera", 32, 16, (16, 7, 7), 896),
+        ("videomae", 16, 16, (8, 14, 14), 768),
+        ("vjepa2", 16, 16, (8, 16, 16), 1024),
+        ("siglip2", 16, 1, (16, 14, 14), 768),
+    ],
+)
+def test_defaults(name, frames, window, grid, width):
+    from merv import find_encoder
+
+    spec = next(iter(find_encoder(name).variants.values()))
+    assert (spec.name, spec.frames, spec.window, spec.grid, spec.width) == (name, frames, window, grid, width)
+
+
+@pytest.mark.parametrize(("variant", "model"), [(name, row[0]) for name, row in siglip2.SIZES.items()])
+def test_siglip2_upstream_presets_are_those_of_timm(variant, model):
+    from timm.data import create_transform, resolve_data_config
+    from timm.models import get_pretrained_cfg
+
+    preset = SigLIP2.variants[variant].presets["upstream"]
+    config = get_pretrained_cfg(model)
+    resize, crop, _, normalize = create_transform(**resolve_data_config(config.to_dict())).transforms
+    assert SigLIP2.variants[variant].source == config.hf_hub_id
+    assert (resize.size, tuple(crop.size)) == (preset.resize, preset.size)
+    assert resize.interpolation.value == preset.interpolation
+    assert torch.equal(normalize.mean, torch.tensor(preset.mean))
+    assert torch.equal(normalize.std, torch.tensor(preset.std))
+
+
+# Against the libraries -----------------------------------------------------------------------
+
+
+def test_hiera_equals_its_package(small, tmp_path):
+    theirs = scrambled(hiera.hiera_base_16x224())
+    theirs.save_pretrained(tmp_path, config=theirs.config)
+    ours = Hiera("base", weights=str(tmp_path), preset="upstream")
+    pictures = clip(32)
+    frames = (pictures / 255 - 0.45) / 0.225  # as SlowFast does it, of which nothing can be installed
+    frames = interpolate(frames, size=(224, 298), mode="bilinear", align_corners=False)[..., 37:-37]
+    halves = rearrange(frames, "(n t) c h w -> n c t h w", n=2)
+    with torch.no_grad():
+        expected = theirs(halves, return_intermediates=True)[1][-1]
+    values = ours(ready(ours, pictures)).values
+    torch.testing.assert_close(values, rearrange(expected, "n t h w d -> 1 (n t) h w d"))
+
+
+def test_hiera_cells_are_where_the_pixels_are(small):
+    """Without attention and MLPs what is left is local: a spot shows in its own cell alone."""
+    encoder = Hiera("base", weights=None)
+    for block in encoder.net.blocks:
+        for layer in (block.attn.proj, block.mlp.fc2):
+            torch.nn.init.zeros_(layer.weight)
+    still = torch.randn(1, 16, 3, 224, 224)
+    spot = still.clone()
+    spot[:, 6, :, 80, 176] += 9.0  # tubelet 3, row 2, column 5
+    changed = encoder(Frames.of(spot)).values != encoder(Frames.of(still)).values
+    assert changed.any(-1).nonzero().tolist() == [[0, 3, 2, 5]]
+
+
+@pytest.mark.parametrize(
+    ("variant", "model"),
+    [("base", "VideoMAEForPreTraining"), ("base-kinetics", "VideoMAEForVideoClassification")],
+)
+def test_videomae_equals_transformers(small, tmp_path, variant, model):
+    from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
+
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": HEADS}
+    decoder = {"decoder_hidden_size": 6, "decoder_num_hidden_layers": 1, "decoder_intermediate_size": 8}
+    pooled = variant == "base-kinetics"
+    config = transformers.VideoMAEConfig(
+        **sizes, **decoder, intermediate_size=4 * WIDTH, use_mean_pooling=pooled
+    )
+    theirs = scrambled(getattr(transformers, model)(config))
+    theirs.save_pretrained(tmp_path)  # with the names that the hub's checkpoint has
+    ours = VideoMAE(variant, weights=str(tmp_path), preset="upstream")
+    pictures = clip(16)
+    processor = VideoMAEImageProcessorPil(**IMAGENET)
+    pixels = processor([picture.numpy() for picture in pictures], return_tensors="pt")["pixel_values"]
+    assert torch.equal(ready(ours, pictures).pixels, pixels)
+    with torch.no_grad():
+        expected = rearrange(theirs.videomae(pixels).last_hidden_state, "b (t h w) d -> b t h w d", t=8, h=14)
+    torch.testing.assert_close(ours(ready(ours, pictures)).values, expected)
+
+
+def test_vjepa2_equals_transformers(small, tmp_path):
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": HEADS}
+    theirs = scrambled(transformers.VJEPA2Model(transformers.VJEPA2Config(**sizes, pred_num_hidden_layers=1)))
+    theirs.save_pretrained(tmp_path)
+    ours = VJEPA2(weights=str(tmp_path), preset="upstream")
+    pictures = clip(16, 292, 390)  # of the size that its processor scales to
+    pixels = transformers.VJEPA2VideoProcessor()(pictures, return_tensors="pt")["pixel_values_videos"]
+    with torch.no_grad():
+        expected = rearrange(theirs.get_vision_features(pixels), "b (t h w) d -> b t h w d", t=8, h=16)
+    torch.testing.assert_close(ours(ready(ours, pictures)).values, expected)
+
+
+@pytest.mark.parametrize(("variant", "size"), [("large", 256), ("giant-384", 384)])
+def test_vjepa2_upstream_preset_is_its_processor_to_a_grey_level(variant, size):
+    """The processor scales uint8 with torchvision, which rounds coarser than PIL."""
+    pictures = clip(2)
+    processor = transformers.VJEPA2VideoProcessor(crop_size=size)
+    theirs = processor(pictures, return_tensors="pt")["pixel_values_videos"]
+    ours = preprocess(Frames.of(pictures[None]), VJEPA2.variants[variant].presets["upstream"])
+    assert (ours.pixels - theirs).abs().max() <= 1.01 * GREY_LEVEL
+
+
+def test_siglip2_equals_timm(small, tmp_path):
+    theirs = scrambled(timm.create_model("vit_base_patch16_siglip_224.v2_webli", num_classes=0))
+    ours = SigLIP2(weights=write_hub(tmp_path, theirs.state_dict()))
+    pixels = torch.randn(1, 2, 3, 224, 224)
+    tokens = output_of(theirs.blocks[-2], lambda: theirs(pixels[0]))
+    expected = rearrange(tokens, "t (h w) d -> 1 t h w d", h=14)
+    torch.testing.assert_close(ours(Frames.of(pixels)).values, expected)
+
+
+# The contract --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("encoder", "variant", "width"),
+    [(Hiera, "base", WIDTH), (VideoMAE, "base", WIDTH), (VJEPA2, "large", WIDTH), (SigLIP2, "base", WIDTH)],
+)
+def test_it_keeps_the_contract(small, monkeypatch, encoder, variant, width):
+    spec = replace(encoder.variants[variant], width=width, parameters=None)  # those of the small network
+    monkeypatch.setitem(encoder.variants, variant, spec)
+    assert [str(finding) for finding in check_encoder(encoder, variant=variant) if not finding.passed] == []
+
+
+def test_hiera_without_its_package_is_listed_and_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hiera", None)
+    monkeypatch.delitem(sys.modules, "merv.encoders.hiera")
+    with pytest.raises(MissingDependency, match=r'pip install "merv\[hiera\]"'):
+        create_encoder("hiera", weights=None)
