@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -34,17 +35,10 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "encoders.md"
 BEGIN, END = "<!-- equality: begin -->", "<!-- equality: end -->"
 COLUMNS = (
-    "encoder",
-    "weights",
-    "preset",
-    "reference",
-    "blocks",
-    "pixels",
-    "fp32",
-    "fp32 / std",
-    "bf16 / std",
-    "theirs",
+    *("encoder", "weights", "preset", "reference", "blocks", "pixels"),
+    *("fp32", "fp32 / std", "bf16 / std", "theirs in bf16 / std", "made with"),
 )
+KEPT = ", kept from an earlier run"
 BOUND = 1e-4  # of the largest difference in fp32
 
 
@@ -62,11 +56,21 @@ def main() -> None:
     rows: dict[tuple[str, ...], str] = {}
     print(line(COLUMNS))
     for name in names:
+        if name not in pythons and not installed(name):
+            print(f"{name}: its library is not installed here; pass --python {name}=PATH of one that has it")
+            continue
         with tempfile.TemporaryDirectory() as folder:
             run_reference(name, Path(folder), args.depth, pythons.get(name, sys.executable), args.threads)
             rows.update(compare(name, Path(folder), args.depth))
     if args.write:
         write(rows)
+
+
+def installed(name: str) -> bool:
+    try:
+        return bool(version(importlib.import_module(f"references.{name}").LIBRARY))
+    except ImportError:
+        return False
 
 
 def run_reference(name: str, folder: Path, depth: int, python: str, threads: int) -> None:
@@ -100,6 +104,7 @@ def compare(name: str, folder: Path, depth: int) -> dict[tuple[str, ...], str]:
             fp32.relative(),
             Difference.of(encoder(prepared.to(torch.bfloat16)).values[0], wanted).relative(),
             Difference.of(theirs[f"{preset}.tokens_bf16"], wanted).relative(),
+            f"torch {torch.__version__.split('+')[0]}",
         )
         rows[key] = line((*key, *figures))
         print(rows[key], flush=True)
@@ -139,9 +144,9 @@ def write(rows: dict[tuple[str, ...], str]) -> None:
     page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split(BEGIN)
     old, after = rest.split(END)
-    kept = {tuple(row.strip("| ").split(" | "))[:4]: row for row in old.splitlines() if row.startswith("| ")}
-    head = {COLUMNS[:4]: line(COLUMNS)}
-    table = {**{key: row for key, row in kept.items() if key not in head}, **rows}
+    found = [row.strip("| ").split(" | ") for row in old.splitlines()[3:]]
+    kept = {tuple(row[:4]): line([*row[:-1], row[-1].removesuffix(KEPT) + KEPT]) for row in found}
+    table = {**kept, **rows}
     lines = [line(COLUMNS), "|---" * len(COLUMNS) + "|", *(table[key] for key in sorted(table))]
     PAGE.write_text("\n".join([before + BEGIN, *lines, END + after]), encoding="utf-8")
 

@@ -132,3 +132,15 @@ def normalised(image: Image.Image, mean: Sequence[float], std: Sequence[float]) 
 def squash(how: Image.Resampling, mean: Sequence[float], std: Sequence[float], side: int = 224) -> Transform:
     """The released MERV's preprocessing where it squashes: PIL's resize, then the numbers."""
     return each(lambda image: normalised(image.resize((side, side), how), mean, std))
+
+
+def crop(how: Image.Resampling, mean: Sequence[float], std: Sequence[float], side: int = 224) -> Transform:
+    """Where it crops: the short side by PIL's resize, the centre, then the numbers."""
+
+    def one(image: Image.Image) -> Tensor:
+        short = min(image.size)
+        image = image.resize([length * side // short for length in image.size], how)
+        left, top = (round((length - side) / 2) for length in image.size)
+        return normalised(image.crop((left, top, left + side, top + side)), mean, std)
+
+    return each(one)
