@@ -17,6 +17,8 @@ from merv.suggest import nearest
 from merv.types import EncoderSpec, Frames, Grid, Preset
 from merv.weights import BUILT_IN, PRETRAINED, WEIGHT_FILES, Identity, Source, fill, identity_of, locate
 
+CONTRACT = "1.0"  # between an encoder and merv, major.minor; docs/encoders.md says what a change means
+
 
 class Encoder(nn.Module):
     """A frozen visual encoder: `forward(Frames) -> Grid`.
@@ -39,6 +41,7 @@ class Encoder(nn.Module):
     torch.Size([1, 4, 4, 4, 8])
     """
 
+    contract: ClassVar[str] = "1.0"  # what a class that says nothing was made for: the first
     variants: ClassVar[dict[str, EncoderSpec]]
     weight_files: ClassVar[tuple[str, ...]] = WEIGHT_FILES
     net: Any

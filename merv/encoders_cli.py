@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
 from merv.errors import BrokenEncoder
@@ -18,6 +20,7 @@ LONG = ("name", "distribution", "version", "state", "frames", "grid", "width", "
 EXAMPLES = """\
 Nothing is imported for the plain list. --long imports one by one and shows each variant,
 the default first; a plug-in that does not load is shown as broken and hides nothing.
+Only a crash of the interpreter cannot be caught: PYTHONFAULTHANDLER=1 shows whose file it was.
 
 examples:
   merv encoders
@@ -43,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
         return max([_check(name) for name in args.names])
     listings = list_encoders()
     if args.long:
-        _print_table([LONG, *(row for listing in listings for row in _long_rows(listing))])
+        with redirect_stdout(sys.stderr):  # what modules print when imported is not part of the table
+            rows = [row for listing in listings for row in _long_rows(listing)]
+        _print_table([LONG, *rows])
     else:
         _print_table([SHORT, *((e.name, e.distribution, e.version) for e in listings)])
     return 0

@@ -5,17 +5,22 @@ A plug-in is registered in the group `merv.encoders` of its pyproject.toml:
     [project.entry-points."merv.encoders"]
     histogram = "my_package.histogram:Histogram"
 
-Entry points are read anew on each call, and nothing is imported before it is used.
-The idea of listing without importing is pluggy's and pytest's.
+Entry points are read anew on each call, and nothing is imported before it is used. What a stranger's
+module does when it is imported is caught and said with the name of its distribution; only a crash of
+the interpreter cannot be. The idea of listing without importing is pluggy's and pytest's.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
+import time
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, distributions
+from importlib.metadata import version as metadata_version
 from importlib.util import find_spec
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from merv.errors import AmbiguousEncoder, BrokenEncoder, EncoderError, MervError, UnknownEncoder
@@ -25,6 +30,9 @@ if TYPE_CHECKING:
     from merv.encode import Encoder
 
 GROUP = "merv.encoders"
+SLOW_S = 3.0  # an import that takes longer is reported
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,22 +54,41 @@ class Listing:
         return f"{self.distribution}:{self.name}" if self.distribution else self.value
 
     def load(self) -> type[Encoder]:
-        """Import the class and check it. Raises BrokenEncoder, from the cause."""
+        """Import the class and check it; a warning is logged if that takes longer than SLOW_S.
+
+        Raises BrokenEncoder, from the cause.
+        """
+        import merv.encode  # noqa: F401 — first, so that only the plug-in's own import is timed
+
+        if not EntryPoint.pattern.match(self.value):
+            raise self.broken('is no path to a class; wanted "module:Class"')
+        start = time.perf_counter()
         try:
             loaded = EntryPoint(self.name, self.value, GROUP).load()
-        except (Exception, SystemExit) as error:  # whatever a stranger's module does when imported
+        except KeyboardInterrupt:  # the user's, as far as anyone can tell
+            raise
+        except BaseException as error:  # SystemExit too: whatever a stranger's module does when imported
             raise self.broken(f"cannot be imported: {type(error).__name__}: {error}") from error
-        if fault := _fault(loaded):
+        took_s = time.perf_counter() - start
+        if took_s > SLOW_S:
+            logger.warning(
+                "%s took %.1f s to import; wanted: under %g s. What is heavy belongs into build(): tell its "
+                "author.",
+                self,
+                took_s,
+                SLOW_S,
+            )
+        if fault := class_fault(loaded):
             raise self.broken(fault)
         return loaded
 
+    def __str__(self) -> str:
+        owner = f" of {self.distribution} {self.version}" if self.distribution else ""
+        return f"Encoder {self.name!r}{owner} ({self.value})"
+
     def broken(self, fault: str) -> BrokenEncoder:
         """The error that says whose encoder has the `fault`."""
-        owner = f" of {self.distribution} {self.version}" if self.distribution else ""
-        return BrokenEncoder(
-            f"Encoder {self.name!r}{owner} ({self.value}) {fault}. "
-            "Other encoders are not affected; see `merv encoders`."
-        )
+        return BrokenEncoder(f"{self} {fault}. Other encoders are not affected; see `merv encoders`.")
 
 
 def list_encoders() -> list[Listing]:
@@ -70,8 +97,16 @@ def list_encoders() -> list[Listing]:
     >>> [e.value for e in list_encoders() if e.full_name == "merv:fake"]
     ['merv.encoders.fake:Fake']
     """
-    found = [_listing(entry) for entry in entry_points(group=GROUP)]
-    return sorted(found, key=lambda e: (e.name, e.distribution))
+    found: dict[str, list[Listing]] = {}
+    for distribution in distributions():  # entry_points() would fail as a whole where one is damaged
+        try:
+            listings = _listings(distribution)
+        except Exception as error:
+            logger.warning("%s cannot be read, its encoders are not listed: %r", _place(distribution), error)
+            continue
+        if listings:  # of two copies the first on the path is the one that would be imported
+            found.setdefault(_normal(listings[0].distribution), listings)
+    return sorted(chain.from_iterable(found.values()), key=lambda e: (e.name, e.distribution))
 
 
 def find_listing(name: str) -> Listing:
@@ -134,27 +169,59 @@ def create_encoder(name: str, **kwargs: Any) -> Encoder:
         return encoder(**kwargs)
     except MervError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise listing.broken(f"cannot be created: {type(error).__name__}: {error}") from error
 
 
-def _listing(entry: EntryPoint) -> Listing:
-    dist = entry.dist
-    return Listing(entry.name, dist.name if dist else "", dist.version if dist else "", entry.value)
+def _listings(distribution: Distribution) -> list[Listing]:
+    if GROUP not in (distribution.read_text("entry_points.txt") or ""):
+        return []
+    name, version = distribution.metadata["Name"], distribution.metadata["Version"]
+    if not (name and version):
+        raise ValueError("its METADATA has no name or no version")
+    entries = distribution.entry_points
+    return [Listing(entry.name, name, version, entry.value) for entry in entries if entry.group == GROUP]
 
 
-def _fault(loaded: object) -> str | None:
-    """What keeps `loaded` from being an encoder class, in words."""
+def _place(distribution: Distribution) -> str:
+    """Where its metadata is; a damaged one may not know its own name."""
+    return str(getattr(distribution, "_path", distribution))
+
+
+def class_fault(loaded: object) -> str | None:
+    """What keeps `loaded` from being an encoder class of this contract, in words.
+
+    >>> class_fault(3)
+    'is 3; wanted a subclass of merv.Encoder'
+    """
     from merv.encode import Encoder
     from merv.types import EncoderSpec
 
     if not (isinstance(loaded, type) and issubclass(loaded, Encoder)):
         return f"is {loaded!r}; wanted a subclass of merv.Encoder"
+    if fault := _contract_fault(loaded.contract):
+        return fault
     variants = getattr(loaded, "variants", None)
     if not (variants and isinstance(variants, dict)):
         return f"has variants = {variants!r}; wanted a dict of name → merv.EncoderSpec, the default first"
     strange = [name for name, spec in variants.items() if not isinstance(spec, EncoderSpec)]
     return f"declares {strange[0]!r} as no merv.EncoderSpec" if strange else None
+
+
+def _contract_fault(declared: object) -> str | None:
+    """Within a major version, what was made for a minor one also fits later ones."""
+    from merv.encode import CONTRACT
+
+    if not (isinstance(declared, str) and re.fullmatch(r"\d+\.\d+", declared)):
+        return f'has contract = {declared!r}; wanted "major.minor", as in "{CONTRACT}"'
+    ours, theirs = (tuple(map(int, text.split("."))) for text in (CONTRACT, declared))
+    if theirs[0] == ours[0] and theirs <= ours:
+        return None
+    mend = "Upgrade merv" if theirs > ours else "Upgrade the plug-in"
+    installed = f"merv {metadata_version('merv')} has {CONTRACT}"
+    return (
+        f"was made for contract {declared} of encoders; {installed}. {mend}, or install the version that fits"
+    )
 
 
 def _same(one: str, other: str) -> bool:

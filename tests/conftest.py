@@ -19,7 +19,7 @@ def seed() -> None:
 
 @pytest.fixture
 def plant(tmp_path, monkeypatch):
-    """Install a distribution of one module, as pip would, with entries of `merv.encoders`."""
+    """Install a distribution and its modules, as pip would, with entries of `merv.encoders`."""
 
     def install(distribution: str, entries: dict[str, str], **modules: str) -> None:
         info = tmp_path / f"{distribution.replace('-', '_')}-1.2.dist-info"

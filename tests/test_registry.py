@@ -46,7 +46,14 @@ def test_listing_imports_nothing(plant):
 
 
 @pytest.mark.parametrize(
-    "source", ["raise OSError('no sun today')", "import sys; sys.exit('no sun today')", "x = no sun today"]
+    "source",
+    [
+        "raise OSError('no sun today')",
+        "import sys; sys.exit('no sun today')",
+        "x = no sun today",
+        "raise BaseException('no sun today')",
+        "import no.sun.today",
+    ],
 )
 def test_a_module_that_does_not_import_is_reported_with_its_distribution(plant, source):
     plant("sunny-encoders", {"sunny": "raises_sunny:Sunny"}, raises_sunny=source)
@@ -56,6 +63,92 @@ def test_a_module_that_does_not_import_is_reported_with_its_distribution(plant, 
         find_encoder("sunny")
     assert caught.value.__cause__ is not None
     assert find_encoder("fake").__name__ == "Fake"  # and hides nothing
+
+
+def test_an_interrupt_during_an_import_is_the_users(plant):
+    plant("sunny-encoders", {"sunny": "raises_sunny:Sunny"}, raises_sunny="raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        find_encoder("sunny")
+
+
+@pytest.mark.parametrize("value", ["no path!", "sunny-module:Good", "sunny_module:Good()"])
+def test_a_malformed_entry_is_refused(plant, value):
+    plant("sunny-encoders", {"sunny": value}, sunny_module=GOOD)
+    with pytest.raises(
+        BrokenEncoder, match=r'of sunny-encoders 1.2 .* is no path to a class; wanted "module:Class"'
+    ):
+        find_encoder("sunny")
+
+
+def test_a_module_instead_of_a_class_is_refused(plant):
+    plant("sunny-encoders", {"sunny": "sunny_module"}, sunny_module=GOOD)
+    with pytest.raises(
+        BrokenEncoder, match=r"is <module 'sunny_module' .*; wanted a subclass of merv.Encoder"
+    ):
+        find_encoder("sunny")
+
+
+def test_a_slow_import_is_told_with_its_distribution(plant, monkeypatch, caplog):
+    monkeypatch.setattr("merv.registry.SLOW_S", 0.01)
+    plant(
+        "sunny-encoders", {"sunny": "sunny_module:Good"}, sunny_module="import time; time.sleep(0.02)" + GOOD
+    )
+    assert find_encoder("sunny").__name__ == "Good"
+    (record,) = caplog.records
+    assert "Encoder 'sunny' of sunny-encoders 1.2 (sunny_module:Good) took 0." in record.getMessage()
+    assert "s to import; wanted: under 0.01 s. What is heavy belongs into build()" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("entry_points.txt", "[merv.encoders]\nsunny is sunny_module:Good", "TypeError"),
+        ("METADATA", "", "its METADATA has no name or no version"),
+    ],
+)
+def test_a_damaged_distribution_is_told_and_hides_nothing(plant, tmp_path, caplog, file, text, said):
+    plant("sunny-encoders", {"sunny": "sunny_module:Good"}, sunny_module=GOOD)
+    (tmp_path / "sunny_encoders-1.2.dist-info" / file).write_text(text)
+    names = [e.name for e in list_encoders()]
+    assert "fake" in names
+    assert "sunny" not in names
+    assert "sunny_encoders-1.2.dist-info cannot be read" in caplog.text
+    assert said in caplog.text
+
+
+def test_of_two_copies_of_a_distribution_the_first_on_the_path_counts(plant, tmp_path, monkeypatch):
+    plant("sunny-encoders", {"sunny": "sunny_module:Good"}, sunny_module=GOOD)
+    older = tmp_path / "older" / "sunny_encoders-1.1.dist-info"
+    older.mkdir(parents=True)
+    (older / "METADATA").write_text("Metadata-Version: 2.1\nName: Sunny_Encoders\nVersion: 1.1\n")
+    (older / "entry_points.txt").write_text("[merv.encoders]\nsunny = sunny_module:Good")
+    monkeypatch.syspath_prepend(tmp_path / "older")
+    assert [e.version for e in list_encoders() if e.name == "sunny"] == ["1.1"]
+
+
+@pytest.mark.parametrize(
+    ("contract", "fault"),
+    [
+        ("2.0", "was made for contract 2.0 of encoders; merv .* has 1.0. Upgrade merv, or"),
+        ("1.1", "was made for contract 1.1 of encoders; merv .* has 1.0. Upgrade merv, or"),
+        ("0.9", "was made for contract 0.9 of encoders; merv .* has 1.0. Upgrade the plug-in, or"),
+        (1, 'has contract = 1; wanted "major.minor", as in "1.0"'),
+    ],
+)
+def test_what_was_made_for_another_contract_is_refused(plant, contract, fault):
+    plant(
+        "sunny-encoders",
+        {"sunny": "sunny_module:Good"},
+        sunny_module=GOOD.replace("    pass", f"    contract = {contract!r}", 1),
+    )
+    with pytest.raises(BrokenEncoder, match=f"sunny-encoders 1.2.*{fault}"):
+        find_encoder("sunny")
+
+
+def test_what_was_made_for_an_earlier_minor_contract_fits(plant, monkeypatch):
+    monkeypatch.setattr("merv.encode.CONTRACT", "1.3")
+    plant("sunny-encoders", {"sunny": "sunny_module:Good"}, sunny_module=GOOD)
+    assert find_encoder("sunny").contract == "1.0"
 
 
 @pytest.mark.parametrize(

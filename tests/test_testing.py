@@ -1,5 +1,6 @@
 """The conformance suite finds what it is for; the tiny LLM and video are what they say."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,20 @@ from torch import nn
 from merv.encode import Encoder
 from merv.encoders.fake import Fake
 from merv.registry import find_encoder
-from merv.testing import CHECKS, check_encoder, make_video, tiny_llm
+from merv.testing import CHECKS, check_encoder, contract_test, make_video, tiny_llm
 from merv.types import Frames, Grid
 
 ROOT = Path(__file__).parent.parent
+
+test_the_fake_keeps_the_contract = contract_test("fake")  # as a plug-in's own tests would say it
+
+
+@pytest.fixture(autouse=True)
+def imports(monkeypatch):
+    """What importing a module does, as if it had been seen: tests/test_side_effects.py really looks."""
+    found = {}
+    monkeypatch.setattr("merv.conformance.of_import", lambda module: found.get(module, ()))
+    return found
 
 
 class RandomEncoder(Fake):
@@ -84,6 +95,84 @@ class LambdaEncoder(Fake):
         self.scale = lambda x: 2 * x
 
 
+class GraphEncoder(Fake):
+    """Trains something in secret."""
+
+    def build(self):
+        super().build()
+        self.scales = [torch.ones((), requires_grad=True)]
+
+    def encode(self, pixels):
+        return super().encode(pixels) * self.scales[0]
+
+
+class GreedyEncoder(Fake):
+    def encode(self, pixels):
+        return super().encode(pixels.clamp_(-1, 1))
+
+
+class PlainTensorEncoder(Fake):
+    def build(self):
+        super().build()
+        self.offset = torch.rand(self.spec.width)
+
+    def encode(self, pixels):
+        return super().encode(pixels) + self.offset.to(pixels.dtype)
+
+
+class HomeEncoder(Fake):
+    def encode(self, pixels):
+        values = super().encode(pixels)
+        return values + torch.arange(values.shape[-1], dtype=values.dtype)  # on no device in particular
+
+
+class CpuEncoder(Fake):
+    def encode(self, pixels):
+        return super().encode(pixels).cpu()
+
+
+class LookingEncoder(Fake):
+    """Decides by a number, which the fake GPU does not have; a real one does."""
+
+    def encode(self, pixels):
+        return super().encode(pixels) * (2 if pixels.max() > 100 else 1)
+
+
+class FloatEncoder(Fake):
+    def encode(self, pixels):
+        return super().encode(pixels).float()
+
+
+class CoarseEncoder(Fake):
+    def encode(self, pixels):
+        return torch.sin(1e4 * super().encode(pixels))
+
+
+class TwoStepsEncoder(Fake):
+    variants = {"base": replace(Fake.variants["video"], tubelet=4)}
+
+
+class PatchEncoder(Fake):
+    variants = {"base": replace(Fake.variants["image"], patch=5)}
+
+
+class NewEncoder(Fake):
+    contract = "2.0"
+
+
+class ReseedingEncoder(Fake):
+    def build(self):
+        super().build()
+        torch.manual_seed(7)
+        torch.use_deterministic_algorithms(True)  # as TransNetV2's own class does
+
+
+class DoubleEncoder(Fake):
+    def encode(self, pixels):
+        torch.set_default_dtype(torch.float64)
+        return super().encode(pixels)
+
+
 class RaisingEncoder(Fake):
     def encode(self, pixels):
         raise RuntimeError("no sun today")
@@ -99,26 +188,85 @@ def test_a_good_encoder_passes(name):
     assert failed(find_encoder(name)(variant)) == {}
 
 
-@pytest.mark.parametrize(
-    ("encoder", "name", "said"),
-    [
-        (RandomEncoder, "is deterministic", "draws random numbers"),
-        (TrainableEncoder, "is frozen", "net.weight requires a gradient"),
-        (TrainingEncoder, "stays in eval mode", "is in training mode after .train()"),
-        (NarrowEncoder, "shape is what the spec says", "are [2, 2, 4, 4, 7]; wanted [2, 2, 4, 4, 8]"),
-        (NanEncoder, "features are finite", "are NaN or infinite"),
-        (BlindEncoder, "features depend on the pixels", "two different clips have equal features"),
-        (BatchEncoder, "batch equals one by one", "they differ by"),
-        (WholeClipEncoder, "windows are independent", "they differ by"),
-        (TimelessEncoder, "times pass through", "leave those of the frames"),
-        (MaskedEncoder, "mask passes through", "cells of a clip without padding are masked"),
-        (ShiftedEncoder, "extent is carried", "wanted that of the frames"),
-        (LambdaEncoder, "pickles", "lambda"),
-        (RaisingEncoder, "features are finite", "RuntimeError: no sun today"),
-    ],
-)
+FAULTS = [
+    (NewEncoder, "is created", "was made for contract 2.0 of encoders; merv "),
+    (TwoStepsEncoder, "spec is consistent", "8 steps of 4 frames (tubelet) are not 16 frames"),
+    (PatchEncoder, "spec is consistent", "patches of 5 make (3, 3) of preset 'merv'; the grid is (4, 4)"),
+    (GraphEncoder, "is frozen", "features require a gradient"),
+    (GreedyEncoder, "leaves its frames alone", "changes frames.pixels in place"),
+    (PlainTensorEncoder, "moves between devices", "give it to register_buffer()"),
+    (PlainTensorEncoder, "state dict holds all", "differ by"),
+    (HomeEncoder, "moves between devices", "device=pixels.device"),
+    (CpuEncoder, "moves between devices", "features of frames on a GPU are on cpu"),
+    (FloatEncoder, "runs in bfloat16", "features of bfloat16 frames are torch.float32"),
+    (CoarseEncoder, "runs in bfloat16", "standard deviations on average"),
+    (ReseedingEncoder, "leaves the process alone", "torch's deterministic algorithms and torch's seed"),
+    (DoubleEncoder, "leaves the process alone", "torch's default dtype"),
+    (RandomEncoder, "is deterministic", "draws random numbers"),
+    (TrainableEncoder, "is frozen", "net.weight requires a gradient"),
+    (TrainingEncoder, "stays in eval mode", "is in training mode after .train()"),
+    (NarrowEncoder, "shape is what the spec says", "are [2, 2, 4, 4, 7]; wanted [2, 2, 4, 4, 8]"),
+    (NanEncoder, "features are finite", "are NaN or infinite"),
+    (BlindEncoder, "features depend on the pixels", "two different clips have equal features"),
+    (BatchEncoder, "batch equals one by one", "they differ by"),
+    (WholeClipEncoder, "windows are independent", "they differ by"),
+    (TimelessEncoder, "times pass through", "leave those of the frames"),
+    (MaskedEncoder, "mask passes through", "cells of a clip without padding are masked"),
+    (ShiftedEncoder, "extent is carried", "wanted that of the frames"),
+    (LambdaEncoder, "pickles and copies", "lambda"),
+    (RaisingEncoder, "features are finite", "RuntimeError: no sun today"),
+]
+
+
+@pytest.mark.parametrize(("encoder", "name", "said"), FAULTS)
 def test_a_fault_is_found_by_its_check(encoder, name, said):
     assert said in failed(encoder)[name]
+
+
+def test_work_at_import_is_found(imports):
+    imports[ShiftedEncoder.__module__] = ("writes a file", "prints 'hello'")
+    assert failed(ShiftedEncoder)["import does no work"].endswith("writes a file, prints 'hello'")
+
+
+def test_every_check_is_shown_to_fail():
+    shown = {name for _, name, _ in FAULTS} | {"import does no work"}
+    assert shown == {check.__name__.strip("_").replace("_", " ") for check in CHECKS}
+
+
+def test_the_settings_that_an_encoder_changes_are_put_back():
+    check_encoder(ReseedingEncoder)
+    check_encoder(DoubleEncoder)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_what_cannot_be_told_here_is_no_fault():
+    findings = {finding.name: str(finding) for finding in check_encoder(LookingEncoder)}
+    assert findings["moves between devices"].startswith("ok    moves between devices (not told: wants a GPU")
+    assert failed(LookingEncoder) == {}
+
+
+def test_an_encoder_with_its_own_forward_moves_with_all_of_its_frames():
+    assert "moves between devices" not in failed(ShiftedEncoder)
+
+
+def test_an_encoder_of_trained_weights_is_not_created_anew(tmp_path):
+    torch.save(Fake().net.state_dict(), tmp_path / "weights.pth")
+    findings = {f.name: str(f) for f in check_encoder(Fake(weights=str(tmp_path / "weights.pth")))}
+    assert "check its class" in findings["state dict holds all"]
+
+
+def test_a_check_is_a_test_of_pytest():
+    case = contract_test(ShiftedEncoder)
+    (mark,) = case.pytestmark
+    results = {}
+    for check in mark.args[1]:
+        try:
+            results[mark.kwargs["ids"](check)] = case(check)
+        except pytest.fail.Exception as failure:
+            results[mark.kwargs["ids"](check)] = str(failure)
+    assert {name for name, result in results.items() if result} == {"extent is carried"}
+    assert "wanted that of the frames" in results["extent is carried"]
 
 
 def test_one_fault_fails_one_check():
@@ -134,13 +282,13 @@ def test_a_class_that_cannot_be_created_fails():
 def test_a_wrong_number_of_parameters_is_found():
     fake = Fake()
     fake.more = nn.Linear(10, 10).requires_grad_(False)
-    assert failed(fake) == {"spec is consistent": "spec.parameters is 392; the encoder has 502"}
+    assert failed(fake)["spec is consistent"] == "spec.parameters is 392; the encoder has 502"
 
 
 def test_findings_read_as_sentences():
     findings = check_encoder(ShiftedEncoder)
     assert len(findings) == len(CHECKS)
-    assert str(findings[0]) == "ok    spec is consistent"
+    assert str(findings[0]) == "ok    is created"
     assert str(next(f for f in findings if not f.passed)).startswith("FAIL  extent is carried: extent is [[0")
 
 
