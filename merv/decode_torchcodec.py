@@ -28,9 +28,9 @@ class TorchcodecReader(PyAVReader):
     H.264) or comes with other times than asked for is refused with an error that names `pyav`.
     """
 
-    def __init__(self, file: BinaryIO, name: str, *, owned: bool = False) -> None:
+    def __init__(self, file: BinaryIO, name: str, **options: Any) -> None:
         self._decoder_class = load_decoder()
-        super().__init__(file, name, owned=owned)
+        super().__init__(file, name, **options)
         if self._by_count:
             raise self._refusal("its frames carry no times of their own, by which torchcodec finds them")
         if self.damage:

@@ -1,0 +1,131 @@
+"""Do the decoding backends give the same frames, and how fast is each?
+
+    python benchmarks/robustness/backends.py FOLDER
+
+reads every sound video of material.py, made on the spot, and every file of FOLDER with PyAV and
+with torchcodec, all frames (of long clips 64) in scattered order. "carried" is how many of these
+carry the same burned index as with PyAV, max and mean the difference of pixels in levels of 255.
+Then the time for 16 frames of each file of FOLDER, uniformly spread: opening, scanning, decoding,
+the quickest of 7 runs that take turns.
+
+Why pixels differ, where they do: both convert by libswscale, and equally where it has a direct way.
+Where it has none (more than 8 bits, 4:1:0, 4:1:1, odd sizes) PyAV enlarges the colour planes
+bilinearly, torchcodec bicubically; asked for bicubic, PyAV gives torchcodec's pixels of 10_bit_av1,
+410_svq1 and 411_ffv1, while of 10 and 12 bits in H.264 and HEVC a smaller difference remains.
+Of interlaced frames PyAV's FFmpeg converts the two fields apart, FFmpeg 5 the frame as one: with
+their mark of interlacing removed, PyAV gives torchcodec's pixels of interlaced_h264.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from burned import index_of
+from material import generate
+from torchcodec import ffmpeg_major_version
+
+from merv.decode import VideoReader, open_video
+from merv.errors import VideoError
+from merv.load import load_video
+
+ROW = "{:28} {:>6} {:>6} {:>8} {:>4} {:>6}  {}"
+TIMED = "{:28} {:>8} {:>10} {:>6}"
+
+
+@dataclass
+class Outcome:
+    """What came of one file: a line of the table, and whether all is equal or refused."""
+
+    line: str
+    equal: bool = False
+    refused: bool = False
+
+
+def compare(name: str, path: Path, carries: bool = False, gray: bool = False) -> Outcome:
+    """Read a file with both backends."""
+    with open_video(path) as ours:
+        try:
+            with open_video(path, backend="torchcodec") as theirs:
+                return compared(name, ours, theirs, carries, gray)
+        except VideoError as error:
+            why = str(error).partition("torchcodec cannot read it: ")[2].partition(". backend=")[0]
+            return Outcome(
+                ROW.format(name, ours.info.frames, "", "", "", "", f"refused: {why}"), refused=True
+            )
+
+
+def compared(name: str, ours: VideoReader, theirs: VideoReader, carries: bool, gray: bool) -> Outcome:
+    """Both readers of one file, frame by frame."""
+    frames = ours.info.frames
+    chosen = random.Random(0).sample(range(frames), min(frames, 64))
+    same_times = ours.info.times_s == theirs.info.times_s
+    pixels, others = ours.read(chosen), theirs.read(chosen)
+    difference = (pixels.int() - others.int()).abs()
+    same = len(chosen)
+    if carries:
+        carried, found = ([index_of(p.numpy(), gray) for p in read] for read in (pixels, others))
+        same = sum(a == b for a, b in zip(carried, found, strict=True))
+    line = ROW.format(
+        name,
+        frames,
+        "equal" if same_times else "DIFFER",
+        f"{same}/{len(chosen)}" if carries else "",
+        difference.max().item(),
+        f"{difference.float().mean().item():.3f}",
+        "" if not difference.any() else colour(ours),
+    )
+    return Outcome(line, equal=same_times and same == len(chosen))
+
+
+def colour(reader: VideoReader) -> str:
+    """How the pictures of a video are stored."""
+    first = reader._first  # type: ignore[attr-defined]
+    return f"{first.format.name}, range {first.color_range}, matrix {first.colorspace}, {first.width} wide"
+
+
+def seconds(path: Path, repeats: int = 7) -> dict[str, float]:
+    """Backend → the least time that 16 frames took."""
+    took: dict[str, list[float]] = {"pyav": [], "torchcodec": []}
+    for _ in range(repeats):
+        for backend, times in took.items():
+            begin = time.perf_counter()
+            load_video(path, frames=16, backend=backend)
+            times.append(time.perf_counter() - begin)
+    return {backend: min(times) for backend, times in took.items()}
+
+
+def main(folder: Path) -> None:
+    """Print both tables."""
+    torch.set_num_threads(1)
+    clips = sorted(path for path in folder.iterdir() if path.is_file())
+    print(f"PyAV {version('av')}, torchcodec {version('torchcodec')} with FFmpeg {ffmpeg_major_version}\n")
+    print(ROW.format("file", "frames", "times", "carried", "max", "mean", ""))
+    with tempfile.TemporaryDirectory() as scratch:
+        made = generate(Path(scratch))
+        work = [partial(compare, case.name, path, case.pixels, case.gray) for case, path in made]
+        outcomes = []
+        for one in [*work, *(partial(compare, path.name, path) for path in clips)]:
+            outcomes.append(one())
+            print(outcomes[-1].line, flush=True)
+    equal, refused = sum(o.equal for o in outcomes), sum(o.refused for o in outcomes)
+    print(f"{equal} of {len(outcomes)} files equal in times and frames, {refused} refused by torchcodec\n")
+    print(TIMED.format("16 frames of", "PyAV ms", "torchcodec", "ratio"))
+    ratios = []
+    for path in clips:
+        ours, theirs = seconds(path).values()
+        ratios.append(ours / theirs)
+        print(TIMED.format(path.name, f"{ours * 1e3:.1f}", f"{theirs * 1e3:.1f}", f"{ours / theirs:.2f}"))
+    mean = torch.tensor(ratios).log().mean().exp().item()
+    print(f"torchcodec is {mean:.2f} times as fast as PyAV (geometric mean of {len(ratios)} clips)")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
