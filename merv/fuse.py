@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 from merv.errors import ShapeError
 from merv.mix import Concat, Mixer, WeightingMixer, cell_positions, create_mixer
@@ -55,6 +56,9 @@ class Fusion(nn.Module):
 
     widths: encoder name → its width D, in the order of the streams.
     width: L. mixer: a name of `merv.mix.MIXERS` or a Mixer; mixer_options go to its constructor.
+    norm: normalise features before they are projected, and tokens after they are mixed, to the root
+        mean square `token_rms`. Left to themselves, tokens soon are some ten times as large as the
+        embeddings of the language model, whose layers then hardly change them. The release does neither.
     folded: True, False, or None: folded outside of training wherever the mixer allows it.
 
     >>> fusion = Fusion({"a": 32, "b": 48}, width=64, mixer="gate")
@@ -80,6 +84,8 @@ class Fusion(nn.Module):
         self.projectors = nn.ModuleDict(
             {name: Projector(features, width, projector, norm) for name, features in widths.items()}
         )
+        self.token_rms: Tensor | None
+        self.register_buffer("token_rms", torch.ones(()) if norm else None)
         self.mixer = (
             create_mixer(mixer, width, len(self.names), **(mixer_options or {}))
             if isinstance(mixer, str)
@@ -104,6 +110,8 @@ class Fusion(nn.Module):
         features = self._features(grids, mask.shape)
         mix = self._mix_folded if self._is_folded() else self._mix_plain
         tokens, real, weights = mix(features, mask, question)
+        if self.token_rms is not None:
+            tokens = self.token_rms.to(tokens) * rms_norm(tokens, (self.width,), eps=1e-6)
         grid = next(iter(grids.values()))
         positions = cell_positions(grid.times_s, *grid.shape[1:])
         if isinstance(self.mixer, Concat):
@@ -111,14 +119,17 @@ class Fusion(nn.Module):
         return Fused(tokens, positions, real, weights)
 
     def scale_to(self, rms: float) -> None:
-        """Start the projectors so that a token has root mean square `rms`, as the LLM's own have.
+        """Make tokens of root mean square `rms`, that of the LLM's own embeddings, from the start.
 
-        Exact for normalised features, where it lets learning begin at once; tokens far off the
-        scale of the embeddings are noise to a frozen LLM.
+        With `norm` they keep it whatever is learned, and the projectors start at 1. Without, `rms` is
+        where the projectors start, as far as features are of variance 1.
         """
+        if self.token_rms is not None:
+            self.token_rms.fill_(rms)
         for projector in self._in_order():
             linear = projector.linear
-            nn.init.normal_(linear.weight, std=rms / linear.in_features**0.5)
+            start = rms if self.token_rms is None else 1.0
+            nn.init.normal_(linear.weight, std=start / linear.in_features**0.5)
             nn.init.zeros_(linear.bias)
 
     # The two forms ------------------------------------------------------------------------

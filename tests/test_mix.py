@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -217,10 +218,31 @@ def test_features_of_a_stranger_are_refused():
         Fusion({"a": 8}, 16)(grids_of({"b": 8}))
 
 
-def test_scale_to_sets_the_scale_of_the_tokens():
-    fusion = Fusion({"a": 512}, 64, "mean")
+def rms(tokens: torch.Tensor) -> float:
+    return tokens.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_tokens_keep_their_scale_however_far_projectors_go(folded):
+    fusion = Fusion({"a": 512}, 64, "mean", folded=folded)
     fusion.scale_to(0.1)
-    assert fusion(grids_of({"a": 512})).tokens.square().mean().sqrt().item() == pytest.approx(0.1, rel=0.1)
+    fusion.projectors["a"].linear.weight.data *= 100
+    assert rms(fusion(grids_of({"a": 512})).tokens) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_without_norm_tokens_only_start_at_the_scale():
+    fusion = Fusion({"a": 512}, 64, "mean", norm=False)
+    fusion.scale_to(0.1)
+    assert rms(fusion(grids_of({"a": 512})).tokens) == pytest.approx(0.1, rel=0.1)
+    fusion.projectors["a"].linear.weight.data *= 100
+    assert rms(fusion(grids_of({"a": 512})).tokens) == pytest.approx(10, rel=0.1)
+
+
+def test_a_cell_that_nobody_sees_is_zero_and_finite():
+    fusion = Fusion({"a": 8}, 16, "mean")
+    grid = grids_of({"a": 8})["a"]
+    nothing = replace(grid, mask=torch.zeros_like(grid.mask))
+    assert fusion({"a": nothing}).tokens.abs().max() == 0
 
 
 def test_a_mixer_of_another_size_is_refused():

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     model, results = evaluate(out)
     _table(results)
     _say(4, "Three questions about one clip, and its picture", "10 seconds")
-    results.update(machine=_machine(), minutes=round((time.monotonic() - started) / 60, 1))
+    results.update(machine=machine(), minutes=round((time.monotonic() - started) / 60, 1))
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     picture = show(model, out)
     print(f"\nIn {args.out}: {picture.name} (the picture), results.json (the numbers), loss.png, model/.")
@@ -216,7 +216,7 @@ def _percent(hits: Any) -> float:
     return round(100 * sum(values) / len(values), 1)
 
 
-def _machine() -> str:
+def machine() -> str:
     """Processor and cores, for whoever reads the numbers later."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")

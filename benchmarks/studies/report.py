@@ -1,0 +1,155 @@
+"""The fusion study's table, numbers and picture, from the kept results of its runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from merv.data import Sample
+from merv.demo.questions import KINDS
+from merv.demo.run import machine
+
+SINGLE = ("efficientnet_lite", "transnetv2")
+FUSED = ("gate", "cross_attention", "concat_channels")
+TITLES = {"readout": "Linear read-out of the tokens", "llm": "Answers of SmolLM2-135M"}
+
+
+def report(out: Path, test: Sequence[Sample], arms: Sequence[str]) -> None:
+    """Print the tables; write fusion.json and fusion.png into `out`."""
+    kinds = np.array([kind for sample in test for kind in sample.kinds])
+    clip = np.array([i for i, sample in enumerate(test) for _ in sample.kinds])
+    found: dict[str, Any] = {"machine": machine(), "clips": len(test), "questions": len(kinds)}
+    for measure in TITLES:
+        runs = load(out / measure, arms)
+        if runs:
+            found[measure] = {
+                "accuracy": {row: by_kind(right, kinds) for row, right in runs.items()},
+                "differences": differences(runs, clip),
+            }
+    seconds = [json.loads(path.read_text())["seconds"] for path in out.glob("*/* *.json")]
+    encoding = [float(path.read_text()) for path in out.glob("*.seconds")]
+    found["hours"] = round((sum(seconds) + sum(encoding)) / 3600, 2)
+    (out / "fusion.json").write_text(json.dumps(found, indent=1) + "\n")
+    for measure in TITLES:
+        if measure in found:
+            print_table(TITLES[measure], found[measure])
+    print(f"{found['hours']} hours of runs on {found['machine']}; numbers in {out / 'fusion.json'}")
+    draw(found, out / "fusion.png")
+
+
+def load(folder: Path, arms: Sequence[str]) -> dict[str, np.ndarray]:
+    """Row of the table → [seeds, questions], 1 where right."""
+    rows: dict[str, np.ndarray] = {}
+    for arm in arms:
+        runs = [json.loads(path.read_text())["right"] for path in sorted(folder.glob(f"{arm} *.json"))]
+        if not runs:
+            continue
+        own = "blind" if arm == "no video" and "blind" in runs[0] else "video"
+        rows[arm] = np.array([run[own] for run in runs], dtype=float)
+        if arm == "cross_attention":
+            others = {"shuffled": "frames shuffled", "blind": "asked without video"}
+            for way in (way for way in others if way in runs[0]):
+                rows[f"{arm}, {others[way]}"] = np.array([run[way] for run in runs], dtype=float)
+    return rows
+
+
+def by_kind(right: np.ndarray, kinds: np.ndarray) -> dict[str, Any]:
+    """Per cent right of each kind and of all, and of all by seed."""
+    of_kinds = {kind: round(100 * right[:, kinds == kind].mean(), 1) for kind in KINDS}
+    return {
+        **of_kinds,
+        "all": round(100 * right.mean(), 1),
+        "seeds": (100 * right.mean(axis=1)).round(1).tolist(),
+    }
+
+
+def differences(runs: dict[str, np.ndarray], clip: np.ndarray) -> dict[str, dict[str, Any]]:
+    """The best fused arm against the best single one and against no video: points, 95 % interval."""
+    mean = {name: right.mean() for name, right in runs.items()}
+    fused = max((name for name in FUSED if name in mean), key=mean.__getitem__, default=None)
+    single = max((name for name in SINGLE if name in mean), key=mean.__getitem__, default=None)
+    rivals = [single, *(name for name in runs if name not in SINGLE and name not in FUSED)]
+    return {
+        f"{fused} − {rival}": interval(runs[fused], runs[rival], clip)
+        for rival in rivals
+        if fused is not None and rival is not None
+    }
+
+
+def interval(one: np.ndarray, other: np.ndarray, clip: np.ndarray, draws: int = 10_000) -> dict[str, Any]:
+    """Difference in points and its 95 % interval: bootstrap over clips and over seeds, paired."""
+    both = min(len(one), len(other))
+    count = np.bincount(clip)
+    won = np.stack([np.bincount(clip, weights=one[s] - other[s]) for s in range(both)])  # [seeds, clips]
+    rng = np.random.default_rng(0)
+    points = []
+    for _ in range(draws):
+        seeds, clips = rng.integers(both, size=both), rng.integers(len(count), size=len(count))
+        points.append(100 * won[seeds][:, clips].sum() / (both * count[clips].sum()))
+    low, high = np.percentile(points, [2.5, 97.5])
+    return {
+        "points": round(100 * float(won.sum() / (both * count.sum())), 1),
+        "interval": [round(float(low), 1), round(float(high), 1)],
+    }
+
+
+def print_table(title: str, found: dict[str, Any]) -> None:
+    """Accuracy by kind, then the differences."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{title}, % right", title_justify="left", box=box.ASCII2)
+    for column in ("arm", *KINDS, "all", "by seed"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for arm, row in found["accuracy"].items():
+        table.add_row(
+            arm, *(f"{row[kind]:.1f}" for kind in (*KINDS, "all")), " ".join(map(str, row["seeds"]))
+        )
+    console = Console(width=120)
+    console.print(table)
+    for name, one in found["differences"].items():
+        low, high = one["interval"]
+        console.print(f"  {name}: {one['points']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}")
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """A panel a measure: arms by kinds of question, coloured by accuracy."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    measures = [measure for measure in TITLES if measure in found]
+    tall = [len(found[measure]["accuracy"]) for measure in measures]
+    figure, panels = plt.subplots(
+        len(measures),
+        1,
+        figsize=(8, 1.3 * len(measures) + 0.36 * sum(tall)),
+        height_ratios=tall,
+        squeeze=False,
+        layout="constrained",
+    )
+    columns = (*KINDS, "all")
+    for measure, panel in zip(measures, panels[:, 0], strict=True):
+        accuracy = found[measure]["accuracy"]
+        values = np.array([[row[column] for column in columns] for row in accuracy.values()])
+        panel.imshow(values, cmap="YlGnBu", vmin=0, vmax=130, aspect="auto")
+        panel.set_xticks(range(len(columns)), columns)
+        panel.set_yticks(range(len(accuracy)), list(accuracy))
+        panel.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+        panel.axvline(len(KINDS) - 0.5, color="white", linewidth=4)
+        for (i, j), value in np.ndenumerate(values):
+            panel.text(
+                j, i, f"{value:.0f}", ha="center", va="center", weight="bold" if j == len(KINDS) else None
+            )
+        panel.set_title(
+            f"{TITLES[measure]}: % right on held-out clips", loc="left", fontsize=11, weight="bold"
+        )
+        panel.spines[:].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
