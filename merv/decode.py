@@ -7,6 +7,7 @@ decodes the frames that are asked for, each once. Audio is ignored.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -14,11 +15,15 @@ from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from merv.errors import DamagedVideo, UnreadableVideo, VideoError
 from merv.types import VideoInfo
 
 BACKENDS = {"pyav": ("av",), "torchcodec": ("av", "torchcodec")}  # and the packages that decode
+MAX_PIXELS = 8192 * 8192  # of a frame: 200 MB as RGB
+MAX_STREAM = 1 << 30  # bytes that are taken from what cannot be wound back
+SKIP = "load_video(…, on_error='skip') passes over such files."
 FRAMES_PER_SECOND = 25.0  # of what has no clock of its own: folders of frames, arrays
 
 
@@ -28,7 +33,8 @@ class VideoReader:
     info: what is known without decoding. missing: indices that turned out to be unreadable.
     damage: what is wrong with the source as a whole, or "".
 
-    A subclass sets `info` and yields pictures in `_decode`.
+    A subclass sets `info` and yields upright pictures in `_decode`, of any size: they are scaled
+    to that of `info`, which counts in square pixels.
     """
 
     info: VideoInfo
@@ -51,7 +57,7 @@ class VideoReader:
         place = {index: i for i, index in enumerate(wanted)}
         got = set()
         for index, picture in self._decode(wanted):  # picture: [3, H, W]
-            pixels[place[index]] = picture
+            pixels[place[index]] = _scaled(picture, self.info.height, self.info.width)
             got.add(index)
         self.missing |= set(wanted) - got
         self._check(len(got), len(wanted), on_error)
@@ -74,10 +80,8 @@ class VideoReader:
 
     def _check(self, got: int, wanted: int, on_error: str) -> None:
         if not got:
-            raise UnreadableVideo(
-                f"{self.info.name}: none of the {wanted} wanted frames could be decoded. "
-                "load_video(…, on_error='skip') passes over such files."
-            )
+            why = f"none of the {wanted} wanted frames could be decoded{self.damage and '; ' + self.damage}"
+            raise unreadable(self.info.name, why)
         if on_error == "partial" or (got == wanted and not self.damage):
             return
         raise DamagedVideo(
@@ -88,7 +92,12 @@ class VideoReader:
 
 
 def open_video(
-    source: Any, *, name: str | None = None, backend: str = "pyav", fps: float = FRAMES_PER_SECOND
+    source: Any,
+    *,
+    name: str | None = None,
+    backend: str = "pyav",
+    fps: float = FRAMES_PER_SECOND,
+    max_pixels: int = MAX_PIXELS,
 ) -> VideoReader:
     """A reader for anything that holds pictures; use it in a `with` statement.
 
@@ -101,11 +110,11 @@ def open_video(
         find FFmpeg's libraries. They give the same frames at the same times; only `pyav` reads
         AVI and damaged files. Of videos only: pictures and arrays need neither.
     fps: frames per second of arrays, tensors and folders, which have no clock of their own.
+    max_pixels: larger pictures are refused, so that a small file cannot fill the memory.
 
     Raises UnreadableVideo for a source that is missing or holds no picture, ShapeError for an
     array that is not one of the above, MissingDependency for a backend that does not load. Sound is
-    ignored. Only local files are opened, and never
-    a file that another file points to.
+    ignored. Only local files are opened, and never a file that another file points to.
 
     >>> with open_video(np.zeros((50, 32, 48, 3), dtype=np.uint8)) as video:
     ...     video.info.duration_s, video.read([0, 49]).shape
@@ -117,14 +126,14 @@ def open_video(
     if isinstance(source, VideoReader):
         return source
     if isinstance(source, (str, os.PathLike)):
-        return _open_path(Path(os.fspath(source)), name or os.fspath(source), backend, fps)
+        return _open_path(Path(os.fspath(source)), name or os.fspath(source), backend, fps, max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _open_file(BytesIO(source), name or f"<{len(source)} bytes>", backend, owned=True)
+        return _open_file(BytesIO(source), name or f"<{len(source)} bytes>", backend, max_pixels, owned=True)
     if hasattr(source, "read"):
-        seekable = getattr(source, "seekable", lambda: False)()
-        file = source if seekable else BytesIO(source.read())
         called = name or str(getattr(source, "name", "<open file>"))
-        return _open_file(file, called, backend, owned=not seekable)
+        seekable = getattr(source, "seekable", lambda: False)()
+        file = source if seekable else _copy(source, called)
+        return _open_file(file, called, backend, max_pixels, owned=not seekable)
     if isinstance(source, Tensor) or hasattr(source, "__array_interface__"):
         return pictures.array_reader(source, name or "<array>", fps)
     raise VideoError(
@@ -149,27 +158,83 @@ def probe(source: Any, **options: Any) -> VideoInfo:
         return reader.info
 
 
-def _open_path(path: Path, name: str, backend: str, fps: float) -> VideoReader:
+def unreadable(name: str, why: str, advice: str = SKIP) -> UnreadableVideo:
+    """The error for a source that cannot be used: what it is, why, and what to do about it."""
+    return UnreadableVideo(f"{name}: {why}. {advice}")
+
+
+def check_size(name: str, width: int, height: int, max_pixels: int) -> None:
+    """Raise UnreadableVideo for pictures of more than `max_pixels`."""
+    if width * height > max_pixels:
+        raise unreadable(
+            name,
+            f"its pictures have {width}×{height} pixels, more than max_pixels={max_pixels}",
+            f"If the file is to be trusted: open_video(…, max_pixels={width * height}).",
+        )
+
+
+def display_size(width: int, height: int, pixel_aspect: float) -> tuple[int, int]:
+    """(width, height) of a picture as it is to be seen, whose pixels are `pixel_aspect` as wide as high.
+
+    It is enlarged, never shrunk. Pixels within 5 % of a square count as square, because encoders
+    that round sizes write aspects such as 640:639; 0 is unknown; beyond 1:8 or 8:1 it is an error
+    of the file.
+
+    >>> display_size(720, 576, 16 / 11), display_size(720, 480, 8 / 9), display_size(426, 320, 640 / 639)
+    ((1047, 576), (720, 540), (426, 320))
+    """
+    if not 1 / 8 <= pixel_aspect <= 8 or abs(pixel_aspect - 1) < 0.05:
+        return width, height
+    return round(width * max(pixel_aspect, 1)), round(height / min(pixel_aspect, 1))
+
+
+def _scaled(picture: Tensor, height: int, width: int) -> Tensor:
+    """[3, H, W] in the size of its clip, where its own is another."""
+    if picture.shape[1:] == (height, width):
+        return picture
+    return interpolate(picture[None], (height, width), mode="bilinear", antialias=True)[0]
+
+
+def _copy(source: Any, name: str) -> BytesIO:
+    """All that comes out of what cannot be wound back."""
+    copy = BytesIO()
+    while part := source.read(1 << 20):
+        copy.write(part)
+        if copy.tell() > MAX_STREAM:
+            raise unreadable(
+                name, f"more than {MAX_STREAM >> 20} MiB came from it", "Save it as a file and give its path."
+            )
+    return copy
+
+
+def _open_path(path: Path, name: str, backend: str, fps: float, max_pixels: int) -> VideoReader:
     from merv.decode_pictures import folder_reader
 
     try:
-        if path.is_dir():
-            return folder_reader(path, name, fps)
+        kind = path.stat().st_mode
+        if stat.S_ISDIR(kind):
+            return folder_reader(path, name, fps, max_pixels)
+        if not stat.S_ISREG(kind):  # opening it could wait for ever
+            raise unreadable(name, "a pipe or a device, not a file", "Give it as an open file.")
         file = path.open("rb")
-    except OSError as error:
-        hint = " Only local files are read: download it first." if "://" in name else ""
-        raise UnreadableVideo(f"{name}: {error.strerror or error}.{hint}") from error
-    return _open_file(file, name, backend, owned=True)
+    except (OSError, ValueError) as error:  # a path with a zero byte is a ValueError
+        address = "://" in name
+        advice = "Only local files are read: download it first." if address else "Check the path. " + SKIP
+        raise unreadable(name, getattr(error, "strerror", None) or str(error), advice) from error
+    return _open_file(file, name, backend, max_pixels, owned=True)
 
 
-def _open_file(file: BinaryIO, name: str, backend: str, *, owned: bool) -> VideoReader:
+def _open_file(file: BinaryIO, name: str, backend: str, max_pixels: int, *, owned: bool) -> VideoReader:
     from merv.decode_pictures import image_reader
 
+    bounds: dict[str, Any] = {"owned": owned, "max_pixels": max_pixels}
     try:
-        return image_reader(file, name, owned=owned) or _video_reader(backend)(file, name, owned=owned)
-    except BaseException:
+        return image_reader(file, name, **bounds) or _video_reader(backend)(file, name, **bounds)
+    except BaseException as error:
         if owned:
             file.close()
+        if isinstance(error, OSError):  # the file object's own
+            raise unreadable(name, str(error)) from error
         raise
 
 

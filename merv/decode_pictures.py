@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from merv.decode import VideoReader
+from merv.decode import VideoReader, check_size, unreadable
 from merv.errors import ShapeError, UnreadableVideo
 from merv.types import VideoInfo
 
@@ -48,14 +49,17 @@ class PicturesReader(VideoReader):
         for index in wanted:
             try:
                 yield index, self._picture(index)
-            except BROKEN:
-                continue
+            except BROKEN as error:
+                self.damage = self.damage or str(error)
 
 
 def array_reader(source: Any, name: str, fps: float) -> PicturesReader:
     """Reader of a uint8 array or tensor, [T, 3, H, W] or [T, H, W, 3], without T for a still."""
     if isinstance(source, Image.Image):
-        source = _upright_rgb(source)
+        try:
+            source = _upright_rgb(source)
+        except ValueError as error:
+            raise ShapeError(f"{name}: {error}.") from error
     pixels = source.detach().cpu() if isinstance(source, Tensor) else torch.from_numpy(np.array(source))
     if pixels.dtype != torch.uint8:
         raise ShapeError(
@@ -77,20 +81,21 @@ def array_reader(source: Any, name: str, fps: float) -> PicturesReader:
     return PicturesReader(_clocked(name, pixels.shape, fps, "array"), lambda index: pixels[index])
 
 
-def folder_reader(folder: Path, name: str, fps: float) -> PicturesReader:
+def folder_reader(folder: Path, name: str, fps: float, max_pixels: int) -> PicturesReader:
     """Reader of a folder of frame images, in natural order: frame2.png before frame10.png."""
     paths = sorted(
         (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")),
         key=lambda p: [(not part.isdecimal(), int(part) if part.isdecimal() else part) for part in _parts(p)],
     )
     if not paths:
-        raise UnreadableVideo(f"{name}: the folder holds no images ({', '.join(SUFFIXES)}).")
+        raise unreadable(name, f"the folder holds no images ({', '.join(SUFFIXES)})")
     size = next((size for size in map(_size, paths) if size), None)
     if size is None:
-        raise UnreadableVideo(f"{name}: none of the folder's {len(paths)} images could be read.")
+        raise unreadable(name, f"none of the folder's {len(paths)} images could be read")
 
     def picture(index: int) -> Tensor:
-        with Image.open(paths[index], formats=FORMATS) as image:
+        with _image(paths[index]) as image:
+            check_size(str(paths[index]), image.width, image.height, max_pixels)
             pixels = _tensor(_upright_rgb(image))
         if pixels.shape[1:] != size:
             raise UnreadableVideo(
@@ -102,20 +107,22 @@ def folder_reader(folder: Path, name: str, fps: float) -> PicturesReader:
     return PicturesReader(_clocked(name, (len(paths), 3, *size), fps, "images"), picture)
 
 
-def image_reader(file: BinaryIO, name: str, *, owned: bool) -> PicturesReader | None:
+def image_reader(file: BinaryIO, name: str, *, owned: bool, max_pixels: int) -> PicturesReader | None:
     """Reader of an image or an animated one, or None if the file is no image that PIL knows."""
     file.seek(0)
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = _image(file)
     except UnidentifiedImageError:
         file.seek(0)
         return None
     except BROKEN as error:
-        raise UnreadableVideo(f"{name}: {error}") from error
-    begins_s, damage = _clock(image) if image.format in ("GIF", "WEBP") else ([0.0, 0.0], "")
+        raise unreadable(name, str(error).rstrip(".")) from error
+    check_size(name, image.width, image.height, max_pixels)
+    animated = image.format in ("GIF", "WEBP") or (image.format == "PNG" and image.is_animated)
+    begins_s, damage = _clock(image) if animated else ([0.0, 0.0], "")
     *times_s, end_s = begins_s
     if not times_s:
-        raise UnreadableVideo(f"{name}: its first picture cannot be read.")
+        raise unreadable(name, f"its first picture cannot be read; {damage}")
     height, width = _upright_size(image)
 
     def picture(index: int) -> Tensor:
@@ -157,7 +164,7 @@ def _clocked(name: str, shape: Sequence[int], fps: float, codec: str) -> VideoIn
 
 def _size(path: Path) -> tuple[int, int] | None:
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with _image(path) as image:
             return _upright_size(image)
     except BROKEN:
         return None
@@ -169,8 +176,21 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
+def _image(source: Path | BinaryIO) -> Image.Image:
+    """Opened, not yet decoded."""
+    with warnings.catch_warnings():  # of pictures that are large, which `max_pixels` judges
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(source, formats=FORMATS)
+
+
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image).convert("RGB")
+    """Turned as its EXIF says, in 8 bits; transparency is left out."""
+    upright = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") and image.format != "PNG":
+        raise ValueError("its levels are 32-bit numbers of no known range; convert it to 8 or 16 bits")
+    if image.mode[0] == "I":  # 16 bits, which `convert` would cut at 255
+        upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
+    return upright.convert("RGB")
 
 
 def _tensor(image: Image.Image) -> Tensor:

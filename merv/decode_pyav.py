@@ -1,7 +1,7 @@
 """Reader of video files by PyAV: true times, upright pictures, damaged files salvaged.
 
 A first pass over the packets, which decodes nothing but the first picture, tells when every
-frame is shown; frames are then found by that time.
+frame is shown; frames are then found by that time. What builds on damage is never given out.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import torch
 from av.sidedata.sidedata import Type
 from torch import Tensor
 
-from merv.decode import VideoReader
-from merv.errors import UnreadableVideo
+from merv.decode import MAX_PIXELS, VideoReader, check_size, display_size, unreadable
 from merv.types import VideoInfo
 
 BROKEN = (av.error.FFmpegError, OSError)  # what a bad file raises, in FFmpeg or in the file object
+TS_DISCONT = av.format.Flags.ts_discont.value
 PLAYLISTS = ("hls", "concat", "dash", "imf", "sdp", "rtsp", "webm_dash_manifest")
 SEEK_S = 2.0  # passing over less than this is as quick by decoding it
+JUMP_S = 10.0  # a clock that leaps by more has been set anew; FFmpeg's own bound
 
 
 class PyAVReader(VideoReader):
@@ -35,12 +36,15 @@ class PyAVReader(VideoReader):
     share frames, a damaged file can deadlock the process at its exit.
     """
 
-    def __init__(self, file: BinaryIO, name: str, *, owned: bool = False) -> None:
+    def __init__(
+        self, file: BinaryIO, name: str, *, owned: bool = False, max_pixels: int = MAX_PIXELS
+    ) -> None:
         super().__init__()
-        self._file, self._name, self._owned = file, name, owned
+        self._file, self._name, self._owned, self._max_pixels = file, name, owned, max_pixels
+        self._size = file.seek(0, 2)  # read no further: the file may grow, or never end
         scan = self._scan()
         if scan.first is None or not scan.shown:
-            raise UnreadableVideo(f"{name}: it is a {scan.codec} video, but no picture of it can be decoded.")
+            raise unreadable(name, f"it is a {scan.codec} video, but no picture of it can be decoded")
         self.damage = scan.damage
         self._by_count = scan.by_count
         self._first = scan.first
@@ -49,8 +53,9 @@ class PyAVReader(VideoReader):
         self._keys = sorted(scan.keys)
         self._tick_s = scan.tick_s
         begin, end = self._pts[0], self._pts[-1]
-        coded = (scan.first.height, scan.first.width)
-        height, width = reversed(coded) if self._turn.swap else coded
+        seen = display_size(scan.first.width, scan.first.height, scan.pixel_aspect)
+        width, height = reversed(seen) if self._turn.swap else seen
+        check_size(name, width, height, max_pixels)
         self.info = VideoInfo(
             name,
             duration_s=(end - begin + scan.shown[end]) * self._tick_s,
@@ -93,27 +98,35 @@ class PyAVReader(VideoReader):
                 yield from self._run(container, stream, run, fast)
 
     def _run(self, container: Any, stream: Any, wanted: list[int], fast: bool) -> Iterator[tuple[int, Any]]:
-        left, shown = set(wanted), 0
-        for packet in _packets(container, stream):
+        left, shown, damage = set(wanted), 0, Damage()
+        places: dict[int | None, int] = {}  # pts of a packet → how many were stored before it
+        for place, packet in enumerate(self._packets(container, stream)):
             if fast:
                 needed = not packet.size or packet.pts in left
                 stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
-            for frame in self._decoded(packet):
+            if self._by_count and packet.size:
+                packet.pts = place  # only to know the frame again
+            places[packet.pts] = place
+            for frame in self._decoded(packet, place, damage):
+                origin, spoilt = places.get(frame.pts, -1), damage.lasts
+                sound = not damage.spoils(frame, origin)
+                if spoilt and sound:  # so many were shown before, had they been whole
+                    shown = origin
                 pts = self._pts[min(shown, len(self._pts) - 1)] if self._by_count else frame.pts
                 shown += 1
-                if pts in left:
+                if sound and pts in left:
                     left.remove(pts)
                     yield pts, frame
                 if pts is not None and pts >= wanted[-1]:
                     return
 
-    def _decoded(self, packet: Any) -> list[Any]:
-        """What comes out when a packet goes in. An error spoils the frames that build on it, too."""
+    def _decoded(self, packet: Any, place: int, damage: Damage) -> list[Any]:
+        """What comes out when a packet goes in."""
+        damage.feed(packet, place)
         try:
             return packet.decode()
         except BROKEN:
-            if packet.pts is None or packet.pts > self._pts[0]:
-                self.damage = self.damage or "some of its packets are damaged"
+            damage.meet(place)
             return []
 
     def _runs(self, wanted: list[int]) -> Iterator[tuple[int | None, list[int]]]:
@@ -132,38 +145,47 @@ class PyAVReader(VideoReader):
         yield key, run
 
     def _picture(self, frame: Any) -> Tensor:
-        """Upright uint8 [3, H, W]; of the first frame's size, should the size change on the way."""
-        first = self._first
-        pixels = frame.to_ndarray(format="rgb24", width=first.width, height=first.height)
-        return self._turn(torch.from_numpy(pixels).permute(2, 0, 1))
+        """Upright uint8 [3, H, W]."""
+        return self._turn(torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1))
 
     def _open(self) -> Any:
+        if not self._size:
+            raise unreadable(self._name, "the file is empty")
         self._file.seek(0)
         # Not `options`: before PyAV 18 those crash in files that announce no streams, as mpg.
         options: dict[str, Any] = {"container_options": {"protocol_whitelist": "none"}}
         if int(av.__version__.split(".")[0]) < 19:  # from then on never an error
             options["metadata_errors"] = "replace"
         try:
-            container = av.open(self._file, **options)
+            return closing(av.open(self._file, **options))
         except BROKEN as error:
-            empty = not self._file.seek(0, 2)
-            raise UnreadableVideo(
-                f"{self._name}: {'the file is empty' if empty else 'not a video or image, or too damaged'} "
-                f"({type(error).__name__}). load_video(…, on_error='skip') passes over such files."
-            ) from error
-        return closing(container)
+            why = f"not a video or image, or too damaged ({type(error).__name__})"
+            raise unreadable(self._name, why) from error
+
+    def _packets(self, container: Any, *streams: Any) -> Iterator[Any]:
+        """Packets of these streams up to last, empty ones, which flush the decoder."""
+        with suppress(*BROKEN):
+            for packet in container.demux(*streams):
+                if self._file.tell() > self._size:
+                    return
+                yield packet
 
     def _scan(self) -> Scan:
         with self._open() as container:
             if container.format.name in PLAYLISTS:
-                raise UnreadableVideo(
-                    f"{self._name}: a {container.format.name} playlist points to other files, which are "
-                    "not opened. Give the video itself."
-                )
+                why = f"a {container.format.name} playlist points to other files, which are not opened"
+                raise unreadable(self._name, why, "Give the video itself.")
             stream = _video_stream(container)
             if stream is None:
-                raise UnreadableVideo(f"{self._name}: the file holds no video ({container.format.name}).")
-            return Scan.of(container, stream)
+                why = f"the file holds no video that can be decoded ({container.format.name})"
+                raise unreadable(self._name, why)
+            context = stream.codec_context
+            check_size(self._name, context.width, context.height, self._max_pixels)
+            context.options = {"max_pixels": str(self._max_pixels)}  # of all frames that follow
+            # Where a header tells the duration of the whole file only, any stream may be what lasts so long.
+            lasts_s = 0.0 if stream.duration else (container.duration or 0) / av.time_base
+            streams = container.streams if lasts_s else [stream]
+            return Scan.of(container, stream, self._packets(container, *streams), lasts_s)
 
 
 @dataclass
@@ -172,38 +194,50 @@ class Scan:
 
     codec: str
     tick_s: float
+    pixel_aspect: float = 1.0
     first: Any = None  # the first frame that can be decoded
     shown: dict[int, int] = field(default_factory=dict)  # pts of a frame → its duration
     keys: list[int] = field(default_factory=list)  # pts of the keyframes
-    by_count: bool = False  # frames do not carry their pts: the n-th decoded is the n-th shown
+    by_count: bool = False  # frames cannot be told by their pts: the n-th decoded is the n-th shown
     damage: str = ""
 
     @classmethod
-    def of(cls, container: Any, stream: Any) -> Scan:
-        scan = cls(stream.codec_context.name, float(stream.time_base))
+    def of(cls, container: Any, stream: Any, packets: Iterator[Any], lasts_s: float) -> Scan:
+        """From the packets of a stream; lasts_s: how long the file says that its streams last, or 0."""
+        scan = cls(stream.codec_context.name, float(stream.time_base), float(stream.sample_aspect_ratio or 1))
         rate = stream.average_rate or stream.guessed_rate or 25
         step = max(round(1 / (rate * stream.time_base)), 1)
-        scan.by_count = container.format.name == "avi"  # its clock counts packets as stored
-        packets = 0
-        try:
-            for packet in _packets(container, stream, salvage=False):
-                if scan.first is None:
-                    with suppress(*BROKEN):
-                        scan.first = next(iter(packet.decode()), None)
-                if not packet.size:
-                    continue
-                scan.by_count |= packet.pts is None
-                pts = packet.dts if scan.by_count else packet.pts
-                pts = packets * step if pts is None else pts
-                packets += 1
-                if not packet.is_discard:
-                    scan.shown[pts] = packet.duration or step
-                if packet.is_keyframe:
-                    scan.keys.append(pts)
-        except BROKEN as error:
-            scan.damage = f"reading stopped at {type(error).__name__}"
-        if packets < stream.frames and scan.end() + step < (stream.start_time or 0) + (stream.duration or 0):
-            scan.damage = f"the file is cut off, {packets} of its {stream.frames} frames are there"
+        clock = Clock(step, round(JUMP_S / scan.tick_s)) if container.format.flags & TS_DISCONT else None
+        stored = container.format.name == "avi"  # its clock counts packets as stored
+        count, end_s, cut = 0, 0.0, False
+        for packet in packets:
+            if packet.size and packet.pts is not None:
+                end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if packet.stream_index != stream.index:
+                continue
+            if scan.first is None:
+                with suppress(*BROKEN):
+                    scan.first = next((frame for frame in packet.decode() if not frame.is_corrupt), None)
+            if not packet.size:
+                continue
+            stored |= packet.pts is None
+            pts = packet.dts if stored else packet.pts
+            pts = count * step if pts is None else pts
+            if clock:
+                pts += clock.lag(packet)
+            count += 1
+            cut = packet.is_corrupt
+            if not packet.is_discard:
+                scan.shown[pts] = packet.duration or step
+            if packet.is_keyframe:
+                scan.keys.append(pts)
+        scan.by_count = stored or bool(clock and clock.set_anew)
+        short = count < stream.frames and scan.end() + step < (stream.start_time or 0) + (
+            stream.duration or 0
+        )
+        if short or cut or lasts_s - end_s > 0.1 + step * scan.tick_s:
+            of_all = f" of its {stream.frames}" if stream.frames > count else ""
+            scan.damage = f"the file is cut off, {count}{of_all} frames are there"
         return scan
 
     def end(self) -> int:
@@ -215,6 +249,53 @@ class Scan:
         """When frames are shown, ascending, from the first that can be decoded."""
         pts = sorted(self.shown)
         return pts if self.by_count else [p for p in pts if p >= self.first.pts]
+
+
+@dataclass
+class Clock:
+    """Makes one clock of a broadcast whose clock is set anew on the way; in ticks."""
+
+    step: int
+    jump: int
+    last: int | None = None
+    behind: int = 0
+    set_anew: bool = False
+
+    def lag(self, packet: Any) -> int:
+        """What to add to the times of a packet, so that it follows the one before."""
+        if packet.dts is not None:
+            if self.last is not None and not 0 <= packet.dts - self.last <= self.jump:
+                self.behind += self.last + self.step - packet.dts
+                self.set_anew = True
+            self.last = packet.dts
+        return self.behind
+
+
+@dataclass
+class Damage:
+    """Tells which frames build on damage: all that come out until a keyframe stored after it does."""
+
+    place: int = -1  # of the last damaged packet
+    lasts: bool = False
+    gap: bool = False
+
+    def feed(self, packet: Any, place: int) -> None:
+        """Packets may be missing after one that is marked as corrupt, where no keyframe follows."""
+        if self.gap and not packet.is_keyframe:
+            self.meet(place)
+        self.gap = packet.is_corrupt
+
+    def meet(self, place: int) -> None:
+        """A packet could not be decoded, or what came of it is corrupt."""
+        self.place, self.lasts = max(self.place, place), True
+
+    def spoils(self, frame: Any, place: int) -> bool:
+        """Whether the frame of the packet stored at `place` is not to be trusted."""
+        if frame.is_corrupt:
+            self.meet(place)
+        elif frame.key_frame and place > self.place:
+            self.lasts = False
+        return self.lasts
 
 
 @dataclass(frozen=True)
@@ -255,13 +336,8 @@ class Turn:
 def _video_stream(container: Any) -> Any:
     """The first stream of moving pictures; a song's cover is none."""
     covers = av.stream.Disposition.attached_pic
-    stream = next((s for s in container.streams.video if not s.disposition & covers), None)
+    moving = (s for s in container.streams.video if s.codec_context and not s.disposition & covers)
+    stream = next(moving, None)
     if stream is not None:
         stream.thread_type = "SLICE"
     return stream
-
-
-def _packets(container: Any, stream: Any, salvage: bool = True) -> Iterator[Any]:
-    """Packets of the stream up to a last, empty one that flushes the decoder."""
-    with suppress(*(BROKEN if salvage else ())):
-        yield from container.demux(stream)

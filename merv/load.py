@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from merv.decode import VideoReader, open_video
+from merv.decode import MAX_PIXELS, VideoReader, open_video
 from merv.errors import SamplingError, VideoError
 from merv.sample import Mode, Sampling, on_screen
 from merv.types import Frames
@@ -25,10 +25,11 @@ def load_video(
     end_s: float | None = None,
     on_error: Literal["raise", "skip", "partial"] = "raise",
     backend: str = "pyav",
+    max_pixels: int = MAX_PIXELS,
 ) -> Frames | None:
     """Frames of a video, image, GIF, folder, array or tensor: uint8 RGB, pixels [1, T, 3, H, W].
 
-    source: whatever `open_video` takes. Sound is ignored.
+    source, backend, max_pixels: as `open_video` takes them. Sound is ignored.
     frames: how many; with `fps`, the most that come. A still has one.
     sampling, fps, start_s, end_s: which; see `Sampling`, which may be given instead.
     on_error: `raise`; `skip`, which logs a warning and returns None for a source that is
@@ -47,7 +48,7 @@ def load_video(
     if on_error not in ("raise", "skip", "partial"):
         raise VideoError(f"on_error is 'raise', 'skip' or 'partial'; got {on_error!r}.")
     try:
-        with open_video(source, backend=backend) as reader:
+        with open_video(source, backend=backend, max_pixels=max_pixels) as reader:
             return _load(reader, choice, frames, partial=on_error == "partial")
     except VideoError as error:
         if on_error != "skip":

@@ -75,8 +75,8 @@ class VideoInfo:
     """What is known of a video before a picture of it is decoded.
 
     `times_s` are the true presentation times of all its frames, ascending, the
-    first one at 0; `width` and `height` are those of the upright picture, after
-    `rotation` (degrees clockwise) has been applied.
+    first one at 0; `width` and `height` are those of the picture as it is to be seen: upright,
+    after `rotation` (degrees clockwise) has been applied, and in square pixels.
     """
 
     name: str

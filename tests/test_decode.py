@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -76,10 +77,10 @@ def test_far_frames_are_reached_by_seeking(tmp_path: Path, monkeypatch: pytest.M
     decoded = 0
     picked = merv.decode_pyav.PyAVReader._decoded
 
-    def count(self: merv.decode_pyav.PyAVReader, packet: av.Packet) -> list:
+    def count(self: merv.decode_pyav.PyAVReader, packet: av.Packet, *rest: Any) -> list:
         nonlocal decoded
         decoded += 1
-        return picked(self, packet)
+        return picked(self, packet, *rest)
 
     monkeypatch.setattr(merv.decode_pyav.PyAVReader, "_decoded", count)
     with open_video(path) as video:

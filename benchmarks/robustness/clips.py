@@ -12,6 +12,7 @@ from pathlib import Path
 
 import av
 import torch
+from torch.nn.functional import interpolate
 
 from merv.decode import open_video
 from merv.errors import VideoError
@@ -41,8 +42,11 @@ def row(path: Path) -> tuple[str, float]:
                 "inf"
             )
         error_ms = 1000 * max(abs(a - b) for a, b in zip(info.times_s, times_s, strict=True))
-        read = video.read(list(range(0, info.frames, 16))[::-1]).flip(0).permute(0, 2, 3, 1)
-    pixels = (read.int() - torch.stack(pictures).int()).abs().max().item()
+        read = video.read(list(range(0, info.frames, 16))[::-1]).flip(0)
+    plain = torch.stack(pictures).permute(0, 3, 1, 2)
+    if plain.shape != read.shape:  # pixels that are not square
+        plain = interpolate(plain, read.shape[2:], mode="bilinear", antialias=True)
+    pixels = (read.int() - plain.int()).abs().max().item()
     size = f"{info.width}×{info.height}"
     cells = (path.name, info.frames, size, info.rotation, f"{info.duration_s:.3f}", f"{error_ms:.6f}", pixels)
     return ROW.format(*cells), error_ms

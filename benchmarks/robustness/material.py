@@ -22,6 +22,8 @@ from burned import HEIGHT, WIDTH, video
 
 MS = Fraction(1, 1000)
 SIZE = (WIDTH, HEIGHT)
+UNREADABLE, DAMAGED = ("UnreadableVideo",), ("DamagedVideo",)
+EITHER = UNREADABLE + DAMAGED
 
 
 @dataclass(frozen=True)
