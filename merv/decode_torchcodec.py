@@ -7,6 +7,7 @@ that list, so both number the frames alike, and every frame that it gives is hel
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, BinaryIO
@@ -26,6 +27,7 @@ class TorchcodecReader(PyAVReader):
     torchcodec gets the open file, never a path or an address, and allows no protocol inside it;
     playlists are refused before, by PyAV's pass. What is damaged, has no times of its own (AVI, bare
     H.264) or comes with other times than asked for is refused with an error that names `pyav`.
+    Damage that torchcodec's FFmpeg conceals is not noticed, where PyAV's reader may notice it.
     """
 
     def __init__(self, file: BinaryIO, name: str, **options: Any) -> None:
@@ -108,5 +110,9 @@ def load_decoder() -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without the addresses that torch appends, and without a full stop."""
-    return str(error).strip().partition("\n")[0].rstrip(". ")
+    """What an error says, without where in torchcodec's source it arose, and without a full stop.
+
+    >>> first_line(RuntimeError("decode, /a/b.cpp:12, Could not push packet to decoder.\\nmore"))
+    'Could not push packet to decoder'
+    """
+    return re.sub(r"^\w+, \S+:\d+, ", "", str(error).strip().partition("\n")[0]).rstrip(". ")

@@ -10,10 +10,9 @@ the quickest of 7 runs that take turns.
 
 Why pixels differ, where they do: both convert by libswscale, and equally where it has a direct way.
 Where it has none (more than 8 bits, 4:1:0, 4:1:1, odd sizes) PyAV enlarges the colour planes
-bilinearly, torchcodec bicubically; asked for bicubic, PyAV gives torchcodec's pixels of 10_bit_av1,
-410_svq1 and 411_ffv1, while of 10 and 12 bits in H.264 and HEVC a smaller difference remains.
-Of interlaced frames PyAV's FFmpeg converts the two fields apart, FFmpeg 5 the frame as one: with
-their mark of interlacing removed, PyAV gives torchcodec's pixels of interlaced_h264.
+bilinearly and heeds where a frame says that its colours are sampled; torchcodec does it bicubically
+and heeds nothing. Of interlaced frames PyAV's FFmpeg converts the two fields apart, FFmpeg 5 the
+frame as one. Without these marks of a frame, and asked for bicubic, PyAV gives torchcodec's pixels.
 """
 
 from __future__ import annotations
