@@ -21,6 +21,7 @@ from merv.fuse import Fusion
 from merv.llm import fingerprint
 from merv.mix import cell_positions
 from merv.prepare import Clip, prepare
+from merv.preprocessing import Resample, check_resample
 from merv.registry import create_encoder
 from merv.sample import Mode, Sampling
 from merv.store import FeatureStore, video_key
@@ -74,7 +75,8 @@ class MultiEncoder(nn.Module):
         mapping from names to these.
     frames: by name, how many frames an encoder gets, if not what its spec says.
     sampling: a mode of `merv.sample.Sampling`, or a Sampling. align: see `merv.align.Aligner`.
-    backend: what decodes videos; see `merv.decode.open_video`.
+    backend: what decodes videos; see `merv.decode.open_video`. resample: how frames are resized,
+        `exact` as PIL does it or `fast` by torch; see `merv.preprocessing.resize`.
 
     Raises the errors of the encoders it is made of; ShapeError for impossible grids.
 
@@ -102,9 +104,11 @@ class MultiEncoder(nn.Module):
         sampling: str | Sampling = "uniform",
         align: Literal["area", "official"] = "area",
         backend: str = "pyav",
+        resample: Resample = "exact",
     ) -> None:
         super().__init__()
         check_backend(backend)
+        check_resample(resample)
         self.encoders = nn.ModuleDict(_create(_named(encoders), weights))
         self.frames = _checked_frames(frames or {}, dict(self.named()))
         self.aligner = Aligner(grid, align)
@@ -125,6 +129,7 @@ class MultiEncoder(nn.Module):
             "align": align,
             "frames": self.frames,
             "backend": backend,
+            "resample": resample,
         }
 
     def forward(
@@ -144,9 +149,8 @@ class MultiEncoder(nn.Module):
 
     def read(self, video: Any, only: Sequence[str] | None = None) -> Clip:
         """Probe, sample, decode and preprocess one video for its encoders."""
-        return prepare(
-            video, dict(self.named(only)), self.sampling, self.frames, backend=self.options["backend"]
-        )
+        how = {option: self.options[option] for option in ("backend", "resample")}
+        return prepare(video, dict(self.named(only)), self.sampling, self.frames, **how)
 
     @torch.no_grad()
     def encode(self, clips: Sequence[Clip]) -> dict[str, list[Grid]]:
@@ -245,6 +249,7 @@ class MultiEncoder(nn.Module):
             encoder.variant,
             encoder.spec,
             encoder.preset,
+            (self.options["resample"], version("pillow")),  # whose resize is not the same in all versions
             self.frames.get(name),
             place(encoder)[1],
         )

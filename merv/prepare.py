@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merv.decode import open_video
 from merv.encode import Encoder
-from merv.preprocessing import normalise, resize
+from merv.preprocessing import Resample, normalise, resize
 from merv.sample import Sampling, on_screen
 from merv.types import EncoderSpec, Frames, Preset, VideoInfo
 
@@ -40,11 +40,13 @@ def prepare(
     encoders: Mapping[str, Encoder],
     sampling: Sampling,
     frames: Mapping[str, int] | None = None,
+    resample: Resample = "exact",
     **reading: Any,
 ) -> Clip:
     """Read `source` for all `encoders`; `reading` goes to `merv.decode.open_video`.
 
     frames: by encoder, how many frames it gets, if not what its spec says.
+    resample: how frames are resized; see `merv.preprocessing.resize`.
 
     A video of fewer frames than an encoder wants shows frames for longer: a wanted time gets the
     frame that is on screen then. The last frame fills up a last window. Raises the errors of decoding
@@ -67,7 +69,8 @@ def prepare(
             indices[name] = (*shown, *[shown[-1]] * missing)
         union = sorted({index for chosen in indices.values() for index in chosen})
         pixels = reader.read(union)  # [len(union), 3, H, W], uint8
-    prepared = _preprocess(pixels, union, indices, {n: e.preset for n, e in encoders.items()}, times)
+    presets = {name: encoder.preset for name, encoder in encoders.items()}
+    prepared = _preprocess(pixels, union, indices, presets, times, resample)
     end_s = info.duration_s if sampling.end_s is None else min(sampling.end_s, info.duration_s)
     return Clip(info, (0.0, 0.0) if info.is_still else (sampling.start_s, end_s), prepared, indices)
 
@@ -98,6 +101,7 @@ def _preprocess(
     indices: Mapping[str, Sequence[int]],
     presets: Mapping[str, Preset],
     times: Mapping[str, Sequence[float]],
+    resample: Resample,
 ) -> dict[str, Frames]:
     """Resize once per geometry, then pick and normalise for each encoder."""
     place = {index: i for i, index in enumerate(union)}
@@ -108,7 +112,7 @@ def _preprocess(
         key = geometry[name]
         if key not in resized:
             shared = sorted({i for n, chosen in indices.items() if geometry[n] == key for i in chosen})
-            picture, extent = resize(pixels[[place[i] for i in shared]], preset)
+            picture, extent = resize(pixels[[place[i] for i in shared]], preset, resample)
             resized[key] = picture, extent, {index: i for i, index in enumerate(shared)}
         picture, extent, row = resized[key]
         chosen = normalise(picture[[row[i] for i in indices[name]]], preset)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from merv.encoders.fake import Fake
+from merv.errors import ShapeError
 from merv.multi_encoder import MultiEncoder
 from merv.prepare import prepare
+from merv.preprocessing import normalise, resize
 from merv.sample import Sampling
 from merv.types import Preset
 
@@ -50,3 +52,34 @@ def test_an_encoder_of_whole_clips_gets_whole_tubelets(frames: int, rate: float 
     video = torch.zeros(frames, 3, 16, 16, dtype=torch.uint8)
     assert model.read(video).frames["whole"].pixels.shape[1] % 2 == 0
     assert model(video).mask.all()
+
+
+def test_one_resize_serves_all_encoders_of_equal_geometry(monkeypatch) -> None:
+    resized = []
+
+    def count(pixels, preset, resample):
+        resized.append((len(pixels), preset.fit))
+        return resize(pixels, preset, resample)
+
+    monkeypatch.setattr("merv.prepare.resize", count)
+    other_numbers = replace(Fake.variants["image"].presets["merv"], mean=(0.1, 0.2, 0.3))
+    encoders = {"a": Fake(), "b": Fake("video"), "c": Fake(), "d": Fake(preset="upstream")}
+    encoders["c"].preset = other_numbers
+    clip = prepare(torch.randint(0, 256, (16, 3, 24, 40), dtype=torch.uint8), encoders, Sampling())
+    assert resized == [(16, "squash"), (16, "crop")]
+    assert torch.equal(clip.frames["a"].pixels, clip.frames["b"].pixels)
+    assert not torch.equal(clip.frames["a"].pixels, clip.frames["c"].pixels)
+
+
+def test_fast_reaches_the_frames_the_key_and_a_saved_model(tmp_path) -> None:
+    video = torch.randint(0, 256, (16, 3, 24, 40), dtype=torch.uint8)
+    exact, fast = (MultiEncoder(["fake"], grid=(4, 2, 2), resample=how) for how in ("exact", "fast"))
+    same = resize(video, fast.encoder("fake").preset, "fast")[0]
+    assert torch.equal(
+        fast.read(video).frames["fake"].pixels[0], normalise(same, fast.encoder("fake").preset)
+    )
+    assert exact.key(video, "fake") != fast.key(video, "fake")
+    fast.save_pretrained(tmp_path / "saved")
+    assert MultiEncoder.from_pretrained(tmp_path / "saved").key(video, "fake") == fast.key(video, "fake")
+    with pytest.raises(ShapeError, match="'exact'"):
+        MultiEncoder(["fake"], resample="quick")

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from merv.errors import ShapeError
-from merv.preprocessing import normalise, preprocess, resize
+from merv.preprocessing import _two_passes, normalise, preprocess, resize
 from merv.types import Frames, Preset
 
 MODES = {"bicubic": transforms.InterpolationMode.BICUBIC, "bilinear": transforms.InterpolationMode.BILINEAR}
@@ -53,6 +53,16 @@ def test_plain_bilinear_rounds_down_and_does_not_antialias(height_width: tuple[i
     start = round((long - 32) / 2)
     wanted = whole[..., start : start + 32] if wide else whole[..., start : start + 32, :]
     assert torch.equal(resize(pixels, Preset("crop", (32, 32), "bilinear_plain"))[0], wanted)
+
+
+@pytest.mark.parametrize("width", [13, 15, 17])
+def test_crop_rounded_down_equals_transformers(width: int) -> None:
+    from transformers.image_transforms import center_crop
+
+    pixels = pictures(8, width, frames=1)
+    cropped, _ = resize(pixels, Preset("crop", (8, 8), centre="down"))
+    theirs = center_crop(pixels[0].numpy(), (8, 8), input_data_format="channels_first")
+    assert torch.equal(cropped[0], torch.from_numpy(theirs))
 
 
 def test_extent_of_a_crop_is_its_rectangle() -> None:
@@ -105,3 +115,43 @@ def test_floats_are_refused() -> None:
 def test_crop_larger_than_the_picture_is_refused() -> None:
     with pytest.raises(ShapeError, match=r"Cannot crop 32×64 pixels from 32×40.*larger `resize`"):
         resize(pictures(32, 40), Preset("crop", (32, 64)))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("height_width", [(48, 85), (40, 40), (20, 31)])
+def test_fast_is_a_step_or_two_from_pil(interpolation: str, height_width: tuple[int, int]) -> None:
+    pixels = pictures(*height_width, frames=8)
+    preset = Preset("squash", (32, 32), interpolation)  # type: ignore[arg-type]
+    exact, _ = resize(pixels, preset)
+    for fast in (resize(pixels, preset, "fast")[0], _two_passes(pixels, (32, 32), preset)):
+        off = (fast.int() - exact.int()).abs()
+        assert fast.dtype == torch.uint8
+        assert off.max() <= 2
+        assert off.float().mean() < 0.1
+
+
+@pytest.mark.parametrize("fit", ["squash", "crop", "letterbox"])
+def test_fast_has_the_geometry_of_exact(fit: str) -> None:
+    preset = Preset(fit, (32, 32))  # type: ignore[arg-type]
+    exact, fast = (preprocess(Frames.of(pictures(40, 66)[None]), preset, how) for how in ("exact", "fast"))  # type: ignore[arg-type]
+    assert fast.pixels.shape == exact.pixels.shape
+    assert torch.equal(fast.extent, exact.extent)
+
+
+def test_plain_bilinear_is_the_same_fast() -> None:
+    pixels, preset = pictures(40, 66), Preset("crop", (32, 32), "bilinear_plain")
+    assert torch.equal(resize(pixels, preset)[0], resize(pixels, preset, "fast")[0])
+
+
+def test_fast_stays_on_the_device_of_the_pixels() -> None:
+    frames = Frames.of(torch.zeros(1, 2, 3, 40, 66, dtype=torch.uint8)).to("meta")
+    ready = preprocess(frames, Preset("squash", (32, 32)), "fast")
+    assert ready.pixels.device.type == "meta"
+    assert ready.pixels.shape == (1, 2, 3, 32, 32)
+
+
+def test_an_unknown_way_to_resample_is_refused() -> None:
+    with pytest.raises(
+        ShapeError, match=r"resample is 'exact' \(as PIL\) or 'fast' \(by torch\); got 'quick'"
+    ):
+        resize(pictures(32, 32), Preset("squash", (16, 16)), "quick")  # type: ignore[arg-type]
