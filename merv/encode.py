@@ -29,7 +29,8 @@ class Encoder(nn.Module):
 
     variant: a key of `variants`.
     weights: "pretrained" (the spec's source), a hub id ("owner/name@revision"), a local folder or file, or
-        None for random weights. Nothing is ever substituted for what was asked.
+        None for random weights. Nothing is ever substituted for what was asked. Whatever dtype they were
+        saved in, they become float32; `.to(torch.bfloat16)` changes that. See docs/weights.md.
     preset: a key of the spec's presets; None takes the first.
 
     Raises EncoderError for an unknown variant or preset, WeightsError for weights that

@@ -2,17 +2,19 @@
 
     python benchmarks/speed/preprocess.py [VIDEO ...] [--frames 8] [--threads 1]
 
-Frames of the videos, or made ones (waves, edges, noise), squashed to 224×224. Per interpolation: the
-largest and the mean difference from the installed Pillow in steps of 1/255, the share of numbers that differ,
-and CPU milliseconds a frame, the best of five runs taken in turns. `bytes` is what fast does on a CPU; `floats`
-what it does elsewhere, run here on the CPU for its error: its time on a GPU is not measured here. `columns` is
-Pillow made to do columns before rows, as it always did before Pillow 13.
+Frames of the videos, or made ones (waves, edges, noise), squashed to 224×224. Per interpolation:
+the largest and the mean difference from the installed Pillow in steps of 1/255, the share of
+numbers that differ, and CPU milliseconds a frame, the best of five runs taken in turns. `bytes` is
+what fast does on a CPU; `floats` what it does elsewhere, run here on the CPU for its error: its
+time on a GPU is not measured here. `columns` is Pillow made to do columns before rows, as it always
+did before Pillow 13.
 
-Predicted before the first run: fast three times as fast on one thread, no number off by more than 1.
-Came out, on an AMD EPYC (Zen 4), Pillow 13: 2.4 to 7.2 times, mostly 4 to 5. Off by up to 2, in fewer than 1
-of 100 numbers (floats: 7 of 100), where Pillow begins with columns as torch does. Not predicted: Pillow 13
-begins with rows where the height shrinks much more than the width; there fast and older Pillows are off by up
-to 7, in 5 to 21 of 100 numbers. Floats in one pass would be off in 10 to 20 of 100 (Pillow rounds after each).
+Predicted before the first run: fast three times as fast on one thread, no number off by more than
+1. Came out, on an AMD EPYC (Zen 4), Pillow 13: 2.4 to 7.2 times, mostly 4 to 5. Off by up to 2, in
+fewer than 1 of 100 numbers (floats: 7 of 100), where Pillow begins with columns as torch does. Not
+predicted: Pillow 13 begins with rows where the height shrinks much more than the width; there fast
+and older Pillows are off by up to 7, in 5 to 21 of 100 numbers. Floats in one pass would be off in
+10 to 20 of 100 (Pillow rounds after each).
 """
 
 from __future__ import annotations
