@@ -16,14 +16,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
 State = Literal["ok", "note", "broken"]
 MARKS: dict[State, str] = {"ok": " ", "note": "?", "broken": "!"}
-MODULES = {"open_clip_torch": "open_clip", "pillow": "PIL", "hiera-transformer": "hiera"}  # called otherwise
 VARIABLES = re.compile(
     r"(MERV|HF|HUGGINGFACE|TRANSFORMERS|TOKENIZERS|TORCH|PYTORCH|CUDA|NVIDIA|NCCL|OMP|GOMP|MKL|KMP|LD_LIBRARY)(_|$)"
 )
@@ -113,10 +112,17 @@ def _imported(package: str) -> tuple[str, str, State]:
     except PackageNotFoundError:
         return package, f"is not installed: pip install {package}", "broken"
     try:
-        import_module(MODULES.get(package, package))
+        import_module(_module(package))
     except Exception as error:  # as torchvision of another torch: operator torchvision::nms does not exist
         return package, f"{number}, but it cannot be imported: {_said(error)}", "broken"
     return package, number, "ok"
+
+
+def _module(package: str) -> str:
+    """What an installed package is imported as."""
+    modules = sorted(name for name, owners in packages_distributions().items() if package in owners)
+    plain = package.replace("-", "_")
+    return plain if plain in modules or not modules else modules[0]
 
 
 def extras() -> Found:
