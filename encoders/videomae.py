@@ -18,7 +18,7 @@ FRAMES, SIZE, TUBELET, PATCH = 16, 224, 2, 16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PRESETS = {
     "merv": Preset("squash", (SIZE, SIZE), "bilinear", None, MEAN, STD),
-    "upstream": Preset("crop", (SIZE, SIZE), "bilinear", None, MEAN, STD),
+    "upstream": Preset("crop", (SIZE, SIZE), "bilinear", None, MEAN, STD, "down"),
 }
 # In the same checkpoints: what the pretraining, or the fine-tuning, puts on top.
 REST = ("decoder.", "encoder_to_decoder.", "mask_token", "fc_norm.", "classifier.")

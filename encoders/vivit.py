@@ -18,7 +18,7 @@ FRAMES, SIZE, TUBELET, PATCH = 32, 224, 2, 16
 PRESETS = {
     "merv": Preset("squash", (SIZE, SIZE), "bilinear"),
     # Its processor scales to [-1, 1] and then takes off the mean once more: (2p - 1 - .5) / .5.
-    "upstream": Preset("crop", (SIZE, SIZE), "bilinear", 256, mean=(0.75,) * 3, std=(0.25,) * 3),
+    "upstream": Preset("crop", (SIZE, SIZE), "bilinear", 256, (0.75,) * 3, (0.25,) * 3, "down"),
 }
 # The checkpoints' names in newer versions of transformers; older ones keep them.
 NEWER_NAMES = {

@@ -46,7 +46,7 @@ class VJEPA2(Encoder):
             width=width,
             presets={
                 "merv": Preset("squash", (size, size), "bilinear", None, MEAN, STD),
-                "upstream": Preset("crop", (size, size), "bilinear", resize, MEAN, STD),
+                "upstream": Preset("crop", (size, size), "bilinear", resize, MEAN, STD, "down"),
             },
             window=frames,
             tubelet=TUBELET,

@@ -121,15 +121,14 @@ class Fusion(nn.Module):
     def scale_to(self, rms: float) -> None:
         """Make tokens of root mean square `rms`, that of the LLM's own embeddings, from the start.
 
-        With `norm` they keep it whatever is learned, and the projectors start at 1. Without, `rms` is
-        where the projectors start, as far as features are of variance 1.
+        With `norm` they keep it whatever is learned. Without, it is where they start, as far as
+        features are of variance 1.
         """
         if self.token_rms is not None:
             self.token_rms.fill_(rms)
         for projector in self._in_order():
             linear = projector.linear
-            start = rms if self.token_rms is None else 1.0
-            nn.init.normal_(linear.weight, std=start / linear.in_features**0.5)
+            nn.init.normal_(linear.weight, std=rms / linear.in_features**0.5)
             nn.init.zeros_(linear.bias)
 
     # The two forms ------------------------------------------------------------------------

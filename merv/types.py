@@ -227,6 +227,8 @@ class Preset:
     interpolation: `bicubic` or `bilinear`, antialiased as PIL does it; `bilinear_plain`
         is torch's, on floats, without antialiasing.
     mean, std: per RGB channel, for pixels in [0, 1]; after it (pixel − mean) / std.
+    centre: where a crop lies that leaves an odd number of pixels: half of them rounded to the
+        nearest, as torchvision does, or down, as transformers does.
     """
 
     fit: Literal["squash", "crop", "letterbox"]
@@ -235,6 +237,7 @@ class Preset:
     resize: int | None = None
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    centre: Literal["nearest", "down"] = "nearest"
 
 
 @dataclass(frozen=True)

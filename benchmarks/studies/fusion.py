@@ -9,8 +9,9 @@ where shots change; the questions need either or both. Two measures, from the sa
     read-out   fusion and a linear map, trained on the questions (readout.py): what is in the tokens
     llm        SmolLM2-135M with a LoRA, trained with the fusion as `merv fit` does: what it answers
 
-Everything is kept in the folder: an interrupted study goes on where it stopped. It ends in a table,
-fusion.json and fusion.png there; --publish copies these two to benchmarks/results.
+Everything is kept in the folder: an interrupted study goes on where it stopped, and parts of it may run
+side by side (--measures, --arms, --seeds, --threads 1). It ends in a table, fusion.json and fusion.png
+there; --publish copies these two to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +91,15 @@ class Clips:
         self.out, self.store = out, FeatureStore(out / "features")
         self.train, self.test = read_samples(out / "train.jsonl"), read_samples(out / "held_out.jsonl")
         self.eyes = MultiEncoder(list(ENCODERS), grid=GRID, frames=ENCODERS)
-        self.shuffled = [shuffled(video_of(sample)) for sample in tqdm(self.test, "Shuffling frames")]
         self.features = {
-            "train": self._features([video_of(s) for s in self.train], "training clips"),
-            "test": self._features([video_of(s) for s in self.test], "held-out clips"),
-            "shuffled": self._features(self.shuffled, "shuffled clips"),
+            "train": self._features(map(video_of, self.train), "training clips", train),
+            "test": self._features(map(video_of, self.test), "held-out clips", test),
+            "shuffled": self._features((shuffled(video_of(s)) for s in self.test), "shuffled clips", test),
         }
 
-    def _features(self, videos: Sequence[Any], what: str) -> dict[str, Grid]:
-        made = [self.eyes.features([v], store=self.store) for v in tqdm(videos, f"Encoding {what}, once")]
+    def _features(self, videos: Iterable[Any], what: str, count: int) -> dict[str, Grid]:
+        bar = tqdm(videos, f"Encoding {what}, once", total=count)
+        made = [self.eyes.features([video], store=self.store) for video in bar]
         return {name: Grid.cat([grids[name] for grids in made]) for name in ENCODERS}
 
     def of(self, arm: Arm, split: str) -> dict[str, Grid]:
@@ -110,8 +113,8 @@ class Clips:
 # The two measures --------------------------------------------------------------------------
 
 
-def run_read_out(clips: Clips, arm: Arm, seed: int, steps: int) -> dict[str, Any]:
-    """Which questions the read-out gets right, as 0 and 1 in the order of the file."""
+def run_read_out(clips: Clips, arm: Arm, seed: int, steps: int) -> dict[str, list[bool]]:
+    """Which questions the read-out gets right, in the order of the file."""
     answers = Answers([thing.name for thing in things()])
     asked = {"train": Asked(clips.train, answers), "test": Asked(clips.test, answers)}
     torch.manual_seed(seed)
@@ -127,10 +130,10 @@ def run_read_out(clips: Clips, arm: Arm, seed: int, steps: int) -> dict[str, Any
         lr=1e-3,
         seed=seed,
     )
-    return {"right": {"video": right["test"], "shuffled": right["shuffled"]}}
+    return {"video": right["test"], "shuffled": right["shuffled"]}
 
 
-def run_llm(clips: Clips, arm: Arm, seed: int, steps: int) -> dict[str, Any]:
+def run_llm(clips: Clips, arm: Arm, seed: int, steps: int) -> dict[str, list[bool]]:
     """Train as `merv fit` does, then ask; which answers are exactly right."""
     from lightning import Trainer, seed_everything
 
@@ -171,20 +174,24 @@ def run_llm(clips: Clips, arm: Arm, seed: int, steps: int) -> dict[str, Any]:
     )
     trainer.fit(training, data)
     model.eval()
-    asked = {"blind": [without_video(sample.conversations) for sample in clips.test]}
-    if not arm.blind:
-        asked["video"] = [list(sample.conversations) for sample in clips.test]
-        asked["shuffled"] = [
-            with_video(s.conversations, other) for s, other in zip(clips.test, clips.shuffled, strict=True)
-        ]
-    return {"right": {way: list(said(model, groups)) for way, groups in asked.items()}}
+    ways: dict[str, Callable[[Sample], list]] = {
+        "video": lambda sample: list(sample.conversations),
+        "blind": lambda sample: without_video(sample.conversations),
+        "shuffled": lambda sample: with_video(sample.conversations, shuffled(video_of(sample))),
+    }
+    if arm.blind:
+        return {"video": said(model, clips.test, ways["blind"])}
+    asked = ways if len(arm.encoders) > 1 else ["video"]
+    return {way: said(model, clips.test, ways[way]) for way in asked}
 
 
-def said(model: Any, groups: Sequence[Any]) -> Iterator[bool]:
-    """Whether the model would say each answer, in order."""
-    for i in tqdm(range(0, len(groups), 8), "Asking", unit="8 clips"):
-        for hits in model.would_say(groups[i : i + 8]):
-            yield from (bool(hit) for hit in hits)
+def said(model: Any, samples: Sequence[Sample], way: Callable[[Sample], list]) -> list[bool]:
+    """Whether the model would give each answer, asked in that way."""
+    right = []
+    for i in tqdm(range(0, len(samples), 8), "Asking", unit="8 clips"):
+        hits = model.would_say([way(sample) for sample in samples[i : i + 8]])
+        right += [bool(hit) for of_clip in hits for hit in of_clip]
+    return right
 
 
 def with_video(talks: Sequence[Sequence[dict]], video: Any) -> list[list[dict[str, Any]]]:
@@ -208,44 +215,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/fusion"))
     parser.add_argument("--train", type=int, default=1000, help="training clips (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=240, help="held-out clips (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--read-out-steps", type=int, default=600)
+    parser.add_argument("--test", type=int, default=200, help="held-out clips (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--read-out-steps", type=int, default=1000)
     parser.add_argument("--llm-steps", type=int, default=250)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these")
     parser.add_argument("--measures", nargs="+", default=["readout", "llm"], choices=["readout", "llm"])
     parser.add_argument("--publish", action="store_true", help="copy the results to benchmarks/results")
     args = parser.parse_args()
-    clips = timed(args.out / "clips", lambda: Clips(args.out.resolve(), args.train, args.test))
+    torch.set_num_threads(args.threads)
+    clips, spent = timed(lambda: Clips(args.out.resolve(), args.train, args.test))
+    add_up(args.out / "clips.json", spent)
     for measure in args.measures:
-        run, steps = {"readout": (run_read_out, args.read_out_steps), "llm": (run_llm, args.llm_steps)}[
-            measure
-        ]
-        for seed in range(args.seeds):
-            for name in args.arms:
-                kept = args.out / measure / f"{name} {seed}.json"
-                if kept.exists() or not (ARMS[name].llm or measure == "readout"):
-                    continue
-                print(f"{measure}: {name}, seed {seed}", flush=True)
-                started = time.monotonic()
-                result = run(clips, ARMS[name], seed, steps)
-                result.update(seconds=round(time.monotonic() - started), steps=steps)
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.write_text(json.dumps(result))
+        run = {"readout": run_read_out, "llm": run_llm}[measure]
+        steps = {"readout": args.read_out_steps, "llm": args.llm_steps}[measure]
+        for seed, name in product(args.seeds, args.arms):
+            kept = args.out / measure / f"{name} {seed}.json"
+            if kept.exists() or not (ARMS[name].llm or measure == "readout"):
+                continue
+            print(f"{measure}: {name}, seed {seed}", flush=True)
+            right, spent = timed(partial(run, clips, ARMS[name], seed, steps))
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps({"right": right, "steps": steps, **spent}))
     report(args.out, clips.test, list(ARMS))
     if args.publish:
         for name in ("fusion.json", "fusion.png"):
             shutil.copy(args.out / name, RESULTS / name)
 
 
-def timed(kept: Path, work: Any) -> Any:
-    """Do the work; its seconds, added up over interruptions, are kept in a file."""
-    started = time.monotonic()
+def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """What the work gives, and the seconds that it took: on the wall, and of all cores together."""
+    wall, cores = time.monotonic(), time.process_time()
     done = work()
-    record = kept.with_suffix(".seconds")
-    before = float(record.read_text()) if record.exists() else 0.0
-    record.write_text(str(before + time.monotonic() - started))
-    return done
+    return done, {"seconds": time.monotonic() - wall, "core_seconds": time.process_time() - cores}
+
+
+def add_up(record: Path, spent: dict[str, float]) -> None:
+    """Keep the seconds of work that goes on where it stopped."""
+    before = json.loads(record.read_text()) if record.exists() else dict.fromkeys(spent, 0.0)
+    record.write_text(json.dumps({name: before[name] + spent[name] for name in spent}))
 
 
 if __name__ == "__main__":

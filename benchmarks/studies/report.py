@@ -30,14 +30,14 @@ def report(out: Path, test: Sequence[Sample], arms: Sequence[str]) -> None:
                 "accuracy": {row: by_kind(right, kinds) for row, right in runs.items()},
                 "differences": differences(runs, clip),
             }
-    seconds = [json.loads(path.read_text())["seconds"] for path in out.glob("*/* *.json")]
-    encoding = [float(path.read_text()) for path in out.glob("*.seconds")]
-    found["hours"] = round((sum(seconds) + sum(encoding)) / 3600, 2)
+    spent = [json.loads(path.read_text()) for path in (*out.glob("clips.json"), *out.glob("*/* *.json"))]
+    found["hours"] = round(sum(one["seconds"] for one in spent) / 3600, 2)
+    found["core_hours"] = round(sum(one["core_seconds"] for one in spent) / 3600, 2)
     (out / "fusion.json").write_text(json.dumps(found, indent=1) + "\n")
     for measure in TITLES:
         if measure in found:
             print_table(TITLES[measure], found[measure])
-    print(f"{found['hours']} hours of runs on {found['machine']}; numbers in {out / 'fusion.json'}")
+    print(f"{found['core_hours']} core hours on {found['machine']}; numbers in {out / 'fusion.json'}")
     draw(found, out / "fusion.png")
 
 
@@ -48,8 +48,7 @@ def load(folder: Path, arms: Sequence[str]) -> dict[str, np.ndarray]:
         runs = [json.loads(path.read_text())["right"] for path in sorted(folder.glob(f"{arm} *.json"))]
         if not runs:
             continue
-        own = "blind" if arm == "no video" and "blind" in runs[0] else "video"
-        rows[arm] = np.array([run[own] for run in runs], dtype=float)
+        rows[arm] = np.array([run["video"] for run in runs], dtype=float)
         if arm == "cross_attention":
             others = {"shuffled": "frames shuffled", "blind": "asked without video"}
             for way in (way for way in others if way in runs[0]):
