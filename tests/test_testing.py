@@ -1,5 +1,6 @@
 """The conformance suite finds what it is for; the tiny LLM and video are what they say."""
 
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -295,6 +296,15 @@ def test_findings_read_as_sentences():
 def test_the_third_partys_example_passes_without_being_packaged(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples" / "third_party_encoder")
     assert failed(find_encoder("colour_histogram:ColourHistogram")) == {}
+
+
+def test_the_examples_own_tests_pass_where_it_is_installed(plant):
+    folder = ROOT / "examples" / "third_party_encoder"
+    entry = {"colour_histogram": "colour_histogram:ColourHistogram"}
+    plant("merv-colour-histogram", entry, colour_histogram=(folder / "colour_histogram.py").read_text())
+    case = runpy.run_path(str(folder / "tests" / "test_contract.py"))["test_contract"]
+    for check in CHECKS:
+        case(check)
 
 
 def test_the_examples_entry_point_leads_to_its_class():

@@ -1,0 +1,3 @@
+from merv.testing import contract_test
+
+test_contract = contract_test("colour_histogram")
