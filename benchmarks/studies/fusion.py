@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -91,16 +92,21 @@ class Clips:
         self.out, self.store = out, FeatureStore(out / "features")
         self.train, self.test = read_samples(out / "train.jsonl"), read_samples(out / "held_out.jsonl")
         self.eyes = MultiEncoder(list(ENCODERS), grid=GRID, frames=ENCODERS)
-        self.features = {
-            "train": self._features(map(video_of, self.train), "training clips", train),
-            "test": self._features(map(video_of, self.test), "held-out clips", test),
-            "shuffled": self._features((shuffled(video_of(s)) for s in self.test), "shuffled clips", test),
-        }
+        self.features: dict[str, dict[str, Grid]] = {}
 
-    def _features(self, videos: Iterable[Any], what: str, count: int) -> dict[str, Grid]:
-        bar = tqdm(videos, f"Encoding {what}, once", total=count)
-        made = [self.eyes.features([video], store=self.store) for video in bar]
-        return {name: Grid.cat([grids[name] for grids in made]) for name in ENCODERS}
+    def encode(self) -> None:
+        """Features of all clips; processes side by side take them in other orders, and so share the work."""
+        for split in ("train", "test", "shuffled"):
+            samples = self.train if split == "train" else self.test
+            made: dict[int, dict[str, Grid]] = {}
+            order = random.SystemRandom().sample(range(len(samples)), len(samples))
+            for i in tqdm(order, f"Encoding clips ({split}), once", unit="clip", mininterval=1):
+                video = video_of(samples[i])
+                video = shuffled(video) if split == "shuffled" else video
+                made[i] = self.eyes.features([video], store=self.store)
+            self.features[split] = {
+                name: Grid.cat([made[i][name] for i in range(len(samples))]) for name in ENCODERS
+            }
 
     def of(self, arm: Arm, split: str) -> dict[str, Grid]:
         """Features for an arm; zeros where it is blind."""
@@ -159,7 +165,7 @@ def run_llm(clips: Clips, arm: Arm, seed: int, steps: int) -> dict[str, list[boo
     model = training.model
     assert model is not None
     model.llm.set_attn_implementation("eager")  # on a CPU quicker than sdpa under a mask for branches
-    data = ChatData(str(clips.out / "train.jsonl"), batch_size=4, questions=QUESTIONS, seed=seed)
+    data = ChatData(str(clips.out / "train.jsonl"), batch_size=2, questions=QUESTIONS, seed=seed)
     data.setup()
     if arm.blind:
         data.train = [Sample(tuple(without_video(s.conversations)), s.kinds) for s in data.train]
@@ -219,7 +225,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--read-out-steps", type=int, default=1000)
-    parser.add_argument("--llm-steps", type=int, default=250)
+    parser.add_argument("--llm-steps", type=int, default=500)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these")
     parser.add_argument("--measures", nargs="+", default=["readout", "llm"], choices=["readout", "llm"])
     parser.add_argument("--publish", action="store_true", help="copy the results to benchmarks/results")
@@ -227,6 +233,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     clips, spent = timed(lambda: Clips(args.out.resolve(), args.train, args.test))
     add_up(args.out / "clips.json", spent)
+    if "readout" in args.measures:
+        add_up(args.out / "clips.json", timed(clips.encode)[1])
     for measure in args.measures:
         run = {"readout": run_read_out, "llm": run_llm}[measure]
         steps = {"readout": args.read_out_steps, "llm": args.llm_steps}[measure]
