@@ -1,7 +1,7 @@
 """Do merv's encoders equal those of the libraries that their weights come from, from raw frames to tokens?
 
-    python benchmarks/encoders/equality.py [NAME ...] [--write] [--depth 4] [--threads 1]
-        [--python NAME=PATH ...]
+    python benchmarks/encoders/equality.py [NAME ...] [--python NAME=PATH ...] [--write] [--compile]
+        [--depth 4] [--threads 1]
 
 NAME is a file of benchmarks/encoders/references; all of them unless said. Each is run in a process of its
 own, by the Python named for it (LanguageBind's library wants an older transformers than merv has). It
@@ -17,7 +17,8 @@ import importlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +29,7 @@ from references import Size, moving_picture
 from safetensors import safe_open
 from torch import Tensor
 
-from merv import Frames, create_encoder
+from merv import Encoder, Frames, create_encoder
 from merv.preprocessing import preprocess
 
 HERE = Path(__file__).parent
@@ -48,7 +49,10 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=4, help="blocks of each network")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", action="store_true", help="put the rows into docs/encoders.md")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile them too, and print what it changes"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     pythons = dict(pair.split("=", 1) for pair in args.python)
@@ -62,8 +66,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             run_reference(name, Path(folder), args.depth, pythons.get(name, sys.executable), args.threads)
             rows.update(compare(name, Path(folder), args.depth))
-    if args.write:
-        write(rows)
+            if args.compile:
+                print(compiled(name, Path(folder), args.depth), flush=True)
+            if args.write:
+                write(rows)
 
 
 def installed(name: str) -> bool:
@@ -78,25 +84,29 @@ def run_reference(name: str, folder: Path, depth: int, python: str, threads: int
     subprocess.run(command, check=True, cwd=HERE, stdout=subprocess.DEVNULL)
 
 
+def ours(name: str, folder: Path, depth: int) -> tuple[Encoder, dict[str, Frames]]:
+    """merv's encoder with the weights in the folder, and the moving picture for it, by preset."""
+    reference = importlib.import_module(f"references.{name}")
+    with reference.shrunk(Size(depth, reference.WIDTH)):
+        encoder = create_encoder(reference.ENCODER, weights=str(folder / "hub"))
+    frames = Frames.of(rearrange(torch.from_numpy(moving_picture(reference.FRAMES)), "t h w c -> 1 t c h w"))
+    return encoder, {p: preprocess(frames, encoder.spec.presets[p]) for p in reference.PRESETS}
+
+
 @torch.inference_mode()
 def compare(name: str, folder: Path, depth: int) -> dict[tuple[str, ...], str]:
     """Rows of the table, one for each preset of the reference; prints them as they come."""
-    reference = importlib.import_module(f"references.{name}")
-    frames = Frames.of(rearrange(torch.from_numpy(moving_picture(reference.FRAMES)), "t h w c -> 1 t c h w"))
+    library = importlib.import_module(f"references.{name}").LIBRARY
     with safe_open(folder / "theirs.safetensors", "pt") as file:
         theirs, said = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
-    with reference.shrunk(Size(depth, reference.WIDTH)):
-        encoder = create_encoder(reference.ENCODER, weights=str(folder / "hub"))
-    exact = {
-        preset: encoder(preprocess(frames, encoder.spec.presets[preset])) for preset in reference.PRESETS
-    }
+    encoder, frames = ours(name, folder, depth)
+    exact = {preset: encoder(prepared).values[0] for preset, prepared in frames.items()}
     encoder.bfloat16()
     rows = {}
-    for preset in reference.PRESETS:
-        prepared = preprocess(frames, encoder.spec.presets[preset])
+    for preset, prepared in frames.items():
         wanted = theirs[f"{preset}.tokens"]
-        fp32 = Difference.of(exact[preset].values[0], wanted)
-        key = (encoder.spec.name, encoder.spec.source, preset, f"{reference.LIBRARY} {said['version']}")
+        fp32 = Difference.of(exact[preset], wanted)
+        key = (encoder.spec.name, encoder.spec.source, preset, f"{library} {said['version']}")
         figures = (
             str(depth),
             f"{Difference.of(prepared.pixels[0], theirs[f'{preset}.pixels']).largest:.1g}",
@@ -111,6 +121,25 @@ def compare(name: str, folder: Path, depth: int) -> dict[tuple[str, ...], str]:
         if fp32.largest > BOUND:
             print(f"  above {BOUND}")
     return rows
+
+
+@torch.no_grad()
+def compiled(name: str, folder: Path, depth: int) -> str:
+    """What torch.compile makes of `encode`, on one window of frames."""
+    encoder, frames = ours(name, folder, depth)
+    pixels = frames["merv"].pixels[:, : max(encoder.spec.window, 2)]
+    quick = torch.compile(encoder.encode, fullgraph=True)
+    _, first_s = timed(lambda: quick(pixels))
+    values, quick_s = timed(lambda: quick(pixels))
+    plain, plain_s = timed(lambda: encoder.encode(pixels))
+    apart = Difference.of(values, plain).absolute()
+    seconds = f"{plain_s:.2f} s plain, {quick_s:.2f} s compiled, {first_s:.0f} s to compile"
+    return f"{name} compiled: {apart} from plain; {pixels.shape[1]} frames {seconds}"
+
+
+def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    started = time.perf_counter()
+    return run(), time.perf_counter() - started
 
 
 @dataclass(frozen=True)

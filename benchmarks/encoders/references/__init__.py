@@ -12,7 +12,7 @@ process of its own and, where need be, in an environment that has its library an
     tokens(model, pixels)     [T, 3, H, W] → [t, h, w, D]: the ones that merv takes, out of the whole model
     shrunk(size)              a context in which merv makes its own network of that size
 
-and, where there is something to say to who reads the table, NOTE. See dinov2.py, the first of them.
+See dinov2.py, the first of them.
 """
 
 from __future__ import annotations
@@ -95,11 +95,14 @@ def write(path: Path, like: Mapping[str, Tensor]) -> Path:
     return path
 
 
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name."""
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+
+
 def rewrite(path: Path) -> Path:
-    """The same for a checkpoint that a library has written, in its place."""
-    return write(
-        path, load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    )
+    """`write` for a checkpoint that a library has written, in its place."""
+    return write(path, read(path))
 
 
 @contextmanager

@@ -27,14 +27,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    run(args.name, args.folder, args.depth, args.width)
+    width = args.width or importlib.import_module(f"references.{args.name}").WIDTH
+    run(args.name, args.folder, Size(args.depth, width))
 
 
 @torch.inference_mode()
-def run(name: str, folder: Path, depth: int, width: int | None) -> None:
+def run(name: str, folder: Path, size: Size) -> None:
     """Publish the weights, run the model, keep what it gives."""
     reference = importlib.import_module(f"references.{name}")
-    model = reference.publish(folder / "hub", Size(depth, width or reference.WIDTH)).eval()
+    model = reference.publish(folder / "hub", size).eval()
     images = [Image.fromarray(picture) for picture in moving_picture(reference.FRAMES)]
     kept = {}
     first = model.get_submodule(reference.BLOCKS[0])[0]
