@@ -1,0 +1,62 @@
+"""Make the golden tensors of tests/golden: what small upstream networks give, stage by stage.
+
+    python benchmarks/encoders/golden.py NAME ...
+
+NAME is a file of benchmarks/encoders/references. Run it with a Python that has the library of that reference;
+merv is not needed. Each file holds slices of the pixels of each preset, of what goes into the first block
+and of the tokens, and the names and shapes of the checkpoint, from which its numbers follow. In
+tests/test_golden.py merv's encoders are compared with them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from references import Size, read
+from references.__main__ import run
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FOLDER = Path(__file__).parents[2] / "tests" / "golden"
+SIZE = Size(depth=3, width=128)
+
+
+def sliced(stage: str, whole: Tensor) -> Tensor:
+    """The few numbers that are kept of pixels [T, 3, H, W], embeddings [K, N, D] or tokens [t, h, w, D]."""
+    if stage.endswith("pixels"):
+        return whole[::5, :, ::31, ::31]
+    return whole[::5, ::5, ::5, ::16] if whole.ndim == 4 else whole[::5, ::41, ::16]
+
+
+def main() -> None:
+    for name in sys.argv[1:]:
+        with tempfile.TemporaryDirectory() as folder:
+            run(name, Path(folder), SIZE)
+            print(keep(name, Path(folder)))
+
+
+def keep(name: str, folder: Path) -> Path:
+    """tests/golden/NAME.safetensors, of what `run` left in the folder."""
+    stages = load_file(folder / "theirs.safetensors")
+    kept = {stage: sliced(stage, t).contiguous() for stage, t in stages.items() if not stage.endswith("bf16")}
+    (weights,) = (file for file in (folder / "hub").iterdir() if file.suffix in (".safetensors", ".bin"))
+    shapes = {key: list(t.shape) for key, t in read(weights).items() if t.is_floating_point()}
+    config = folder / "hub" / "config.json"
+    said = {
+        "file": weights.name,
+        "shapes": json.dumps(shapes),
+        "config": config.read_text() if config.exists() else "null",
+    }
+    target = FOLDER / f"{name}.safetensors"
+    target.parent.mkdir(exist_ok=True)
+    save_file(kept, target, said)
+    return target
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
