@@ -256,15 +256,19 @@ class VideoLLM(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what was trained and how to find the rest: a small folder, whole or not at all."""
-        kept = {"projector", "mixer", "lora", *self.trained}
-        state = {n: p for part, own in self.parts().items() if part in kept for n, p in own.items()}
         config = {
             "llm": {**self.identity, "dtype": str(self.llm.dtype).removeprefix("torch.")},
             "lora": None if self.lora is None else vars(self.lora),
             "trained": list(self.trained),
             "vision": self.vision.config(),
         }
-        save_folder(folder, "VideoLLM", config, state)
+        save_folder(folder, "VideoLLM", config, self.kept())
+
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: all of the fusion, the LoRA, and whatever else is trained."""
+        trained = {"lora", *self.trained} - {"projector", "mixer"}
+        of_llm = {n: p for part, own in self.parts().items() if part in trained for n, p in own.items()}
+        return {**{f"vision.fusion.{n}": t for n, t in self.fusion.state_dict().items()}, **of_llm}
 
     @classmethod
     def from_pretrained(
@@ -294,15 +298,8 @@ class VideoLLM(nn.Module):
         if config["lora"] is not None:
             model.add_lora(LoraOptions(**config["lora"]))
         model.train_only(config["trained"])
-        _fill(model, state, folder)
+        fill_exactly(model.kept(), state, folder)
         return model.eval()
-
-
-def _fill(model: VideoLLM, state: Mapping[str, Tensor], folder: str | Path) -> None:
-    """Load the trained parameters, all of them and no others."""
-    kept = {"projector", "mixer", "lora", *model.trained}
-    own = {n: p for part, named in model.parts().items() if part in kept for n, p in named.items()}
-    fill_exactly(own, state, folder)
 
 
 def _sequence(prompt: Prompt, runs: Iterator[range]) -> Tokens:
