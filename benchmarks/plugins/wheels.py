@@ -116,8 +116,8 @@ def main() -> int:
         took_s = time.perf_counter() - start
     good = sum(row[0] for row in rows)
     text = "\n".join(f"{'ok  ' if row[0] else 'FAIL'}  {row[1]:26} {row[2]}" for row in rows)
-    text += f"\n{good} of {len(rows)} as they should be, {took_s:.0f} s\n"
-    print(text)
+    text += f"\n{good} of {len(rows)} as they should be\n"
+    print(f"{text}{took_s:.0f} s")
     if args.out:
         versions = f"merv {version('merv')}, Python {platform.python_version()}, {platform.system()}"
         args.out.write_text(f"benchmarks/plugins/wheels.py: {versions}\n\n{text}")
