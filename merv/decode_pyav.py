@@ -41,12 +41,12 @@ class PyAVReader(VideoReader):
     ) -> None:
         super().__init__()
         self._file, self._name, self._owned, self._max_pixels = file, name, owned, max_pixels
-        self._size = file.seek(0, 2)  # read no further: the file may grow, or never end
+        self._size = file.seek(0, 2)
         scan = self._scan()
         if scan.first is None or not scan.shown:
             raise unreadable(name, f"it is a {scan.codec} video, but no picture of it can be decoded")
         self.damage = scan.damage
-        self._by_count = scan.by_count
+        self._by_count, self._clockless = scan.by_count, scan.clockless
         self._first = scan.first
         self._turn = Turn.of(scan.first)
         self._pts = scan.frame_pts()
@@ -91,14 +91,14 @@ class PyAVReader(VideoReader):
         fast: seek over long gaps, and do not decode what neither is wanted nor others build on.
         """
         with self._open() as container:
-            stream = _video_stream(container)
+            stream = _video_stream(container, self._max_pixels)
             for key, run in self._runs(wanted) if fast else [(None, wanted)]:
                 if key is not None:
                     container.seek(key, stream=stream)
                 yield from self._run(container, stream, run, fast)
 
     def _run(self, container: Any, stream: Any, wanted: list[int], fast: bool) -> Iterator[tuple[int, Any]]:
-        left, shown, damage = set(wanted), 0, Damage()
+        left, shown, damage = set(wanted), 0, Damage(for_good=self._clockless)
         places: dict[int | None, int] = {}  # pts of a packet → how many were stored before it
         for place, packet in enumerate(self._packets(container, stream)):
             if fast:
@@ -108,9 +108,9 @@ class PyAVReader(VideoReader):
                 packet.pts = place  # only to know the frame again
             places[packet.pts] = place
             for frame in self._decoded(packet, place, damage):
-                origin, spoilt = places.get(frame.pts, -1), damage.lasts
+                origin, lasted = places.get(frame.pts, place), damage.lasts
                 sound = not damage.spoils(frame, origin)
-                if spoilt and sound:  # so many were shown before, had they been whole
+                if lasted and not damage.lasts:  # so many would have been shown before
                     shown = origin
                 pts = self._pts[min(shown, len(self._pts) - 1)] if self._by_count else frame.pts
                 shown += 1
@@ -157,7 +157,7 @@ class PyAVReader(VideoReader):
         if int(av.__version__.split(".")[0]) < 19:  # from then on never an error
             options["metadata_errors"] = "replace"
         try:
-            return closing(av.open(self._file, **options))
+            return closing(av.open(Part(self._file, self._size), **options))
         except BROKEN as error:
             why = f"not a video or image, or too damaged ({type(error).__name__})"
             raise unreadable(self._name, why) from error
@@ -165,27 +165,43 @@ class PyAVReader(VideoReader):
     def _packets(self, container: Any, *streams: Any) -> Iterator[Any]:
         """Packets of these streams up to last, empty ones, which flush the decoder."""
         with suppress(*BROKEN):
-            for packet in container.demux(*streams):
-                if self._file.tell() > self._size:
-                    return
-                yield packet
+            yield from container.demux(*streams)
 
     def _scan(self) -> Scan:
         with self._open() as container:
             if container.format.name in PLAYLISTS:
                 why = f"a {container.format.name} playlist points to other files, which are not opened"
                 raise unreadable(self._name, why, "Give the video itself.")
-            stream = _video_stream(container)
+            stream = _video_stream(container, self._max_pixels)
             if stream is None:
                 why = f"the file holds no video that can be decoded ({container.format.name})"
                 raise unreadable(self._name, why)
             context = stream.codec_context
             check_size(self._name, context.width, context.height, self._max_pixels)
-            context.options = {"max_pixels": str(self._max_pixels)}  # of all frames that follow
             # Where a header tells the duration of the whole file only, any stream may be what lasts so long.
             lasts_s = 0.0 if stream.duration else (container.duration or 0) / av.time_base
             streams = container.streams if lasts_s else [stream]
             return Scan.of(container, stream, self._packets(container, *streams), lasts_s)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The first `size` bytes of a file, for reading: the file may grow meanwhile, or never end."""
+
+    file: BinaryIO
+    size: int
+
+    def read(self, size: int) -> bytes:
+        """At most so many bytes."""
+        return self.file.read(max(min(size, self.size - self.file.tell()), 0))
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        """Go to a place, counted from the beginning, from here or from the end."""
+        return self.file.seek(place + self.size) if whence == 2 else self.file.seek(place, whence)
+
+    def tell(self) -> int:
+        """The place."""
+        return self.file.tell()
 
 
 @dataclass
@@ -198,6 +214,7 @@ class Scan:
     first: Any = None  # the first frame that can be decoded
     shown: dict[int, int] = field(default_factory=dict)  # pts of a frame → its duration
     keys: list[int] = field(default_factory=list)  # pts of the keyframes
+    clockless: bool = False  # packets do not tell when they are shown
     by_count: bool = False  # frames cannot be told by their pts: the n-th decoded is the n-th shown
     damage: str = ""
 
@@ -208,7 +225,7 @@ class Scan:
         rate = stream.average_rate or stream.guessed_rate or 25
         step = max(round(1 / (rate * stream.time_base)), 1)
         clock = Clock(step, round(JUMP_S / scan.tick_s)) if container.format.flags & TS_DISCONT else None
-        stored = container.format.name == "avi"  # its clock counts packets as stored
+        scan.clockless = container.format.name == "avi"  # it counts packets as stored
         count, end_s, cut = 0, 0.0, False
         for packet in packets:
             if packet.size and packet.pts is not None:
@@ -220,8 +237,8 @@ class Scan:
                     scan.first = next((frame for frame in packet.decode() if not frame.is_corrupt), None)
             if not packet.size:
                 continue
-            stored |= packet.pts is None
-            pts = packet.dts if stored else packet.pts
+            scan.clockless |= packet.pts is None
+            pts = packet.dts if scan.clockless else packet.pts
             pts = count * step if pts is None else pts
             if clock:
                 pts += clock.lag(packet)
@@ -231,7 +248,7 @@ class Scan:
                 scan.shown[pts] = packet.duration or step
             if packet.is_keyframe:
                 scan.keys.append(pts)
-        scan.by_count = stored or bool(clock and clock.set_anew)
+        scan.by_count = scan.clockless or bool(clock and clock.set_anew)
         short = count < stream.frames and scan.end() + step < (stream.start_time or 0) + (
             stream.duration or 0
         )
@@ -273,9 +290,14 @@ class Clock:
 
 @dataclass
 class Damage:
-    """Tells which frames build on damage: all that come out until a keyframe stored after it does."""
+    """Tells which frames build on damage: what is stored after it, until a later keyframe comes out.
 
-    place: int = -1  # of the last damaged packet
+    for_good: there is no telling how many frames the damage swallowed, so nothing later is trusted.
+    """
+
+    for_good: bool
+    begin: int = -1  # places of the first and the last damaged packet
+    end: int = -1
     lasts: bool = False
     gap: bool = False
 
@@ -286,16 +308,17 @@ class Damage:
         self.gap = packet.is_corrupt
 
     def meet(self, place: int) -> None:
-        """A packet could not be decoded, or what came of it is corrupt."""
-        self.place, self.lasts = max(self.place, place), True
+        """The packet stored at `place` could not be decoded, or what came of it is corrupt."""
+        self.begin = min(self.begin, place) if self.lasts else place
+        self.end, self.lasts = max(self.end, place), True
 
     def spoils(self, frame: Any, place: int) -> bool:
         """Whether the frame of the packet stored at `place` is not to be trusted."""
         if frame.is_corrupt:
             self.meet(place)
-        elif frame.key_frame and place > self.place:
+        elif frame.key_frame and place > self.end and not self.for_good:
             self.lasts = False
-        return self.lasts
+        return self.lasts and place >= self.begin
 
 
 @dataclass(frozen=True)
@@ -333,11 +356,12 @@ class Turn:
         return picture.flip([axis for axis, flip in ((1, self.flip_rows), (2, self.flip_columns)) if flip])
 
 
-def _video_stream(container: Any) -> Any:
-    """The first stream of moving pictures; a song's cover is none."""
+def _video_stream(container: Any, max_pixels: int = MAX_PIXELS) -> Any:
+    """The first stream of moving pictures, whose larger frames are errors; a song's cover is none."""
     covers = av.stream.Disposition.attached_pic
     moving = (s for s in container.streams.video if s.codec_context and not s.disposition & covers)
     stream = next(moving, None)
     if stream is not None:
         stream.thread_type = "SLICE"
+        stream.codec_context.options = {"max_pixels": str(max_pixels)}
     return stream

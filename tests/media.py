@@ -41,6 +41,7 @@ def make_video(
     start_s: float = 0.0,
     codec: str = "libx264",
     rotation: int = 0,
+    pixel_aspect: Fraction | None = None,
     options: dict[str, str] | None = None,
     container: dict[str, str] | None = None,
 ) -> Path:
@@ -48,7 +49,8 @@ def make_video(
 
     times_ms: when each frame is shown, instead of at a steady `fps`. start_s: when the first
     one is. rotation: degrees
-    clockwise that a player has to turn the pictures by; they are stored turned back.
+    clockwise that a player has to turn the pictures by; they are stored turned back. pixel_aspect:
+    width of a pixel over its height.
     options, container: of the codec and of the file format.
     """
     tick = Fraction(1, fps if times_ms is None else 1000)
@@ -58,6 +60,8 @@ def make_video(
         turned = rotation % 180 != 0
         stream.width, stream.height = (HEIGHT, WIDTH) if turned else (WIDTH, HEIGHT)
         stream.pix_fmt = "yuv420p"
+        if pixel_aspect:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
         stream.time_base = stream.codec_context.time_base = tick
         for index, pts in enumerate(all_pts):
             stored = np.ascontiguousarray(np.rot90(picture(index), rotation // 90))

@@ -1,0 +1,165 @@
+"""Is every hard input read, or refused with a helpful error?
+
+    python benchmarks/robustness/hard.py [--keep FOLDER] [NAME ...]
+
+Each case is made and read in a process of its own with a time limit. A case that is read must
+give the frames asked for, told by the index in their pixels, whatever the order; the right times,
+size and colours. An error must be the one expected, name the file and tell a way out; of a damaged
+file, the frames that come with on_error="partial" must carry their own indices and times, and
+nothing that a file points to may be opened. Prints a table; NAMEs (parts of them) choose cases.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from broken import TOUCHED, damaged, no_video, pointers
+from burned import index_of, picture
+from confined import Outcome, confined
+from material import Case, sound_videos
+from odd import odd_files
+from stills import pictures
+
+from merv.decode import open_video
+from merv.errors import VideoError
+
+LIMIT_S = 30
+SLOW_S = 10.0
+ADVICE = ("on_error=", "Give ", "max_pixels=", "download it", "Save it", "load_video(", "Check ")
+ROW = "{:17} {:28} {:16} {:>7} {:>7} {:>6}  {}"
+
+
+def cases() -> list[Case]:
+    """All of them."""
+    return [*sound_videos(), *pictures(), *damaged(), *no_video(), *pointers(), *odd_files()]
+
+
+def orders(frames: int) -> list[list[int]]:
+    """All frames forward and backward and some here and there; of a long clip, some."""
+    some = sorted(random.Random(0).sample(range(frames), min(frames, 40)))
+    scattered = [some[i] for i in np.random.default_rng(1).permutation(len(some))]
+    if frames > 2000:
+        return [some, scattered]
+    every = list(range(frames))
+    return [every, every[::-1], scattered, some[::7]] if frames > 1 else [every]
+
+
+def misread(case: Case, source: Any) -> list[str]:
+    """What is wrong with a case that should be read; raises VideoError as reading does."""
+    wrong = []
+    with open_video(source, **dict(case.reading)) as video:
+        info = video.info
+        if (info.width, info.height) != case.size:
+            wrong.append(f"size {info.width}×{info.height}")
+        for order in orders(info.frames):
+            pixels = video.read(order)
+            if case.pixels:
+                wrong += misplaced(case, [info.times_s[i] for i in order], pixels)
+    if case.whole and len(info.times_s) != len(case.times_s):
+        wrong.append(f"{info.frames} frames instead of {len(case.times_s)}")
+    elif case.whole and max(abs(a - b) for a, b in zip(info.times_s, case.times_s, strict=True)) > 0.0011:
+        wrong.append("times")
+    return list(dict.fromkeys(wrong))
+
+
+def misplaced(case: Case, times_s: list[float], pixels: torch.Tensor) -> list[str]:
+    """What is wrong with frames, given when they are said to be shown.
+
+    A damaged file may have lost its beginning: then all times are early by the same amount.
+    """
+    wrong, lags = [], []
+    for time_s, rgb in zip(times_s, pixels.numpy(), strict=True):
+        index = index_of(rgb, case.gray)
+        if index not in case.indices:
+            wrong.append("turned, miscoloured or garbled" if index == -1 else f"frame {index}?")
+            continue
+        lags.append(case.times_s[case.indices.index(index)] - time_s)
+        if not case.gray and rgb.shape[1:] == case.size[::-1]:
+            burned = picture(index, *case.size).transpose(2, 0, 1).astype(int)
+            error = np.median(np.abs(rgb - burned).max(0)[::7, ::5])
+            if error > case.colour:
+                wrong.append(f"colours off by {error:.0f}")
+    if lags and (max(lags) - min(lags) > 0.0022 or (case.whole and abs(lags[0]) > 0.0011)):
+        wrong.append("frames at wrong times")
+    return wrong
+
+
+def salvaged(case: Case, source: Any) -> tuple[int, list[str]]:
+    """How many frames of a damaged file come with `partial`, and what is wrong with them."""
+    with open_video(source, **dict(case.reading)) as video:
+        pixels = video.read(range(video.info.frames), on_error="partial")
+        times_s = [t for i, t in enumerate(video.info.times_s) if i not in video.missing]
+        return len(pixels), misplaced(case, times_s, pixels) if case.indices else []
+
+
+def verdict(case: Case, path: Path) -> dict[str, Any]:
+    """What came of a case, in the process that does it."""
+    source = case.make(path)
+    source = path if source is None else source
+    if os.geteuid() == os.getuid():
+        Path("/proc/self/clear_refs").write_text("5")  # memory is counted from here
+    called = path.name if isinstance(source, Path) else None
+    outcome, frames, wrong = "read", len(case.indices), []
+    try:
+        wrong = misread(case, source)
+    except VideoError as error:
+        outcome, message = type(error).__name__, str(error)
+        wrong = [] if any(word in message for word in ADVICE) else [f"no way out in {message!r}"]
+        if called not in (None, *message.split(":")[0].split("/")):
+            wrong.append(f"not named in {message!r}")
+        if outcome == "DamagedVideo":
+            frames, garbled = salvaged(case, source)
+            wrong += garbled
+        else:
+            frames = 0
+    expected = case.error or ("read",)
+    if outcome not in expected and not (case.error is None and not case.whole and outcome == "DamagedVideo"):
+        wrong.append(f"expected {' or '.join(expected)}")
+    wrong += [f"opened {what}" for what in TOUCHED]
+    return {"outcome": outcome, "frames": frames, "wrong": wrong}
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table; 0 if all went as it has to."""
+    torch.set_num_threads(1)
+    with ExitStack() as stack:
+        if arguments[:1] == ["--keep"]:
+            folder = Path(arguments[1])
+            folder.mkdir(parents=True)
+            arguments = arguments[2:]
+        else:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        chosen = [case for case in cases() if not arguments or any(part in case.name for part in arguments)]
+        print(ROW.format("kind", "input", "outcome", "frames", "seconds", "MB", "wrong"))
+        outcomes: list[Outcome] = []
+        for case in chosen:
+            outcome = confined(lambda case=case: verdict(case, folder / case.name), LIMIT_S)
+            outcomes.append(outcome)
+            cells = (outcome.frames, f"{outcome.seconds:.2f}", outcome.megabytes, "; ".join(outcome.wrong))
+            print(ROW.format(case.kind, case.name, outcome.outcome, *cells).rstrip(), flush=True)
+    return summary(outcomes)
+
+
+def summary(outcomes: list[Outcome]) -> int:
+    """Print the counts."""
+    count = {kind: sum(o.outcome == kind for o in outcomes) for kind in ("read", "hang", "crash")}
+    errors = len(outcomes) - sum(count.values())
+    wrong = sum(bool(o.wrong) for o in outcomes)
+    slowest = max(o.seconds for o in outcomes)
+    print(
+        f"{len(outcomes)} inputs: {count['read']} read, {errors} named errors, {count['hang']} hangs, "
+        f"{count['crash']} crashes; {wrong} not as expected; slowest {slowest:.2f} s"
+    )
+    return int(bool(wrong or count["hang"] or count["crash"] or slowest > SLOW_S))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,180 @@
+"""Torn and flipped copies of real clips: read, refused or salvaged, and never a wrong picture unseen?
+
+    python benchmarks/robustness/torn.py FOLDER [COPIES]
+
+Each copy (1,000, seeded) is read in a process of its own with a time limit: 16 frames spread over
+what it says it holds, with on_error="raise" and, where that raises DamagedVideo, with "partial".
+Frames that come are held against the sound clip's, averaged to 24×32 cells: one "differs" where a
+cell is more than 8 of 255 levels off; it is "misplaced" where the frame shown at that time is not
+the nearest of the clip's frames by more than 1 level. A copy that lost its beginning counts time from
+its first readable frame, so all its times may be off by the same amount.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from confined import Outcome, confined
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+import merv.decode_pictures
+import merv.decode_pyav  # noqa: F401  # before the forks
+from merv.decode import VideoReader, open_video
+from merv.errors import VideoError
+
+LIMIT_S = 20
+FRAMES = 16
+CELLS = (24, 32)
+SEEN = 8.0  # levels of a cell by which a picture differs
+ROW = "{:16} {:>6} {:>6} {:>9} {:>11} {:>5} {:>6} {:>8}  {:>8} {:>8} {:>10}   {:>8} {:>8} {:>10}"
+
+
+def cut(data: bytearray, noise: np.random.Generator) -> bytearray:
+    """The beginning, as long as it happened to be."""
+    return data[: int(noise.integers(1, len(data)))]
+
+
+def flips(count: int) -> Callable[[bytearray, np.random.Generator], bytearray]:
+    """Some bytes replaced by random ones."""
+
+    def flip(data: bytearray, noise: np.random.Generator) -> bytearray:
+        for place, value in zip(noise.integers(0, len(data), count), noise.bytes(count), strict=True):
+            data[place] = value
+        return data
+
+    return flip
+
+
+def part(data: bytearray, noise: np.random.Generator) -> slice:
+    """Somewhere, up to a tenth of the file."""
+    begin = int(noise.integers(0, len(data)))
+    return slice(begin, begin + int(noise.integers(1, len(data) // 10)))
+
+
+def zeros(data: bytearray, noise: np.random.Generator) -> bytearray:
+    """A part zeroed."""
+    where = part(data, noise)
+    data[where] = bytes(len(data[where]))
+    return data
+
+
+def removed(data: bytearray, noise: np.random.Generator) -> bytearray:
+    """A part missing."""
+    del data[part(data, noise)]
+    return data
+
+
+HARMS = {
+    "cut": cut,
+    "1 byte": flips(1),
+    "100 bytes": flips(100),
+    "10,000 bytes": flips(10_000),
+    "part zeroed": zeros,
+    "part removed": removed,
+}
+
+
+def cells(pixels: Tensor) -> Tensor:
+    """[T, 3, H, W] averaged to [T, 3, 24, 32]."""
+    return torch.stack([adaptive_avg_pool2d(picture.float(), CELLS) for picture in pixels])
+
+
+def sound(path: Path) -> tuple[Tensor, Tensor]:
+    """Times and cells of all frames of a sound clip."""
+    with open_video(path) as video:
+        parts = np.array_split(range(video.info.frames), min(video.info.frames, 10))
+        pictures = [cells(video.read(part.tolist())) for part in parts]
+        return torch.tensor(video.info.times_s), torch.cat(pictures)
+
+
+def compared(
+    video: VideoReader, indices: list[int], pixels: Tensor, clip: tuple[Tensor, Tensor]
+) -> list[int]:
+    """How many frames came, differ, and are misplaced."""
+    times_s, pictures = clip
+    came = cells(pixels)
+    said = torch.tensor([video.info.times_s[i] for i in indices if i not in video.missing])
+    far = torch.stack([(pictures - picture).abs().mean((1, 2, 3)) for picture in came])  # [came, all]
+    lag = (times_s[far.argmin(1)] - said).median()
+    at = (times_s - (said + lag)[:, None]).abs().argmin(1)  # the frame that should have come
+    differs = (came - pictures[at]).abs().amax((1, 2, 3)) > SEEN
+    misplaced = far.gather(1, at[:, None])[:, 0] > far.amin(1) + 1
+    return [len(came), int(differs.sum()), int(misplaced.sum())]
+
+
+def verdict(data: bytes, name: str, clip: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """What came of a copy."""
+    more: dict[str, Any] = {"raise": [0, 0, 0], "partial": [0, 0, 0]}
+    outcome, wrong = "read", []
+    try:
+        with open_video(BytesIO(data), name=name) as video:
+            last = video.info.frames - 1
+            indices = sorted({round(i * last / (FRAMES - 1)) for i in range(FRAMES)})
+            try:
+                more["raise"] = compared(video, indices, video.read(indices), clip)
+            except VideoError as error:
+                outcome = type(error).__name__
+                video.missing.clear()
+                more["partial"] = compared(video, indices, video.read(indices, on_error="partial"), clip)
+    except VideoError as error:
+        outcome = outcome if outcome != "read" else type(error).__name__
+        wrong = [] if str(error).startswith(name) and "on_error=" in str(error) else [str(error)]
+    return {"outcome": outcome, "more": more, "wrong": wrong}
+
+
+def copies(folder: Path, count: int) -> list[tuple[str, Path, int]]:
+    """(harm, clip, seed) of every copy; short clips come more often, being quicker to read."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    often = np.array([1 / path.stat().st_size for path in paths]) ** 0.5
+    chosen = np.random.default_rng(0).choice(len(paths), count, p=often / often.sum())
+    return [(list(HARMS)[i % len(HARMS)], paths[which], i) for i, which in enumerate(chosen)]
+
+
+def main(folder: Path, count: int = 1002) -> int:
+    """Print the table, by harm."""
+    torch.set_num_threads(1)
+    todo = copies(folder, count)
+    outcomes: dict[str, list[Outcome]] = {harm: [] for harm in HARMS}
+    for path in sorted({path for _, path, _ in todo}):
+        clip, data = sound(path), path.read_bytes()
+        for harm, of, seed in todo:
+            if of == path:
+                torn = bytes(HARMS[harm](bytearray(data), np.random.default_rng(seed)))
+                name = f"{path.stem}-{seed}{path.suffix}"
+                outcomes[harm].append(confined(lambda t=torn, n=name, c=clip: verdict(t, n, c), LIMIT_S))
+                print(f"\r{sum(map(len, outcomes.values()))} of {count}", end="", file=sys.stderr)
+                for line in outcomes[harm][-1].wrong:
+                    print(f"{name} ({harm}): {line}", flush=True)
+    print(f"{'':69} {'returned under raise':>29}   {'returned under partial':>28}")
+    counts = ("copies", "read", "damaged", "unreadable", "hang", "crash", "slowest")
+    print(ROW.format("harm", *counts, *2 * ("frames", "differ", "misplaced")))
+    for harm, of in outcomes.items():
+        print(row(harm, of))
+    every = [outcome for of in outcomes.values() for outcome in of]
+    print(row("all", every))
+    return int(any(outcome.outcome in ("hang", "crash") or outcome.wrong for outcome in every))
+
+
+def row(harm: str, outcomes: list[Outcome]) -> str:
+    """A line of the table."""
+    kinds = Counter(outcome.outcome for outcome in outcomes)
+    sums = [
+        sum(outcome.more.get(mode, [0, 0, 0])[i] for outcome in outcomes)
+        for mode in ("raise", "partial")
+        for i in range(3)
+    ]
+    counts = [kinds[kind] for kind in ("read", "DamagedVideo", "UnreadableVideo", "hang", "crash")]
+    slowest = max((outcome.seconds for outcome in outcomes), default=0.0)
+    return ROW.format(harm, len(outcomes), *counts, f"{slowest:.2f} s", *sums)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:])))
