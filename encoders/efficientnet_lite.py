@@ -37,7 +37,6 @@ def _spec(variant: str) -> EncoderSpec:
             "merv": Preset("squash", (size, size), interpolation),
             "upstream": Preset("crop", (size, size), interpolation, resize),
         },
-        patch=32,
         layer="last feature map, before pooling",
         source=f"package:{shipped}/models/*.pth"
         if variant in ("lite0", "lite1", "lite2")

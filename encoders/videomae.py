@@ -5,7 +5,7 @@ Through transformers, without decoder and classifier. https://arxiv.org/abs/2203
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from einops import rearrange
 from torch import Tensor
@@ -65,7 +65,11 @@ class VideoMAE(Encoder):
         from transformers import VideoMAEConfig, VideoMAEModel
 
         _, width, layers, heads, norm, _ = SIZES[self.variant]
-        sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        sizes: dict[str, Any] = {
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+        }
         config = VideoMAEConfig(**sizes, intermediate_size=4 * width, use_mean_pooling=not norm)
         self.net = VideoMAEModel(config)
 

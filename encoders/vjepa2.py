@@ -6,7 +6,7 @@ https://arxiv.org/abs/2506.09985
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from einops import rearrange
 from torch import Tensor
@@ -63,7 +63,11 @@ class VJEPA2(Encoder):
         from transformers import VJEPA2Config, VJEPA2Model
 
         _, _, size, _, width, layers, heads, inside, *_ = SIZES[self.variant]
-        sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        sizes: dict[str, Any] = {
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+        }
         config = VJEPA2Config(crop_size=size, mlp_ratio=inside / width, pred_num_hidden_layers=1, **sizes)
         self.net = VJEPA2Model(config).encoder
 

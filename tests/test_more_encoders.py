@@ -84,6 +84,9 @@ def test_every_variant_has_the_shape_and_size_of_its_spec(encoder, variant, monk
         values = net.encode(torch.empty(1, spec.frames, 3, *net.preset.size))
     assert values.shape == (1, *spec.grid, spec.width)
     assert sum(parameter.numel() for parameter in net.parameters()) == spec.parameters
+    assert spec.frames == spec.grid[0] * spec.tubelet
+    for preset in spec.presets.values():
+        assert spec.patch is None or spec.grid[1:] == tuple(side // spec.patch for side in preset.size)
 
 
 @pytest.mark.parametrize(("encoder", "variant"), VARIANTS)
