@@ -80,7 +80,8 @@ class _Embeddings(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         patches = rearrange(self.patch_embedding(images), "k d h w -> k (h w) d")
-        start = repeat(self.class_embedding, "t d -> (k t) 1 d", k=len(images) // len(self.class_embedding))
+        windows = images.shape[0] // self.class_embedding.shape[0]
+        start = repeat(self.class_embedding, "t d -> (k t) 1 d", k=windows)
         return torch.cat([start, patches], dim=1) + self.position_embedding.weight
 
 

@@ -71,4 +71,4 @@ class CLIP(Encoder):
             images, layers, stop_early=True, intermediates_only=True, output_fmt="NLC"
         )
         (tokens,) = found["image_intermediates"]
-        return rearrange(tokens, "(b t) (h w) d -> b t h w d", b=len(pixels), h=height)
+        return rearrange(tokens, "(b t) (h w) d -> b t h w d", b=pixels.shape[0], h=height)

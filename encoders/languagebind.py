@@ -80,4 +80,4 @@ class LanguageBind(Encoder):
 
     def encode(self, pixels: Tensor) -> Tensor:
         tokens = self.net(rearrange(pixels, "b t c h w -> (b t) c h w"))[:, 1:]  # without the class token
-        return rearrange(tokens, "(b t) (h w) d -> b t h w d", b=len(pixels), h=self.spec.grid[1])
+        return rearrange(tokens, "(b t) (h w) d -> b t h w d", b=pixels.shape[0], h=self.spec.grid[1])

@@ -90,4 +90,4 @@ class SigLIP(Encoder):
         (tokens,) = self.net.forward_intermediates(
             images, indices=layers, stop_early=True, intermediates_only=True, output_fmt="NLC"
         )
-        return rearrange(tokens, "(b t) (h w) d -> b t h w d", b=len(pixels), h=height)
+        return rearrange(tokens, "(b t) (h w) d -> b t h w d", b=pixels.shape[0], h=height)
