@@ -11,7 +11,7 @@ where shots change; the questions need either or both. Two measures, from the sa
 
 Everything is kept in the folder: an interrupted study goes on where it stopped, and parts of it may run
 side by side (--measures, --arms, --seeds, --threads 1). It ends in a table, fusion.json and fusion.png
-there; --publish copies these two to benchmarks/results.
+there; --publish copies them to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -50,12 +50,17 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared: which encoders, fused how; blind: trained and asked without the video."""
+    """What is compared: which encoders, fused how.
+
+    llm: also with the language model. blind: trained and asked without the video. free: tokens that
+    are not held at the scale of the language model's embeddings.
+    """
 
     encoders: tuple[str, ...] = tuple(ENCODERS)
     mixer: str = "cross_attention"
-    llm: bool = True  # also with the language model
+    llm: bool = True
     blind: bool = False
+    free: bool = False
 
 
 ARMS = {
@@ -64,6 +69,7 @@ ARMS = {
     "gate": Arm(mixer="gate", llm=False),
     "cross_attention": Arm(),
     "concat_channels": Arm(mixer="concat_channels", llm=False),
+    "free tokens": Arm(free=True),
     "no video": Arm(blind=True),
 }
 
@@ -126,8 +132,11 @@ def run_read_out(clips: Clips, arm: Arm, seed: int, steps: int) -> dict[str, lis
     torch.manual_seed(seed)
     options = {"hidden": 256} if arm.mixer == "gate" else {}
     widths = {name: clips.features["train"][name].values.shape[-1] for name in arm.encoders}
+    fusion = Fusion(widths, 576, arm.mixer, mixer_options=options)
+    if arm.free:
+        fusion.token_rms = None
     right = read_out(
-        Fusion(widths, 576, arm.mixer, mixer_options=options),
+        fusion,
         (clips.of(arm, "train"), asked["train"]),
         {name: (clips.of(arm, name), asked["test"]) for name in ("test", "shuffled")},
         answers.outputs,
@@ -164,6 +173,8 @@ def run_llm(clips: Clips, arm: Arm, seed: int, steps: int) -> dict[str, list[boo
     training.configure_model()
     model = training.model
     assert model is not None
+    if arm.free:
+        model.fusion.token_rms = None
     model.llm.set_attn_implementation("eager")  # on a CPU quicker than sdpa under a mask for branches
     data = ChatData(str(clips.out / "train.jsonl"), batch_size=2, questions=QUESTIONS, seed=seed)
     data.setup()
@@ -187,7 +198,7 @@ def run_llm(clips: Clips, arm: Arm, seed: int, steps: int) -> dict[str, list[boo
     }
     if arm.blind:
         return {"video": said(model, clips.test, ways["blind"])}
-    asked = ways if len(arm.encoders) > 1 else ["video"]
+    asked = ways if arm == ARMS["cross_attention"] else ["video"]
     return {way: said(model, clips.test, ways[way]) for way in asked}
 
 
@@ -248,7 +259,7 @@ def main() -> None:
             kept.write_text(json.dumps({"right": right, "steps": steps, **spent}))
     report(args.out, clips.test, list(ARMS))
     if args.publish:
-        for name in ("fusion.json", "fusion.png"):
+        for name in ("fusion.md", "fusion.json", "fusion.png"):
             shutil.copy(args.out / name, RESULTS / name)
 
 

@@ -19,7 +19,7 @@ TITLES = {"readout": "Linear read-out of the tokens", "llm": "Answers of SmolLM2
 
 
 def report(out: Path, test: Sequence[Sample], arms: Sequence[str]) -> None:
-    """Print the tables; write fusion.json and fusion.png into `out`."""
+    """Print the tables; write them, fusion.json and fusion.png into `out`."""
     kinds = np.array([kind for sample in test for kind in sample.kinds])
     clip = np.array([i for i, sample in enumerate(test) for _ in sample.kinds])
     found: dict[str, Any] = {"machine": machine(), "clips": len(test), "questions": len(kinds)}
@@ -34,10 +34,8 @@ def report(out: Path, test: Sequence[Sample], arms: Sequence[str]) -> None:
     found["hours"] = round(sum(one["seconds"] for one in spent) / 3600, 2)
     found["core_hours"] = round(sum(one["core_seconds"] for one in spent) / 3600, 2)
     (out / "fusion.json").write_text(json.dumps(found, indent=1) + "\n")
-    for measure in TITLES:
-        if measure in found:
-            print_table(TITLES[measure], found[measure])
-    print(f"{found['core_hours']} core hours on {found['machine']}; numbers in {out / 'fusion.json'}")
+    (out / "fusion.md").write_text(markdown(found))
+    print(markdown(found))
     draw(found, out / "fusion.png")
 
 
@@ -96,24 +94,27 @@ def interval(one: np.ndarray, other: np.ndarray, clip: np.ndarray, draws: int = 
     }
 
 
-def print_table(title: str, found: dict[str, Any]) -> None:
-    """Accuracy by kind, then the differences."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{title}, % right", title_justify="left", box=box.ASCII2)
-    for column in ("arm", *KINDS, "all", "by seed"):
-        table.add_column(column, justify="left" if column == "arm" else "right")
-    for arm, row in found["accuracy"].items():
-        table.add_row(
-            arm, *(f"{row[kind]:.1f}" for kind in (*KINDS, "all")), " ".join(map(str, row["seeds"]))
-        )
-    console = Console(width=120)
-    console.print(table)
-    for name, one in found["differences"].items():
-        low, high = one["interval"]
-        console.print(f"  {name}: {one['points']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}")
+def markdown(found: dict[str, Any]) -> str:
+    """A table a measure, the differences under it."""
+    lines = []
+    for measure, title in TITLES.items():
+        if measure not in found:
+            continue
+        lines += [f"**{title}**, % right", "", f"| arm | {' | '.join(KINDS)} | all | all, by seed |"]
+        lines.append("|---|" + "---:|" * (len(KINDS) + 1) + "---|")
+        for arm, row in found[measure]["accuracy"].items():
+            cells = [f"{row[column]:.1f}" for column in (*KINDS, "all")]
+            lines.append(f"| {arm} | {' | '.join(cells)} | {', '.join(map(str, row['seeds']))} |")
+        lines += ["", "| difference | points | 95 % interval |", "|---|---:|---|"]
+        for name, one in found[measure]["differences"].items():
+            low, high = one["interval"]
+            lines.append(f"| {name} | {one['points']:+.1f} | {low:+.1f} to {high:+.1f} |")
+        lines.append("")
+    lines.append(
+        f"{found['questions']} questions about {found['clips']} held-out clips. {found['core_hours']} core hours"
+        f" on {found['machine']}."
+    )
+    return "\n".join(lines) + "\n"
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
