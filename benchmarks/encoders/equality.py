@@ -7,7 +7,7 @@ NAME is a file of benchmarks/encoders/references; all of them unless said. Each 
 own, by the Python named for it (LanguageBind's library wants an older transformers than merv has). It
 writes random weights in the layout of the hub, and what their model makes of a moving picture of 320×240.
 merv's encoder gets the same folder and the same raw frames. --write puts the rows into the table of
-docs/encoders.md, where rows that were not made anew stay as they were.
+docs/encoders.md, where rows that were not made anew keep their date.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,9 +38,8 @@ PAGE = HERE.parent.parent / "docs" / "encoders.md"
 BEGIN, END = "<!-- equality: begin -->", "<!-- equality: end -->"
 COLUMNS = (
     *("encoder", "weights", "preset", "reference", "blocks", "pixels"),
-    *("fp32", "fp32 / std", "bf16 / std", "theirs in bf16 / std", "made with"),
+    *("fp32", "fp32 / std", "bf16 / std", "theirs in bf16 / std", "as of"),
 )
-KEPT = ", kept from an earlier run"
 BOUND = 1e-4  # of the largest difference in fp32
 
 
@@ -114,7 +114,7 @@ def compare(name: str, folder: Path, depth: int) -> dict[tuple[str, ...], str]:
             fp32.relative(),
             Difference.of(encoder(prepared.to(torch.bfloat16)).values[0], wanted).relative(),
             Difference.of(theirs[f"{preset}.tokens_bf16"], wanted).relative(),
-            f"torch {torch.__version__.split('+')[0]}",
+            f"torch {torch.__version__.split('+')[0]}, {date.today()}",
         )
         rows[key] = line((*key, *figures))
         print(rows[key], flush=True)
@@ -169,12 +169,12 @@ def line(cells: Sequence[str]) -> str:
 
 
 def write(rows: dict[tuple[str, ...], str]) -> None:
-    """Put rows into the table of the page; those that were not made anew stay as they are."""
+    """Put rows into the table of the page; those that were not made anew stay, with their date."""
     page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split(BEGIN)
     old, after = rest.split(END)
     found = [row.strip("| ").split(" | ") for row in old.splitlines()[3:]]
-    kept = {tuple(row[:4]): line([*row[:-1], row[-1].removesuffix(KEPT) + KEPT]) for row in found}
+    kept = {tuple(row[:4]): line(row) for row in found}
     table = {**kept, **rows}
     lines = [line(COLUMNS), "|---" * len(COLUMNS) + "|", *(table[key] for key in sorted(table))]
     PAGE.write_text("\n".join([before + BEGIN, *lines, END + after]), encoding="utf-8")
