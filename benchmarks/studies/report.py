@@ -110,10 +110,8 @@ def markdown(found: dict[str, Any]) -> str:
             low, high = one["interval"]
             lines.append(f"| {name} | {one['points']:+.1f} | {low:+.1f} to {high:+.1f} |")
         lines.append("")
-    lines.append(
-        f"{found['questions']} questions about {found['clips']} held-out clips. {found['core_hours']} core hours"
-        f" on {found['machine']}."
-    )
+    asked = f"{found['questions']} questions about {found['clips']} held-out clips"
+    lines.append(f"{asked}; {found['core_hours']} core hours on {found['machine']}.")
     return "\n".join(lines) + "\n"
 
 
@@ -144,9 +142,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         panel.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
         panel.axvline(len(KINDS) - 0.5, color="white", linewidth=4)
         for (i, j), value in np.ndenumerate(values):
-            panel.text(
-                j, i, f"{value:.0f}", ha="center", va="center", weight="bold" if j == len(KINDS) else None
-            )
+            weight, colour = "bold" if j == len(KINDS) else None, "white" if value > 75 else "black"
+            panel.text(j, i, f"{value:.0f}", ha="center", va="center", weight=weight, color=colour)
         panel.set_title(
             f"{TITLES[measure]}: % right on held-out clips", loc="left", fontsize=11, weight="bold"
         )
