@@ -118,7 +118,9 @@ def image_reader(file: BinaryIO, name: str, *, owned: bool, max_pixels: int) -> 
     except BROKEN as error:
         raise unreadable(name, str(error).rstrip(".")) from error
     check_size(name, image.width, image.height, max_pixels)
-    animated = image.format in ("GIF", "WEBP") or (image.format == "PNG" and image.is_animated)
+    animated = image.format in ("GIF", "WEBP") or (
+        image.format == "PNG" and getattr(image, "is_animated", False)
+    )
     begins_s, damage = _clock(image) if animated else ([0.0, 0.0], "")
     *times_s, end_s = begins_s
     if not times_s:

@@ -109,7 +109,7 @@ class PyAVReader(VideoReader):
             places[packet.pts] = place
             for frame in self._decoded(packet, place, damage):
                 origin, lasted = places.get(frame.pts, place), damage.lasts
-                sound = not damage.spoils(frame, origin)
+                sound = not damage.spoils(frame, origin) and frame.width * frame.height <= self._max_pixels
                 if lasted and not damage.lasts:  # so many would have been shown before
                     shown = origin
                 pts = self._pts[min(shown, len(self._pts) - 1)] if self._by_count else frame.pts
@@ -302,8 +302,12 @@ class Damage:
     gap: bool = False
 
     def feed(self, packet: Any, place: int) -> None:
-        """Packets may be missing after one that is marked as corrupt, where no keyframe follows."""
-        if self.gap and not packet.is_keyframe:
+        """Packets may be missing after one that is marked as corrupt, where no keyframe follows.
+
+        Zeros where H.264 or HEVC begins are a hole in the file, which FFmpeg passes over in silence.
+        """
+        hole = packet.size and packet.stream.codec_context.name in ("h264", "hevc")
+        if (self.gap and not packet.is_keyframe) or (hole and not any(memoryview(packet)[:4])):
             self.meet(place)
         self.gap = packet.is_corrupt
 
@@ -357,11 +361,12 @@ class Turn:
 
 
 def _video_stream(container: Any, max_pixels: int = MAX_PIXELS) -> Any:
-    """The first stream of moving pictures, whose larger frames are errors; a song's cover is none."""
+    """The first stream of moving pictures, whose far larger frames are errors; a song's cover is none."""
     covers = av.stream.Disposition.attached_pic
     moving = (s for s in container.streams.video if s.codec_context and not s.disposition & covers)
     stream = next(moving, None)
     if stream is not None:
         stream.thread_type = "SLICE"
-        stream.codec_context.options = {"max_pixels": str(max_pixels)}
+        slack = 64 << 16  # FFmpeg counts the padding of lines, too
+        stream.codec_context.options = {"max_pixels": str(max_pixels + slack)}
     return stream
