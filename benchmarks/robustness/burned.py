@@ -66,13 +66,15 @@ def video(
     format: str | None = None,
     stored: Callable[[np.ndarray], np.ndarray] = lambda rgb: rgb,
     setup: Callable[[Any], None] = lambda stream: None,
+    levels: dict[str, str] | None = None,
     sound: str = "",
     streams: int = 1,
 ) -> None:
     """Write `picture(i)` for all `frames` (a count, or the indices themselves) to a path or open file.
 
     size: (width, height) as stored. pts: in `tick`s, when each is shown. shift: ticks added to
-    the time stamps of what is stored. stored: turns a picture into what is stored. sound:
+    the time stamps of what is stored. stored: turns a picture into what is stored. levels: matrix
+    and range of the conversion from RGB, as `VideoFrame.reformat` names them. sound:
     `before` or `after` the pictures in the order of streams. streams: further ones show 100, 101, …
     """
     indices = range(frames) if isinstance(frames, int) else frames
@@ -99,6 +101,7 @@ def video(
             for number, row in enumerate(rows):
                 rgb = stored(picture(index + 100 * number, *(size[::-1] if turned else size)))
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+                frame = frame.reformat(format=pix_fmt, **levels) if levels else frame
                 frame.pts, frame.time_base = pts[place] if pts else place, tick
                 mux(file, row.encode(frame), shift)
         for row in rows:

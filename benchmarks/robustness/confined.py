@@ -63,7 +63,7 @@ def confined(work: Callable[[], dict[str, Any]], limit_s: int) -> Outcome:
 def _inside(work: Callable[[], dict[str, Any]], writing: int) -> int:
     try:
         result = work()
-        result |= {"megabytes": _peak_megabytes(), "seconds": time.process_time()}
+        result = {"megabytes": _peak_megabytes(), "seconds": time.process_time()} | result
         os.write(writing, json.dumps(result).encode())
         return 0
     except BaseException:

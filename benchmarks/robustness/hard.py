@@ -15,6 +15,7 @@ import os
 import random
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,8 @@ def misplaced(case: Case, times_s: list[float], pixels: torch.Tensor) -> list[st
             continue
         lags.append(case.times_s[case.indices.index(index)] - time_s)
         if not case.gray and rgb.shape[1:] == case.size[::-1]:
-            burned = picture(index, *case.size).transpose(2, 0, 1).astype(int)
-            error = np.median(np.abs(rgb - burned).max(0)[::7, ::5])
+            burned = picture(index, *case.size).transpose(2, 0, 1)[:, ::7, ::5]
+            error = np.quantile(np.abs(rgb[:, ::7, ::5] - burned.astype(int)).max(0), 0.8)
             if error > case.colour:
                 wrong.append(f"colours off by {error:.0f}")
     if lags and (max(lags) - min(lags) > 0.0022 or (case.whole and abs(lags[0]) > 0.0011)):
@@ -97,7 +98,7 @@ def salvaged(case: Case, source: Any) -> tuple[int, list[str]]:
     with open_video(source, **dict(case.reading)) as video:
         pixels = video.read(range(video.info.frames), on_error="partial")
         times_s = [t for i, t in enumerate(video.info.times_s) if i not in video.missing]
-        return len(pixels), misplaced(case, times_s, pixels) if case.indices else []
+        return len(pixels), misplaced(case, times_s, pixels) if case.indices and case.pixels else []
 
 
 def verdict(case: Case, path: Path) -> dict[str, Any]:
@@ -107,6 +108,7 @@ def verdict(case: Case, path: Path) -> dict[str, Any]:
     if os.geteuid() == os.getuid():
         Path("/proc/self/clear_refs").write_text("5")  # memory is counted from here
     called = path.name if isinstance(source, Path) else None
+    begin_s = time.process_time()
     outcome, frames, wrong = "read", len(case.indices), []
     try:
         wrong = misread(case, source)
@@ -124,7 +126,8 @@ def verdict(case: Case, path: Path) -> dict[str, Any]:
     if outcome not in expected and not (case.error is None and not case.whole and outcome == "DamagedVideo"):
         wrong.append(f"expected {' or '.join(expected)}")
     wrong += [f"opened {what}" for what in TOUCHED]
-    return {"outcome": outcome, "frames": frames, "wrong": wrong}
+    seconds = time.process_time() - begin_s
+    return {"outcome": outcome, "frames": frames, "wrong": wrong, "seconds": seconds}
 
 
 def main(arguments: list[str]) -> int:
@@ -139,6 +142,9 @@ def main(arguments: list[str]) -> int:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         chosen = [case for case in cases() if not arguments or any(part in case.name for part in arguments)]
         print(ROW.format("kind", "input", "outcome", "frames", "seconds", "MB", "wrong"))
+        with tempfile.TemporaryDirectory() as scratch:  # what is imported late is imported before the forks
+            for case in (sound_videos()[0], pictures()[0]):
+                verdict(case, Path(scratch) / case.name)
         outcomes: list[Outcome] = []
         for case in chosen:
             outcome = confined(lambda case=case: verdict(case, folder / case.name), LIMIT_S)

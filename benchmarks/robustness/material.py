@@ -140,14 +140,18 @@ def trimmed(path: Path) -> None:
 # Colour
 
 
-def tagged(space: int, full: bool = False) -> Callable[[Any], None]:
-    """Stream set-up that tells the matrix (1: BT.709, 5 or 6: BT.601) and range of the levels."""
+def tagged(space: int, full: bool = False) -> dict[str, Any]:
+    """How to store levels of a matrix (1: BT.709, 5: BT.601) and range, and to say so."""
 
     def setup(stream: Any) -> None:
         stream.codec_context.colorspace = space
         stream.codec_context.color_range = 2 if full else 1
 
-    return setup
+    matrix = {1: "ITU709", 5: "ITU601"}[space]
+    return {
+        "setup": setup,
+        "levels": {"dst_colorspace": matrix, "dst_color_range": "JPEG" if full else "MPEG"},
+    }
 
 
 def colours() -> list[Case]:
@@ -179,10 +183,10 @@ def colours() -> list[Case]:
         of("alpha_png.mov", "png", "rgba", colour=0),
         of("alpha_ffv1.mkv", "ffv1", "bgra", colour=0),
         of("full_range.avi", "mjpeg", "yuvj444p", colour=16),
-        of("full_range.mp4", "libx264", "yuvj444p", setup=tagged(5, full=True), colour=24),
-        of("bt601.mkv", "ffv1", "yuv444p", setup=tagged(5), colour=8),
-        of("bt709.mkv", "ffv1", "yuv444p", setup=tagged(1), colour=8),
-        of("bt709_full_range.mkv", "ffv1", "yuv444p", setup=tagged(1, full=True), colour=8),
+        of("full_range.mp4", "libx264", "yuvj444p", **tagged(5, full=True), colour=24),
+        of("bt601.mkv", "ffv1", "yuv444p", **tagged(5), colour=8),
+        of("bt709.mkv", "ffv1", "yuv444p", **tagged(1), colour=8),
+        of("bt709_full_range.mkv", "ffv1", "yuv444p", **tagged(1, full=True), colour=8),
     ]
 
 
@@ -301,7 +305,7 @@ def containers() -> list[Case]:
         of("h264.flv", options={"bf": "2", "preset": "veryfast"}),
         of("flv1.flv", "flv"),
         of("h263.3gp", "h263", **cif),
-        of("rv20.rm", "rv20", **cif),
+        of("rv20.rm", "rv20", size=(176, 144)),
         of("mjpeg.mov", "mjpeg", pix_fmt="yuvj422p"),
         of("mjpeg.mkv", "mjpeg", pix_fmt="yuvj420p"),
         of("prores.mov", "prores_ks", pix_fmt="yuv422p10le"),

@@ -117,7 +117,7 @@ def odd_files() -> list[Case]:
         handed_over("nowhere.mp4", lambda data, path: path.parent / "no" / path.name, error=UNREADABLE),
         Case("pipe.mp4", kind, pipe, error=UNREADABLE),
         Case("zeros_device.mp4", kind, partial(link, "/dev/zero"), error=UNREADABLE),
-        Case("broken_link.mp4", kind, partial(link, "nowhere.mp4"), error=UNREADABLE),
+        Case("broken_link.mp4", kind, partial(link, "nowhere"), error=UNREADABLE),
         Case("link_to_itself.mp4", kind, partial(link, "link_to_itself.mp4"), error=UNREADABLE),
         clip("too_large.mp4", kind, error=UNREADABLE, reading=(("max_pixels", 6000),), sound=False),
         clip("as_large_as_allowed.mp4", kind, reading=small, sound=False),

@@ -25,8 +25,6 @@ from confined import Outcome, confined
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-import merv.decode_pictures
-import merv.decode_pyav  # noqa: F401  # before the forks
 from merv.decode import VideoReader, open_video
 from merv.errors import VideoError
 
