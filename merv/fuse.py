@@ -57,7 +57,7 @@ class Fusion(nn.Module):
     widths: encoder name → its width D, in the order of the streams.
     width: L. mixer: a name of `merv.mix.MIXERS` or a Mixer; mixer_options go to its constructor.
     norm: normalise features before they are projected, and tokens after they are mixed, to the root
-        mean square `token_rms`. Left to themselves, tokens soon are some ten times as large as the
+        mean square `token_rms`. Left to themselves, tokens soon are many times as large as the
         embeddings of the language model, whose layers then hardly change them. The release does neither.
     folded: True, False, or None: folded outside of training wherever the mixer allows it.
 
