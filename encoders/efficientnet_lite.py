@@ -69,4 +69,4 @@ class EfficientNetLite(Encoder):
 
     def encode(self, pixels: Tensor) -> Tensor:
         maps = self.net.forward_features(rearrange(pixels, "b t c h w -> (b t) c h w"))
-        return rearrange(maps, "(b t) d h w -> b t h w d", b=len(pixels))
+        return rearrange(maps, "(b t) d h w -> b t h w d", b=pixels.shape[0])

@@ -77,4 +77,4 @@ class Hiera(Encoder):
     def encode(self, pixels: Tensor) -> Tensor:
         windows = rearrange(pixels, "b (n t) c h w -> (b n) c t h w", t=WINDOW)
         _, stages = self.net(windows, return_intermediates=True)  # these are in the order of the picture
-        return rearrange(stages[-1], "(b n) t h w d -> b (n t) h w d", b=len(pixels))
+        return rearrange(stages[-1], "(b n) t h w d -> b (n t) h w d", b=pixels.shape[0])

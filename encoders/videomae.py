@@ -81,4 +81,4 @@ class VideoMAE(Encoder):
     def encode(self, pixels: Tensor) -> Tensor:
         t, h, w = self.spec.grid
         tokens = self.net(rearrange(pixels, "b (n t) c h w -> (b n) t c h w", t=FRAMES)).last_hidden_state
-        return rearrange(tokens, "(b n) (t h w) d -> b (n t) h w d", b=len(pixels), t=t, h=h, w=w)
+        return rearrange(tokens, "(b n) (t h w) d -> b (n t) h w d", b=pixels.shape[0], t=t, h=h, w=w)

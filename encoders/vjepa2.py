@@ -78,4 +78,4 @@ class VJEPA2(Encoder):
         t, h, w = self.spec.grid
         windows = rearrange(pixels, "b (n t) c h w -> (b n) t c h w", t=self.spec.window)
         tokens = self.net(windows).last_hidden_state
-        return rearrange(tokens, "(b n) (t h w) d -> b (n t) h w d", b=len(pixels), t=t, h=h, w=w)
+        return rearrange(tokens, "(b n) (t h w) d -> b (n t) h w d", b=pixels.shape[0], t=t, h=h, w=w)
