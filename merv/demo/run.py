@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     make_data(out, {**COUNTS, "train": args.clips}, args.seed)
     if args.only_data:
         return 0
-    _say(2, "Frozen encoders see every clip once; then mixer, projector and a small LoRA learn", "4 minutes")
+    _say(2, "Frozen encoders see every clip once; then mixer, projector and a small LoRA learn", "5 minutes")
     train(out, args.steps, args.seed, args.fit)
     _say(3, "Questions about clips that training never saw, with and without the video", "2 minutes")
     model, results = evaluate(out)
