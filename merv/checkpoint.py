@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,40 @@ FORMAT = 1
 
 
 def save_folder(
-    folder: str | Path, kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
+    folder: str | Path,
+    kind: str,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    also: Mapping[str, Callable[[Path], Any]] | None = None,
 ) -> None:
     """Write `folder` whole or not at all; an older one is replaced.
 
     kind: the class that can load it. config: JSON. state: the trained tensors only.
+    also: further files by name, and what writes each to the path that it gets.
     """
     from safetensors.torch import save_file
 
+    with replacing(folder) as fresh:
+        text = json.dumps({"merv": FORMAT, "kind": kind, **config}, indent=2)
+        (fresh / CONFIG).write_text(text + "\n")
+        save_file(
+            {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, fresh / WEIGHTS
+        )
+
+
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `folder` when all went well, and vanishes otherwise.
+
+    Raises CheckpointError where `folder` is not merv's to replace.
+    """
     folder = Path(folder)
     check_free(folder)
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
-        text = json.dumps({"merv": FORMAT, "kind": kind, **config}, indent=2)
-        (fresh / CONFIG).write_text(text + "\n")
-        save_file(
-            {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, fresh / WEIGHTS
-        )
+        yield fresh
         _swap(fresh, folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -45,6 +45,7 @@ class Encoder(nn.Module):
     contract: ClassVar[str] = "1.0"  # what a class that says nothing was made for: the first
     variants: ClassVar[dict[str, EncoderSpec]]
     weight_files: ClassVar[tuple[str, ...]] = WEIGHT_FILES
+    released: ClassVar[dict[str, str]] = {}  # what checkpoints of the released MERV call it → variant
     net: Any
 
     def __init__(

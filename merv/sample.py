@@ -109,6 +109,8 @@ class Sampling:
     start_s, end_s: the part of the clip to look at; an end beyond the clip's is the clip's.
     fps: frames per second, instead of the encoder's own rate.
     seed: makes `segment` repeatable.
+    total: how many frames `official` reads, of which an encoder takes every k-th; the release reads
+        as many as its encoder with the most frames takes.
 
     Raises SamplingError for what cannot be meant, here or once the clip is known.
 
@@ -122,6 +124,7 @@ class Sampling:
     end_s: float | None = None
     fps: float | None = None
     seed: int | None = None
+    total: int = OFFICIAL_FRAMES
 
     def __post_init__(self) -> None:
         modes = get_args(Mode)
@@ -173,7 +176,7 @@ class Sampling:
     def _official(self, info: VideoInfo, frames: int, end_s: float) -> list[float]:
         first = on_screen(info.times_s, [self.start_s])[0]
         inside = [time_s for time_s in info.times_s[first:] if time_s < end_s - NOISE_S]
-        return [inside[i] for i in official_indices(len(inside), frames)]
+        return [inside[i] for i in official_indices(len(inside), frames, self.total)]
 
 
 def _positive(frames: int) -> int:
