@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,17 +13,17 @@ from torch import Tensor, nn
 
 from merv.align import Aligner
 from merv.checkpoint import fill_exactly, load_folder, save_folder
-from merv.decode import BACKENDS, check_backend
+from merv.decode import check_backend
 from merv.encode import Encoder
 from merv.errors import CheckpointError, EncoderError, ShapeError
 from merv.fuse import Fusion
-from merv.llm import fingerprint
 from merv.mix import cell_positions
-from merv.prepare import Clip, prepare
+from merv.prepare import Clip
 from merv.preprocessing import Resample, check_resample
+from merv.reader import Loaded, Reader, View, recipe
 from merv.registry import create_encoder
 from merv.sample import Mode, Sampling
-from merv.store import FeatureStore, video_key
+from merv.store import FeatureStore
 from merv.suggest import nearest
 from merv.types import Fused, Grid
 from merv.weights import PRETRAINED
@@ -73,6 +72,7 @@ class MultiEncoder(nn.Module):
     mixer, projector, norm, mixer_options: see `merv.fuse.Fusion`; only with a width.
     weights: for encoders given by name: "pretrained", a folder, a hub id, None for random, or a
         mapping from names to these.
+    presets: by name, how an encoder's pictures are preprocessed, if not as its spec's first preset says.
     frames: by name, how many frames an encoder gets, if not what its spec says.
     sampling: a mode of `merv.sample.Sampling`, or a Sampling. align: see `merv.align.Aligner`.
     backend: what decodes videos; see `merv.decode.open_video`. resample: how frames are resized,
@@ -100,6 +100,7 @@ class MultiEncoder(nn.Module):
         norm: bool = True,
         mixer_options: Mapping[str, Any] | None = None,
         weights: str | Mapping[str, str | None] | None = PRETRAINED,
+        presets: Mapping[str, str] | None = None,
         frames: Mapping[str, int] | None = None,
         sampling: str | Sampling = "uniform",
         align: Literal["area", "official"] = "area",
@@ -109,7 +110,7 @@ class MultiEncoder(nn.Module):
         super().__init__()
         check_backend(backend)
         check_resample(resample)
-        self.encoders = nn.ModuleDict(_create(_named(encoders), weights))
+        self.encoders = nn.ModuleDict(_create(_named(encoders), weights, presets or {}))
         self.frames = _checked_frames(frames or {}, dict(self.named()))
         self.aligner = Aligner(grid, align)
         self.sampling = Sampling(cast(Mode, sampling)) if isinstance(sampling, str) else sampling
@@ -149,8 +150,7 @@ class MultiEncoder(nn.Module):
 
     def read(self, video: Any, only: Sequence[str] | None = None) -> Clip:
         """Probe, sample, decode and preprocess one video for its encoders."""
-        how = {option: self.options[option] for option in ("backend", "resample")}
-        return prepare(video, dict(self.named(only)), self.sampling, self.frames, **how)
+        return self.reader(only=only).read(video)
 
     @torch.no_grad()
     def encode(self, clips: Sequence[Clip]) -> dict[str, list[Grid]]:
@@ -192,27 +192,35 @@ class MultiEncoder(nn.Module):
     def features(
         self, videos: Any, only: Sequence[str] | None = None, store: FeatureStore | None = None
     ) -> dict[str, Grid]:
-        """Aligned features without fusing them, from `store` where it has them already."""
+        """Aligned features without fusing them: from `store` where it has them, else made and kept there.
+
+        videos: one, or a list, of anything `load_video` reads, or `Loaded` by a `reader`; features of
+        these are kept if the reader looked into a store.
+        """
         names = [name for name, _ in self.named(only)]
-        batch = [self._features(video, names, store) for video in as_batch(videos)]
+        reader = self.reader(store, only)
+        loaded = (v if isinstance(v, Loaded) else reader(v) for v in as_batch(videos))  # one at a time
+        batch = [self._features(video, store) for video in loaded]
         return {name: Grid.batch([grids[name] for grids in batch]).to(self.device) for name in names}
 
-    def _features(self, video: Any, names: Sequence[str], store: FeatureStore | None) -> dict[str, Grid]:
-        """Those of one video: what the store has is taken, what it lacks is made and kept."""
-        if store is None:
-            return self._make(video, names)
-        keys = {name: self.key(video, name) for name in names}
-        kept = {name: store.get(key) for name, key in keys.items()}
-        found = {name: grid for name, grid in kept.items() if grid is not None}
-        missing = [name for name in names if name not in found]
-        made = self._make(video, missing) if missing else {}
+    def _features(self, video: Loaded, store: FeatureStore | None) -> dict[str, Grid]:
+        grids = dict(video.found)
+        made = {} if video.clip is None else self.align(self.encode([video.clip]), [video.clip])
         for name, grid in made.items():
-            found[name] = store.put(keys[name], grid)
-        return found
+            grids[name] = store.put(video.keys[name], grid) if store and name in video.keys else grid
+        return grids
 
-    def _make(self, video: Any, names: Sequence[str]) -> dict[str, Grid]:
-        clip = self.read(video, names)
-        return self.align(self.encode([clip]), [clip])
+    def reader(self, store: FeatureStore | None = None, only: Sequence[str] | None = None) -> Reader:
+        """What reads videos for `features` in another process: picklable, small, without weights.
+
+        Make it when the encoders have their final dtype: kept features depend on it.
+        """
+        how = {option: self.options[option] for option in ("backend", "resample")}
+        views = {}
+        for name, encoder in self.named(only):
+            about = (encoder, self.frames.get(name), self.sampling, self.aligner)
+            views[name] = View(encoder.spec, encoder.preset, "" if store is None else recipe(*about, **how))
+        return Reader(views, self.sampling, self.frames, store=store, **how)
 
     # Parts --------------------------------------------------------------------------------
 
@@ -239,21 +247,8 @@ class MultiEncoder(nn.Module):
         return place(next(iter(self.encoders.values())))[0]
 
     def key(self, video: Any, name: str) -> str:
-        """What the stored features of `video` under encoder `name` depend on, hashed."""
-        encoder = self.encoder(name)
-        random = encoder.identity.sha256 is None  # nothing but their values tells such weights apart
-        recipe = (
-            (type(encoder).__module__, type(encoder).__qualname__),
-            [(package, version(package)) for package in BACKENDS[self.options["backend"]]],
-            fingerprint(encoder) if random else encoder.identity,
-            encoder.variant,
-            encoder.spec,
-            encoder.preset,
-            (self.options["resample"], version("pillow")),  # whose resize is not the same in all versions
-            self.frames.get(name),
-            place(encoder)[1],
-        )
-        return video_key(video, repr((recipe, self.sampling, self.aligner.grid, self.aligner.mode)))
+        """Where a store keeps the features of `video` under encoder `name`."""
+        return self.reader(FeatureStore(), [name]).keys(video)[name]
 
     # Saving -------------------------------------------------------------------------------
 
@@ -347,14 +342,24 @@ def _stream_name(encoder: str | Encoder) -> str:
 
 
 def _create(
-    named: Mapping[str, str | Encoder], weights: str | Mapping[str, str | None] | None
+    named: Mapping[str, str | Encoder],
+    weights: str | Mapping[str, str | None] | None,
+    presets: Mapping[str, str],
 ) -> dict[str, Encoder]:
     if isinstance(weights, Mapping):
         _check_names("weights", weights, named)
+    _check_names("presets", presets, named)
     encoders = {}
     for name, encoder in named.items():
+        if not isinstance(encoder, str):
+            if name in presets:
+                raise EncoderError(
+                    f"presets= names {name!r}, which is made already: give it its preset then."
+                )
+            encoders[name] = encoder
+            continue
         own = weights.get(name, PRETRAINED) if isinstance(weights, Mapping) else weights
-        encoders[name] = create_encoder(encoder, weights=own) if isinstance(encoder, str) else encoder
+        encoders[name] = create_encoder(encoder, weights=own, preset=presets.get(name))
     return encoders
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from merv.decode import open_video
-from merv.encode import Encoder
 from merv.preprocessing import Resample, normalise, resize
 from merv.sample import Sampling, on_screen
 from merv.types import EncoderSpec, Frames, Preset, VideoInfo
@@ -35,9 +34,18 @@ class Clip:
     indices: dict[str, tuple[int, ...]]
 
 
+class Viewer(Protocol):
+    """An encoder, or whatever stands for it where no network is: its needs."""
+
+    @property
+    def spec(self) -> EncoderSpec: ...
+    @property
+    def preset(self) -> Preset: ...
+
+
 def prepare(
     source: Any,
-    encoders: Mapping[str, Encoder],
+    encoders: Mapping[str, Viewer],
     sampling: Sampling,
     frames: Mapping[str, int] | None = None,
     resample: Resample = "exact",

@@ -29,7 +29,7 @@ class FeatureStore:
 
     folder: where to keep them; None keeps them in memory. An entry is written whole or not at all, so
     that an interrupted run goes on where it stopped. One that cannot be read counts as not there,
-    with a warning in the log.
+    with a warning in the log. What is in memory stays in its process: a pickled store arrives empty.
 
     >>> store = FeatureStore()
     >>> store.get("nothing") is None
@@ -39,6 +39,9 @@ class FeatureStore:
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = None if folder is None else Path(folder).expanduser()
         self.memory: dict[str, Grid] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "memory": {}}
 
     def get(self, key: str) -> Grid | None:
         """The grid of `key`, or None."""

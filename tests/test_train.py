@@ -11,6 +11,7 @@ from merv.data import ChatData
 from merv.errors import TrainingError
 from merv.llm import LoraOptions
 from merv.plot import draw_clip, draw_loss
+from merv.prepare import prepare
 from merv.testing import make_video, tiny_llm
 from merv.train import Training, save
 from merv.train_cli import NOISE, recipes, with_recipes
@@ -88,13 +89,13 @@ def test_frozen_parts_stay_in_eval_mode(folder):
 
 
 def test_videos_are_encoded_once(folder, monkeypatch):
-    module = training(folder)
-    module.configure_model()
-    vision, read = module.model.vision, []
-    reading = type(vision).read
-    monkeypatch.setattr(
-        type(vision), "read", lambda self, video, only: read.append(video) or reading(self, video, only)
-    )
+    module, read = training(folder), []
+
+    def count(video, *args, **options):
+        read.append(video)
+        return prepare(video, *args, **options)
+
+    monkeypatch.setattr("merv.reader.prepare", count)
     trainer(folder, max_epochs=3).fit(module, ChatData(str(folder / "data.jsonl"), batch_size=1))
     assert len(read) == 2
 
