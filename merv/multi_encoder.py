@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,6 +24,7 @@ from merv.reader import Loaded, Reader, View, recipe
 from merv.registry import create_encoder
 from merv.sample import Mode, Sampling
 from merv.store import FeatureStore
+from merv.streams import by_name, check_names, checked_frames, create_all, recreate
 from merv.suggest import nearest
 from merv.types import Fused, Grid
 from merv.weights import PRETRAINED
@@ -110,8 +111,8 @@ class MultiEncoder(nn.Module):
         super().__init__()
         check_backend(backend)
         check_resample(resample)
-        self.encoders = nn.ModuleDict(_create(_named(encoders), weights, presets or {}))
-        self.frames = _checked_frames(frames or {}, dict(self.named()))
+        self.encoders = nn.ModuleDict(create_all(by_name(encoders), weights, presets or {}))
+        self.frames = checked_frames(frames or {}, dict(self.named()))
         self.aligner = Aligner(grid, align)
         self.sampling = Sampling(cast(Mode, sampling)) if isinstance(sampling, str) else sampling
         self.fusion: Fusion | None = None
@@ -152,7 +153,6 @@ class MultiEncoder(nn.Module):
         """Probe, sample, decode and preprocess one video for its encoders."""
         return self.reader(only=only).read(video)
 
-    @torch.no_grad()
     def encode(self, clips: Sequence[Clip]) -> dict[str, list[Grid]]:
         """Each encoder's own features of each clip, on the encoder's own grid."""
         names = clips[0].frames
@@ -188,7 +188,6 @@ class MultiEncoder(nn.Module):
         )
         return Encoded(dict(features), fused)
 
-    @torch.no_grad()
     def features(
         self, videos: Any, only: Sequence[str] | None = None, store: FeatureStore | None = None
     ) -> dict[str, Grid]:
@@ -221,6 +220,18 @@ class MultiEncoder(nn.Module):
             about = (encoder, self.frames.get(name), self.sampling, self.aligner)
             views[name] = View(encoder.spec, encoder.preset, "" if store is None else recipe(*about, **how))
         return Reader(views, self.sampling, self.frames, store=store, **how)
+
+    def join(self, name: str, encoder: str | Encoder) -> None:
+        """Take in another encoder, behind the others; in the mixer it hardly counts until it is trained.
+
+        Raises EncoderError where one has that name already, ShapeError where the mixer cannot grow.
+        """
+        if name in self.encoders:
+            raise EncoderError(f"This MultiEncoder has an encoder {name!r} already.")
+        made = create_encoder(encoder) if isinstance(encoder, str) else encoder
+        if self.fusion is not None:
+            self.fusion.join(name, made.spec.width)
+        self.encoders[name] = made
 
     # Parts --------------------------------------------------------------------------------
 
@@ -269,8 +280,8 @@ class MultiEncoder(nn.Module):
     def from_config(cls, config: Mapping[str, Any], weights: Mapping[str, str | None]) -> MultiEncoder:
         """The MultiEncoder that `config` describes, its fusion untrained."""
         options = dict(config)
-        _check_names("weights", weights, options["encoders"])
-        encoders = {name: _recreate(name, saved, weights) for name, saved in options.pop("encoders").items()}
+        check_names("weights", weights, options["encoders"])
+        encoders = {name: recreate(name, saved, weights) for name, saved in options.pop("encoders").items()}
         sampling = Sampling(**options.pop("sampling"))
         return cls(encoders, sampling=sampling, **{**options, "grid": tuple(options["grid"])})
 
@@ -313,89 +324,3 @@ def as_batch(videos: Any) -> list:
     if not batch:
         raise ShapeError("There is no video in the list; give at least one.")
     return batch
-
-
-def _named(encoders: Sequence[str | Encoder] | Mapping[str, str | Encoder]) -> dict[str, str | Encoder]:
-    """Names for the streams: as given, as typed, or the spec's name."""
-    if isinstance(encoders, (str, Encoder)):
-        encoders = [encoders]
-    if isinstance(encoders, Mapping):
-        named = dict(encoders)
-    else:
-        names = [_stream_name(encoder) for encoder in encoders]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise EncoderError(
-                f"Two encoders are called {', '.join(twice)}; give them names: "
-                f"MultiEncoder({{'{twice[0]}_a': ..., '{twice[0]}_b': ...}})."
-            )
-        named = dict(zip(names, encoders, strict=True))
-    if not named:
-        raise EncoderError("A MultiEncoder needs at least one encoder; see `merv encoders` for names.")
-    return named
-
-
-def _stream_name(encoder: str | Encoder) -> str:
-    """`dinov2/base` → dinov2_base, `package.module:Class` → Class, a module → its spec's name."""
-    typed = encoder if isinstance(encoder, str) else encoder.spec.name
-    return typed.rpartition(":")[2].replace("/", "_").replace(".", "_").replace("-", "_")
-
-
-def _create(
-    named: Mapping[str, str | Encoder],
-    weights: str | Mapping[str, str | None] | None,
-    presets: Mapping[str, str],
-) -> dict[str, Encoder]:
-    if isinstance(weights, Mapping):
-        _check_names("weights", weights, named)
-    _check_names("presets", presets, named)
-    encoders = {}
-    for name, encoder in named.items():
-        if not isinstance(encoder, str):
-            if name in presets:
-                raise EncoderError(
-                    f"presets= names {name!r}, which is made already: give it its preset then."
-                )
-            encoders[name] = encoder
-            continue
-        own = weights.get(name, PRETRAINED) if isinstance(weights, Mapping) else weights
-        encoders[name] = create_encoder(encoder, weights=own, preset=presets.get(name))
-    return encoders
-
-
-def _check_names(option: str, given: Iterable[str], known: Iterable[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise EncoderError(
-                f"{option}= names {name!r}, which is no encoder here.{nearest(name, known)} "
-                f"There are: {', '.join(known)}."
-            )
-
-
-def _checked_frames(frames: Mapping[str, int], encoders: Mapping[str, Encoder]) -> dict[str, int]:
-    _check_names("frames", frames, encoders)
-    for name, count in frames.items():
-        window = encoders[name].spec.window or encoders[name].spec.tubelet
-        if count < 1 or count % window:
-            raise EncoderError(f"{name} takes frames in windows of {window}; frames={count} is no multiple.")
-    return dict(frames)
-
-
-def _recreate(name: str, saved: Mapping[str, Any], weights: Mapping[str, str | None]) -> Encoder:
-    """An encoder as it was saved, checked to be the same."""
-    was = saved["identity"]
-    source = was["source"] if was["revision"] is None else f"{was['source']}@{was['revision']}"
-    encoder = create_encoder(
-        saved["class"],
-        variant=saved["variant"],
-        preset=saved["preset"],
-        weights=weights.get(name, source),
-    )
-    now = vars(encoder.identity)
-    if now["sha256"] != was["sha256"]:
-        raise CheckpointError(
-            f"Encoder {name!r} has other weights than when this was saved: {was['source']} "
-            f"({was['sha256']}) then, {now['source']} ({now['sha256']}) now. "
-            f"Pass weights={{{name!r}: '/folder/with/the/right/ones'}}."
-        )
-    return encoder

@@ -1,44 +1,59 @@
-"""Train: a LightningModule that teaches mixer and projector (and a LoRA) to feed the LLM.
+"""Train: a LightningModule that teaches projectors and mixer (a LoRA, the LLM) what encoders see.
 
-Encoders are frozen, so each video goes through them once, before the first step; what is kept
-are its aligned features, in memory or on disk.
+The loss is summed over the answers' tokens, and the gradient divided by their number in the whole
+global batch, however many processes and micro-batches that batch was cut into.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
-from merv.data import ChatData, Group, Sample
-from merv.errors import TrainingError
-from merv.llm import LoraOptions, load_llm
+from merv.checkpoint import save_folder
+from merv.data import ChatData
+from merv.errors import CheckpointError, TrainingError
+from merv.llm import LoraOptions, checkpoint_layers, load_llm
 from merv.multi_encoder import MultiEncoder
+from merv.registry import create_encoder
+from merv.resume import random_states, set_random_states
+from merv.scale import gathered, mean_divides_by, processes, shard, sum_over_processes, unsharded
 from merv.store import FeatureStore
+from merv.streams import by_name
 from merv.video_llm import VideoLLM
+from merv.watch import Guard, print_parts
 
-log = logging.getLogger(__name__)
+SAME = ("grid", "mixer", "projector", "norm", "align", "backend", "resample")  # in `start` and here
 
 
 class Training(LightningModule):
     """What `merv fit` trains: a VideoLLM built from names.
 
-    llm: folder or hub id. encoders, grid, mixer, projector, norm, mixer_options, frames, sampling: of the
-        MultiEncoder. weights: of encoders, by name.
-    train: the parts to train: projector, mixer, lora, llm. lora: with `lora` among them.
+    llm: folder or hub id. encoders, grid, mixer, mixer_options, projector, norm, presets, frames, sampling,
+        align, resample, backend: of the MultiEncoder. weights: of encoders, by name.
+    start: a trained model to begin with: what `save_pretrained` or a checkpoint wrote. Encoders that it
+        does not have join it.
+    train: the parts to train: projector, mixer, lora, llm, an encoder by its name; `projector.NAME` and
+        `mixer.NAME` of one encoder alone. lora: with `lora` among them.
     lr: peak learning rate; lr_of: another one for a part, by name. weight_decay: not on biases, norms
         and other vectors. warmup: share of the steps; then cosine down to zero.
     dtype: of the LLM; fp32 where `llm` itself is trained. All that is trained is in fp32.
+    quantise: the LLM's frozen weights in `nf4` (QLoRA) or `int8`, by bitsandbytes.
     token_rms: scale at which tokens enter the LLM; None: that of its own embeddings.
-    store: folder for the encoders' features; None keeps them in memory.
+    store: where the encoders' features are kept, so that each video goes through them once: a folder, or
+        `memory`. None: nowhere; they run in each step.
+    checkpoint_llm: keep only the inputs of the LLM's layers and compute the rest twice: less memory, a
+        third more of its time. fill: put several samples in one row of up to so many tokens.
+    compile: of `llm` and `encoders`, those to run through torch.compile.
+    spike: stop where a loss is so many times the largest of the last hundred; None: only where it is
+        not a number.
     """
 
     def __init__(
@@ -51,8 +66,13 @@ class Training(LightningModule):
         norm: bool = True,
         mixer_options: dict[str, Any] | None = None,
         weights: dict[str, str] | None = None,
+        presets: dict[str, str] | None = None,
         frames: dict[str, int] | None = None,
         sampling: str = "uniform",
+        align: str = "area",
+        resample: str = "exact",
+        backend: str = "pyav",
+        start: str | None = None,
         train: Sequence[str] = ("projector", "mixer"),
         lora: LoraOptions | None = None,
         lr: float = 1e-3,
@@ -60,13 +80,21 @@ class Training(LightningModule):
         weight_decay: float = 0.0,
         warmup: float = 0.03,
         dtype: str = "auto",
+        quantise: str | None = None,
         token_rms: float | None = None,
         store: str | None = None,
+        checkpoint_llm: bool = False,
+        fill: int | None = None,
+        compile: Sequence[str] = (),
+        spike: float | None = 5.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["lora"])  # plain values only: checkpoints are never unpickled
         self.lora = lora
         self.model: VideoLLM | None = None
+        self.guard = Guard(spike)
+        self.tokens = self.last_tokens = 0  # of answers: since the optimizer's last step; of the last batch
+        self.random: dict[str, Any] | None = None  # states to go on with
 
     # Parts --------------------------------------------------------------------------------
 
@@ -75,12 +103,36 @@ class Training(LightningModule):
         if self.model is not None:
             return
         h: Any = self.hparams
-        llm, tokenizer = load_llm(h.llm, h.dtype)
-        if "llm" in h.train and llm.dtype != torch.float32:
+        self.model = self._fresh() if h.start is None else self._started()
+        if "lora" in h.train and self.model.lora is None:
+            self.model.add_lora(self.lora or LoraOptions())
+        self.model.train_only(h.train)
+        self.model.fill = h.fill
+        if h.store is not None:
+            trained = [name for name in self.model.vision.encoders if name in h.train]
+            if trained:
+                raise TrainingError(
+                    f"Features of {', '.join(trained)} change while it is trained and cannot be kept: "
+                    "leave out `store`."
+                )
+            self.model.store = FeatureStore(None if h.store == "memory" else h.store)
+        if "llm" in h.train and self.model.llm.dtype != torch.float32:
             raise TrainingError(
-                f"The LLM is in {str(llm.dtype).removeprefix('torch.')}, where small steps of its weights "
-                "are lost. Set dtype: fp32 (with trainer.precision: bf16-mixed for speed), or train a lora."
+                f"The LLM is in {str(self.model.llm.dtype).removeprefix('torch.')}, where small steps of its "
+                "weights are lost. Set dtype: fp32 (with trainer.precision: bf16-mixed for speed), or train "
+                "a lora."
             )
+        if h.checkpoint_llm:
+            checkpoint_layers(self.model.llm, True)
+        for part in h.compile:
+            for module in {"llm": [self.model.llm], "encoders": self.model.vision.encoders.values()}[part]:
+                cast(nn.Module, module).compile()
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh)
+
+    def _fresh(self) -> VideoLLM:
+        h: Any = self.hparams
+        llm, tokenizer = load_llm(h.llm, h.dtype, h.quantise)
         vision = MultiEncoder(
             h.encoders,
             grid=tuple(h.grid),
@@ -90,16 +142,46 @@ class Training(LightningModule):
             norm=h.norm,
             mixer_options=h.mixer_options,
             weights=h.weights or {},
+            presets=h.presets,
             frames=h.frames,
             sampling=h.sampling,
+            align=h.align,
+            backend=h.backend,
+            resample=h.resample,
         )
         assert vision.fusion is not None
         table = llm.get_input_embeddings().weight
         vision.fusion.scale_to(h.token_rms or table.float().pow(2).mean().sqrt().item())
-        self.model = VideoLLM(llm, tokenizer, vision, FeatureStore(h.store))
-        if "lora" in h.train:
-            self.model.add_lora(self.lora or LoraOptions())
-        self.model.train_only(h.train)
+        return VideoLLM(llm, tokenizer, vision)
+
+    def _started(self) -> VideoLLM:
+        """The model in `start`, as it was but for encoders that join it."""
+        h: Any = self.hparams
+        own = by_name(h.encoders)
+        model = VideoLLM.from_pretrained(
+            h.start,
+            llm=h.llm,
+            dtype=None if h.dtype == "auto" else h.dtype,
+            quantise=h.quantise,
+            weights={name: path for name, path in (h.weights or {}).items() if name in own},
+        )
+        was = model.vision.options
+        differ = [option for option in SAME if was[option] != _plain(h[option])]
+        missing = [name for name in model.vision.encoders if name not in own]
+        if differ or missing:
+            raise TrainingError(
+                f"model.start is {h.start}, made with "
+                + ", ".join(f"{option} {was[option]}" for option in differ)
+                + (f"encoders {', '.join(model.vision.encoders)}" if missing else "")
+                + "; the recipe has "
+                + ", ".join([*(f"{o} {_plain(h[o])}" for o in differ), *(["others"] if missing else [])])
+                + ". Set them equal."
+            )
+        for name, typed in own.items():
+            if name not in model.vision.encoders:
+                weights, preset = (h.weights or {}).get(name, "pretrained"), (h.presets or {}).get(name)
+                model.join(name, create_encoder(typed, weights=weights, preset=preset))
+        return model
 
     def configure_optimizers(self) -> Any:
         """AdamW over the trained parts, linear warm-up, cosine to zero."""
@@ -123,76 +205,142 @@ class Training(LightningModule):
         groups = []
         for part in self.model.trained:
             rate = rates.get(part, h.lr)
+            decay = 0.0 if part.startswith("mixer.") else h.weight_decay  # it would reach the others' shares
             matrices = [p for p in parts[part].values() if p.ndim > 1]
             vectors = [p for p in parts[part].values() if p.ndim <= 1]
-            decays = ((matrices, h.weight_decay), (vectors, 0.0))
+            decays = ((matrices, decay), (vectors, 0.0))
             groups += [{"params": ps, "lr": rate, "weight_decay": decay} for ps, decay in decays if ps]
         return groups
 
     # Steps --------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Run the frozen encoders over all videos, once."""
+        """Say what is trained; with a store, run the frozen encoders over all videos, once."""
         assert self.model is not None
-        for part, parameters in self.model.parts().items():
-            count = sum(p.numel() for p in parameters.values())
-            log.info(
-                "%-10s %12s parameters, %s",
-                part,
-                f"{count:,}",
-                "trained" if part in self.model.trained else "frozen",
-            )
+        if self.trainer.is_global_zero:
+            print_parts(self.model)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, ChatData):
-            encode_all(self.model, list(data.videos()))
+        if isinstance(data, ChatData) and self.model.store is not None:
+            videos = list(data.videos())
+            encode_all(self.model, videos[self.global_rank :: self.trainer.world_size])
 
-    def training_step(self, batch: Sequence[Group], index: int) -> Tensor:
-        """Mean loss over the answers' tokens of a few groups of conversations."""
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        """Loss summed over the answers' tokens of a few groups of conversations."""
         assert self.model is not None
-        loss = self.model(batch)
-        self.log("loss", loss, prog_bar=True, batch_size=len(batch))
-        return loss
+        total, tokens = self.model.loss_sum(getattr(batch, "groups", batch))
+        self.tokens, self.last_tokens = self.tokens + tokens, tokens
+        mean = total.detach() / max(tokens, 1)
+        self.guard.see(mean, tokens, getattr(batch, "origins", []))
+        self.log("loss", mean, prog_bar=True, batch_size=max(tokens, 1))
+        for name, share in self.model.shares.items():
+            self.log(f"weight/{name}", share, batch_size=1)
+        return total
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Sums to means: the gradient of all processes and micro-batches over the tokens of all of them.
+
+        Raises TrainingError, before anything changes, where a loss is not to be learned from.
+        """
+        tokens, bad = sum_over_processes([self.tokens, self.guard.alarms()], self.device)
+        self.tokens = 0
+        if bad:
+            raise TrainingError(self.guard.report())
+        averaged = mean_divides_by(self.trainer)
+        for parameter in self._trained():
+            if parameter.grad is not None:
+                parameter.grad.mul_(averaged / max(tokens, 1))
 
     def on_validation_epoch_start(self) -> None:
         self.right: dict[str, list[bool]] = defaultdict(list)
 
-    def validation_step(self, batch: Sequence[Sample], index: int) -> None:
+    def validation_step(self, batch: Any, index: int) -> None:
         """Which answers greedy decoding would get exactly right, by kind."""
         assert self.model is not None
-        said = self.model.would_say([sample.conversations for sample in batch])
-        for sample, hits in zip(batch, said, strict=True):
-            for kind, hit in zip(sample.kinds, hits, strict=True):
+        groups = getattr(batch, "groups", [list(s.conversations) for s in batch])
+        said = self.model.would_say(groups) if groups else []
+        for kinds, hits in zip(getattr(batch, "kinds", [s.kinds for s in batch]), said, strict=True):
+            for kind, hit in zip(kinds, hits, strict=True):
                 self.right[kind].append(hit)
 
     def on_validation_epoch_end(self) -> None:
-        for kind, hits in self.right.items():
-            self.log(f"val/{kind or 'accuracy'}", sum(hits) / len(hits))
-        every = [hit for hits in self.right.values() for hit in hits]
+        kinds = gathered(sorted(self.right))
+        every = []
+        for kind in sorted({kind for own in kinds for kind in own}):
+            hits = self.right.get(kind, [])
+            right, count = sum_over_processes([sum(hits), len(hits)], self.device)
+            every.append((right, count))
+            self.log(f"val/{kind or 'accuracy'}", right / count)
         if every:
-            self.log("val/all", sum(every) / len(every), prog_bar=True)
+            self.log("val/all", sum(r for r, _ in every) / sum(n for _, n in every), prog_bar=True)
 
     def train(self, mode: bool = True) -> Training:
         """Frozen parts stay in eval mode; what is trained follows `mode`."""
         super().train(mode)
-        if self.model is not None and not {"llm", "lora"} & set(self.model.trained):
-            self.model.llm.eval()
+        if self.model is not None:
+            if not {"llm", "lora"} & set(self.model.trained):
+                self.model.llm.eval()
+            if self.hparams["checkpoint_llm"]:
+                checkpoint_layers(self.model.llm, mode)
         return self
 
+    # Checkpoints --------------------------------------------------------------------------
+
+    def _trained(self) -> Iterator[nn.Parameter]:
+        return (p for p in self.parameters() if p.requires_grad)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Only what is trained: Lightning's checkpoints hold nothing frozen."""
-        state = super().state_dict(*args, **kwargs)
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        return {name: tensor for name, tensor in state.items() if name in trained}
+        """What `VideoLLM.save_pretrained` keeps: Lightning's checkpoints hold nothing frozen."""
+        assert self.model is not None
+        return {f"model.{name}": tensor.detach() for name, tensor in self.model.kept().items()}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what `state_dict` holds; anything else in it, or missing from it, is an error."""
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        if strict and trained != set(state):
+        own = set(self.state_dict())
+        if own != set(state):
             raise TrainingError(
-                f"The checkpoint does not fit: it lacks {sorted(trained - set(state))[:4]} and has "
-                f"{sorted(set(state) - trained)[:4]} besides."
+                f"The checkpoint does not fit: it lacks {sorted(own - set(state))[:4]} and has "
+                f"{sorted(set(state) - own)[:4]} besides."
             )
         return super().load_state_dict(state, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What makes it a model of its own, and every process's random states."""
+        assert self.model is not None
+        checkpoint["config"] = self.model.config()
+        checkpoint["random"] = gathered(random_states())
+        checkpoint["losses"] = list(self.guard.past)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the frozen parts are the same; random states are put back before the first step.
+
+        Raises CheckpointError that names what differs.
+        """
+        assert self.model is not None
+        compare(checkpoint["config"], self.model.config())
+        states = checkpoint["random"]
+        self.random = states[self.global_rank] if len(states) == processes() else None
+        self.guard.past.extend(checkpoint["losses"])
+
+    def on_train_batch_start(self, batch: Any, index: int) -> None:
+        if self.random is not None:
+            set_random_states(self.random)
+            self.random = None
+
+
+def compare(saved: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> None:
+    """Raise CheckpointError where two configs differ, naming the place and both values.
+
+    >>> compare({"llm": {"dtype": "bf16"}}, {"llm": {"dtype": "fp32"}})
+    Traceback (most recent call last):
+    merv.errors.CheckpointError: The checkpoint has llm.dtype bf16, this run fp32: set it as it was.
+    """
+    for name in sorted({*saved, *now}):
+        was, own = saved.get(name), now.get(name)
+        if isinstance(was, Mapping) and isinstance(own, Mapping):
+            compare(was, own, f"{where}{name}.")
+        elif was != own and name != "source":  # where it is may change; what it is may not
+            place = f"{where}{name}"
+            raise CheckpointError(f"The checkpoint has {place} {was}, this run {own}: set it as it was.")
 
 
 def warm_up_and_cosine(step: int, *, warm: int, steps: float) -> float:
@@ -215,7 +363,13 @@ def encode_all(model: VideoLLM, videos: Sequence[Any]) -> None:
 
 
 def save(training: Training, folder: str | Path) -> Path:
-    """Write the trained VideoLLM where `VideoLLM.from_pretrained` finds it."""
+    """Write the trained VideoLLM where `VideoLLM.from_pretrained` finds it; all processes take part."""
     assert training.model is not None
-    training.model.save_pretrained(folder)
+    state = unsharded(training.model.kept())
+    if training.global_rank == 0:
+        save_folder(folder, "VideoLLM", training.model.config(), state)
     return Path(folder)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from merv.errors import TrainingError
 from merv.suggest import nearest
 
 # What Lightning says on every run and a user can do nothing about.
 NOISE = ("does not have many workers", "no `val_dataloader`", "LeafSpec", "in eval mode", "litlogger")
+CHECKPOINTS = "checkpoints"  # folder under the run's
 
 
 def recipes() -> dict[str, Path]:
@@ -55,16 +58,16 @@ def with_recipes(argv: Sequence[str]) -> list[str]:
 
 def run(argv: Sequence[str]) -> int:
     """Train as the recipe and the options say; the result is a folder under trainer.default_root_dir."""
+    if set(argv) & {"-h", "--help"}:
+        print(help_text())
+        return 0
+    argv = with_recipes(["--help" if argument == "--help-all" else argument for argument in argv])
+    check_keys(argv)
     # Lightning calls jsonargparse by names that are going away; users can do nothing about that.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    from lightning.pytorch.callbacks import TQDMProgressBar
-    from lightning.pytorch.cli import LightningCLI
     from transformers.utils import logging as transformers_logging
 
-    from merv.checkpoint import check_free
-    from merv.data import ChatData
-    from merv.plot import LossPlot
-    from merv.train import Training, save
+    from merv.fit import Fit
 
     transformers_logging.disable_progress_bar()
     for words in NOISE:
@@ -72,30 +75,107 @@ def run(argv: Sequence[str]) -> int:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not any(words in record.getMessage() for words in NOISE)
     )
-
-    class Command(LightningCLI):
-        """fit, then save the model and its loss curve."""
-
-        def before_instantiate_classes(self) -> None:
-            if self.config["fit"]["trainer"]["enable_progress_bar"] is not False:
-                self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=5))  # in logs too
-
-        def before_fit(self) -> None:
-            check_free(Path(self.trainer.default_root_dir) / "model")  # before hours of training, not after
-
-        def after_fit(self) -> None:
-            folder = save(self.model, Path(self.trainer.default_root_dir) / "model")
-            print(f"The trained model is in {folder}: merv ask VIDEO QUESTION --model {folder}")
-
-    typed, sys.argv = sys.argv, ["merv", "fit", *with_recipes(argv)]  # LightningCLI reads them there
+    # LightningCLI reads them there, and so do the further processes that it starts
+    typed, sys.argv = sys.argv, [sys.argv[0], "fit", *argv]
     try:
-        Command(
-            Training,
-            ChatData,
-            trainer_defaults={"callbacks": [LossPlot()]},
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-        )
+        return Fit.command()
     finally:
         sys.argv = typed
-    return 0
+
+
+# Before anything is loaded -----------------------------------------------------------------
+
+
+def check_keys(argv: Sequence[str]) -> None:
+    """Raise TrainingError for a key, in a recipe or typed, that no part has: it names the nearest."""
+    known = options()
+    for where, key in _keys(argv):
+        part, _, rest = key.partition(".")
+        own = known.get(part)
+        if part not in known:
+            raise TrainingError(f"{where}: nothing is called {part!r}.{nearest(part, known)}")
+        name = re.split(r"[.+]", rest)[0]
+        if own and name and name not in own:
+            raise TrainingError(f"{where}: {part} has no option {name!r}.{nearest(name, own)}")
+
+
+def options() -> dict[str, dict[str, inspect.Parameter]]:
+    """Part of a recipe → its options; none for what is a single value."""
+    from lightning import Trainer
+
+    from merv.data import ChatData
+    from merv.resume import Checkpoints
+    from merv.train import Training
+    from merv.watch import SampleAnswers
+
+    parts = {
+        "trainer": Trainer,
+        "model": Training,
+        "data": ChatData,
+        "checkpoints": Checkpoints,
+        "answers": SampleAnswers,
+    }
+    single = ("config", "c", "seed_everything", "ckpt_path", "weights_only", "print_config", "help", "h")
+    return {
+        **{part: dict(inspect.signature(of).parameters) for part, of in parts.items()},
+        **{key: {} for key in single},
+    }
+
+
+def _keys(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Where a key stands, and the key with dots: of recipes, and of what was typed."""
+    import yaml
+
+    for i, argument in enumerate(argv):
+        if not argument.startswith("-"):
+            continue
+        key, _, value = argument.lstrip("-").partition("=")
+        yield f"--{key}", key
+        if key in ("config", "c"):
+            path = value or argv[i + 1]
+            try:
+                recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            except yaml.YAMLError as error:
+                raise TrainingError(f"{path} is no YAML: {error}") from error
+            if not isinstance(recipe, Mapping):
+                raise TrainingError(f"{path} is no recipe: wanted trainer, model and data at its top.")
+            for part, own in recipe.items():
+                yield path, str(part)
+                yield from ((path, f"{part}.{name}") for name in (own if isinstance(own, Mapping) else ()))
+
+
+def help_text() -> str:
+    """What `merv fit --help` prints: the options of a recipe with their defaults."""
+    from merv.train import Training
+
+    lines = [
+        "usage: merv fit --config RECIPE [--PART.OPTION=VALUE ...] [--ckpt_path=last]",
+        "",
+        "Train by a recipe: a file, or one of",
+        *(f"  {name:28} {_first_line(path)}" for name, path in recipes().items()),
+        "",
+        inspect.cleandoc(Training.__doc__ or ""),
+    ]
+    for part, own in options().items():
+        if part in ("model", "data", "checkpoints", "answers"):
+            lines += ["", f"--{part}. and one of"]
+            lines += [f"  {_shown(parameter)}" for parameter in own.values()]
+    lines += [
+        "",
+        "--trainer. and an option of Lightning's Trainer: max_steps, max_epochs, devices, strategy,",
+        "  precision, accumulate_grad_batches, gradient_clip_val, default_root_dir, logger, ...",
+        "--ckpt_path=last goes on from the newest checkpoint of the run; auto does if there is one.",
+        "--print_config prints the whole recipe; --help-all what Lightning knows of every option (15 s).",
+    ]
+    return "\n".join(lines)
+
+
+def _first_line(path: Path) -> str:
+    """What a recipe says of itself: its second comment line that has words."""
+    said = [line.lstrip("# ").strip() for line in path.read_text().splitlines() if line.startswith("#")]
+    return next((line for line in said[1:] if line), "")
+
+
+def _shown(parameter: Any) -> str:
+    needed = parameter.default is inspect.Parameter.empty
+    return f"{parameter.name}: {parameter.annotation}" + ("" if needed else f" = {parameter.default!r}")

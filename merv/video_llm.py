@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from merv.chat import NOT_LEARNED, Message, Prompt, Visual, check_messages, render
 from merv.checkpoint import fill_exactly, load_folder, save_folder
+from merv.encode import Encoder
 from merv.errors import CheckpointError, PromptError, ShapeError, TrainingError
 from merv.fuse import Fusion
 from merv.llm import LoraOptions, add_lora, fingerprint, load_llm, shares_rows, stream_tokens
@@ -54,6 +57,9 @@ class VideoLLM(nn.Module):
         self.llm, self.tokenizer, self.vision, self.store = llm, tokenizer, vision, store
         self.identity = {"source": getattr(llm.config, "_name_or_path", ""), "fingerprint": fingerprint(llm)}
         self.lora: LoraOptions | None = None
+        self.fill: int | None = None  # in training: groups share rows of up to so many tokens
+        self.shares: dict[str, Tensor] = {}  # mean weight of each encoder, when last fused
+        self.own_gradients: list[Any] = []
         self.train_only(("projector", "mixer"))
 
     # The path -----------------------------------------------------------------------------
@@ -64,8 +70,25 @@ class VideoLLM(nn.Module):
         groups: conversations that end in an answer; those of a group share their video, which
         the LLM then reads once for all of them (if its attention can: `merv.llm.shares_rows`).
         """
+        total, tokens = self.loss_sum(groups)
+        return total / max(tokens, 1)
+
+    def loss_sum(self, groups: Sequence[Sequence[Conversation]]) -> tuple[Tensor, int]:
+        """The loss summed over the answers' tokens, and how many they are: what adds up over batches.
+
+        Whatever is in the groups, or nothing, every parameter that is trained gets a gradient.
+        """
+        if not groups:
+            return self.nothing(), 0
         logits, labels, _ = self.predict(groups)
-        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        total = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return total, int((labels != NOT_LEARNED).sum())
+
+    def nothing(self) -> Tensor:
+        """0, made by running all that is trained: a process without data still takes part in a step."""
+        visual = self.fusion.nothing()
+        embeddings = visual[None, :1].to(self.llm.get_input_embeddings().weight)
+        return 0.0 * self.llm(inputs_embeds=embeddings, use_cache=False).logits.float().sum()
 
     def predict(self, groups: Sequence[Sequence[Conversation]]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [B, K, vocabulary], in fp32, where any row has an answer's token; those tokens
@@ -105,14 +128,15 @@ class VideoLLM(nn.Module):
         visual, runs = self.see(everything)
         ready = iter(runs)
         sequences = [[_sequence(prompt, ready) for prompt in group] for group in prompts]
-        packed = pack(sequences, self.pad_id, side)
+        packed = pack(sequences, self.pad_id, side, self.fill if self.training else None)
         device = self.device
         return Packed(*(tensor.to(device) for tensor in vars(packed).values())), visual
 
     def see(self, visuals: Sequence[Visual]) -> tuple[Tensor, list[range]]:
         """Visual tokens of all videos [V, L], each distinct video once, and which are whose."""
         if not visuals:
-            return torch.empty(0, self.fusion.width, device=self.device), []
+            none = self.fusion.nothing() if self.training else torch.empty(1, self.fusion.width)
+            return none[:0].to(self.device), []
         keys = [(_name(v.source), v.question if self.fusion.mixer.conditioned else "") for v in visuals]
         distinct = dict(zip(keys, visuals, strict=True))
         fused = self._encode(list(distinct.values())).fused
@@ -134,7 +158,9 @@ class VideoLLM(nn.Module):
         rows = [row[_name(visual.source)] for visual in visuals]
         of_visual = {n: Grid.cat([grid[i : i + 1] for i in rows]) for n, grid in features.items()}
         question = self.read([v.question for v in visuals]) if self.fusion.mixer.conditioned else None
-        return self.vision.fuse(of_visual, question)
+        encoded = self.vision.fuse(of_visual, question)
+        self.shares = _shares(encoded.fused.weights, self.fusion.names)
+        return encoded
 
     def read(self, questions: Sequence[str]) -> Tensor:
         """The mean embedding of each question's tokens, [B, L]: what a mixer may be conditioned on."""
@@ -225,19 +251,31 @@ class VideoLLM(nn.Module):
         self.train_only(self.trained)
 
     def parts(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Parameters by part: projector, mixer, lora (if there is one), llm."""
-        fusion = [(f"vision.fusion.{name}", p) for name, p in self.fusion.named_parameters()]
-        llm = [(f"llm.{name}", p) for name, p in self.llm.named_parameters()]
+        """Parameters by part: projector, mixer, lora (if there is one), llm, and each encoder by its name.
+
+        `projector.NAME` and `mixer.NAME` are those of one encoder alone.
+        """
+        fusion = {f"vision.fusion.{name}": p for name, p in self.fusion.named_parameters()}
+        llm = {f"llm.{name}": p for name, p in self.llm.named_parameters()}
         parts = {
-            "projector": {name: p for name, p in fusion if ".projectors." in name},
-            "mixer": {name: p for name, p in fusion if ".mixer." in name},
-            "lora": {name: p for name, p in llm if "lora_" in name},
-            "llm": {name: p for name, p in llm if "lora_" not in name},
+            "projector": {name: p for name, p in fusion.items() if ".projectors." in name},
+            "mixer": {name: p for name, p in fusion.items() if ".mixer." in name},
+            "lora": {name: p for name, p in llm.items() if "lora_" in name},
+            "llm": {name: p for name, p in llm.items() if "lora_" not in name},
         }
-        return parts if self.lora is not None else {k: v for k, v in parts.items() if k != "lora"}
+        for number, (name, encoder) in enumerate(self.vision.named()):
+            before = f"vision.encoders.{name}."
+            parts[name] = {before + own: p for own, p in encoder.named_parameters()}
+            before = f"vision.fusion.projectors.{name}."
+            parts[f"projector.{name}"] = {n: p for n, p in fusion.items() if n.startswith(before)}
+            own = self.fusion.mixer.own(number)
+            parts[f"mixer.{name}"] = {
+                f"vision.fusion.mixer.{n}": self.fusion.mixer.get_parameter(n) for n in own
+            }
+        return {name: own for name, own in parts.items() if own}
 
     def train_only(self, trained: Sequence[str]) -> None:
-        """Make exactly these parts trainable; the encoders never are.
+        """Make exactly these of the parts trainable.
 
         Raises TrainingError for a part that is not there.
         """
@@ -248,27 +286,57 @@ class VideoLLM(nn.Module):
                     f"Nothing here is called {name!r}.{nearest(name, parts)} There are: {', '.join(parts)}."
                 )
         self.trained = tuple(trained)
-        for name, parameters in parts.items():
-            for parameter in parameters.values():
-                parameter.requires_grad_(name in trained)
+        for hook in self.own_gradients:
+            hook.remove()
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        for name in trained:
+            for parameter in parts[name].values():
+                parameter.requires_grad_(True)
+        self.own_gradients = [] if "mixer" in trained else self._keep_others(trained)
+
+    def _keep_others(self, trained: Sequence[str]) -> list[Any]:
+        """Where parts of the mixer are trained: hooks that leave the rest of their parameters as it is."""
+        own: dict[str, Tensor] = {}
+        for number, name in enumerate(self.vision.encoders):
+            if f"mixer.{name}" in trained:
+                for parameter, mask in self.fusion.mixer.own(number).items():
+                    own[parameter] = mask | own.get(parameter, mask)
+        of_mixer = self.fusion.mixer.get_parameter
+        return [of_mixer(name).register_hook(partial(torch.mul, mask)) for name, mask in own.items()]
+
+    def join(self, name: str, encoder: Encoder) -> None:
+        """Take in another encoder: a fresh projector, and a share in the mixer that is small at first.
+
+        Train it by `train_only([f"projector.{name}", f"mixer.{name}"])`.
+        """
+        self.vision.join(name, encoder)
+        self.train_only(self.trained)
 
     # Saving -------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what was trained and how to find the rest: a small folder, whole or not at all."""
-        config = {
+        save_folder(folder, "VideoLLM", self.config(), self.kept())
+
+    def config(self) -> dict[str, Any]:
+        """All that `from_pretrained` needs besides tensors, as JSON.
+
+        Raises CheckpointError where an encoder has random weights: nothing could load them again.
+        """
+        return {
             "llm": {**self.identity, "dtype": str(self.llm.dtype).removeprefix("torch.")},
-            "lora": None if self.lora is None else vars(self.lora),
+            "lora": None if self.lora is None else {**vars(self.lora), "targets": list(self.lora.targets)},
             "trained": list(self.trained),
             "vision": self.vision.config(),
         }
-        save_folder(folder, "VideoLLM", config, self.kept())
 
     def kept(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: all of the fusion, the LoRA, and whatever else is trained."""
-        trained = {"lora", *self.trained} - {"projector", "mixer"}
-        of_llm = {n: p for part, own in self.parts().items() if part in trained for n, p in own.items()}
-        return {**{f"vision.fusion.{n}": t for n, t in self.fusion.state_dict().items()}, **of_llm}
+        """What a checkpoint holds, by name: all of the fusion, the LoRA, and whatever else is trained."""
+        parts = self.parts()
+        fusion = {f"vision.fusion.{name}": t for name, t in self.fusion.state_dict().items()}
+        others = [p for name, p in parts.items() if name == "lora" or name in self.trained]
+        return {**fusion, **{name: p for own in others for name, p in own.items()}}
 
     @classmethod
     def from_pretrained(
@@ -278,17 +346,20 @@ class VideoLLM(nn.Module):
         llm: str | Path | None = None,
         weights: Mapping[str, str | None] | None = None,
         dtype: str | None = None,
+        quantise: str | None = None,
     ) -> VideoLLM:
         """Load what `save_pretrained` wrote.
 
         llm: where the language model is now, if not where it was. weights: the same for encoders,
-        by name. dtype: of the LLM; None: as it was.
+        by name. dtype: of the LLM; None: as it was. quantise: the LLM's weights, see `merv.llm.load_llm`.
         Raises CheckpointError where something is not what it was, naming both.
         """
         config, state = load_folder(folder, "VideoLLM")
         was = config["llm"]
         names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-        loaded, tokenizer = load_llm(llm or was["source"], dtype or names.get(was["dtype"], "auto"))
+        within = Path(folder) / was["source"]  # a converted model brings its LLM along
+        source = llm or (within if within.is_dir() else was["source"])
+        loaded, tokenizer = load_llm(source, dtype or names.get(was["dtype"], "auto"), quantise)
         model = cls(loaded, tokenizer, MultiEncoder.from_config(config["vision"], weights or {}))
         if model.identity["fingerprint"] != was["fingerprint"]:
             raise CheckpointError(
@@ -315,6 +386,13 @@ def _sequence(prompt: Prompt, runs: Iterator[range]) -> Tokens:
             ids += piece
             labels += [i if flag else NOT_LEARNED for i, flag in zip(piece, learned, strict=True)]
     return Tokens(torch.tensor(ids), torch.tensor(labels))
+
+
+def _shares(weights: Tensor | None, names: Sequence[str]) -> dict[str, Tensor]:
+    """Mean weight [B, E, t, h, w] of each encoder over all cells, 0-dim; nothing where a mixer has none."""
+    if weights is None:
+        return {}
+    return dict(zip(names, weights.detach().float().mean(dim=(0, 2, 3, 4)), strict=True))
 
 
 def _name(source: Any) -> Any:

@@ -89,7 +89,7 @@ def test_frozen_parts_stay_in_eval_mode(folder):
 
 
 def test_videos_are_encoded_once(folder, monkeypatch):
-    module, read = training(folder), []
+    module, read = training(folder, store="memory"), []
 
     def count(video, *args, **options):
         read.append(video)
@@ -101,7 +101,7 @@ def test_videos_are_encoded_once(folder, monkeypatch):
 
 
 def test_a_checkpoint_holds_the_trained_parameters_only_and_loads(folder):
-    module = training(folder)
+    module = training(folder, store="memory")
     module.configure_model()
     state = module.state_dict()
     assert state

@@ -8,6 +8,7 @@ from merv.errors import CheckpointError, PromptError, ShapeError, TrainingError
 from merv.llm import LoraOptions, fingerprint, load_llm, shares_rows
 from merv.multi_encoder import MultiEncoder
 from merv.pack import Tokens, pack
+from merv.reader import Reader
 from merv.store import FeatureStore
 from merv.testing import make_video, tiny_llm
 from merv.video_llm import VideoLLM
@@ -364,10 +365,16 @@ def test_without_a_condition_the_question_changes_no_weights():
     assert torch.equal(one, other)
 
 
+def count_readings(monkeypatch):
+    """A list that gets an entry for each video that is read."""
+    seen, read = [], Reader.read
+    monkeypatch.setattr(Reader, "read", lambda *args: seen.append(args) or read(*args))
+    return seen
+
+
 def test_several_questions_about_a_video_encode_it_once(monkeypatch):
     model, clip = build(conditioned=True), video(8)
-    read, seen = model.vision.read, []
-    monkeypatch.setattr(model.vision, "read", lambda *args: seen.append(args) or read(*args))
+    seen = count_readings(monkeypatch)
     model([[ask("What?", clip, answer="a"), ask("Who?", clip, answer="b")]])
     assert len(seen) == 1
 
@@ -399,8 +406,7 @@ def test_ask_prints_the_answer_and_the_weights_for_that_question(folder, tmp_pat
         ["fake", "fake/video"], width=llm.config.hidden_size, mixer_options={"conditioned": True}
     )
     VideoLLM(llm, tokenizer, vision).save_pretrained(tmp_path / "model")
-    path, seen, read = make_video(tmp_path / "clip.mp4"), [], MultiEncoder.read
-    monkeypatch.setattr(MultiEncoder, "read", lambda *args: seen.append(args) or read(*args))
+    path, seen = make_video(tmp_path / "clip.mp4"), count_readings(monkeypatch)
     assert main(["ask", str(path), "What?", "--model", str(tmp_path / "model"), "--weights"]) == 0
     assert capsys.readouterr().out.endswith("\nweights: fake 50%, fake_video 50%\n")
     assert len(seen) == 1

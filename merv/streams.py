@@ -1,0 +1,101 @@
+"""Streams: the encoders of a MultiEncoder by name, made from what was typed or saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from merv.encode import Encoder
+from merv.errors import CheckpointError, EncoderError
+from merv.registry import create_encoder
+from merv.suggest import nearest
+from merv.weights import PRETRAINED
+
+
+def by_name(encoders: Sequence[str | Encoder] | Mapping[str, str | Encoder]) -> dict[str, str | Encoder]:
+    """Names for the streams: as given, as typed, or the spec's name."""
+    if isinstance(encoders, (str, Encoder)):
+        encoders = [encoders]
+    if isinstance(encoders, Mapping):
+        named = dict(encoders)
+    else:
+        names = [stream_name(encoder) for encoder in encoders]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise EncoderError(
+                f"Two encoders are called {', '.join(twice)}; give them names: "
+                f"MultiEncoder({{'{twice[0]}_a': ..., '{twice[0]}_b': ...}})."
+            )
+        named = dict(zip(names, encoders, strict=True))
+    if not named:
+        raise EncoderError("A MultiEncoder needs at least one encoder; see `merv encoders` for names.")
+    return named
+
+
+def stream_name(encoder: str | Encoder) -> str:
+    """`dinov2/base` → dinov2_base, `package.module:Class` → Class, a module → its spec's name."""
+    typed = encoder if isinstance(encoder, str) else encoder.spec.name
+    return typed.rpartition(":")[2].replace("/", "_").replace(".", "_").replace("-", "_")
+
+
+def create_all(
+    encoders: Mapping[str, str | Encoder],
+    weights: str | Mapping[str, str | None] | None,
+    presets: Mapping[str, str],
+) -> dict[str, Encoder]:
+    """The encoders, made where only a name was given."""
+    if isinstance(weights, Mapping):
+        check_names("weights", weights, encoders)
+    check_names("presets", presets, encoders)
+    made = {}
+    for name, encoder in encoders.items():
+        if not isinstance(encoder, str):
+            if name in presets:
+                raise EncoderError(
+                    f"presets= names {name!r}, which is made already: give it its preset then."
+                )
+            made[name] = encoder
+            continue
+        own = weights.get(name, PRETRAINED) if isinstance(weights, Mapping) else weights
+        made[name] = create_encoder(encoder, weights=own, preset=presets.get(name))
+    return made
+
+
+def check_names(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise EncoderError where an option names an encoder that is not there."""
+    for name in given:
+        if name not in known:
+            raise EncoderError(
+                f"{option}= names {name!r}, which is no encoder here.{nearest(name, known)} "
+                f"There are: {', '.join(known)}."
+            )
+
+
+def checked_frames(frames: Mapping[str, int], encoders: Mapping[str, Encoder]) -> dict[str, int]:
+    """Numbers of frames by encoder, each a multiple of its window."""
+    check_names("frames", frames, encoders)
+    for name, count in frames.items():
+        window = encoders[name].spec.window or encoders[name].spec.tubelet
+        if count < 1 or count % window:
+            raise EncoderError(f"{name} takes frames in windows of {window}; frames={count} is no multiple.")
+    return dict(frames)
+
+
+def recreate(name: str, saved: Mapping[str, Any], weights: Mapping[str, str | None]) -> Encoder:
+    """An encoder as it was saved, checked to be the same."""
+    was = saved["identity"]
+    source = was["source"] if was["revision"] is None else f"{was['source']}@{was['revision']}"
+    encoder = create_encoder(
+        saved["class"],
+        variant=saved["variant"],
+        preset=saved["preset"],
+        weights=weights.get(name, source),
+    )
+    now = vars(encoder.identity)
+    if now["sha256"] != was["sha256"]:
+        raise CheckpointError(
+            f"Encoder {name!r} has other weights than when this was saved: {was['source']} "
+            f"({was['sha256']}) then, {now['source']} ({now['sha256']}) now. "
+            f"Pass weights={{{name!r}: '/folder/with/the/right/ones'}}."
+        )
+    return encoder
