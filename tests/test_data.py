@@ -54,7 +54,7 @@ def test_messages_keep_their_form_with_absolute_paths(tmp_path):
 )
 def test_a_broken_line_is_named(tmp_path, broken):
     path = write(tmp_path / "a.jsonl", ROW, broken)
-    with pytest.raises(DataError, match=r"a\.jsonl, line 2: .*Wanted 'video' and 'questions'"):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: "):
         read_samples(path)
 
 

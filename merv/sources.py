@@ -1,0 +1,353 @@
+"""Sources: files of samples, opened without being read whole.
+
+JSON and JSONL files and the shards of WebDataset are indexed once and then read at offsets;
+Parquet files and the folders of Hugging Face `datasets` are memory-mapped by that library.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from glob import glob
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+from merv.errors import DataError
+from merv.samples import Sample, sample_of
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+VIDEOS = (".mp4", ".m4v", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif")
+CAPTION = "Describe what is shown."  # what a caption, the .txt of a shard, answers
+BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
+Source = str | Path | Sequence[str | Path]
+
+
+class Samples(Sequence[Sample]):
+    """The samples of some files, each read when it is asked for; see `open_samples`.
+
+    It pickles as the index that it is, for workers of a loader.
+    """
+
+    def __init__(self, files: Sequence[Rows]) -> None:
+        self.files = files
+        self._ends = list(accumulate(map(len, files)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]  # an IndexError, and what negative ones mean
+        file = bisect_right(self._ends, index)
+        return self.files[file].sample(index - (self._ends[file - 1] if file else 0))
+
+
+class Rows(Protocol):
+    """The rows of one file."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int) -> Sample:
+        """One of them as a sample; raises DataError that names it."""
+
+
+def open_samples(source: Source, root: str | Path | None = None) -> Samples:
+    """The samples of one or more files, as a sequence that reads them one by one.
+
+    source: .jsonl, .json, .parquet or .tar files, or a folder that `datasets` saved; `*` and
+        `{0000..0003}` in a path stand for several. root: the folder that paths in rows begin
+        at, by default the one that the file is in.
+
+    Raises DataError for a file that is missing, empty or no such file at all; for a row that is
+    wrong, `samples[i]` raises it, with the row's origin.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder, "a.jsonl")
+    ...     _ = file.write_text('{"video": "a.mp4", "questions": [{"question": "?", "answer": "!"}]}')
+    ...     samples = open_samples(file)
+    ...     len(samples), samples[0].origin.endswith("a.jsonl:1")
+    (1, True)
+    """
+    return Samples([_open(path, Path(root or path.parent).expanduser()) for path in expand(source)])
+
+
+def stream_samples(source: Any, root: str | Path | None = None, split: str = "train") -> SampleStream:
+    """The samples of a dataset too large to hold, one after the other.
+
+    source: Parquet files, as of `open_samples`; the name of a dataset on the hub, of which `split` is
+        taken; or a `datasets.IterableDataset`. root: the folder that paths in rows begin at.
+    """
+    from datasets import IterableDataset, load_dataset
+
+    if isinstance(source, IterableDataset):
+        return SampleStream(source, root, "stream")
+    if not str(source if isinstance(source, (str, Path)) else source[0]).endswith(".parquet"):
+        return SampleStream(load_dataset(str(source), split=split, streaming=True), root, str(source))
+    paths = expand(source)
+    return SampleStream(
+        IterableDataset.from_parquet(list(map(str, paths))), root or paths[0].parent, str(source)
+    )
+
+
+class SampleStream:
+    """Samples of a `datasets.IterableDataset`, in its order. A row that is wrong raises DataError."""
+
+    def __init__(self, rows: Any, root: str | Path | None, name: str) -> None:
+        self.rows, self.root, self.name = rows.with_format("arrow"), Path(root or ""), name
+        self.taken = 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        for table in self.rows:
+            (row,) = table.to_pylist()
+            self.taken += 1
+            yield sample_of(row, f"{self.name}[{self.taken - 1}]", self.root)
+        self.taken = 0
+
+    def part(self, index: int, count: int) -> SampleStream:
+        """Part `index` of `count`, for one of so many processes; together they are the whole."""
+        from datasets.distributed import split_dataset_by_node
+
+        rows = split_dataset_by_node(self.rows, index, count)
+        return SampleStream(rows, self.root, f"{self.name}, part {index} of {count}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is: what was handed out is not handed out again."""
+        return {"rows": self.rows.state_dict(), "taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, at the next `iter`."""
+        self.rows.load_state_dict(state["rows"])
+        self.taken = state["taken"]
+
+
+class FilePart(io.RawIOBase):
+    """Some bytes in the middle of a file, as a file of their own: a member of a shard.
+
+    It opens the file only while it reads, and pickles as its place.
+    """
+
+    def __init__(self, path: str, start: int, size: int, name: str) -> None:
+        self.path, self.start, self.size, self.name = path, start, size, name
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, place: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, place + (0, self._at, self.size)[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self.size - self._at)]
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.start + self._at)
+            got = file.readinto(view) or 0
+        self._at += got
+        return got
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return FilePart, (self.path, self.start, self.size, self.name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FilePart) and self.__reduce__() == other.__reduce__()
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.start))
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def expand(source: Source) -> list[Path]:
+    """The paths that a pattern, or several, stand for; raises DataError where there is none.
+
+    >>> [path.name for path in expand([__file__])]
+    ['sources.py']
+    """
+    found: list[Path] = []
+    for pattern in [source] if isinstance(source, (str, Path)) else source:
+        name = str(Path(pattern).expanduser())
+        names = [name] if Path(name).exists() else [each for one in _braces(name) for each in _glob(one)]
+        if missing := next((each for each in names or [name] if not Path(each).exists()), None):
+            raise DataError(
+                f"No data at {missing}: no such file. For the demo's data run `merv demo --only-data`."
+            )
+        found += map(Path, names)
+    return found
+
+
+def _braces(name: str) -> list[str]:
+    """`a{08..10}.tar` as a08.tar, a09.tar, a10.tar; `{train,val}.json` as both."""
+    if not (braces := BRACES.search(name)):
+        return [name]
+    first, last, words = braces.groups()
+    inner = words.split(",") if words else [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
+    return [
+        whole for each in inner for whole in _braces(name[: braces.start()] + each + name[braces.end() :])
+    ]
+
+
+def _glob(name: str) -> list[str]:
+    return sorted(glob(name)) if any(sign in name for sign in "*?[") else [name]
+
+
+def _open(path: Path, root: Path) -> Rows:
+    ways: dict[str, Callable[[Path, Path], Rows]] = {
+        ".json": JsonRows, ".jsonl": JsonRows, ".parquet": TableRows, ".tar": ShardRows, "": TableRows,
+    }  # fmt: skip
+    suffix = "" if path.is_dir() else path.suffix.lower() or path.name
+    if suffix not in ways:
+        raise DataError(
+            f"{path} is no file of samples; wanted .jsonl, .json, .parquet, .tar (not compressed), or a "
+            "folder that save_to_disk of `datasets` wrote."
+        )
+    try:
+        rows = ways[suffix](path, root)
+    except (OSError, ValueError, tarfile.TarError) as error:
+        raise DataError(f"{path} cannot be read: {str(error).rstrip('.')}.") from error
+    if not len(rows):
+        raise DataError(f"{path} is empty; wanted one row or more.")
+    return rows
+
+
+class JsonRows:
+    """Rows of a JSONL file, or of a file that is one JSON list, found by their places in it."""
+
+    def __init__(self, path: Path, root: Path) -> None:
+        self.path, self.root = path, root
+        with path.open("rb") as file:
+            self.listed = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        self.starts, self.sizes, self.lines = array("Q"), array("Q"), array("Q")
+        for start, size, line in _items(path) if self.listed else _lines(path):
+            self.starts.append(start)
+            self.sizes.append(size)
+            self.lines.append(line)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def sample(self, index: int) -> Sample:
+        """The sample of a line, or of an item of the list."""
+        origin = f"{self.path}[{index}]" if self.listed else f"{self.path}:{self.lines[index]}"
+        part = FilePart(str(self.path), self.starts[index], self.sizes[index], origin)
+        return sample_of(_parsed(part.read(), origin), origin, self.root)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, int, int]]:
+    """Start, size and number of each line that is not blank."""
+    start = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield start, len(line), number
+            start += len(line)
+
+
+def _items(path: Path) -> Iterator[tuple[int, int, int]]:
+    """Start and size in bytes, and index, of each item of the list that a file is."""
+    text = path.read_text(encoding="utf-8")
+    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
+    place, byte, index = text.index("[") + 1, 0, 0
+    byte = len(text[:place].encode())
+    while True:
+        begin = space.match(text, place).end()  # type: ignore[union-attr]
+        if text[begin : begin + 1] == "]":
+            return
+        _, end = decoder.raw_decode(text, begin)
+        start = byte + begin - place  # between items all is ASCII
+        size = len(text[begin:end].encode())
+        yield start, size, index
+        place, byte, index = end, start + size, index + 1
+
+
+def _parsed(data: bytes | None, origin: str) -> Any:
+    def no_number(word: str) -> None:
+        raise ValueError(f"{word} is no JSON")
+
+    try:
+        return json.loads((data or b"").decode("utf-8-sig"), parse_constant=no_number)
+    except ValueError as error:  # of the encoding as of the form
+        raise DataError(f"{origin}: no JSON in UTF-8: {error}; got {(data or b'')[:60]!r}.") from error
+
+
+class ShardRows:
+    """Samples of a WebDataset shard: the members of one key are a row and its videos and images."""
+
+    def __init__(self, path: Path, root: Path) -> None:
+        self.path, self.root = path, root
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    folder, _, name = member.name.rpartition("/")
+                    key, _, suffix = name.partition(".")
+                    place = member.offset_data, member.size
+                    found.setdefault(f"{folder}/{key}".lstrip("/"), {})[f".{suffix.lower()}"] = place
+        self.keys, self.members = list(found), list(found.values())
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def sample(self, index: int) -> Sample:
+        """The sample of a key; its videos and images are files, read at their place in the shard."""
+        origin = f"{self.path}/{self.keys[index]}"
+        members = {
+            suffix: FilePart(str(self.path), *place, f"{origin}{suffix}")
+            for suffix, place in self.members[index].items()
+        }
+        row: Any
+        if ".json" in members:
+            row = _parsed(members[".json"].read(), origin)
+        elif ".txt" in members:
+            caption = (members[".txt"].read() or b"").decode(errors="replace")
+            row = {"questions": [{"question": CAPTION, "answer": caption}]}
+        else:
+            raise DataError(f"{origin}: no .json or .txt among its members {sorted(members)}.")
+        for kind, suffixes in ("video", VIDEOS), ("image", IMAGES):
+            files = [part for suffix, part in members.items() if suffix.endswith(suffixes)]
+            if files and isinstance(row, dict):
+                row[kind] = files
+        return sample_of(row, origin, self.root)
+
+
+class TableRows:
+    """Rows of a Parquet file, or of a folder that `datasets` saved; media stay undecoded."""
+
+    def __init__(self, path: Path, root: Path) -> None:
+        from datasets import Dataset
+        from pyarrow.parquet import read_metadata
+
+        self.path, self.root = path, root
+        if path.is_dir():
+            table = Dataset.load_from_disk(str(path))
+        elif read_metadata(path).num_rows:  # an ArrowInvalid, a ValueError, where it is none
+            table = Dataset.from_parquet(str(path))
+        else:
+            table = Dataset.from_list([])
+        self.table = table.with_format("arrow")  # which decodes neither videos nor images
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def sample(self, index: int) -> Sample:
+        """The sample of a row."""
+        (row,) = self.table[index : index + 1].to_pylist()
+        return sample_of(row, f"{self.path}[{index}]", self.root)

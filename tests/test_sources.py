@@ -1,0 +1,191 @@
+import io
+import json
+import pickle
+import tarfile
+
+import pytest
+from datasets import Dataset, Image, IterableDataset, Video, config
+from PIL import Image as Picture
+
+from merv.decode import probe
+from merv.errors import DataError, UnreadableVideo
+from merv.sources import FilePart, expand, open_samples, stream_samples
+from merv.testing import make_video
+
+TALK = [{"from": "human", "value": "<image>\nWhät?"}, {"from": "gpt", "value": "A square."}]
+ROW = {"video": "a.mp4", "conversations": TALK}
+
+
+@pytest.fixture(autouse=True)
+def quiet(tmp_path, monkeypatch):
+    """What `datasets` converts is kept with the test's files."""
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def shard(path, **members: bytes):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name.replace("__", "."))
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def origins(samples) -> list[str]:
+    return [sample.origin.rpartition("/")[2] for sample in samples]
+
+
+def test_lines_are_read_at_their_places(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + f"{json.dumps(ROW)}\n\n{json.dumps(ROW, ensure_ascii=False)}".encode())
+    samples = open_samples(file)
+    assert origins(samples) == ["a.jsonl:1", "a.jsonl:3"]
+    assert samples[-1].conversations == samples[0].conversations
+    assert samples[1].videos() == [str(tmp_path / "a.mp4")]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_items_of_a_list_are_read_at_their_places(tmp_path, indent):
+    file = tmp_path / "a.json"
+    rows = [{**ROW, "id": "ä"}, {**ROW, "video": "b.mp4"}, ROW]
+    file.write_text(
+        "\ufeff" * (indent is None) + json.dumps(rows, indent=indent, ensure_ascii=False), "utf-8"
+    )
+    samples = open_samples(file, root="/clips")
+    assert origins(samples) == ["a.json[0]", "a.json[1]", "a.json[2]"]
+    assert samples[1].videos() == ["/clips/b.mp4"]
+
+
+def test_a_wrong_line_is_named_when_it_is_read(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(json.dumps(ROW).encode() + b'\n{"a": NaN}\n\xff\n{\n')
+    samples = open_samples(file)
+    for index, reason in (1, "NaN is no JSON"), (2, "utf-8"), (3, "Expecting property name"):
+        with pytest.raises(DataError, match=rf"a\.jsonl:{index + 1}: .*{reason}"):
+            samples[index]
+    assert samples[0].origin
+
+
+def test_several_files_are_one_sequence_that_pickles(tmp_path):
+    for name in "train-08", "train-09", "train-10", "val":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps(ROW))
+    samples = open_samples([tmp_path / "train-{08..10}.jsonl", tmp_path / "v*.jsonl"])
+    samples = pickle.loads(pickle.dumps(samples))
+    assert len(samples) == 8
+    assert origins(samples[3:8:2]) == ["train-09.jsonl:2", "train-10.jsonl:2", "val.jsonl:2"]
+    with pytest.raises(IndexError):
+        samples[8]
+
+
+def test_braces_with_commas_are_words(tmp_path):
+    for name in "train.json", "val.json":
+        (tmp_path / name).touch()
+    assert [path.name for path in expand(f"{tmp_path}/{{val,train}}.json")] == ["val.json", "train.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("empty.jsonl", b"\n", "is empty"),
+        ("cut.json", b'[{"a": 1}, {"b"', "cannot be read: .*Expecting"),
+        ("open.json", b'[{"a": 1}', "cannot be read: Expecting"),
+        ("latin.json", b'["\xe4"]', "cannot be read: .*utf-8"),
+        ("a.csv", b"a,b", r"wanted \.jsonl, \.json, \.parquet, \.tar"),
+        ("a.parquet", b"PAR1" * 9, r"a\.parquet cannot be read"),
+        ("a.tar", b"no tar" * 999, r"a\.tar cannot be read: invalid header"),
+    ],
+)
+def test_a_file_that_is_none_is_refused_at_once(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=reason):
+        open_samples(tmp_path / name)
+
+
+def test_a_path_or_pattern_without_a_file_is_refused(tmp_path):
+    for name in "none.jsonl", "*.tar", "a{0..1}.tar":
+        with pytest.raises(DataError, match=r"No data at .*no such file"):
+            open_samples(tmp_path / name)
+    with pytest.raises(DataError, match="cannot be read"):
+        open_samples(tmp_path)
+
+
+def test_members_of_a_key_are_a_row_and_its_media(tmp_path):
+    video = make_video(tmp_path / "a.mp4").read_bytes()
+    row = json.dumps({"conversations": TALK}).encode()
+    file = shard(tmp_path / "a.tar", x1__mp4=video, x1__json=row, x2__txt=b"A square.", x2__MP4=video)
+    samples = open_samples(file)
+    assert origins(samples) == ["x1", "x2"]
+    for sample in samples:
+        (clip,) = pickle.loads(pickle.dumps(sample.videos()))
+        assert probe(clip).frames == 16
+        assert clip.name == f"{sample.origin}.mp4"
+    assert samples[1].conversations[0][-1]["content"] == "A square."
+
+
+def test_a_key_without_a_row_is_named_when_it_is_read(tmp_path):
+    samples = open_samples(shard(tmp_path / "a.tar", x1__mp4=b"", x2__json=b"{"))
+    with pytest.raises(DataError, match=r"a\.tar/x1: no \.json or \.txt"):
+        samples[0]
+    with pytest.raises(DataError, match=r"a\.tar/x2: no JSON"):
+        samples[1]
+
+
+def test_a_part_of_a_file_reads_as_a_file_of_its_own(tmp_path):
+    (tmp_path / "f").write_bytes(b"0123456789")
+    part = FilePart(str(tmp_path / "f"), 2, 5, "part")
+    assert (part.read(2), part.tell(), part.read(), part.read()) == (b"23", 2, b"456", b"")
+    assert (part.seek(-2, io.SEEK_END), part.read(), part.seek(1), part.read(1)) == (3, b"56", 1, b"3")
+    assert part == FilePart(str(tmp_path / "f"), 2, 5, "part") != FilePart(str(tmp_path / "f"), 3, 5, "part")
+    assert len({part, FilePart(str(tmp_path / "f"), 2, 5, "part")}) == 1
+    with pytest.raises(UnreadableVideo, match=r"^part: "):
+        probe(part)
+
+
+def test_tables_hand_over_videos_undecoded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_video("a.mp4")
+    table = Dataset.from_list([ROW, ROW]).cast_column("video", Video())
+    table.save_to_disk("saved")
+    samples = pickle.loads(pickle.dumps(open_samples("saved")))
+    assert origins(samples) == ["saved[0]", "saved[1]"]
+    assert probe(samples[1].videos()[0]).frames == 16
+
+
+def parquet(path, rows: int):
+    image = io.BytesIO()
+    Picture.new("RGB", (6, 4)).save(image, "png")
+    row = {"image": {"bytes": image.getvalue(), "path": None}, "conversations": TALK, "video": None}
+    table = Dataset.from_list([row] * rows).cast_column("image", Image())
+    table.to_parquet(path)
+    return path
+
+
+def test_parquet_hands_over_images_undecoded(tmp_path):
+    samples = open_samples(parquet(tmp_path / "a.parquet", 2))
+    assert probe(samples[1].videos()[0]).width == 6
+    assert origins(samples) == ["a.parquet[0]", "a.parquet[1]"]
+
+
+def test_a_stream_goes_on_where_it_stood(tmp_path):
+    file = parquet(tmp_path / "a.parquet", 3)
+    stream = stream_samples(file)
+    first = next(iter(stream))
+    after = stream_samples(file)
+    after.load_state_dict(stream.state_dict())
+    assert origins([first, *after]) == ["a.parquet[0]", "a.parquet[1]", "a.parquet[2]"]
+    assert probe(first.videos()[0]).width == 6
+
+
+def test_parts_of_a_stream_are_the_whole(tmp_path):
+    rows = [
+        {"messages": [{"role": r, "content": f"{r}{i}"} for r in ("user", "assistant")]} for i in range(5)
+    ]
+    stream = stream_samples(IterableDataset.from_generator(lambda: iter(rows)))
+    said = [s.conversations[0][0]["content"] for i in (0, 1) for s in stream.part(i, 2)]
+    assert sorted(said) == [f"user{i}" for i in range(5)]
+
+
+def test_a_wrong_row_of_a_stream_is_named():
+    stream = stream_samples(IterableDataset.from_generator(lambda: iter([{"video": "a.mp4"}])))
+    with pytest.raises(DataError, match=r"^stream\[0\]: wanted 'messages'"):
+        next(iter(stream))
