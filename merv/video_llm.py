@@ -272,7 +272,7 @@ class VideoLLM(nn.Module):
             parts[f"mixer.{name}"] = {
                 f"vision.fusion.mixer.{n}": self.fusion.mixer.get_parameter(n) for n in own
             }
-        return {name: own for name, own in parts.items() if own}
+        return {name: own for name, own in parts.items() if own or name in ("projector", "mixer")}
 
     def train_only(self, trained: Sequence[str]) -> None:
         """Make exactly these of the parts trainable.
