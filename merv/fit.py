@@ -45,7 +45,9 @@ class Fit(LightningCLI):
         root = Path(config["default_root_dir"] or "outputs")
         config["default_root_dir"] = str(root)
         if config["logger"] in (None, True):
-            config["logger"] = [CSVLogger(root, name="logs"), TensorBoardLogger(root, name="logs")]
+            table = CSVLogger(root, name="logs")
+            config["logger"] = [table, TensorBoardLogger(root, name="logs", version=table.version)]
+        config["enable_model_summary"] = bool(config["enable_model_summary"])  # the parts are listed anyway
         own: list[Callback] = [LossPlot(), CleanStop(), Pace()]
         if config["enable_progress_bar"] is not False:
             own.append(TQDMProgressBar(refresh_rate=5))  # in logs too

@@ -48,10 +48,10 @@ def load_llm(source: str | Path, dtype: str = "auto", quantise: str | None = Non
 
     if dtype not in DTYPES:
         raise WeightsError(f"Unknown dtype {dtype!r} for the LLM: {', '.join(DTYPES)}.")
-    folder = smollm2_folder() if source == SMOLLM2 else source
+    folder, how = smollm2_folder() if source == SMOLLM2 else source, _quantised(quantise, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        llm = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], **_quantised(quantise, dtype))
+        llm = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], **how)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(
@@ -88,11 +88,12 @@ def checkpoint_layers(llm: Any, on: bool) -> None:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    if on and not llm.is_gradient_checkpointing:
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in llm.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = on
+    layers = [module for module in llm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if on and not any(layer.gradient_checkpointing for layer in layers):
+        newer = getattr(llm, "activation_checkpointing_enable", None)  # the name in newer transformers
+        (newer or llm.gradient_checkpointing_enable)({"use_reentrant": False})
+    for layer in layers:
+        layer.training = on
 
 
 def add_lora(llm: nn.Module, options: LoraOptions) -> list[str]:
@@ -146,7 +147,9 @@ def fingerprint(llm: nn.Module) -> str:
     for name, parameter in llm.named_parameters():
         values = parameter.detach().flatten()
         some = values[:: max(1, len(values) // SAMPLED)][:SAMPLED].to(torch.bfloat16).float()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + some.cpu().numpy().tobytes())
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        if not parameter.is_meta:  # there only shapes are known
+            digest.update(some.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

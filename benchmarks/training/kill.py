@@ -1,0 +1,198 @@
+"""Kill a run at every point, go on, and compare: weights to the bit, samples one by one.
+
+    python benchmarks/training/kill.py [--out outputs/kill] [--each 6]
+
+Each run is a process of its own that gets SIGKILL, which no program can see coming, inside one phase: while
+it waits for data, in the forward pass, half-way back, in the optimizer, while a checkpoint is written,
+between epochs. Then `--ckpt_path=auto` goes on. In the end there must be the same bytes in model.safetensors
+as without any kill, and every step must have trained on the same samples. The run has a LoRA with dropout,
+accumulates gradients, validates, mixes two sets by weight, groups by length; every second kill has two
+workers for the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import lightning  # noqa: F401 (loaded once, here: the runs are forks)
+import torch
+import transformers  # noqa: F401
+from material import make, options
+from tqdm import tqdm
+from trained_on import TrainedOn, read
+
+from merv.demo.run import machine
+from merv.reader import Reader
+from merv.train_cli import run
+from merv.video_llm import VideoLLM
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+def die() -> None:
+    """SIGKILL, to the run even where one of its workers is here."""
+    os.kill(RUN, signal.SIGKILL)
+    signal.pause()
+
+
+RUN = 0  # the process of the run
+
+
+def at(count: int, work: Callable[..., Any], after: bool = True) -> Callable[..., Any]:
+    """`work`, that kills the run at its count-th call: when it is done, or before it begins."""
+    calls = Counter[str]()
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls["now"] += 1
+        if calls["now"] == count and not after:
+            die()
+        done = work(*args, **kwargs)
+        if calls["now"] == count:
+            die()
+        return done
+
+    return counted
+
+
+def half_saved(count: int) -> Callable[..., Any]:
+    """torch.save that at its count-th call writes half of the file and kills the run."""
+    calls, save = Counter[str](), torch.save
+
+    def saving(what: Any, to: Any) -> None:
+        calls["now"] += 1
+        save(what, to)
+        if calls["now"] == count:
+            os.truncate(to, os.path.getsize(to) // 2)
+            die()
+
+    return saving
+
+
+def arm(phase: str, count: int) -> None:
+    """Set the trap in this process."""
+    if phase == "data":
+        Reader.__call__ = at(count, Reader.__call__, after=count % 2 == 0)  # type: ignore[method-assign]
+    elif phase == "forward":
+        VideoLLM.logits = at(count, VideoLLM.logits)  # type: ignore[method-assign]
+    elif phase == "backward":
+        forward, kill = VideoLLM.loss_sum, at(count, lambda gradient: None)
+
+        def hooked(self: VideoLLM, groups: Any) -> Any:
+            weight = self.fusion.projectors["fake"].linear.weight
+            if not getattr(weight, "hooked", False):
+                weight.register_hook(kill)
+                weight.hooked = True  # type: ignore[attr-defined]
+            return forward(self, groups)
+
+        VideoLLM.loss_sum = hooked  # type: ignore[method-assign]
+    elif phase == "optimizer":
+        torch.optim.AdamW.step = at(count, torch.optim.AdamW.step)  # type: ignore[method-assign]
+    elif phase == "checkpoint":
+        if count % 3 == 0:
+            torch.save = half_saved(count // 3)  # type: ignore[assignment]
+        else:  # before or after the folder gets its name
+            os.replace = at(1 + count // 3, os.replace, after=count % 3 == 1)  # type: ignore[assignment]
+    elif phase == "epoch":
+        TrainedOn.on_train_epoch_end = at(count, lambda *_: None)  # type: ignore[method-assign]
+
+
+def child(out: Path, arguments: list[str], trap: tuple[str, int] | None = None) -> int:
+    """`merv fit` in a fork of its own; its exit status, -9 where it was killed."""
+    pid = os.fork()
+    if pid == 0:
+        global RUN
+        RUN = os.getpid()
+        log = os.open(out / "log.txt", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        status = 1
+        try:
+            if trap is not None:
+                arm(*trap)
+            status = run(arguments)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def arguments(data: Path, out: Path, workers: int) -> list[str]:
+    """The run: everything that a resumed one could get wrong is on."""
+    log = {"class_path": "trained_on.TrainedOn", "init_args": {"path": str(out / "trained.jsonl")}}
+    sets = {str(data / "data.jsonl"): 2.0, str(data / "more.jsonl"): 1.0}
+    return options(
+        data,
+        out,
+        data__train=json.dumps(sets),
+        data__val=data / "more.jsonl",
+        data__batch_size=2,
+        data__workers=workers,
+        model__lora="{rank: 2, dropout: 0.1}",
+        trainer__max_epochs=3,
+        trainer__accumulate_grad_batches=2,
+        trainer__callbacks=json.dumps([log]),
+        trainer__num_sanity_val_steps=0,
+        checkpoints__every=2,
+        ckpt_path="auto",
+    )
+
+
+def main() -> None:
+    """Once without a kill, then kill after kill; a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("outputs/kill"))
+    parser.add_argument("--each", type=int, default=6, help="kills in each phase (default: %(default)s)")
+    parser.add_argument("--publish", action="store_true", help="write the table to benchmarks/results")
+    args = parser.parse_args()
+    base = args.out.resolve()
+    shutil.rmtree(base, ignore_errors=True)
+    make(base / "data")
+    whole = base / "whole"
+    whole.mkdir()
+    if child(whole, arguments(base / "data", whole, 0)):
+        raise SystemExit(f"The run without a kill failed: see {whole / 'log.txt'}")
+    weights = (whole / "model/model.safetensors").read_bytes()
+    samples = read(whole / "trained.jsonl")
+    table = {phase: Counter[str]() for phase in PHASES}
+    for phase, count in tqdm([(p, n) for p in PHASES for n in range(1, args.each + 1)], "Kills"):
+        out = base / f"{phase}-{count}"
+        out.mkdir()
+        run_of = arguments(base / "data", out, workers=2 * (count % 2))
+        row = table[phase]
+        row["killed"] += child(out, run_of, (phase, count)) == -signal.SIGKILL
+        row["went on"] += child(out, run_of) == 0
+        if (out / "model/model.safetensors").is_file():
+            row["equal weights"] += (out / "model/model.safetensors").read_bytes() == weights
+            row["equal samples"] += read(out / "trained.jsonl") == samples
+    columns = ("killed", "went on", "equal weights", "equal samples")
+    lines = [f"| phase | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    lines += [
+        f"| {phase} | " + " | ".join(str(row[c]) for c in columns) + " |" for phase, row in table.items()
+    ]
+    total = sum(table.values(), Counter())
+    lines += ["| all | " + " | ".join(str(total[c]) for c in columns) + " |"]
+    steps = f"{len(samples)} batches in 3 epochs"
+    text = "\n".join([f"`python benchmarks/training/kill.py`, {machine()}; {steps}.", "", *lines, ""])
+    print(text)
+    if args.publish:
+        (RESULTS / "kill.md").write_text(text)
+
+
+PHASES = ("data", "forward", "backward", "optimizer", "checkpoint", "epoch")
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""What a step of training learns from, and what it leaves alone."""
+
+import pytest
+import torch
+
+from merv import create_encoder
+from merv.chat import ask
+from merv.errors import EncoderError, MissingDependency, ShapeError, TrainingError, WeightsError
+from merv.llm import LoraOptions, checkpoint_layers, load_llm
+from merv.mix import JOINS, ConcatChannels, create_mixer
+from merv.multi_encoder import MultiEncoder
+from merv.testing import tiny_llm
+from merv.video_llm import VideoLLM
+
+
+def video(frames: int = 8) -> torch.Tensor:
+    return torch.randint(0, 256, (frames, 3, 32, 32), dtype=torch.uint8)
+
+
+def build(mixer: str = "cross_attention", encoders=("fake", "fake/video"), **options) -> VideoLLM:
+    llm, tokenizer = tiny_llm()
+    vision = MultiEncoder(
+        list(encoders), grid=(2, 1, 1), width=llm.config.hidden_size, mixer=mixer, mixer_options=options
+    )
+    return VideoLLM(llm, tokenizer, vision).train()
+
+
+def groups() -> list:
+    clip, other = video(), video()
+    return [
+        [ask("What?", clip, answer="a cat"), ask("Who is that, then?", clip, answer="b")],
+        [ask("Which?", other, answer="c")],
+        [ask("No video here.", answer="right")],
+        [ask("What is longer than the others by far, and why?", other, answer="this one is")],
+    ]
+
+
+def gradients(model: VideoLLM) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+# The loss ----------------------------------------------------------------------------------
+
+
+def test_losses_of_parts_add_up_to_that_of_the_whole():
+    model, batch = build(), groups()
+    whole, tokens = model.loss_sum(batch)
+    parts = [model.loss_sum([group]) for group in batch]
+    assert tokens == sum(count for _, count in parts)
+    assert torch.allclose(whole, sum(loss for loss, _ in parts), rtol=1e-5)
+    assert torch.allclose(model(batch), whole / tokens)
+
+
+@pytest.mark.parametrize("fill", [60, 130, 1000])
+def test_samples_in_one_row_do_not_see_each_other(fill):
+    model, batch = build(), groups()
+    loss, tokens = model.loss_sum(batch)
+    rows = len(model.pack(batch)[0].ids)
+    model.fill = fill
+    packed = model.pack(batch)[0]
+    assert len(packed.ids) < rows
+    together, count = model.loss_sum(batch)
+    assert count == tokens
+    assert torch.allclose(together, loss, rtol=1e-5)
+
+
+def test_a_group_longer_than_a_row_has_one_of_its_own():
+    model = build()
+    model.fill = 8
+    assert len(model.pack(groups())[0].ids) == 4
+
+
+def test_rows_are_not_filled_where_answers_are_asked_for():
+    model = build().eval()
+    model.fill = 1000
+    assert len(model.would_say(groups())) == 4
+
+
+@pytest.mark.parametrize("batch", [[], [[ask("Only text.", answer="yes")]]])
+@pytest.mark.parametrize("options", [{}, {"conditioned": True}])
+def test_a_batch_without_videos_gives_every_trained_parameter_a_gradient(batch, options):
+    model = build(**options)
+    model.add_lora(LoraOptions(rank=2))
+    model.train_only(["projector", "mixer", "lora"])
+    model.loss_sum(batch)[0].backward()
+    assert all(gradient is not None for gradient in gradients(model).values())
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+def test_gradients_with_checkpointed_layers_are_the_same():
+    model, batch = build(), groups()
+    model.loss_sum(batch)[0].backward()
+    before = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    model.zero_grad()
+    model.llm.eval()
+    checkpoint_layers(model.llm, True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        loss = model.loss_sum(batch)[0]
+    fewer, kept = sum(kept), []
+    loss.backward()
+    assert all(
+        torch.allclose(before[name], gradient, atol=1e-6) for name, gradient in gradients(model).items()
+    )
+    checkpoint_layers(model.llm, False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        model.loss_sum(batch)
+    assert fewer < sum(kept) / 2
+    assert not any(module.training for module in model.llm.modules())
+
+
+# What is trained ---------------------------------------------------------------------------
+
+
+def test_an_encoder_by_its_name_is_trained():
+    model = build()
+    model.train_only(["fake", "projector"])
+    model.loss_sum([[ask("What?", video(), answer="a cat")]])[0].backward()
+    learned = {name for name, gradient in gradients(model).items() if gradient.abs().sum() > 0}
+    assert any(name.startswith("vision.encoders.fake.") for name in learned)
+    assert not any(name.startswith("vision.encoders.fake_video.") for name in learned)
+
+
+def test_what_an_encoder_learned_is_saved(tmp_path):
+    llm, tokenizer = tiny_llm(tmp_path / "llm")
+    llm, tokenizer = load_llm(tmp_path / "llm")
+    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], grid=(2, 1, 1), width=llm.config.hidden_size))
+    model.train_only(["fake"])
+    with torch.no_grad():
+        for parameter in model.vision.encoder("fake").parameters():
+            parameter.add_(1.0)
+    model.save_pretrained(tmp_path / "model")
+    again = VideoLLM.from_pretrained(tmp_path / "model")
+    state = again.vision.encoder("fake").state_dict()
+    assert all(torch.equal(t, state[name]) for name, t in model.vision.encoder("fake").state_dict().items())
+
+
+def test_a_misspelt_part_names_the_nearest():
+    with pytest.raises(TrainingError, match="Did you mean 'projector.fake'"):
+        build().train_only(["projecter.fake"])
+
+
+# Encoders that join ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mixer", ["cross_attention", "scalar", "concat_channels"])
+def test_an_encoder_that_joins_hardly_changes_the_tokens(mixer):
+    model, clip = build(mixer).eval(), video()
+    before = model.vision(clip).tokens
+    model.join("third", create_encoder("fake"))
+    after = model.vision(clip).tokens
+    assert (after - before).norm() / before.norm() < 0.1
+    if mixer != "concat_channels":
+        share = float(torch.tensor(JOINS).exp())
+        assert model.vision(clip).weights[:, 2].max() < 1.1 * share / 2
+
+
+def test_only_what_is_the_new_encoders_own_is_trained():
+    model = build()
+    torch.nn.init.normal_(model.fusion.mixer.gain)
+    model.join("third", create_encoder("fake"))
+    model.train_only(["projector.third", "mixer.third"])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
+    for _ in range(3):
+        model.loss_sum(groups())[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {name: p.detach() != before[name] for name, p in model.named_parameters()}
+    moved = {name for name, where in changed.items() if where.any()}
+    assert moved == {
+        "vision.fusion.projectors.third.linear.weight",
+        "vision.fusion.projectors.third.linear.bias",
+        "vision.fusion.mixer.key_of_encoder",
+        "vision.fusion.mixer.share",
+    }
+    assert not changed["vision.fusion.mixer.share"][:2].any()
+    assert not changed["vision.fusion.mixer.key_of_encoder"][:2].any()
+
+
+def test_gate_has_nothing_of_an_encoders_own_and_still_grows():
+    model = build("gate", hidden=16)
+    model.join("third", create_encoder("fake"))
+    assert model.vision(video()).weights.shape[1] == 3
+    with pytest.raises(TrainingError, match=r"Nothing here is called 'mixer\.third'"):
+        model.train_only(["mixer.third"])
+
+
+def test_a_mixer_that_cannot_grow_says_so():
+    with pytest.raises(ShapeError, match="ConcatChannels as it is built cannot take in another encoder"):
+        create_mixer("concat_channels", 8, 2, norm=True).join()
+    assert isinstance(create_mixer("concat_channels", 8, 2), ConcatChannels)
+
+
+def test_a_name_that_is_there_cannot_join():
+    with pytest.raises(EncoderError, match="has an encoder 'fake' already"):
+        build().join("fake", create_encoder("fake"))
+
+
+# Quantised language models -----------------------------------------------------------------
+
+
+def test_an_unknown_quantisation_is_refused(tmp_path):
+    tiny_llm(tmp_path / "llm")
+    with pytest.raises(WeightsError, match="Unknown quantise 'int3' for the LLM: nf4 or int8"):
+        load_llm(tmp_path / "llm", quantise="int3")
+
+
+def test_without_bitsandbytes_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("merv.llm.find_spec", lambda name: None)
+    with pytest.raises(MissingDependency, match=r'pip install "merv\[qlora\]"'):
+        load_llm(tmp_path / "llm", quantise="nf4")
