@@ -13,10 +13,11 @@ import tarfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from glob import glob
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 from merv.errors import DataError
 from merv.samples import Sample, sample_of
@@ -36,7 +37,7 @@ class Samples(Sequence[Sample]):
 
     def __init__(self, files: Sequence[Rows]) -> None:
         self.files = files
-        self._ends = list(accumulate(map(len, files)))
+        self._ends = list(accumulate(map(len, files), initial=0))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -48,18 +49,40 @@ class Samples(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        rows, at = self._place(index)
+        return sample_of(rows.row(at), rows.origin(at), rows.root)
+
+    def origin(self, index: int) -> str:
+        """What `samples[index].origin` is, without reading the row."""
+        rows, at = self._place(index)
+        return rows.origin(at)
+
+    def _place(self, index: int) -> tuple[Rows, int]:
         index = range(len(self))[index]  # an IndexError, and what negative ones mean
-        file = bisect_right(self._ends, index)
-        return self.files[file].sample(index - (self._ends[file - 1] if file else 0))
+        file = bisect_right(self._ends, index) - 1
+        return self.files[file], index - self._ends[file]
 
 
-class Rows(Protocol):
-    """The rows of one file."""
+@dataclass
+class Rows:
+    """The rows of one file. Paths in them begin at `root`."""
 
-    def __len__(self) -> int: ...
+    path: Path
+    root: Path
 
-    def sample(self, index: int) -> Sample:
-        """One of them as a sample; raises DataError that names it."""
+    def __post_init__(self) -> None:
+        """Index the file; an OSError, ValueError or TarError where it cannot be."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def origin(self, index: int) -> str:
+        """Where a row stands, for messages."""
+        return f"{self.path}[{index}]"
+
+    def row(self, index: int) -> Any:
+        """What stands there; raises DataError where that is no JSON."""
+        raise NotImplementedError
 
 
 def open_samples(source: Source, root: str | Path | None = None) -> Samples:
@@ -139,7 +162,7 @@ class FilePart(io.RawIOBase):
     """
 
     def __init__(self, path: str, start: int, size: int, name: str) -> None:
-        self.path, self.start, self.size, self.name = path, start, size, name
+        self.place, self.name, self.size = (path, start, size, name), name, size
         self._at = 0
 
     def readable(self) -> bool:
@@ -155,22 +178,23 @@ class FilePart(io.RawIOBase):
         self._at = max(0, place + (0, self._at, self.size)[whence])
         return self._at
 
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: max(0, self.size - self._at)]
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.start + self._at)
-            got = file.readinto(view) or 0
-        self._at += got
-        return got
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self.size - self._at)
+        path, start, *_ = self.place
+        with open(path, "rb") as file:
+            file.seek(start + self._at)
+            data = file.read(left if size is None or size < 0 else min(size, left))
+        self._at += len(data)
+        return data
 
     def __reduce__(self) -> tuple[type, tuple]:
-        return FilePart, (self.path, self.start, self.size, self.name)
+        return FilePart, self.place
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, FilePart) and self.__reduce__() == other.__reduce__()
+        return isinstance(other, FilePart) and self.place == other.place
 
     def __hash__(self) -> int:
-        return hash((self.path, self.start))
+        return hash(self.place)
 
     def __repr__(self) -> str:
         return self.name
@@ -228,27 +252,25 @@ def _open(path: Path, root: Path) -> Rows:
     return rows
 
 
-class JsonRows:
+class JsonRows(Rows):
     """Rows of a JSONL file, or of a file that is one JSON list, found by their places in it."""
 
-    def __init__(self, path: Path, root: Path) -> None:
-        self.path, self.root = path, root
-        with path.open("rb") as file:
+    def __post_init__(self) -> None:
+        with self.path.open("rb") as file:
             self.listed = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-        self.starts, self.sizes, self.lines = array("Q"), array("Q"), array("Q")
-        for start, size, line in _items(path) if self.listed else _lines(path):
-            self.starts.append(start)
-            self.sizes.append(size)
-            self.lines.append(line)
+        places = array("Q", chain.from_iterable(_items(self.path) if self.listed else _lines(self.path)))
+        self.starts, self.sizes, self.lines = places[::3], places[1::3], places[2::3]
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    def sample(self, index: int) -> Sample:
-        """The sample of a line, or of an item of the list."""
-        origin = f"{self.path}[{index}]" if self.listed else f"{self.path}:{self.lines[index]}"
-        part = FilePart(str(self.path), self.starts[index], self.sizes[index], origin)
-        return sample_of(_parsed(part.read(), origin), origin, self.root)
+    def origin(self, index: int) -> str:
+        return super().origin(index) if self.listed else f"{self.path}:{self.lines[index]}"
+
+    def row(self, index: int) -> Any:
+        with self.path.open("rb") as file:
+            file.seek(self.starts[index])
+            return _parsed(file.read(self.sizes[index]), self.origin(index))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, int]]:
@@ -278,46 +300,44 @@ def _items(path: Path) -> Iterator[tuple[int, int, int]]:
         place, byte, index = end, start + size, index + 1
 
 
-def _parsed(data: bytes | None, origin: str) -> Any:
+def _parsed(data: bytes, origin: str) -> Any:
     def no_number(word: str) -> None:
         raise ValueError(f"{word} is no JSON")
 
     try:
-        return json.loads((data or b"").decode("utf-8-sig"), parse_constant=no_number)
+        return json.loads(data.decode("utf-8-sig"), parse_constant=no_number)
     except ValueError as error:  # of the encoding as of the form
-        raise DataError(f"{origin}: no JSON in UTF-8: {error}; got {(data or b'')[:60]!r}.") from error
+        raise DataError(f"{origin}: no JSON in UTF-8: {error}; got {data[:60]!r}.") from error
 
 
-class ShardRows:
+class ShardRows(Rows):
     """Samples of a WebDataset shard: the members of one key are a row and its videos and images."""
 
-    def __init__(self, path: Path, root: Path) -> None:
-        self.path, self.root = path, root
+    def __post_init__(self) -> None:
         found: dict[str, dict[str, tuple[int, int]]] = {}
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    folder, _, name = member.name.rpartition("/")
-                    key, _, suffix = name.partition(".")
-                    place = member.offset_data, member.size
-                    found.setdefault(f"{folder}/{key}".lstrip("/"), {})[f".{suffix.lower()}"] = place
+        with tarfile.open(self.path, "r:") as tar:
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                folder, _, name = member.name.rpartition("/")
+                key, _, suffix = name.partition(".")
+                place = member.offset_data, member.size
+                found.setdefault(f"{folder}/{key}".lstrip("/"), {})[f".{suffix.lower()}"] = place
         self.keys, self.members = list(found), list(found.values())
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def sample(self, index: int) -> Sample:
-        """The sample of a key; its videos and images are files, read at their place in the shard."""
-        origin = f"{self.path}/{self.keys[index]}"
-        members = {
-            suffix: FilePart(str(self.path), *place, f"{origin}{suffix}")
-            for suffix, place in self.members[index].items()
-        }
+    def origin(self, index: int) -> str:
+        return f"{self.path}/{self.keys[index]}"
+
+    def row(self, index: int) -> Any:
+        """A row whose videos and images are files, read at their places in the shard."""
+        origin, path = self.origin(index), str(self.path)
+        members = {s: FilePart(path, *at, f"{origin}{s}") for s, at in self.members[index].items()}
         row: Any
         if ".json" in members:
             row = _parsed(members[".json"].read(), origin)
         elif ".txt" in members:
-            caption = (members[".txt"].read() or b"").decode(errors="replace")
+            caption = members[".txt"].read().decode(errors="replace")
             row = {"questions": [{"question": CAPTION, "answer": caption}]}
         else:
             raise DataError(f"{origin}: no .json or .txt among its members {sorted(members)}.")
@@ -325,21 +345,21 @@ class ShardRows:
             files = [part for suffix, part in members.items() if suffix.endswith(suffixes)]
             if files and isinstance(row, dict):
                 row[kind] = files
-        return sample_of(row, origin, self.root)
+        return row
 
 
-class TableRows:
+class TableRows(Rows):
     """Rows of a Parquet file, or of a folder that `datasets` saved; media stay undecoded."""
 
-    def __init__(self, path: Path, root: Path) -> None:
+    def __post_init__(self) -> None:
         from datasets import Dataset
         from pyarrow.parquet import read_metadata
 
-        self.path, self.root = path, root
-        if path.is_dir():
-            table = Dataset.load_from_disk(str(path))
+        path = str(self.path)
+        if self.path.is_dir():
+            table = Dataset.load_from_disk(path)
         elif read_metadata(path).num_rows:  # an ArrowInvalid, a ValueError, where it is none
-            table = Dataset.from_parquet(str(path))
+            table = Dataset.from_parquet(path)
         else:
             table = Dataset.from_list([])
         self.table = table.with_format("arrow")  # which decodes neither videos nor images
@@ -347,7 +367,6 @@ class TableRows:
     def __len__(self) -> int:
         return len(self.table)
 
-    def sample(self, index: int) -> Sample:
-        """The sample of a row."""
+    def row(self, index: int) -> Any:
         (row,) = self.table[index : index + 1].to_pylist()
-        return sample_of(row, f"{self.path}[{index}]", self.root)
+        return row
