@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merv.checkpoint import check_free, replacing
+from merv.checkpoint import check_free, fill_exactly, replacing
 from merv.errors import CheckpointError, WeightsError
 from merv.multi_encoder import MultiEncoder
 from merv.registry import create_encoder
@@ -33,7 +33,7 @@ from merv.released import (
 )
 from merv.sample import Sampling
 from merv.video_llm import VideoLLM
-from merv.weights import PRETRAINED, fill
+from merv.weights import PRETRAINED
 
 FUSIONS, PROJECTORS, LLM = ("feature_fusion", "adapter"), ("projectors", "projector"), "llm_backbone"
 BESIDE = ("optimizer", "lr_scheduler", "step")  # beside the model, in files that training goes on from
@@ -67,10 +67,13 @@ def convert(
     check_free(out)
     released = read_config(_json(config))
     parts = read_parts(checkpoint)
+    projectors = translate_projectors(parts.projectors, list(released.encoders), released.projector)
     fusion = translate_fusion(released.fusion, parts.fusion, len(released.encoders))
     base = load_base(llm or LLMS[released.llm].source, released.llm)
     network = base.fill(parts.llm)
-    vision = build_vision(released, fusion, parts, network.config.hidden_size, encoders or {})
+    vision = build_vision(released, fusion, network.config.hidden_size, encoders or {})
+    assert vision.fusion is not None
+    fill_exactly(vision.fusion.state_dict(), {**projectors, **fusion.state}, checkpoint)
     model = VideoLLM(network, base.tokenizer, vision)
     for line in [*parts.left_out, *fusion.left_out]:
         say(f"left out {line}")
@@ -264,13 +267,13 @@ def write_llm(folder: Path, base: Base, network: Any, checkpoint: str | Path, sh
 
 
 def build_vision(
-    released: Released, fusion: Translated, parts: Parts, width: int, weights: Mapping[str, str]
+    released: Released, fusion: Translated, width: int, weights: Mapping[str, str]
 ) -> MultiEncoder:
-    """The encoders with their weights, and the projectors and mixer of the file."""
+    """The encoders with their weights; projectors and mixer are still random."""
     unknown = [name for name in weights if name not in released.encoders]
     if unknown:
         raise WeightsError(f"--encoder names {few(unknown)}; this model has {few(released.encoders)}.")
-    vision = MultiEncoder(
+    return MultiEncoder(
         dict(_create(released.encoders, weights)),
         grid=released.grid,
         width=width,
@@ -282,15 +285,6 @@ def build_vision(
         sampling=Sampling("official", total=released.total),
         align="official",
     )
-    assert vision.fusion is not None
-    state = translate_projectors(parts.projectors, list(released.encoders), released.projector)
-    fill(
-        vision.fusion,
-        {**state, **fusion.state},
-        "of the checkpoint",
-        "the projectors and mixer of the config",
-    )
-    return vision
 
 
 def _create(encoders: Mapping[str, str], weights: Mapping[str, str]) -> Iterator[tuple[str, Any]]:

@@ -93,8 +93,8 @@ def read_config(config: Mapping[str, Any]) -> Released:
     fusion = model.get("feature_fusion", "cross_attention_avg_lq")  # the release's default
     if model["llm_backbone_id"] not in LLMS:
         known = f"There are: {', '.join(LLMS)}."
-        reason = REFUSED.get(model["llm_backbone_id"], nearest(model["llm_backbone_id"], LLMS))
-        raise CheckpointError(f"llm_backbone_id {model['llm_backbone_id']!r} is not known. {reason} {known}")
+        reason = REFUSED.get(model["llm_backbone_id"]) or nearest(model["llm_backbone_id"], LLMS)
+        raise CheckpointError(f"llm_backbone_id {model['llm_backbone_id']!r} is not known.{reason} {known}")
     check_fusion(fusion, len(ids))
     frames = dict(zip(encoders, counts, strict=True))
     return Released(encoders, frames, grid, total, projector, fusion, model["llm_backbone_id"])
@@ -339,5 +339,5 @@ LLMS = {
     "qwen2.5-7b-instruct": LanguageModel("Qwen/Qwen2.5-7B-Instruct", False, QWEN25),
     "qwen2.5-3b-instruct": LanguageModel("Qwen/Qwen2.5-3B-Instruct", False, QWEN25),
 }
-_NO_END = "It was trained to end answers with the letters </s>, which end nothing for its tokenizer."
+_NO_END = " It was trained to end answers with the letters </s>, which end nothing for its tokenizer."
 REFUSED = {"llama3-8b-pure": _NO_END, "llama3-8b-chat": _NO_END}
