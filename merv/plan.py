@@ -1,0 +1,402 @@
+"""Plan: what a training run will take, told before it begins and without loading a weight.
+
+The sizes of batches come from the data file and the language model's tokenizer; memory and FLOPs
+of a step from running it dry (see dry.py); the rest is arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from merv.chat import ask, render
+from merv.dry import ENCODE, OPTIMIZER, Cost, Load, dry_step
+from merv.errors import DataError, WeightsError
+from merv.llm import DTYPES, SMOLLM2, LoraOptions, shares_rows
+from merv.multi_encoder import MultiEncoder
+from merv.pack import Tokens, pack
+from merv.parts import smollm2_folder
+from merv.video_llm import VideoLLM, _sequence
+from merv.windows import place
+
+DRAWN = 32  # batches, of which the middle one stands for all
+GUESS = ("word " * 60, "word " * 20)  # a question and its answer, where the data cannot be read
+BYTES_OF = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # a weight, with its share of the scale of its block
+
+
+@dataclass(frozen=True)
+class GPU:
+    """tflops: dense bf16 with fp32 sums, as its maker states them. memory: GB = 10⁹ bytes."""
+
+    tflops: float
+    memory: float
+
+
+GPUS = {
+    "b200": GPU(2250, 192),
+    "h200": GPU(989, 141),
+    "h100": GPU(989, 85),
+    "a100": GPU(312, 85),
+    "a100-40": GPU(312, 42),
+    "l40s": GPU(362, 48),
+    "l40": GPU(181, 48),
+    "a6000": GPU(155, 51),
+    "a10": GPU(125, 25),
+    "l4": GPU(121, 25),
+    "5090": GPU(210, 34),
+    "4090": GPU(165, 25),
+    "3090": GPU(71, 25),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the trainer's part of a recipe says, as far as it matters here.
+
+    sharded: whether weights, gradients and optimizer states are split over the devices.
+    """
+
+    devices: int = 1
+    accumulate: int = 1
+    max_steps: int = -1
+    max_epochs: int | None = None
+    precision: str = "32-true"
+    sharded: bool = False
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What the data are like. samples, videos (of all samples, stills too), conversations: counts.
+    tokens_mean, tokens_most: of a row. typical, largest: batches. measured: of how many samples; 0: guessed.
+    """
+
+    samples: int
+    videos: int
+    conversations: int
+    tokens_mean: float
+    tokens_most: int
+    typical: Load
+    largest: Load
+    measured: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that `merv plan` tells. Bytes, FLOPs and seconds; memory is of one device."""
+
+    visual_tokens: int
+    batches: Batches
+    parts: dict[str, tuple[int, bool]]
+    memory: dict[str, float]
+    flops: dict[str, float]
+    encode_flops: float
+    kept: bool
+    store_bytes: float
+    checkpoint_bytes: float
+    steps: int | None
+    global_batch: int
+    setup: Setup
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the fullest moment, on each device."""
+        return sum(self.memory.values())
+
+    def seconds(self, tflops: float, utilisation: float) -> float | None:
+        """Of the whole run, at a share of the peak speed; None where its length is not known."""
+        if self.steps is None:
+            return None
+        speed = tflops * 1e12 * utilisation
+        once = self.encode_flops * self.batches.videos / self.setup.devices if self.kept else 0.0
+        return (self.steps * sum(self.flops.values()) + once) / speed
+
+
+def make_plan(training: Any, data: Any, setup: Setup, *, gpu: bool = True, probe: int = 256) -> Plan:
+    """The plan of a run.
+
+    training: a `merv.train.Training`, not built yet. data: a `merv.data.ChatData`. gpu: whether it
+    will run on one. probe: how many samples to look at.
+    Raises the errors of unknown names; WeightsError where the LLM's config cannot be had.
+    """
+    h: Any = training.hparams
+    model = on_meta(training, setup.precision)
+    visual = math.prod(h.grid) * model.fusion.mixer.tokens_per_cell()
+    batches = measure(data, model, h.fill, probe)
+    parts = {
+        name: (sum(p.numel() for p in own.values()), name in model.trained)
+        for name, own in model.parts().items()
+        if "." not in name
+    }
+    quantised = _saved_by_quantising(model.llm, h.quantise)
+    weights = _weights(model)
+    kept = h.store is not None
+    options: dict[str, Any] = {
+        "encode": not kept,
+        "accumulate": setup.accumulate,
+        "autocast": setup.precision in ("bf16-mixed", "16-mixed"),
+        "gpu": gpu,
+    }
+    training.model = model
+    largest = dry_step(training, batches.largest, **options)
+    typical = largest
+    if batches.typical != batches.largest:
+        typical = dry_step(training, batches.typical, **options)
+    alone = Load(videos=1, rows=1, length=visual + 8, answers=1, visual=visual)
+    encode = (
+        dry_step(training, alone, **{**options, "encode": True}).flops[ENCODE]
+        if kept
+        else typical.flops[ENCODE] / max(typical_videos(batches), 1)
+    )
+    micro = {name: flops for name, flops in typical.flops.items() if name != OPTIMIZER}
+    per_step = data.batch_size * setup.devices * setup.accumulate
+    return Plan(
+        visual_tokens=visual,
+        batches=batches,
+        parts=parts,
+        memory=_memory(weights, quantised, largest, model, setup),
+        flops={name: flops * setup.accumulate for name, flops in micro.items()},
+        encode_flops=encode,
+        kept=kept,
+        store_bytes=_store_bytes(model, h.grid) * batches.videos if kept and h.store != "memory" else 0.0,
+        checkpoint_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+        steps=_steps(setup, batches.samples, per_step),
+        global_batch=per_step,
+        setup=setup,
+    )
+
+
+def typical_videos(batches: Batches) -> int:
+    """Videos and stills of the typical batch."""
+    return batches.typical.videos + batches.typical.stills
+
+
+# The model --------------------------------------------------------------------------------------
+
+
+def on_meta(training: Any, precision: str = "32-true") -> VideoLLM:
+    """The VideoLLM that `training` will build, on the meta device: shapes without numbers."""
+    h: Any = training.hparams
+    llm, tokenizer = llm_on_meta(h.llm, h.dtype)
+    vision = _vision(h, llm.get_input_embeddings().embedding_dim)
+    model = VideoLLM(llm, tokenizer, vision)
+    if "lora" in h.train:
+        model.add_lora(training.lora or LoraOptions())
+    model.train_only(h.train)
+    model.fill = h.fill
+    if precision == "bf16-true":
+        model.to(torch.bfloat16)
+    return model
+
+
+def llm_on_meta(source: str | Path, dtype: str) -> tuple[Any, Any]:
+    """The LLM of `merv.llm.load_llm` without its weights, and its tokenizer.
+
+    Raises WeightsError where its config cannot be had.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = smollm2_folder() if source == SMOLLM2 else source
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise WeightsError(
+            f"The config of the LLM {str(source)!r} cannot be had: {reason} Pass the folder of a causal LM "
+            "in the layout of transformers (its weights are not read), or a hub id that can be reached."
+        ) from error
+    wanted = config.get_text_config().dtype or torch.float32 if dtype == "auto" else DTYPES[dtype]
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(config, dtype=wanted)
+    return llm.eval(), tokenizer
+
+
+def _vision(h: Any, width: int) -> MultiEncoder:
+    options: dict[str, Any] = {
+        option: h[option] for option in ("mixer", "projector", "norm", "mixer_options", "presets", "frames")
+    }
+
+    def build() -> MultiEncoder:
+        return MultiEncoder(h.encoders, grid=tuple(h.grid), width=width, weights=None, **options)
+
+    with suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+        return build()
+    return build()  # one of them computes with its weights while it is built: then with random numbers
+
+
+# The data ---------------------------------------------------------------------------------------
+
+
+def measure(data: Any, model: VideoLLM, fill: int | None, probe: int) -> Batches:
+    """Sizes of batches, of up to `probe` samples of the training data; guessed where there is no file."""
+    try:
+        data.setup("fit")
+        samples: Sequence[Any] = data.train
+        chosen = [samples[i] for i in range(0, len(samples), max(1, -(-len(samples) // probe)))]
+    except DataError:
+        samples = chosen = []
+    rows = [_rows(sample.conversations, model, data.questions) for sample in chosen]
+    if not rows:
+        rows = [_rows([ask(GUESS[0], "video", answer=GUESS[1])], model, 1)]
+    rows = [row for row in rows if row.groups]
+    lengths = [length for row in rows for length in row.lengths]
+    ordered = sorted(rows, key=lambda row: -max(row.lengths))
+    largest = _batch(_cycled(ordered, data.batch_size), model, fill)
+    draw = random.Random(0)
+    drawn = [_batch(_some(ordered, data, draw), model, fill) for _ in range(DRAWN)]
+    typical = sorted(drawn, key=lambda load: load.rows * load.length)[DRAWN // 2]
+    share = len(samples) / max(len(chosen), 1)
+    return Batches(
+        samples=len(samples),
+        videos=round(share * sum(row.visuals for row in rows)) if chosen else 0,
+        conversations=round(share * sum(len(sample.conversations) for sample in chosen)),
+        tokens_mean=sum(lengths) / len(lengths),
+        tokens_most=max(lengths),
+        typical=typical,
+        largest=largest,
+        measured=len(chosen),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    """groups: as the model packs them. lengths: of a row each. visuals, stills: how many it has."""
+
+    groups: list[list[Tokens]]
+    lengths: list[int]
+    visuals: int
+    stills: int
+
+
+def _rows(conversations: Sequence[Any], model: VideoLLM, most: int) -> _Sample:
+    """The conversations of a sample as token ids, their videos as that many places."""
+    t, h, w = model.vision.aligner.grid
+    cell = model.fusion.mixer.tokens_per_cell()
+    stills = {
+        str(part["image"])
+        for talk in conversations
+        for turn in talk
+        if not isinstance(turn["content"], str)
+        for part in turn["content"]
+        if part["type"] == "image"
+    }
+    seen: set[str] = set()
+    sequences = []
+    for talk in list(conversations)[:most]:
+        prompt = render(talk, model.tokenizer)
+        names = [str(visual.source) for visual in prompt.visuals]
+        seen |= set(names)
+        sizes = [h * w * cell * (1 if name in stills else t) for name in names]
+        sequences.append(_sequence(prompt, iter([range(size) for size in sizes])))
+    groups = [sequences] if shares_rows(model.llm) else [[one] for one in sequences]
+    lengths = [len(pack([group], 0).ids[0]) for group in groups]
+    return _Sample(groups, lengths, len(seen), len(seen & stills))
+
+
+def _some(rows: Sequence[_Sample], data: Any, draw: random.Random) -> list[_Sample]:
+    """A batch as the data module draws it: of neighbours in length, or of any."""
+    if getattr(data, "group", False):
+        start = draw.randrange(max(1, len(rows) - data.batch_size + 1))
+        return _cycled(rows[start:], data.batch_size)
+    return [draw.choice(rows) for _ in range(data.batch_size)]
+
+
+def _cycled(rows: Sequence[_Sample], count: int) -> list[_Sample]:
+    return [rows[i % len(rows)] for i in range(count)]
+
+
+def _batch(samples: Sequence[_Sample], model: VideoLLM, fill: int | None) -> Load:
+    """What a batch of these is to the model."""
+    packed = pack([group for sample in samples for group in sample.groups], 0, "right", fill)
+    stills = sum(sample.stills for sample in samples)
+    return Load(
+        videos=sum(sample.visuals for sample in samples) - stills,
+        stills=stills,
+        rows=packed.ids.shape[0],
+        length=packed.ids.shape[1],
+        answers=int((packed.labels[:, 1:] >= 0).any(dim=0).sum()),
+        visual=int((packed.ids < 0).sum()),
+        padded=not bool((packed.branches >= 0).all()),
+        shared=packed.mask.ndim == 4,
+    )
+
+
+# Arithmetic -------------------------------------------------------------------------------------
+
+
+def _weights(model: VideoLLM) -> dict[str, int]:
+    """Bytes of the language model, the encoders, the fusion."""
+    parts: dict[str, nn.Module] = {
+        "LLM": model.llm,
+        "encoders": model.vision.encoders,
+        "fusion": model.fusion,
+    }
+    return {
+        f"weights of {name}": sum(t.nbytes for t in (*part.parameters(), *part.buffers()))
+        for name, part in parts.items()
+    }
+
+
+def _saved_by_quantising(llm: nn.Module, how: str | None) -> tuple[float, float]:
+    """Bytes that quantised Linears save, and those of the largest one, as it is unpacked to be used."""
+    if how is None:
+        return 0.0, 0.0
+    output = llm.get_output_embeddings()  # type: ignore[operator]
+    linears = [
+        (m.weight.numel(), m.weight.element_size())
+        for name, m in llm.named_modules()
+        if isinstance(m, nn.Linear) and m is not output and "lora_" not in name
+    ]
+    saved = sum(count * (size - BYTES_OF[how]) for count, size in linears)
+    return saved, max(count * size for count, size in linears)
+
+
+def _memory(
+    weights: dict[str, int], quantised: tuple[float, float], cost: Cost, model: VideoLLM, setup: Setup
+) -> dict[str, float]:
+    """Bytes on a device at the fullest moment, by what they are."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.nbytes for p in trained)
+    states = 2 * gradients
+    memory: dict[str, float] = {name: float(count) for name, count in weights.items()}
+    memory["weights of LLM"] -= quantised[0]
+    memory["gradients"] = gradients
+    memory["optimizer states"] = states
+    held = sum(weights.values()) + gradients + states
+    memory["activations"] = max(cost.peak - held, 0) + quantised[1]
+    if setup.sharded:
+        layers = [m for m in model.llm.modules() if type(m).__name__ in (model.llm._no_split_modules or ())]
+        one = max((sum(p.nbytes for p in layer.parameters()) for layer in layers), default=0)
+        for name in ("weights of LLM", "weights of fusion", "gradients", "optimizer states"):
+            memory[name] /= setup.devices
+        memory["gathered layers"] = 2.0 * one  # the one that runs and the next
+    elif setup.devices > 1:
+        memory["buckets of DDP"] = gradients
+    return memory
+
+
+def _store_bytes(model: VideoLLM, grid: Sequence[int]) -> float:
+    """Of the kept features of one video: values, masks and times of each encoder."""
+    cells = math.prod(grid)
+    return sum(
+        cells * (encoder.spec.width * place(encoder)[1].itemsize + 1) + grid[0] * 8 + 400
+        for _, encoder in model.vision.named()
+    )
+
+
+def _steps(setup: Setup, samples: int, per_step: int) -> int | None:
+    """Steps of the optimizer; None where nothing says how many."""
+    by_epochs = None
+    if samples and setup.max_epochs not in (None, -1):
+        by_epochs = setup.max_epochs * math.ceil(samples / per_step)  # type: ignore[operator]
+    if setup.max_steps > 0:
+        return min(setup.max_steps, by_epochs or setup.max_steps)
+    return by_epochs
