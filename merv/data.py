@@ -1,95 +1,221 @@
-"""Data: questions and answers about videos, from JSONL to groups of conversations.
+"""Data: training and validation samples from files, as batches for `merv fit`.
 
-A line is either questions about one video, which are learned in one pass over it,
-
-    {"video": "clips/a.mp4", "questions": [{"question": "…", "answer": "…", "kind": "count"}, …]}
-
-or one conversation, with any number of videos, images and turns,
-
-    {"messages": [{"role": "user", "content": […]}, {"role": "assistant", "content": "…"}]}
-
-Paths are relative to the file's folder. `kind` is free: accuracy is reported by it.
+What a file may hold is in merv/samples.py and merv/sources.py, which samples come when in
+merv/batches.py, how batches are made and resumed in merv/loader.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
 
-import torch
+import numpy as np
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
 
+from merv.batches import KINDS, Order
+from merv.errors import DataError
+from merv.loader import Batch as Batch
+from merv.loader import BatchReader, Loader, OnError, Skips
+from merv.reader import Reader
 from merv.samples import Group as Group
 from merv.samples import Sample as Sample
+from merv.samples import media_parts
 from merv.samples import read_samples as read_samples
+from merv.sources import Samples, open_samples
 
-
-class _Groups(Dataset):
-    """Samples as groups for training: up to `most` of each one's conversations, drawn anew each time."""
-
-    def __init__(self, samples: Sequence[Sample], most: int, seed: int) -> None:
-        self.samples, self.most = samples, most
-        self.drawn = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Group:
-        talks = self.samples[index].conversations
-        chosen = torch.randperm(len(talks), generator=self.drawn)[: self.most].tolist()
-        return [talks[i] for i in chosen]
+logger = logging.getLogger(__name__)
 
 
 class ChatData(LightningDataModule):
-    """Training and validation data from JSONL files.
+    """Training and validation data from files of conversations; see `merv.sources.open_samples`.
 
-    train, val: paths; val may be None. batch_size: videos (or conversations) a step.
-    questions: at most so many questions of a video in one pass.
-    seed: of the order of samples and of which questions are drawn.
+    train: a file or several, all of which an epoch has once; or a mapping of files to weights, by
+        which they are mixed: an epoch is then as long as it can be without a sample that comes twice
+        (`merv.batches.Order`). val: a file or several, or None.
+    batch_size: samples a step, of each process. questions: at most so many conversations of a sample in
+        one epoch, drawn anew in each.
+    seed: of the order of samples and of which conversations are drawn; nothing else decides them.
+    group: batches of one kind (video, image, text) and of like length, the largest first. Reads all
+        samples once at the start.
+    workers: processes that read videos ahead of training, each on one thread. None: as many as this
+        process has cores to itself, less one for the training, at most 8; so 1 on two cores, 0 on one.
+        Where features are kept in memory there are none, as only this process has that memory.
+    on_error: what to do about a sample that cannot be used: `raise`, or `skip` it, with a line in
+        the log and in `skipped.jsonl` in the run's folder. Nothing stands in for it.
+    max_skipped: stop when a process has skipped more distinct samples; None: 1 % of the samples, or 10.
+    stream: read `train` once through and hold nothing, for what is too large to index; then `length` is
+        how many batches an epoch has, and `block` how many samples are shuffled together.
+
+    Raises DataError for options and files that cannot be meant.
     """
 
     def __init__(
         self,
-        train: str,
-        val: str | None = None,
+        train: str | list[str] | dict[str, float],
+        val: str | list[str] | None = None,
         batch_size: int = 4,
         questions: int = 8,
         seed: int = 0,
+        group: bool = False,
+        workers: int | None = None,
+        on_error: OnError = "raise",
+        max_skipped: int | None = None,
+        stream: bool = False,
+        length: int | None = None,
+        block: int = 256,
     ) -> None:
         super().__init__()
-        self.train_path, self.val_path = train, val
-        self.batch_size, self.questions, self.seed = batch_size, questions, seed
-        self.train: list[Sample] = []
-        self.val: list[Sample] = []
+        if min(batch_size, questions, block) < 1 or on_error not in get_args(OnError):
+            raise DataError(
+                "batch_size, questions and block are 1 or more, on_error is raise or skip; got "
+                f"{batch_size}, {questions}, {block} and {on_error!r}."
+            )
+        if stream and (length is None or group or isinstance(train, Mapping)):
+            raise DataError(
+                "A stream (stream: true) has no length of its own: set data.length, batches an epoch. It can "
+                "be neither grouped nor mixed by weight, because samples are only known when they come."
+            )
+        self.train_source, self.val_source, self.batch_size, self.questions = (
+            train,
+            val,
+            batch_size,
+            questions,
+        )
+        self.seed, self.group, self.workers, self.on_error = seed, group, workers, on_error
+        self.max_skipped, self.stream, self.length, self.block = max_skipped, stream, length, block
+        self.train: Sequence[Sample] = ()
+        self.val: Sequence[Sample] = ()
+        self.sizes: list[int] = []
+        self.known: tuple[np.ndarray, np.ndarray] | None = None  # kind and length of each sample
         if val is not None:  # where there is no such method, Lightning does not validate
             self.val_dataloader = self._val_dataloader  # type: ignore[method-assign]
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the files; errors in them come now, before anything slow."""
-        self.train = self.train or read_samples(self.train_path)
-        if self.val_path is not None:
-            self.val = self.val or read_samples(self.val_path)
+        """Open the files; what is wrong with them comes now, before anything slow."""
+        if not self.train and not self.stream:
+            source = self.train_source
+            sets = [open_samples(each) for each in (source if isinstance(source, Mapping) else [source])]
+            self.sizes = [len(samples) for samples in sets]
+            self.train = Samples([file for samples in sets for file in samples.files])
+            self.known = kinds_and_lengths(self.train, self.on_error) if self.group else None
+        if self.val_source is not None:
+            self.val = self.val or open_samples(self.val_source)
 
-    def train_dataloader(self) -> DataLoader:
-        """Batches of groups, shuffled by the seed."""
-        return DataLoader(
-            _Groups(self.train, self.questions, self.seed),
-            batch_size=self.batch_size,
-            shuffle=True,
-            collate_fn=list,
-            generator=torch.Generator().manual_seed(self.seed),
+    # Loaders ------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> Loader:
+        """The batches of this process."""
+        reader = self.reader()
+        process, processes = self.place()
+        options: dict[str, Any] = {
+            "workers": self.worker_count(reader),
+            "skips": self.skips(len(self.train) or (self.length or 0) * self.batch_size),
+            "epoch": 0 if self.trainer is None else self.trainer.current_epoch,
+            "limit": None if self.trainer is None else lambda: self.trainer.num_training_batches,
+        }
+        batches = BatchReader(self.train, reader, self.questions, self.seed)
+        if self.stream:
+            from merv.sources import stream_samples
+            from merv.stream_loader import StreamLoader, StreamReader
+
+            source = stream_samples(self.train_source)
+            stream = StreamReader(source, batches, self.batch_size, self.block, process, processes)
+            return StreamLoader(stream, length=self.length or 1, **options)
+        weights = list(self.train_source.values()) if isinstance(self.train_source, Mapping) else None
+        kinds, lengths = self.known or (None, None)
+        order = Order(
+            self.sizes,
+            self.batch_size,
+            processes,
+            self.seed,
+            weights=weights,
+            kinds=kinds,
+            lengths=lengths,
         )
+        if isinstance(self.train_source, Mapping):
+            mixed = zip(order.portions, self.sizes, self.train_source, strict=True)
+            logger.info(
+                "An epoch has %s", ", ".join(f"{part} of {all_} of {path}" for part, all_, path in mixed)
+            )
+        return Loader(batches, order, process=process, **options)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave batches as they are: they name videos, and the model moves what it makes of them."""
+    def _val_dataloader(self) -> Loader:
+        """Batches in the order of the file, dealt to the processes, with all conversations."""
+        reader = self.reader()
+        process, processes = self.place()
+        order = Order([len(self.val)], self.batch_size, processes, shuffle=False)
+        workers, skips = self.worker_count(reader), self.skips(len(self.val))
+        return Loader(BatchReader(self.val, reader), order, process=process, workers=workers, skips=skips)
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Leave batches as they are: the model moves what it makes of them."""
         return batch
 
-    def _val_dataloader(self) -> DataLoader:
-        """Batches of samples, in the order of the file."""
-        return DataLoader(self.val, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
+    # What they depend on ------------------------------------------------------------------
+
+    def reader(self) -> Reader | None:
+        """That of the model which is trained; None, and videos stay as they are, where there is none."""
+        from merv.video_llm import VideoLLM
+
+        module = None if self.trainer is None else self.trainer.lightning_module
+        model = getattr(module, "model", None)
+        return model.vision.reader(model.store) if isinstance(model, VideoLLM) else None
+
+    def place(self) -> tuple[int, int]:
+        """Which of how many processes that share the data this is."""
+        several = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return (several["rank"], several["num_replicas"]) if several else (0, 1)
+
+    def worker_count(self, reader: Reader | None) -> int:
+        """How many processes read for this one."""
+        in_memory = reader is not None and reader.store is not None and reader.store.folder is None
+        if in_memory or self.workers is not None:
+            return 0 if in_memory else self.workers or 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        together = 1 if self.trainer is None else self.trainer.num_devices  # processes on this machine
+        return max(0, min(8, cores // together - 1))
+
+    def skips(self, samples: int) -> Skips:
+        """What to do about bad ones."""
+        most = max(10, samples // 100) if self.max_skipped is None else self.max_skipped
+        folder = None if self.trainer is None else self.trainer.default_root_dir
+        return Skips(self.on_error, most, folder)
 
     def videos(self) -> Iterator[Any]:
-        """Each distinct video of both files once."""
-        every = [video for sample in (*self.train, *self.val) for video in sample.videos()]
+        """Each distinct video of both files once; those of a stream are not known."""
+        every = [video for samples in (self.train, self.val) for s in samples for video in s.videos()]
         yield from dict.fromkeys(every)
+
+
+def kinds_and_lengths(
+    samples: Sequence[Sample], on_error: OnError = "raise"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each sample, its place in KINDS, and how many characters are said in it.
+
+    Where a sample is wrong, DataError, or, to be skipped later, a text of length 0.
+    """
+    kinds = np.full(len(samples), KINDS.index("text"), dtype=np.int8)
+    lengths = np.zeros(len(samples), dtype=np.int64)
+    for number in range(len(samples)):
+        try:
+            talks = samples[number].conversations
+        except DataError:
+            if on_error == "raise":
+                raise
+            continue
+        shown = {part["type"] for talk in talks for part in media_parts(talk)}
+        kinds[number] = min((KINDS.index(kind) for kind in shown), default=KINDS.index("text"))
+        lengths[number] = sum(said(turn["content"]) for talk in talks for turn in talk)
+    return kinds, lengths
+
+
+def said(content: Any) -> int:
+    """Characters in the content of a turn.
+
+    >>> said("Who?"), said([{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "Who?"}])
+    (4, 4)
+    """
+    texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+    return sum(map(len, texts))

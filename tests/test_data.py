@@ -71,7 +71,9 @@ def test_batches_are_the_same_for_the_same_seed(tmp_path):
     def order(seed: int) -> list[str]:
         data = ChatData(write(tmp_path / "a.jsonl", *rows), batch_size=2, seed=seed)
         data.setup()
-        return [group[0][0]["content"][0]["video"] for batch in data.train_dataloader() for group in batch]
+        return [
+            group[0][0]["content"][0]["video"] for batch in data.train_dataloader() for group in batch.groups
+        ]
 
     assert order(1) == order(1)
     assert order(1) != order(2)
@@ -80,7 +82,7 @@ def test_batches_are_the_same_for_the_same_seed(tmp_path):
 def test_at_most_so_many_questions_of_a_video_are_asked_at_once(tmp_path):
     data = ChatData(write(tmp_path / "a.jsonl", ROW), questions=1)
     data.setup()
-    assert [len(group) for batch in data.train_dataloader() for group in batch] == [1]
+    assert [len(group) for batch in data.train_dataloader() for group in batch.groups] == [1]
 
 
 def test_every_video_is_listed_once(tmp_path):
