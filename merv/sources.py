@@ -12,7 +12,7 @@ import re
 import tarfile
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob
 from itertools import accumulate, chain
@@ -116,12 +116,17 @@ def stream_samples(source: Any, root: str | Path | None = None, split: str = "tr
 
     if isinstance(source, IterableDataset):
         return SampleStream(source, root, "stream")
-    if not str(source if isinstance(source, (str, Path)) else source[0]).endswith(".parquet"):
+    last = Path(source if isinstance(source, (str, Path)) else source[-1])
+    if last.suffix == ".parquet":
+        paths = expand(source)
+        rows = IterableDataset.from_parquet([str(path) for path in paths])
+        return SampleStream(rows, root or paths[0].parent, str(source))
+    if last.suffix in FORMS or last.exists():
+        raise DataError(f"{source} needs no streaming: open_samples reads it row by row. Parquet can stream.")
+    try:
         return SampleStream(load_dataset(str(source), split=split, streaming=True), root, str(source))
-    paths = expand(source)
-    return SampleStream(
-        IterableDataset.from_parquet(list(map(str, paths))), root or paths[0].parent, str(source)
-    )
+    except (OSError, ValueError) as error:  # not there, no connection, no such split
+        raise DataError(f"The dataset {str(source)!r} cannot be streamed: {error}") from error
 
 
 class SampleStream:
@@ -234,17 +239,14 @@ def _glob(name: str) -> list[str]:
 
 
 def _open(path: Path, root: Path) -> Rows:
-    ways: dict[str, Callable[[Path, Path], Rows]] = {
-        ".json": JsonRows, ".jsonl": JsonRows, ".parquet": TableRows, ".tar": ShardRows, "": TableRows,
-    }  # fmt: skip
-    suffix = "" if path.is_dir() else path.suffix.lower() or path.name
-    if suffix not in ways:
+    form = TableRows if path.is_dir() else FORMS.get(path.suffix.lower())
+    if form is None:
         raise DataError(
             f"{path} is no file of samples; wanted .jsonl, .json, .parquet, .tar (not compressed), or a "
             "folder that save_to_disk of `datasets` wrote."
         )
     try:
-        rows = ways[suffix](path, root)
+        rows = form(path, root)
     except (OSError, ValueError, tarfile.TarError) as error:
         raise DataError(f"{path} cannot be read: {str(error).rstrip('.')}.") from error
     if not len(rows):
@@ -370,3 +372,8 @@ class TableRows(Rows):
     def row(self, index: int) -> Any:
         (row,) = self.table[index : index + 1].to_pylist()
         return row
+
+
+FORMS: dict[str, type[Rows]] = {
+    ".json": JsonRows, ".jsonl": JsonRows, ".parquet": TableRows, ".tar": ShardRows
+}  # fmt: skip

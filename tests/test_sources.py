@@ -189,3 +189,10 @@ def test_a_wrong_row_of_a_stream_is_named():
     stream = stream_samples(IterableDataset.from_generator(lambda: iter([{"video": "a.mp4"}])))
     with pytest.raises(DataError, match=r"^stream\[0\]: wanted 'messages'"):
         next(iter(stream))
+
+
+def test_what_cannot_or_need_not_stream_is_refused(tmp_path):
+    with pytest.raises(DataError, match="needs no streaming"):
+        stream_samples(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="The dataset 'no/such' cannot be streamed"):
+        stream_samples("no/such")
