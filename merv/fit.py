@@ -66,14 +66,15 @@ class Fit(LightningCLI):
         """What would end a run after hours must end it now."""
         root = Path(self.trainer.default_root_dir)
         check_free(root / "model")
-        asked = self.config["fit"]["ckpt_path"]
+        given = self.config_init["fit"]
+        asked = given["ckpt_path"]
         if asked in ("last", "auto"):
             found = newest(root / CHECKPOINTS)
             if found is None and asked == "last":
                 raise CheckpointError(f"There is no checkpoint in {root / CHECKPOINTS} to go on from.")
-            self.config["fit"]["ckpt_path"] = None if found is None else str(found)
+            given["ckpt_path"] = None if found is None else str(found)
             print(f"Going on from {found}." if found else "A new run: there is no checkpoint yet.")
-        self.config["fit"]["weights_only"] = True
+        given["weights_only"] = True
 
     @property
     def stopped(self) -> bool:

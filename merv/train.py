@@ -11,22 +11,23 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
 from merv.checkpoint import save_folder
-from merv.data import ChatData
+from merv.data import Batch, ChatData
 from merv.errors import CheckpointError, TrainingError
-from merv.llm import LoraOptions, checkpoint_layers, load_llm
+from merv.llm import LoraOptions, checkpoint_layers, load_llm, shares_rows
 from merv.multi_encoder import MultiEncoder
 from merv.registry import create_encoder
 from merv.resume import random_states, set_random_states
 from merv.scale import gathered, mean_divides_by, processes, shard, sum_over_processes, unsharded
 from merv.store import FeatureStore
 from merv.streams import by_name
+from merv.suggest import nearest
 from merv.video_llm import VideoLLM
 from merv.watch import Guard, print_parts
 
@@ -108,6 +109,10 @@ class Training(LightningModule):
             self.model.add_lora(self.lora or LoraOptions())
         self.model.train_only(h.train)
         self.model.fill = h.fill
+        if h.fill and not shares_rows(self.model.llm):
+            raise TrainingError(
+                "This LLM's attention takes no masks that keep samples in a row apart: no fill."
+            )
         if h.store is not None:
             trained = [name for name in self.model.vision.encoders if name in h.train]
             if trained:
@@ -125,10 +130,17 @@ class Training(LightningModule):
         if h.checkpoint_llm:
             checkpoint_layers(self.model.llm, True)
         for part in h.compile:
-            for module in {"llm": [self.model.llm], "encoders": self.model.vision.encoders.values()}[part]:
-                cast(nn.Module, module).compile()
+            self._compile(part)
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh)
+
+    def _compile(self, part: str) -> None:
+        assert self.model is not None
+        parts = {"llm": [self.model.llm], "encoders": [e for _, e in self.model.vision.named()]}
+        if part not in parts:
+            raise TrainingError(f"compile takes {' and '.join(parts)}; got {part!r}.{nearest(part, parts)}")
+        for module in parts[part]:
+            module.compile()
 
     def _fresh(self) -> VideoLLM:
         h: Any = self.hparams
@@ -169,13 +181,13 @@ class Training(LightningModule):
         differ = [option for option in SAME if was[option] != _plain(h[option])]
         missing = [name for name in model.vision.encoders if name not in own]
         if differ or missing:
+            there = {
+                **{o: was[o] for o in differ},
+                **({"encoders": list(model.vision.encoders)} if missing else {}),
+            }
+            here = {**{o: _plain(h[o]) for o in differ}, **({"encoders": list(own)} if missing else {})}
             raise TrainingError(
-                f"model.start is {h.start}, made with "
-                + ", ".join(f"{option} {was[option]}" for option in differ)
-                + (f"encoders {', '.join(model.vision.encoders)}" if missing else "")
-                + "; the recipe has "
-                + ", ".join([*(f"{o} {_plain(h[o])}" for o in differ), *(["others"] if missing else [])])
-                + ". Set them equal."
+                f"model.start, {h.start}, has {there}; this recipe has {here}. Set them equal."
             )
         for name, typed in own.items():
             if name not in model.vision.encoders:
@@ -224,13 +236,13 @@ class Training(LightningModule):
             videos = list(data.videos())
             encode_all(self.model, videos[self.global_rank :: self.trainer.world_size])
 
-    def training_step(self, batch: Any, index: int) -> Tensor:
+    def training_step(self, batch: Batch, index: int) -> Tensor:
         """Loss summed over the answers' tokens of a few groups of conversations."""
         assert self.model is not None
-        total, tokens = self.model.loss_sum(getattr(batch, "groups", batch))
+        total, tokens = self.model.loss_sum(batch.groups)
         self.tokens, self.last_tokens = self.tokens + tokens, tokens
         mean = total.detach() / max(tokens, 1)
-        self.guard.see(mean, tokens, getattr(batch, "origins", []))
+        self.guard.see(mean, tokens, batch.origins)
         self.log("loss", mean, prog_bar=True, batch_size=max(tokens, 1))
         for name, share in self.model.shares.items():
             self.log(f"weight/{name}", share, batch_size=1)
@@ -253,12 +265,11 @@ class Training(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.right: dict[str, list[bool]] = defaultdict(list)
 
-    def validation_step(self, batch: Any, index: int) -> None:
+    def validation_step(self, batch: Batch, index: int) -> None:
         """Which answers greedy decoding would get exactly right, by kind."""
         assert self.model is not None
-        groups = getattr(batch, "groups", [list(s.conversations) for s in batch])
-        said = self.model.would_say(groups) if groups else []
-        for kinds, hits in zip(getattr(batch, "kinds", [s.kinds for s in batch]), said, strict=True):
+        said = self.model.would_say(batch.groups) if batch.groups else []
+        for kinds, hits in zip(batch.kinds, said, strict=True):
             for kind, hit in zip(kinds, hits, strict=True):
                 self.right[kind].append(hit)
 
@@ -321,7 +332,7 @@ class Training(LightningModule):
         self.random = states[self.global_rank] if len(states) == processes() else None
         self.guard.past.extend(checkpoint["losses"])
 
-    def on_train_batch_start(self, batch: Any, index: int) -> None:
+    def on_train_batch_start(self, batch: Batch, index: int) -> None:
         if self.random is not None:
             set_random_states(self.random)
             self.random = None
