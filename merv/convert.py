@@ -66,20 +66,34 @@ def convert(
     """
     check_free(out)
     released = read_config(_json(config))
+    base = load_base(llm or LLMS[released.llm].source, released.llm)
+    with replacing(out) as folder:
+        model = _build(released, base, checkpoint, encoders or {}, say)
+        model.save_pretrained(folder)
+        sizes = {name: parameter.detach().to("meta") for name, parameter in model.llm.named_parameters()}
+        model.llm.config.save_pretrained(folder / "llm")
+        del model  # and with it the encoders, and what was read of the mapped file
+        write_llm(folder / "llm", base, sizes, checkpoint, shard_bytes)
+
+
+def _build(
+    released: Released,
+    base: Base,
+    checkpoint: str | Path,
+    weights: Mapping[str, str],
+    say: Callable[[str], None],
+) -> VideoLLM:
+    """The whole model, its language model on the mapped file."""
     parts = read_parts(checkpoint)
     projectors = translate_projectors(parts.projectors, list(released.encoders), released.projector)
     fusion = translate_fusion(released.fusion, parts.fusion, len(released.encoders))
-    base = load_base(llm or LLMS[released.llm].source, released.llm)
     network = base.fill(parts.llm)
-    vision = build_vision(released, fusion, network.config.hidden_size, encoders or {})
+    vision = build_vision(released, fusion, network.config.hidden_size, weights)
     assert vision.fusion is not None
     fill_exactly(vision.fusion.state_dict(), {**projectors, **fusion.state}, checkpoint)
-    model = VideoLLM(network, base.tokenizer, vision)
     for line in [*parts.left_out, *fusion.left_out]:
         say(f"left out {line}")
-    with replacing(out) as folder:
-        model.save_pretrained(folder)
-        write_llm(folder / "llm", base, network, checkpoint, shard_bytes)
+    return VideoLLM(network, base.tokenizer, vision)
 
 
 # The file -----------------------------------------------------------------------------------
@@ -236,19 +250,21 @@ def load_base(source: str | Path, name: str) -> Base:
     return Base(str(source), config, tokenizer, generation)
 
 
-def write_llm(folder: Path, base: Base, network: Any, checkpoint: str | Path, shard_bytes: int) -> None:
-    """The language model in the layout of transformers, in files of about `shard_bytes`."""
+def write_llm(
+    folder: Path, base: Base, sizes: Mapping[str, Tensor], checkpoint: str | Path, shard_bytes: int
+) -> None:
+    """Tensors, tokenizer and when to end, in the layout of transformers, in files of about `shard_bytes`.
+
+    sizes: tensors without data, of the names, shapes and dtypes to be written.
+    """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    folder.mkdir()
-    network.config.save_pretrained(folder)
     base.generation.save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
-    sizes = {name: parameter.detach().to("meta") for name, parameter in network.named_parameters()}
     plan = split_torch_state_dict_into_shards(
-        sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
+        dict(sizes), filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
     )
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
