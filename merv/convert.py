@@ -57,8 +57,7 @@ def convert(
     llm: a folder or hub id with configuration and tokenizer of the language model that it was trained
         from (its weights are not read); None: the release's hub id.
     encoders: by name, a folder or hub id of their weights; the others come from where they always do.
-    shard_bytes: of each file of the language model; about what conversion needs of memory beside the
-        encoders.
+    shard_bytes: of each file of the language model.
     say: called with each line on what is left out, and why.
 
     Raises CheckpointError for whatever is not known in the file or config, WeightsError where encoders
