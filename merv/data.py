@@ -88,6 +88,8 @@ class ChatData(LightningDataModule):
         self.train: Sequence[Sample] = ()
         self.val: Sequence[Sample] = ()
         self.sizes: list[int] = []
+        self.loader: Loader | None = None
+        self.resumed: dict[str, Any] | None = None  # a place to begin at
         self.known: tuple[np.ndarray, np.ndarray] | None = None  # kind and length of each sample
         if val is not None:  # where there is no such method, Lightning does not validate
             self.val_dataloader = self._val_dataloader  # type: ignore[method-assign]
@@ -105,8 +107,29 @@ class ChatData(LightningDataModule):
 
     # Loaders ------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the training data, for Lightning's checkpoints.
+
+        Lightning would keep it for the loader too, but forgets it where a schedule asks for the number of
+        steps before the run is restored.
+        """
+        return {} if self.loader is None else self.loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on there, whether the loader is made already or not."""
+        self.resumed = state or None
+        if self.loader is not None and state:
+            self.loader.load_state_dict(state)
+
     def train_dataloader(self) -> Loader:
         """The batches of this process."""
+        self.loader = self._train_loader()
+        if self.resumed is not None:
+            self.loader.load_state_dict(self.resumed)
+            self.resumed = None
+        return self.loader
+
+    def _train_loader(self) -> Loader:
         reader = self.reader()
         process, processes = self.place()
         options: dict[str, Any] = {

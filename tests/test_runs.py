@@ -1,0 +1,276 @@
+"""Whole runs of `merv fit`: stopped, gone on with, told wrongly."""
+
+import json
+import os
+import re
+import signal
+
+import pytest
+import torch
+from lightning import Callback
+from safetensors.torch import load_file
+
+from merv.cli import main
+from merv.data import ChatData
+from merv.errors import CheckpointError, TrainingError
+from merv.resume import newest
+from merv.scale import whole_state
+from merv.testing import make_video, tiny_llm
+from merv.train import Training, compare
+from merv.train_cli import NOISE, check_keys
+from merv.video_llm import VideoLLM
+from merv.watch import Guard
+
+pytestmark = [
+    *(pytest.mark.filterwarnings(f"ignore:.*{re.escape(words)}.*") for words in NOISE),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A tiny LLM, videos, questions with answers of unequal length."""
+    folder = tmp_path_factory.mktemp("material")
+    tiny_llm(folder / "llm")
+    rows = []
+    for number in range(6):
+        make_video(folder / f"{number}.mp4", frames=4)
+        asked = {"question": "Who?", "answer": "ab"[number % 2] * (1 + 3 * number), "kind": "who"}
+        rows.append({"video": f"{number}.mp4", "questions": [asked]})
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def fit(material, out, **options) -> int:
+    """`merv fit` with options by part__name."""
+    values = {
+        "model__llm": material / "llm",
+        "model__encoders": "[fake]",
+        "model__grid": "[2,1,1]",
+        "model__lr": 1e-2,
+        "model__store": "memory",
+        "data__train": material / "data.jsonl",
+        "data__batch_size": 2,
+        "data__workers": 0,
+        "trainer__default_root_dir": out,
+        "trainer__max_epochs": 2,
+        "trainer__accelerator": "cpu",
+        "trainer__logger": "false",
+        "trainer__enable_progress_bar": "false",
+        **options,
+    }
+    return main(["fit", *(f"--{name.replace('__', '.')}={value}" for name, value in values.items())])
+
+
+def weights(out) -> dict:
+    return load_file(out / "model/model.safetensors")
+
+
+def difference(one, other) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+class Interrupt(Callback):
+    """Presses Ctrl-C after a batch."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == self.after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("accumulated", [2, 4])
+def test_accumulated_micro_batches_train_as_the_large_batch(material, tmp_path, accumulated):
+    assert fit(material, tmp_path / "large", data__batch_size=4) == 0
+    small = {"data__batch_size": 4 // accumulated, "trainer__accumulate_grad_batches": accumulated}
+    assert fit(material, tmp_path / "small", **small) == 0
+    assert difference(weights(tmp_path / "large"), weights(tmp_path / "small")) < 1e-6
+
+
+def test_ctrl_c_ends_the_step_saves_and_the_run_goes_on_to_the_same_weights(
+    material, tmp_path, capsys, monkeypatch
+):
+    options = {"model__train": "[projector,mixer,lora]", "model__lora": "{rank: 2, dropout: 0.1}"}
+    assert fit(material, tmp_path / "whole", **options) == 0
+    stop = json.dumps([{"class_path": "test_runs.Interrupt", "init_args": {"after": 4}}])
+    monkeypatch.setitem(__import__("sys").modules, "test_runs", __import__("sys").modules[__name__])
+    assert fit(material, tmp_path / "cut", **options, trainer__callbacks=stop) == 130
+    assert "To go on: the same with --ckpt_path=last" in capsys.readouterr().out
+    assert not (tmp_path / "cut/model").exists()
+    assert newest(tmp_path / "cut/checkpoints").name == "step=4"
+    assert fit(material, tmp_path / "cut", **options, ckpt_path="last") == 0
+    assert difference(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == 0
+
+
+def test_a_checkpoint_is_a_model_and_older_ones_go(material, tmp_path):
+    assert fit(material, tmp_path, checkpoints__every=1, checkpoints__keep=2) == 0
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step=5", "step=6"]
+    model = VideoLLM.from_pretrained(tmp_path / "checkpoints/step=6")
+    assert all(torch.equal(t, weights(tmp_path)[name]) for name, t in model.kept().items())
+
+
+def test_the_best_checkpoint_is_kept_by_its_accuracy(material, tmp_path):
+    assert fit(material, tmp_path, data__val=material / "data.jsonl") == 0
+    assert (tmp_path / "checkpoints/best/model.safetensors").is_file()
+
+
+def test_a_run_does_not_go_on_from_nothing(material, tmp_path, capsys):
+    assert fit(material, tmp_path, ckpt_path="last") == 2
+    assert "There is no checkpoint in" in capsys.readouterr().err
+
+
+def test_auto_begins_where_there_is_no_checkpoint(material, tmp_path, capsys):
+    assert fit(material, tmp_path, ckpt_path="auto", trainer__max_epochs=1) == 0
+    assert "A new run" in capsys.readouterr().out
+
+
+def test_a_trained_model_is_no_checkpoint_to_go_on_from(material, tmp_path, capsys):
+    assert fit(material, tmp_path / "one", trainer__max_epochs=1) == 0
+    assert fit(material, tmp_path / "two", ckpt_path=tmp_path / "one/model") == 2
+    assert "To begin a new run with it, set model.start" in capsys.readouterr().err
+
+
+def test_what_differs_from_the_checkpoint_is_named():
+    with pytest.raises(CheckpointError, match=r"has vision\.grid \[2, 1, 1\], this run \[4, 1, 1\]"):
+        compare({"vision": {"grid": [2, 1, 1]}}, {"vision": {"grid": [4, 1, 1]}})
+    compare({"llm": {"source": "here"}}, {"llm": {"source": "there"}})
+
+
+def test_a_loss_that_is_no_number_is_not_learned_from(material, tmp_path, capsys, monkeypatch):
+    loss_sum = VideoLLM.loss_sum
+
+    def poisoned(self, groups):
+        total, tokens = loss_sum(self, groups)
+        poisoned.calls += 1
+        return (total * float("nan") if poisoned.calls == 3 else total), tokens
+
+    poisoned.calls = 0
+    monkeypatch.setattr(VideoLLM, "loss_sum", poisoned)
+    assert fit(material, tmp_path, trainer__max_epochs=1) == 2
+    said = capsys.readouterr()
+    assert re.search(r"The loss is nan in the batch of .*data\.jsonl:\d", said.err)
+    model = VideoLLM.from_pretrained(tmp_path / "checkpoints/step=2")
+    assert all(tensor.isfinite().all() for tensor in model.kept().values())
+
+
+def test_a_spike_is_told_by_the_losses_before_it():
+    guard = Guard(spike=3)
+    for loss in (2.0, 1.0) * 50:
+        guard.see(torch.tensor(loss), 1, ["a:1"])
+    assert guard.alarms() == 0
+    guard.see(torch.tensor(5.9), 1, ["a:2"])
+    assert guard.alarms() == 0
+    guard.see(torch.tensor(17.8), 1, ["a:3", "a:4"])
+    assert guard.alarms() == 1
+    assert "The loss is 17.8 in the batch of a:3, a:4" in guard.report()
+
+
+def test_answers_are_sampled_while_it_trains(material, tmp_path):
+    assert fit(material, tmp_path, answers__every=3, answers__count=1) == 0
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 6]
+    assert rows[0]["question"] == "Who?"
+
+
+def test_pace_and_weights_are_in_the_logs(material, tmp_path):
+    table = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}}
+    assert fit(material, tmp_path, trainer__logger=json.dumps(table), trainer__log_every_n_steps=1) == 0
+    (table,) = tmp_path.rglob("metrics.csv")
+    columns = table.read_text().splitlines()[0].split(",")
+    assert {"loss", "tokens/s", "wait", "GB", "min_left", "weight/fake"} <= set(columns)
+
+
+# Stages ------------------------------------------------------------------------------------
+
+
+def test_a_second_stage_starts_from_the_first_and_an_encoder_joins(material, tmp_path):
+    assert fit(material, tmp_path / "one") == 0
+    options = {
+        "model__start": tmp_path / "one/model",
+        "model__encoders": "[fake,fake/video]",
+        "model__train": "[projector.fake_video,mixer.fake_video]",
+    }
+    assert fit(material, tmp_path / "two", **options) == 0
+    before, after = weights(tmp_path / "one"), weights(tmp_path / "two")
+    name = "vision.fusion.projectors.fake.linear.weight"
+    assert torch.equal(before[name], after[name])
+    assert torch.equal(before["vision.fusion.mixer.share"], after["vision.fusion.mixer.share"][:1])
+    assert list(VideoLLM.from_pretrained(tmp_path / "two/model").vision.encoders) == ["fake", "fake_video"]
+
+
+def test_a_start_of_another_grid_is_refused(material, tmp_path, capsys):
+    assert fit(material, tmp_path / "one", trainer__max_epochs=1) == 0
+    assert fit(material, tmp_path / "two", model__start=tmp_path / "one/model", model__grid="[4,1,1]") == 2
+    assert "has {'grid': [2, 1, 1]}" in capsys.readouterr().err
+
+
+def test_features_of_an_encoder_that_is_trained_cannot_be_kept(material):
+    training = Training(str(material / "llm"), ["fake"], train=["fake"], store="memory")
+    with pytest.raises(TrainingError, match="Features of fake change while it is trained"):
+        training.configure_model()
+
+
+# Sharded, in one process -------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its distributed parts
+def test_a_sharded_run_goes_on_and_its_checkpoint_is_put_together(material, tmp_path):
+    options = {"trainer__strategy": "sharded", "trainer__devices": 1, "checkpoints__every": 3}
+    whole = {"model__train": "[projector,mixer,lora]", "model__lora": "{rank: 2}"}
+    assert fit(material, tmp_path / "plain", **whole) == 0
+    assert fit(material, tmp_path / "sharded", **whole, **options) == 0
+    assert difference(weights(tmp_path / "plain"), weights(tmp_path / "sharded")) < 1e-6
+    state = whole_state(tmp_path / "sharded/checkpoints/step=6")
+    assert difference(weights(tmp_path / "sharded"), state) == 0
+    again = {**options, "ckpt_path": tmp_path / "sharded/checkpoints/step=3"}
+    assert fit(material, tmp_path / "again", **whole, **again) == 0
+    assert difference(weights(tmp_path / "sharded"), weights(tmp_path / "again")) == 0
+
+
+# What is typed -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("--model.lrr=1", r"--model\.lrr: model has no option 'lrr'\. Did you mean 'lr'"),
+        ("--trainer.max_step=1", "Did you mean 'max_steps'"),
+        ("--data.batchsize=1", "Did you mean 'batch_size'"),
+        ("--modle.lr=1", "nothing is called 'modle'. Did you mean 'model'"),
+    ],
+)
+def test_a_misspelt_option_names_the_nearest(typed, said):
+    with pytest.raises(TrainingError, match=said):
+        check_keys([typed])
+
+
+def test_a_misspelt_key_of_a_recipe_names_the_file_and_the_nearest(tmp_path):
+    (tmp_path / "mine.yaml").write_text("model:\n  encoder: [fake]\n")
+    with pytest.raises(TrainingError, match=r"mine\.yaml: model has no option 'encoder'\. Did you mean"):
+        check_keys([f"--config={tmp_path / 'mine.yaml'}"])
+
+
+@pytest.mark.parametrize(("text", "said"), [("a: [", "is no YAML"), ("- a", "is no recipe")])
+def test_a_recipe_that_is_none_is_named(tmp_path, text, said):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(TrainingError, match=said):
+        check_keys(["--config", str(tmp_path / "mine.yaml")])
+
+
+def test_help_teaches(capsys):
+    assert main(["fit", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(words in said for words in ("usage: merv fit --config RECIPE", "demo", "encoders: list[str]"))
+
+
+def test_the_module_alone_takes_batches_of_another_loader(material):
+    training = Training(str(material / "llm"), ["fake"], grid=(2, 1, 1))
+    training.configure_model()
+    data = ChatData(str(material / "data.jsonl"), batch_size=3, workers=0)
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    total, tokens = training.model.loss_sum(batch.groups)
+    assert tokens > 0
+    assert total.requires_grad
