@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from merv.batches import Order
 from merv.errors import DataError, SamplingError, ShapeError, VideoError
@@ -64,14 +64,16 @@ class BatchReader(Dataset):
         batch = Batch([], [], [], [])
         loaded: dict[Any, Loaded | Exception] = {}  # each video is read once
         for number, sample_of in found:
-            origin = f"sample {number}"
+            origin = ""
             try:
                 sample = sample_of()
-                origin = sample.origin or origin
+                origin = sample.origin
                 chosen = self._drawn(len(sample.conversations), epoch, number)
                 group = [self._read(sample.conversations[i], loaded) for i in chosen]
             except BAD as error:
-                batch.skipped.append((origin, f"{type(error).__name__}: {error}"))
+                # What is wrong with a row begins with its origin
+                origin, reason = (origin, f"{type(error).__name__}: {error}") if origin else _split(error)
+                batch.skipped.append((origin, reason))
                 continue
             batch.groups.append(group)
             batch.kinds.append(tuple(sample.kinds[i] for i in chosen))
@@ -178,7 +180,17 @@ class Loader:
         self.epoch, self.position = epoch, 0  # of the next batch
         self.begun = False  # whether `epoch` is
         self.wanted: list[tuple[int, list[int]]] = []
-        self.loader = worker_loader(batches, workers, order.seed, sampler=_Live(self))
+        self.workers = workers
+        self.loader: DataLoader = DataLoader(
+            batches,
+            sampler=None if isinstance(batches, IterableDataset) else _Live(self),
+            batch_size=None,  # what is made is whole batches
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            prefetch_factor=1 if workers else None,  # a batch of frames is large
+            generator=torch.Generator(),  # not the global one: a resumed run draws what the whole would
+        )
 
     def __len__(self) -> int:
         return len(self.order)
@@ -236,23 +248,6 @@ class Loader:
         }
 
 
-def worker_loader(dataset: Dataset, workers: int, seed: int, **options: Any) -> DataLoader:
-    """A DataLoader of things that are whole batches already, made by `workers` that stay.
-
-    It leaves the global random state alone, so that a run that was resumed draws what the whole would.
-    """
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        prefetch_factor=1 if workers else None,  # a batch of frames is large
-        generator=torch.Generator().manual_seed(seed),
-        **options,
-    )
-
-
 class _Live:
     """A sampler that gives what its loader has to do when it is asked."""
 
@@ -268,3 +263,9 @@ class _Live:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _split(error: Exception) -> tuple[str, str]:
+    """What a DataError about a row says: origin, reason."""
+    origin, _, reason = str(error).partition(": ")
+    return origin, reason

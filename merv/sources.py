@@ -137,7 +137,7 @@ class SampleStream:
         self.taken = 0
 
     def __iter__(self) -> Iterator[Sample]:
-        for table in self.rows:
+        for table in self.rows.iter(batch_size=1):  # in a worker, iter(rows) would split it once more
             (row,) = table.to_pylist()
             self.taken += 1
             yield sample_of(row, f"{self.name}[{self.taken - 1}]", self.root)

@@ -10,6 +10,10 @@ from lightning.pytorch.callbacks import Callback
 
 from merv.data import ChatData
 from merv.errors import DataError
+from merv.multi_encoder import MultiEncoder
+from merv.sources import Samples
+from merv.store import FeatureStore
+from merv.testing import make_video
 from merv.train_cli import NOISE
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{re.escape(words)}.*") for words in NOISE]
@@ -46,7 +50,7 @@ class SaveAfter(Callback):
 
 @pytest.fixture
 def files(tmp_path):
-    """11 samples and 6 samples, mixed to 12 in an epoch: six batches of text, image and video, of many lengths; three questions in each."""
+    """Two files of text, image and video, of many lengths, mixed to six batches of two in an epoch."""
     for name, count in (("a", 11), ("b", 6)):
         rows = []
         for number in range(count):
@@ -139,3 +143,157 @@ def test_loading_leaves_the_global_random_state_alone(files):
     before = torch.get_rng_state()
     list(data.train_dataloader())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# Bad samples, other processes ---------------------------------------------------------------
+
+
+def chat(path, *rows, **options) -> ChatData:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    data = ChatData(str(path), **{"workers": 0, "batch_size": 2, **options})
+    data.setup()
+    data.reader = MultiEncoder(["fake"], grid=(2, 1, 1)).reader  # as in a training
+    return data
+
+
+def about(video: str) -> dict:
+    return {"video": video, "questions": [{"question": "Who?", "answer": "cat", "kind": "who"}] * 2}
+
+
+@pytest.fixture
+def rows(tmp_path):
+    make_video(tmp_path / "good.mp4", frames=4)
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    return [about("good.mp4"), about("bad.mp4"), about("bad.mp4"), "{", about("good.mp4")]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_samples_are_skipped_and_listed_and_nothing_stands_in(tmp_path, rows, workers):
+    data = chat(tmp_path / "a.jsonl", *rows, on_error="skip", workers=workers, batch_size=5, group=True)
+    loader = data.train_dataloader()
+    loader.skips.folder = tmp_path
+    batches = [batch for _ in range(2) for batch in loader]
+    assert all(sorted(o[-1] for o in batch.origins) == ["1", "5"] for batch in batches)
+    listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert len(listed) == 3  # once in two epochs
+    assert {"bad.mp4", "UnreadableVideo"} <= set(re.findall(r"[\w.]+", str(listed)))
+
+
+def test_a_bad_sample_is_named_with_its_line(tmp_path, rows):
+    for row, names in ((rows[1], r"a\.jsonl:1: UnreadableVideo: .*bad\.mp4"), ("{", r"a\.jsonl:1: no JSON")):
+        with pytest.raises(DataError, match=rf"{names}(.|\n)*set data\.on_error to skip"):
+            next(iter(chat(tmp_path / "a.jsonl", row).train_dataloader()))
+
+
+def test_too_many_bad_samples_stop_the_run_even_after_a_resume(tmp_path, rows):
+    data = chat(tmp_path / "a.jsonl", *rows[1:4], on_error="skip", max_skipped=1, batch_size=1)
+    first, second = data.train_dataloader(), data.train_dataloader()
+    next(iter(first))
+    second.load_state_dict(first.state_dict())
+    with pytest.raises(DataError, match=r"2 samples could not be used; data\.max_skipped is 1"):
+        next(iter(second))
+
+
+def test_a_video_is_read_once_in_a_batch(tmp_path, rows):
+    data = chat(tmp_path / "a.jsonl", rows[0], rows[4])
+    (batch,) = data.train_dataloader()
+    loaded = {id(talk[0]["content"][0]["video"]) for group in batch.groups for talk in group}
+    assert len(loaded) == 1
+
+
+def test_validation_has_the_order_of_the_file_and_all_conversations(tmp_path, rows):
+    data = chat(tmp_path / "a.jsonl", rows[0])
+    data.val = Samples(data.train.files * 3)
+    for _ in range(2):  # Lightning's sanity check leaves an epoch early
+        loader = data._val_dataloader()
+        assert [batch.kinds for batch in loader] == [[("who", "who")] * 2, [("who", "who")]]
+
+
+def test_processes_share_an_epoch(files):
+    origins = []
+    for process in range(3):
+        data = ChatData(files, workers=0, batch_size=1)
+        data.place = lambda process=process: (process, 3)
+        data.setup()
+        loader = data.train_dataloader()
+        assert len(loader) == 4
+        origins += [origin for batch in loader for origin in batch.origins]
+    assert len(set(origins)) == len(origins) == 12
+
+
+def test_with_features_in_memory_this_process_reads(files):
+    data = ChatData(files, workers=4)
+    vision = MultiEncoder(["fake"])
+    assert data.worker_count(vision.reader()) == data.worker_count(vision.reader(FeatureStore("folder"))) == 4
+    assert data.worker_count(vision.reader(FeatureStore())) == 0
+
+
+def test_options_that_cannot_be_meant_are_refused(files):
+    for options, words in (
+        ({"batch_size": 0}, "1 or more"),
+        ({"on_error": "ignore"}, "raise or skip"),
+        ({"stream": True}, r"set data\.length"),
+    ):
+        with pytest.raises(DataError, match=words):
+            ChatData(files, **options)
+
+
+# Streams ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parquet(tmp_path, monkeypatch):
+    """40 rows of text in four files; one row is wrong."""
+    from datasets import Dataset, config
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for file in range(4):
+        talks = [
+            [{"role": "user", "content": f"{file}.{i}"}, {"role": "assistant", "content": "!"}]
+            for i in range(10)
+        ]
+        talks[5][0]["role"] = "nobody" if file == 2 else "user"
+        Dataset.from_dict({"messages": talks}).to_parquet(tmp_path / f"{file}.parquet")
+    return str(tmp_path / "*.parquet")
+
+
+def stream(parquet, workers=0, process=0, processes=1):
+    options = {"stream": True, "length": 7, "block": 4, "on_error": "skip", "batch_size": 3}
+    data = ChatData(parquet, workers=workers, **options)
+    data.place = lambda: (process, processes)
+    data.setup()
+    return data.train_dataloader()
+
+
+def said(batch) -> list[str]:
+    return [talk[0]["content"] for group in batch.groups for talk in group]
+
+
+@pytest.mark.parametrize(("workers", "processes", "batches"), [(0, 1, 14), (2, 1, 14), (0, 3, 5)])
+def test_a_pass_over_a_stream_has_each_sample_once_and_then_begins_again(
+    parquet, workers, processes, batches
+):
+    passes = [[], []]
+    for process in range(processes):
+        loader = stream(parquet, workers, process, processes)
+        endless = (batch for _ in range(4) for batch in loader)
+        for seen in passes:
+            seen += [text for _ in range(batches) for text in said(next(endless))]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(set(passes[0]))
+    assert len(passes[0]) == 39
+    assert passes[0] != passes[1]
+
+
+@pytest.mark.parametrize(("workers", "after"), [(0, 1), (0, 9), (0, 17), (2, 3), (2, 16)])
+def test_a_stream_resumes_at_the_next_batch(parquet, workers, after):
+    whole, first, rest = (stream(parquet, workers) for _ in range(3))
+    expected = [said(batch) for _ in range(3) for batch in whole]
+    batches = (batch for _ in range(3) for batch in first)
+    seen = [said(next(batches)) for _ in range(after)]
+    rest.load_state_dict(json.loads(json.dumps(first.state_dict()), object_hook=_numbered))
+    seen += [said(batch) for _ in range(3 - after // 7) for batch in rest]
+    assert seen == expected
+
+
+def _numbered(table):
+    return {int(key) if key.isdigit() else key: value for key, value in table.items()}
