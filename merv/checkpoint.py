@@ -35,10 +35,15 @@ def write_model(
     """config.json and model.safetensors, into a folder that is there."""
     from safetensors.torch import save_file
 
-    text = json.dumps({"merv": FORMAT, "kind": kind, **config}, indent=2)
-    (Path(folder) / CONFIG).write_text(text + "\n")
+    write_config(folder, kind, config)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     save_file(tensors, Path(folder) / WEIGHTS)
+
+
+def write_config(folder: str | Path, kind: str, config: Mapping[str, Any]) -> None:
+    """config.json alone, into a folder that is there."""
+    text = json.dumps({"merv": FORMAT, "kind": kind, **config}, indent=2)
+    (Path(folder) / CONFIG).write_text(text + "\n")
 
 
 @contextmanager
@@ -67,20 +72,52 @@ def load_folder(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    found, config = read_config(folder)
+    if found != kind:
+        raise CheckpointError(f"{folder} holds a {found!r}; wanted a {kind!r}.")
+    try:
+        return config, load_file(Path(folder) / WEIGHTS)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from error
+
+
+def read_config(folder: str | Path, beside: str = WEIGHTS) -> tuple[str, dict[str, Any]]:
+    """Kind and config of a folder that has `beside`, the file of its tensors.
+
+    Raises CheckpointError where it is not such a folder.
+    """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+    if not (folder / CONFIG).is_file() or not (folder / beside).is_file():
         there = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
         raise CheckpointError(
-            f"{folder} is no checkpoint of merv: it needs {CONFIG} and {WEIGHTS}; there is {there}."
+            f"{folder} is no checkpoint of merv: it needs {CONFIG} and {beside}; there is {there}."
         )
     try:
-        config, state = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
-    except (ValueError, SafetensorError) as error:
+        config = json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from error
-    if config.pop("merv", None) != FORMAT or config.get("kind") != kind:
-        raise CheckpointError(f"{folder} holds a {config.get('kind')!r}; wanted a {kind!r}.")
-    config.pop("kind")
-    return config, state
+    if config.pop("merv", None) != FORMAT:
+        raise CheckpointError(f"{folder} was not written by merv, or by another version of it.")
+    return config.pop("kind"), config
+
+
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Where two configs first differ, and both values; None where they describe the same model.
+
+    Where parts are, `source` and `revision`, may differ: fingerprints and hashes say what they are.
+
+    >>> first_difference({"llm": {"dtype": "bf16"}}, {"llm": {"dtype": "fp32"}})
+    ('llm.dtype', 'bf16', 'fp32')
+    """
+    for name in sorted({*one, *other}):
+        was, own = one.get(name), other.get(name)
+        if isinstance(was, Mapping) and isinstance(own, Mapping):
+            deeper = first_difference(was, own)
+            if deeper is not None:
+                return f"{name}.{deeper[0]}", *deeper[1:]
+        elif was != own and name not in ("source", "revision"):
+            return name, was, own
+    return None
 
 
 def fill_exactly(own: Mapping[str, Tensor], state: Mapping[str, Tensor], folder: str | Path) -> None:

@@ -51,6 +51,8 @@ COMMANDS = (
     Command("data", "Check a data set before training on it.", "merv.data_cli"),
     Command("plan", "Tell what a training run will take, before it begins.", "merv.plan_cli", raw=True),
     Command("fit", "Train mixer and projector by a recipe.", "merv.train_cli", raw=True),
+    Command("average", "Write the mean of several checkpoints of one model.", "merv.average_cli"),
+    Command("consolidate", "Make one folder of a sharded checkpoint.", "merv.consolidate_cli"),
     Command("convert", "Turn a checkpoint of the released MERV into a folder of ours.", "merv.convert_cli"),
     Command("demo", "Make clips, train on them, answer questions about them.", "merv.demo.run"),
 )

@@ -9,13 +9,15 @@ from pathlib import Path
 from merv.errors import WeightsError
 
 COMMIT = re.compile("[0-9a-f]{40}")
+ADVICE = 'Where you have them, pass weights="/path/to/folder" (or file); weights=None makes random ones.'
 
 
-def find_on_hub(repo: str, revision: str | None, names: Sequence[str]) -> Path | None:
+def find_on_hub(repo: str, revision: str | None, names: Sequence[str], advice: str = ADVICE) -> Path | None:
     """The first of `names` that the repository has at that revision, in the cache; None if it has none.
 
     A whole commit that is in the cache is taken from there. Otherwise the hub is asked first, and the
-    cache only where it does not answer: a branch may have moved. Raises WeightsError where neither has it.
+    cache only where it does not answer: a branch may have moved. Raises WeightsError where neither has it;
+    `advice` ends its message.
 
     >>> find_on_hub("some one/model", None, ["model.safetensors"])
     Traceback (most recent call last):
@@ -28,10 +30,10 @@ def find_on_hub(repo: str, revision: str | None, names: Sequence[str]) -> Path |
         there = _listing(repo, revision)
     except Exception as error:  # the library's errors and those of its HTTP client have no other base
         if found is None:
-            raise _no_hub(repo, revision, names, error) from error
+            raise _no_hub(repo, revision, names, error, advice) from error
         return found
     best = next((name for name in names if name in there), None)
-    return None if best is None else download(repo, revision, best)
+    return None if best is None else download(repo, revision, best, advice)
 
 
 def _in_cache(repo: str, revision: str | None, names: Sequence[str]) -> Path | None:
@@ -57,7 +59,7 @@ def _listing(repo: str, revision: str | None) -> set[str]:
     return {file.rfilename for file in found.siblings or ()}
 
 
-def download(repo: str, revision: str | None, name: str) -> Path:
+def download(repo: str, revision: str | None, name: str, advice: str = ADVICE) -> Path:
     """One file of a repository, in the cache; fetched, if it is not there.
 
     Raises WeightsError where it cannot be had.
@@ -67,13 +69,13 @@ def download(repo: str, revision: str | None, name: str) -> Path:
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
     except Exception as error:  # as above
-        raise _no_hub(repo, revision, [name], error) from error
+        raise _no_hub(repo, revision, [name], error, advice) from error
 
 
-def _no_hub(repo: str, revision: str | None, names: Sequence[str], error: Exception) -> WeightsError:
-    from huggingface_hub import constants, errors
+def why(error: Exception) -> str:
+    """What the hub, or the way there, has against it, and what to do."""
+    from huggingface_hub import errors
 
-    asked = repo if revision is None else f"{repo}@{revision}"
     reasons: dict[type[Exception], str] = {
         errors.GatedRepoError: "its owner wants to be asked; accept the terms on its page, then type "
         "`hf auth login` or set HF_TOKEN",
@@ -84,9 +86,16 @@ def _no_hub(repo: str, revision: str | None, names: Sequence[str], error: Except
     }
     first_line = (str(error).strip() or "no reason given").splitlines()[0].rstrip(".")
     kind = next((kind for kind in reasons if isinstance(error, kind)), None)
-    reason = reasons[kind] if kind else f"{type(error).__name__}: {first_line}"
+    return reasons[kind] if kind else f"{type(error).__name__}: {first_line}"
+
+
+def _no_hub(
+    repo: str, revision: str | None, names: Sequence[str], error: Exception, advice: str
+) -> WeightsError:
+    from huggingface_hub import constants
+
+    asked = repo if revision is None else f"{repo}@{revision}"
     return WeightsError(
-        f"The weights {asked} cannot be had from the hub: {reason}. Nor is {' or '.join(names)} in the "
-        f'cache, {constants.HF_HUB_CACHE}. Where you have them, pass weights="/path/to/folder" (or file); '
-        "weights=None makes random ones."
+        f"The weights {asked} cannot be had from the hub: {why(error)}. Nor is {' or '.join(names)} in the "
+        f"cache, {constants.HF_HUB_CACHE}. {advice}"
     )

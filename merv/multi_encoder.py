@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from merv.align import Aligner
-from merv.checkpoint import fill_exactly, load_folder, save_folder
+from merv.checkpoint import fill_exactly, load_folder
 from merv.decode import check_backend
 from merv.encode import Encoder
 from merv.errors import CheckpointError, EncoderError, ShapeError
@@ -23,6 +23,7 @@ from merv.preprocessing import Resample, check_resample
 from merv.reader import Loaded, Reader, View, recipe
 from merv.registry import create_encoder
 from merv.sample import Mode, Sampling
+from merv.share import Shared, find_model
 from merv.store import FeatureStore
 from merv.streams import by_name, check_names, checked_frames, create_all, recreate
 from merv.suggest import nearest
@@ -62,7 +63,7 @@ class Encoded:
         return self.fused.positions[..., 0]
 
 
-class MultiEncoder(nn.Module):
+class MultiEncoder(Shared, nn.Module):
     """Any set of frozen encoders, on one grid of time, rows and columns.
 
     encoders: names (`merv encoders` lists them; "dinov2/base" picks a variant), modules, or a
@@ -89,6 +90,8 @@ class MultiEncoder(nn.Module):
 
     Source: arXiv 2501.01426.
     """
+
+    kind = "MultiEncoder"
 
     def __init__(
         self,
@@ -285,24 +288,24 @@ class MultiEncoder(nn.Module):
         sampling = Sampling(**options.pop("sampling"))
         return cls(encoders, sampling=sampling, **{**options, "grid": tuple(options["grid"])})
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and the trained weights; frozen encoders are named, not copied."""
-        state = {} if self.fusion is None else self.fusion.state_dict()
-        save_folder(folder, "MultiEncoder", self.config(), state)
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: projectors and mixer. Frozen encoders are named, not copied."""
+        return {} if self.fusion is None else self.fusion.state_dict()
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, *, weights: Mapping[str, str | None] | None = None
     ) -> MultiEncoder:
-        """Load what `save_pretrained` wrote.
+        """Load what `save_pretrained` or `push_to_hub` wrote: a folder, or "owner/name@revision".
 
         weights: by encoder, where its weights are now, if not where they were.
-        Raises CheckpointError where the folder, or the identity of an encoder, is not as saved.
+        Raises CheckpointError where the folder, or the identity of an encoder, is not as saved;
+        WeightsError where the hub has no such model.
         """
-        config, state = load_folder(folder, "MultiEncoder")
+        folder = find_model(folder)
+        config, state = load_folder(folder, cls.kind)
         model = cls.from_config(config, weights or {})
-        own = {} if model.fusion is None else model.fusion.state_dict()
-        fill_exactly(own, state, folder)
+        fill_exactly(model.kept(), state, folder)
         return model
 
     def describe(self) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,6 @@ encoders that are frozen stay whole on each.
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
+from merv.checkpoint import read_config, save_folder, write_config
 from merv.errors import CheckpointError, TrainingError
 
 META = "training.pt"  # of a checkpoint: all but tensors of the model
@@ -119,7 +119,7 @@ class Sharded(ModelParallelStrategy):
             states[f"optimizer_{number}"] = state
         dcp.save(states, checkpoint_id=fresh)
         if self.is_global_zero:
-            (fresh / "config.json").write_text(json.dumps(checkpoint["config"], indent=1))
+            write_config(fresh, "VideoLLM", checkpoint["config"])
             torch.save(checkpoint, fresh / META)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(fresh, path)
@@ -174,6 +174,17 @@ def whole_state(path: str | Path) -> Mapping[str, torch.Tensor]:
     }
     dcp.load(state, checkpoint_id=path, no_dist=True)
     return {name.removeprefix("state_dict.").removeprefix("model."): t for name, t in state.items()}
+
+
+def consolidate(folder: str | Path, out: str | Path) -> None:
+    """A sharded checkpoint as a folder that `VideoLLM.from_pretrained` loads; whole or not at all.
+
+    The model has to fit into this machine's memory. Optimizers are left out.
+    Raises CheckpointError where `folder` is no sharded checkpoint, or `out` is not merv's to replace.
+    """
+    state = whole_state(folder)
+    kind, config = read_config(folder, beside=META)
+    save_folder(out, kind, config, state)
 
 
 def unsharded(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from merv.checkpoint import save_folder
+from merv.checkpoint import first_difference, save_folder
 from merv.data import Batch, ChatData
 from merv.errors import CheckpointError, TrainingError
 from merv.llm import LoraOptions, checkpoint_layers, load_llm, shares_rows
@@ -338,20 +338,17 @@ class Training(LightningModule):
             self.random = None
 
 
-def compare(saved: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> None:
+def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise CheckpointError where two configs differ, naming the place and both values.
 
     >>> compare({"llm": {"dtype": "bf16"}}, {"llm": {"dtype": "fp32"}})
     Traceback (most recent call last):
     merv.errors.CheckpointError: The checkpoint has llm.dtype bf16, this run fp32: set it as it was.
     """
-    for name in sorted({*saved, *now}):
-        was, own = saved.get(name), now.get(name)
-        if isinstance(was, Mapping) and isinstance(own, Mapping):
-            compare(was, own, f"{where}{name}.")
-        elif was != own and name != "source":  # where it is may change; what it is may not
-            place = f"{where}{name}"
-            raise CheckpointError(f"The checkpoint has {place} {was}, this run {own}: set it as it was.")
+    differs = first_difference(saved, now)
+    if differs is not None:
+        place, was, own = differs
+        raise CheckpointError(f"The checkpoint has {place} {was}, this run {own}: set it as it was.")
 
 
 def warm_up_and_cosine(step: int, *, warm: int, steps: float) -> float:

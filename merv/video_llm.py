@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from merv.chat import NOT_LEARNED, Message, Prompt, Visual, check_messages, render
-from merv.checkpoint import fill_exactly, load_folder, save_folder
+from merv.checkpoint import fill_exactly, load_folder
 from merv.encode import Encoder
 from merv.errors import CheckpointError, PromptError, ShapeError, TrainingError
 from merv.fuse import Fusion
 from merv.llm import LoraOptions, add_lora, fingerprint, load_llm, shares_rows, stream_tokens
 from merv.multi_encoder import Encoded, MultiEncoder
 from merv.pack import Packed, Tokens, pack
+from merv.share import Shared, find_model
 from merv.store import FeatureStore
 from merv.suggest import nearest
 from merv.types import Grid
@@ -26,7 +27,7 @@ from merv.types import Grid
 Conversation = Sequence[Message]
 
 
-class VideoLLM(nn.Module):
+class VideoLLM(Shared, nn.Module):
     """Any causal LM, any encoders: chat messages with videos in, answers out.
 
     llm, tokenizer: of transformers. vision: a MultiEncoder whose width is the LLM's.
@@ -43,6 +44,8 @@ class VideoLLM(nn.Module):
     >>> len(model.generate([ask("What is this?", video)], max_new_tokens=4))
     1
     """
+
+    kind = "VideoLLM"
 
     def __init__(
         self, llm: Any, tokenizer: Any, vision: MultiEncoder, store: FeatureStore | None = None
@@ -315,10 +318,6 @@ class VideoLLM(nn.Module):
 
     # Saving -------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write what was trained and how to find the rest: a small folder, whole or not at all."""
-        save_folder(folder, "VideoLLM", self.config(), self.kept())
-
     def config(self) -> dict[str, Any]:
         """All that `from_pretrained` needs besides tensors, as JSON.
 
@@ -348,16 +347,17 @@ class VideoLLM(nn.Module):
         dtype: str | None = None,
         quantise: str | None = None,
     ) -> VideoLLM:
-        """Load what `save_pretrained` wrote.
+        """Load what `save_pretrained` or `push_to_hub` wrote: a folder, or "owner/name@revision".
 
         llm: where the language model is now, if not where it was. weights: the same for encoders,
         by name. dtype: of the LLM; None: as it was. quantise: the LLM's weights, see `merv.llm.load_llm`.
         Raises CheckpointError where something is not what it was, naming both.
         """
-        config, state = load_folder(folder, "VideoLLM")
+        folder = find_model(folder)
+        config, state = load_folder(folder, cls.kind)
         was = config["llm"]
         names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-        within = Path(folder) / was["source"]  # a converted model brings its LLM along
+        within = folder / was["source"]  # a converted model brings its LLM along
         source = llm or (within if within.is_dir() else was["source"])
         loaded, tokenizer = load_llm(source, dtype or names.get(was["dtype"], "auto"), quantise)
         model = cls(loaded, tokenizer, MultiEncoder.from_config(config["vision"], weights or {}))

@@ -1,0 +1,186 @@
+"""`merv average` and `merv consolidate`: what they write is loaded, and nothing else is taken for a model."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from merv.average import average
+from merv.checkpoint import load_folder, save_folder
+from merv.cli import main
+from merv.errors import CheckpointError
+from merv.llm import load_llm
+from merv.multi_encoder import MultiEncoder
+from merv.scale import Sharded, consolidate
+from merv.testing import tiny_llm
+from merv.video_llm import VideoLLM
+
+
+def thing(folder, value, config=None, kind="Thing", **tensors) -> str:
+    """A folder of one tensor of that value, in bf16, and of further ones."""
+    tensors = {"w": torch.full((2,), value, dtype=torch.bfloat16), **tensors}
+    save_folder(folder, kind, config or {"x": {"y": 1}}, tensors)
+    return str(folder)
+
+
+def built(folder) -> MultiEncoder:
+    encoders = MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2), width=16)
+    for parameter in encoders.parameters():
+        torch.nn.init.normal_(parameter)
+    encoders.save_pretrained(folder)
+    return encoders
+
+
+# Average ------------------------------------------------------------------------------------
+
+
+def test_the_mean_of_multi_encoders_is_loaded(tmp_path):
+    one, other = built(tmp_path / "one"), built(tmp_path / "other")
+    assert (
+        main(["average", str(tmp_path / "one"), str(tmp_path / "other"), "--out", str(tmp_path / "mean")])
+        == 0
+    )
+    mean = MultiEncoder.from_pretrained(tmp_path / "mean").kept()
+    wanted = {name: (tensor + other.kept()[name]) / 2 for name, tensor in one.kept().items()}
+    assert all(torch.allclose(mean[name], wanted[name]) for name in wanted)
+    assert mean.keys() == wanted.keys()
+
+
+def test_weights_count_by_their_ratios(tmp_path):
+    folders = [thing(tmp_path / name, value) for name, value in (("a", 1.0), ("b", 2.0), ("c", 5.0))]
+    assert main(["average", *folders, "--out", str(tmp_path / "mean"), "--weights", "1", "2", "1"]) == 0
+    assert load_folder(tmp_path / "mean", "Thing")[1]["w"].tolist() == [2.5, 2.5]
+
+
+def test_sums_are_in_fp32_and_the_result_in_the_dtype_of_the_first(tmp_path):
+    values = (1.0, *[2**-9] * 4)  # in bf16, 1 + 2**-9 is 1
+    average([thing(tmp_path / str(i), value * 5) for i, value in enumerate(values)], tmp_path / "mean")
+    mean = load_folder(tmp_path / "mean", "Thing")[1]["w"]
+    assert mean.dtype == torch.bfloat16
+    assert mean[0] == 1 + 2**-7
+
+
+def test_what_training_keeps_beside_the_model_is_left_out(tmp_path):
+    folders = [thing(tmp_path / name, 1.0) for name in "ab"]
+    for folder in folders:
+        torch.save({"optimizer": 1}, f"{folder}/training.pt")
+    average(folders, tmp_path / "mean")
+    assert sorted(path.name for path in (tmp_path / "mean").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_language_model_that_was_brought_along_comes_too(tmp_path):
+    tiny_llm(tmp_path / "llm")
+    llm, tokenizer = load_llm(tmp_path / "llm")
+    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], width=llm.config.hidden_size))
+    for name in "ab":
+        model.save_pretrained(tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        config["llm"]["source"] = "llm"
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        shutil.copytree(tmp_path / "llm", tmp_path / name / "llm")
+    average([tmp_path / "a", tmp_path / "b"], tmp_path / "mean")
+    assert VideoLLM.from_pretrained(tmp_path / "mean").identity["source"] == str(tmp_path / "mean/llm")
+
+
+def test_a_checkpoint_may_be_replaced_by_the_mean(tmp_path):
+    folders = [thing(tmp_path / name, value) for name, value in (("a", 1.0), ("b", 3.0))]
+    average(folders, folders[0])
+    assert load_folder(folders[0], "Thing")[1]["w"].tolist() == [2, 2]
+
+
+def test_where_parts_are_may_differ(tmp_path):
+    places = {"a": {"source": "/x", "sha256": "1"}, "b": {"source": "/y", "revision": "main", "sha256": "1"}}
+    average([thing(tmp_path / name, 1.0, place) for name, place in places.items()], tmp_path / "mean")
+    assert load_folder(tmp_path / "mean", "Thing")[0]["source"] == "/x"
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"config": {"x": {"y": 2}}}, r"a has x\.y 1, .*b has 2"),
+        ({"kind": "Other"}, "a has kind Thing, .*b has Other"),
+        ({"v": torch.ones(1)}, "hold other tensors: v"),
+        ({"w": torch.ones(3)}, "hold other tensors: w"),
+    ],
+)
+def test_another_model_is_not_averaged(tmp_path, other, said):
+    folders = [thing(tmp_path / "a", 1.0), thing(tmp_path / "b", 1.0, **other)]
+    with pytest.raises(CheckpointError, match=said):
+        average(folders, tmp_path / "mean")
+    assert not (tmp_path / "mean").exists()
+
+
+def test_counts_are_kept_where_they_are_equal_and_refused_where_not(tmp_path):
+    folders = [thing(tmp_path / name, 1.0, n=torch.tensor([7])) for name in "ab"]
+    average(folders, tmp_path / "mean")
+    assert load_folder(tmp_path / "mean", "Thing")[1]["n"].tolist() == [7]
+    thing(tmp_path / "b", 1.0, n=torch.tensor([8]))
+    with pytest.raises(CheckpointError, match=r"n is torch\.int64 and differs"):
+        average(folders, tmp_path / "mean")
+
+
+@pytest.mark.parametrize(
+    ("count", "weights", "said"),
+    [
+        (1, None, "two checkpoints or more; got 1"),
+        (2, [1.0], "got 2, 1 weights"),
+        (2, [1.0, -1.0], r"from 0 up, not all of them 0; got \[1\.0, -1\.0\]"),
+        (2, [0.0, 0.0], "not all of them 0"),
+        (2, [1.0, float("nan")], "from 0 up"),
+    ],
+)
+def test_impossible_averages_are_told(tmp_path, count, weights, said):
+    with pytest.raises(CheckpointError, match=said):
+        average([thing(tmp_path / name, 1.0) for name in "ab"[:count]], tmp_path / "mean", weights)
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path):
+    folders = [thing(tmp_path / name, 1.0) for name in "ab"]
+    (tmp_path / "b/model.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        average(folders, tmp_path / "mean")
+
+
+def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="is no checkpoint of merv; it is left as it is"):
+        average([thing(tmp_path / name, 1.0) for name in "ab"], tmp_path / "mine")
+
+
+# Consolidate --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A model, and a checkpoint of it as `Sharded` writes them, of one process."""
+    tiny_llm(tmp_path / "llm")
+    llm, tokenizer = load_llm(tmp_path / "llm")
+    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], grid=(4, 2, 2), width=llm.config.hidden_size))
+    state = {f"model.{name}": torch.randn_like(tensor) for name, tensor in model.kept().items()}
+    alone = SimpleNamespace(broadcast=lambda path: path, barrier=lambda: None, is_global_zero=True)
+    checkpoint = {
+        "state_dict": dict(state),
+        "optimizer_states": [{"step": torch.ones(1)}],
+        "config": model.config(),
+    }
+    Sharded.save_checkpoint(alone, checkpoint, tmp_path / "step=3")
+    return tmp_path / "step=3", state
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed:UserWarning")
+def test_a_sharded_checkpoint_becomes_a_model(sharded, tmp_path):
+    folder, state = sharded
+    assert main(["consolidate", str(folder), str(tmp_path / "model")]) == 0
+    kept = VideoLLM.from_pretrained(tmp_path / "model").kept()
+    assert all(torch.equal(kept[name.removeprefix("model.")], tensor) for name, tensor in state.items())
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_whole_checkpoint_is_not_consolidated(tmp_path, capsys):
+    assert main(["consolidate", thing(tmp_path / "a", 1.0), str(tmp_path / "out")]) == 2
+    assert "is no sharded checkpoint of merv" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="no sharded checkpoint"):
+        consolidate(tmp_path / "nowhere", tmp_path / "out")
