@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from merv.encode import Encoder
 from merv.pack import Packed
@@ -67,22 +67,27 @@ class Cost:
         return max(self.peaks.values())
 
 
-class Memory(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive: `now`, and their `peak`.
+class Meter(TorchDispatchMode):
+    """Counts `flops`, and the bytes of all tensors that are alive: `now`, and their `peak`.
 
-    >>> with Memory() as memory:
-    ...     kept = torch.ones(1000) + torch.ones(1000)
-    >>> memory.now, memory.peak
-    (4000, 12000)
+    torch's FlopCounterMode, whose formulas these are, keeps the tensors of modules alive.
+
+    >>> with Meter() as meter:
+    ...     kept = torch.ones(10, 100) @ torch.ones(100, 10)
+    >>> meter.now, meter.peak, meter.flops
+    (400, 8400, 20000)
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        if formula := flop_registry.get(function.overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=out)
         for value in tree_iter(out):
             if isinstance(value, Tensor):
                 self.add(value)
@@ -129,49 +134,48 @@ def dry_step(
     encode: whether the encoders run in the step. accumulate: micro-batches a step of the optimizer.
     autocast: to bf16, as Lightning's `bf16-mixed`. gpu: the optimizer's step takes all tensors at once.
     """
-    cost, memory = Cost(), Memory()
+    cost, meter = Cost(), Meter()
     model = training.model
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about devices that fake tensors do not have
         without_numbers(model)
         training.train()
         for tensor in (*model.parameters(), *model.buffers()):
-            memory.add(tensor)
+            meter.add(tensor)
         cast = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(training.parameter_groups(), foreach=gpu)
-        with memory:
+        with meter:
             _set_gradients(trained)  # those of the step before, which made the optimizer's states too
             optimizer.step()
         with cast:
-            with _phase(cost, memory, ENCODE):
-                features = _features(model, load, cost, encode)
-            with _phase(cost, memory, FORWARD):
+            with _phase(cost, meter, ENCODE):
+                features = _features(model, load, meter, encode)
+            with _phase(cost, meter, FORWARD):
                 loss = _loss(model, features, load)
         del features
-        with _phase(cost, memory, BACKWARD):
+        with _phase(cost, meter, BACKWARD):
             if accumulate == 1:
                 optimizer.zero_grad()  # Lightning does it between the two
             loss.backward()
             del loss
-        with _phase(cost, memory, OPTIMIZER):
+        with _phase(cost, meter, OPTIMIZER):
             optimizer.step()
-        cost.held = memory.now
+        cost.held = meter.now
     return cost
 
 
 @contextmanager
-def _phase(cost: Cost, memory: Memory, name: str) -> Iterator[None]:
-    memory.peak = memory.now
+def _phase(cost: Cost, meter: Meter, name: str) -> Iterator[None]:
+    meter.peak, meter.flops = meter.now, 0
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one kernel that no counter knows
+    torch.backends.mha.set_fastpath_enabled(False)  # one kernel that no formula knows
     try:
-        with memory, FlopCounterMode(display=False) as flops:
+        with meter:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    cost.flops[name] = cost.flops.get(name, 0) + flops.get_total_flops()
-    cost.peaks[name] = memory.peak
+    cost.flops[name], cost.peaks[name] = meter.flops, meter.peak
 
 
 def _set_gradients(parameters: list[nn.Parameter]) -> None:
@@ -182,7 +186,7 @@ def _set_gradients(parameters: list[nn.Parameter]) -> None:
 # The path ---------------------------------------------------------------------------------------
 
 
-def _features(model: Any, load: Load, cost: Cost, encode: bool) -> list[dict[str, Grid]]:
+def _features(model: Any, load: Load, meter: Meter, encode: bool) -> list[dict[str, Grid]]:
     """Aligned features of the videos, and of the stills, of a batch: a dictionary each."""
     grids = []
     t, h, w = model.vision.aligner.grid
@@ -194,7 +198,7 @@ def _features(model: Any, load: Load, cost: Cost, encode: bool) -> list[dict[str
             values = torch.empty(count, steps, h, w, encoder.spec.width, dtype=place(encoder)[1])
             if encode:
                 frames = model.vision.frames.get(name, encoder.spec.frames) if steps > 1 else 1
-                made = _encoded(encoder, frames, count, cost)
+                made = _encoded(encoder, frames, count, meter)
                 values = _resampled(made, values.shape)
             own[name] = Grid(
                 values,
@@ -206,7 +210,7 @@ def _features(model: Any, load: Load, cost: Cost, encode: bool) -> list[dict[str
     return grids
 
 
-def _encoded(encoder: Encoder, frames: int, clips: int, cost: Cost) -> Tensor:
+def _encoded(encoder: Encoder, frames: int, clips: int, meter: Meter) -> Tensor:
     """Run an encoder over clips, as many windows at once as merv does; features of the last ones.
 
     One that is frozen keeps nothing from one run to the next, so a single run is multiplied.
@@ -218,10 +222,10 @@ def _encoded(encoder: Encoder, frames: int, clips: int, cost: Cost) -> Tensor:
     if any(p.requires_grad for p in encoder.parameters()):
         runs = -(-windows * clips // at_once)
         return torch.cat([encoder.encode(pixels) for _ in range(runs)])
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+    before = meter.flops
+    with torch.no_grad():
         made = encoder.encode(pixels)
-    more = windows * clips / at_once - 1
-    cost.flops[ENCODE] = cost.flops.get(ENCODE, 0) + round(more * flops.get_total_flops())
+    meter.flops = before + (meter.flops - before) * windows * clips // at_once
     return made
 
 
@@ -239,9 +243,24 @@ def _loss(model: Any, features: list[dict[str, Grid]], load: Load) -> Tensor:
         question = torch.empty(clips, model.fusion.width) if model.fusion.mixer.conditioned else None
         tokens.append(model.vision.fuse(own, question).tokens.flatten(0, 1))
     visual = torch.cat(tokens) if tokens else torch.empty(0, model.fusion.width)
-    logits = model.logits(_Sized.of(load), visual, torch.zeros(load.answers, dtype=torch.long)).float()
+    with _no_packing_found():
+        logits = model.logits(_Sized.of(load), visual, torch.zeros(load.answers, dtype=torch.long)).float()
     labels = torch.zeros(load.rows * load.answers, dtype=torch.long)
     return cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
+
+
+@contextmanager
+def _no_packing_found() -> Iterator[None]:
+    """Without a mask transformers looks for rows of several sequences, and fears the worst of fake ones."""
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    looks = getattr(masking_utils, name, None)
+    setattr(masking_utils, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, looks)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,17 +6,20 @@ of a step from running it dry (see dry.py); the rest is arithmetic.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from merv.batches import portions
 from merv.chat import ask, render
 from merv.dry import ENCODE, OPTIMIZER, Cost, Load, dry_step
 from merv.errors import DataError, WeightsError
@@ -24,8 +27,11 @@ from merv.llm import DTYPES, SMOLLM2, LoraOptions, shares_rows
 from merv.multi_encoder import MultiEncoder
 from merv.pack import Tokens, pack
 from merv.parts import smollm2_folder
+from merv.sources import stream_samples
 from merv.video_llm import VideoLLM, _sequence
 from merv.windows import place
+
+log = logging.getLogger(__name__)
 
 DRAWN = 32  # batches, of which the middle one stands for all
 GUESS = ("word " * 60, "word " * 20)  # a question and its answer, where the data cannot be read
@@ -237,12 +243,7 @@ def _vision(h: Any, width: int) -> MultiEncoder:
 
 def measure(data: Any, model: VideoLLM, fill: int | None, probe: int) -> Batches:
     """Sizes of batches, of up to `probe` samples of the training data; guessed where there is no file."""
-    try:
-        data.setup("fit")
-        samples: Sequence[Any] = data.train
-        chosen = [samples[i] for i in range(0, len(samples), max(1, -(-len(samples) // probe)))]
-    except DataError:
-        samples = chosen = []
+    samples, chosen = _samples(data, probe)
     rows = [_rows(sample.conversations, model, data.questions) for sample in chosen]
     if not rows:
         rows = [_rows([ask(GUESS[0], "video", answer=GUESS[1])], model, 1)]
@@ -253,9 +254,9 @@ def measure(data: Any, model: VideoLLM, fill: int | None, probe: int) -> Batches
     draw = random.Random(0)
     drawn = [_batch(_some(ordered, data, draw), model, fill) for _ in range(DRAWN)]
     typical = sorted(drawn, key=lambda load: load.rows * load.length)[DRAWN // 2]
-    share = len(samples) / max(len(chosen), 1)
+    share = samples / max(len(chosen), 1)
     return Batches(
-        samples=len(samples),
+        samples=samples,
         videos=round(share * sum(row.visuals for row in rows)) if chosen else 0,
         conversations=round(share * sum(len(sample.conversations) for sample in chosen)),
         tokens_mean=sum(lengths) / len(lengths),
@@ -264,6 +265,24 @@ def measure(data: Any, model: VideoLLM, fill: int | None, probe: int) -> Batches
         largest=largest,
         measured=len(chosen),
     )
+
+
+def _samples(data: Any, probe: int) -> tuple[int, list[Any]]:
+    """How many samples an epoch has, and up to `probe` of them; none where there is no file."""
+    try:
+        if data.stream:
+            samples = list(islice(stream_samples(data.train_source), probe))
+            return data.length * data.batch_size, samples
+        grouped, data.group = data.group, False  # else all of them would be read
+        data.setup("fit")
+        data.group = grouped
+    except DataError as error:
+        log.warning("%s", error)
+        return 0, []
+    weights = data.train_source.values() if isinstance(data.train_source, Mapping) else None
+    step = max(1, -(-len(data.train) // probe))
+    count = sum(portions(data.sizes, None if weights is None else list(weights)))
+    return count, [data.train[i] for i in range(0, len(data.train), step)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,7 +322,7 @@ def _rows(conversations: Sequence[Any], model: VideoLLM, most: int) -> _Sample:
 
 def _some(rows: Sequence[_Sample], data: Any, draw: random.Random) -> list[_Sample]:
     """A batch as the data module draws it: of neighbours in length, or of any."""
-    if getattr(data, "group", False):
+    if data.group:
         start = draw.randrange(max(1, len(rows) - data.batch_size + 1))
         return _cycled(rows[start:], data.batch_size)
     return [draw.choice(rows) for _ in range(data.batch_size)]

@@ -132,7 +132,7 @@ def one(name: str) -> dict[str, Any]:
         write(setting, folder)
 
         def parts() -> tuple[Any, Any]:
-            data = ChatData(str(folder / "train.jsonl"), batch_size=setting.batch_size)
+            data = ChatData(str(folder / "train.jsonl"), batch_size=setting.batch_size, workers=0)
             return Training(str(folder / "llm"), **setting.model), data
 
         precision = setting.trainer.get("precision", "32-true")
