@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: %(default)s)")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="of the LLM (default: as trained)")
+    parser.add_argument("--quantise", choices=["nf4", "int8"], help="its weights, by bitsandbytes")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="length limit (default: %(default)s)")
     parser.add_argument("--weights", action="store_true", help="also print how much each encoder counted")
 
@@ -48,9 +49,9 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("merv").setLevel(logging.WARNING)
     videos = [video for video in args.video if video]
     moved = dict(pair.partition("=")[::2] for pair in args.encoder)
-    model = VideoLLM.from_pretrained(args.model, llm=args.llm, weights=moved, dtype=args.dtype).to(
-        args.device
-    )
+    model = VideoLLM.from_pretrained(
+        args.model, llm=args.llm, weights=moved, dtype=args.dtype, quantise=args.quantise
+    ).to(args.device)
     model.store = FeatureStore()  # the encoders run once, for the answer and for the weights
     conversation = ask(args.question, *videos)
     for piece in model.stream(conversation, max_new_tokens=args.max_new_tokens):

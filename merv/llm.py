@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merv.errors import MissingDependency, WeightsError
+from merv.errors import CheckpointError, MissingDependency, WeightsError
 from merv.parts import smollm2_folder
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -137,20 +137,46 @@ def shares_rows(llm: Any) -> bool:
     )
 
 
-def fingerprint(llm: nn.Module) -> str:
+def fingerprint(llm: nn.Module, maps: bool = True) -> str:
     """A hash that tells one LLM from another: names, shapes and a sample of all parameters.
 
     The same whether it is loaded in fp32 or bf16 (fp16 rounds otherwise: train and load it in the same
-    precision); quick for 7 B parameters.
+    precision); quick for 7 B parameters. maps: False leaves out the Linears, which quantising changes.
     """
     digest = hashlib.sha256()
+    linear = {id(p) for module in llm.modules() if isinstance(module, nn.Linear) for p in module.parameters()}
     for name, parameter in llm.named_parameters():
+        if not maps and id(parameter) in linear:
+            continue
         values = parameter.detach().flatten()
         some = values[:: max(1, len(values) // SAMPLED)][:SAMPLED].to(torch.bfloat16).float()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         if not parameter.is_meta:  # there only shapes are known
             digest.update(some.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def identity(llm: Any) -> dict[str, Any]:
+    """What a checkpoint keeps to know an LLM again: where it came from, how it is held, fingerprints."""
+    config = getattr(llm.config, "quantization_config", None)
+    how = None if config is None else "nf4" if config.load_in_4bit else "int8"
+    source = getattr(llm.config, "_name_or_path", "")
+    return {
+        "source": source,
+        "quantise": how,
+        "fingerprint": fingerprint(llm),
+        "without_maps": fingerprint(llm, maps=False),
+    }
+
+
+def check_same(was: dict[str, Any], now: dict[str, Any], where: Any) -> None:
+    """Raise CheckpointError where an `identity` is another LLM's; one that is quantised is the same."""
+    what = "fingerprint" if was["quantise"] == now["quantise"] else "without_maps"
+    if now[what] != was[what]:
+        raise CheckpointError(
+            f"{where} was trained on the LLM {was['source']} ({was[what][:12]}…); "
+            f"{now['source']} ({now[what][:12]}…) is another. Pass llm=."
+        )
 
 
 def stream_tokens(llm: Any, tokenizer: Any, inputs: dict[str, Tensor | Any]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,18 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from merv.build import fresh, started
 from merv.checkpoint import first_difference, save_folder
 from merv.data import Batch, ChatData
 from merv.errors import CheckpointError, TrainingError
-from merv.llm import LoraOptions, checkpoint_layers, load_llm, shares_rows
-from merv.multi_encoder import MultiEncoder
-from merv.registry import create_encoder
+from merv.llm import LoraOptions, checkpoint_layers, shares_rows
+from merv.loader import BAD
 from merv.resume import random_states, set_random_states
 from merv.scale import gathered, mean_divides_by, processes, shard, sum_over_processes, unsharded
 from merv.store import FeatureStore
-from merv.streams import by_name
 from merv.suggest import nearest
 from merv.video_llm import VideoLLM
 from merv.watch import Guard, print_parts
-
-SAME = ("grid", "mixer", "projector", "norm", "align", "backend", "resample")  # in `start` and here
 
 
 class Training(LightningModule):
@@ -104,7 +102,7 @@ class Training(LightningModule):
         if self.model is not None:
             return
         h: Any = self.hparams
-        self.model = self._fresh() if h.start is None else self._started()
+        self.model = fresh(h) if h.start is None else started(h)
         if "lora" in h.train and self.model.lora is None:
             self.model.add_lora(self.lora or LoraOptions())
         self.model.train_only(h.train)
@@ -141,59 +139,6 @@ class Training(LightningModule):
             raise TrainingError(f"compile takes {' and '.join(parts)}; got {part!r}.{nearest(part, parts)}")
         for module in parts[part]:
             module.compile()
-
-    def _fresh(self) -> VideoLLM:
-        h: Any = self.hparams
-        llm, tokenizer = load_llm(h.llm, h.dtype, h.quantise)
-        vision = MultiEncoder(
-            h.encoders,
-            grid=tuple(h.grid),
-            width=llm.get_input_embeddings().embedding_dim,
-            mixer=h.mixer,
-            projector=h.projector,
-            norm=h.norm,
-            mixer_options=h.mixer_options,
-            weights=h.weights or {},
-            presets=h.presets,
-            frames=h.frames,
-            sampling=h.sampling,
-            align=h.align,
-            backend=h.backend,
-            resample=h.resample,
-        )
-        assert vision.fusion is not None
-        table = llm.get_input_embeddings().weight
-        vision.fusion.scale_to(h.token_rms or table.float().pow(2).mean().sqrt().item())
-        return VideoLLM(llm, tokenizer, vision)
-
-    def _started(self) -> VideoLLM:
-        """The model in `start`, as it was but for encoders that join it."""
-        h: Any = self.hparams
-        own = by_name(h.encoders)
-        model = VideoLLM.from_pretrained(
-            h.start,
-            llm=h.llm,
-            dtype=None if h.dtype == "auto" else h.dtype,
-            quantise=h.quantise,
-            weights={name: path for name, path in (h.weights or {}).items() if name in own},
-        )
-        was = model.vision.options
-        differ = [option for option in SAME if was[option] != _plain(h[option])]
-        missing = [name for name in model.vision.encoders if name not in own]
-        if differ or missing:
-            there = {
-                **{o: was[o] for o in differ},
-                **({"encoders": list(model.vision.encoders)} if missing else {}),
-            }
-            here = {**{o: _plain(h[o]) for o in differ}, **({"encoders": list(own)} if missing else {})}
-            raise TrainingError(
-                f"model.start, {h.start}, has {there}; this recipe has {here}. Set them equal."
-            )
-        for name, typed in own.items():
-            if name not in model.vision.encoders:
-                weights, preset = (h.weights or {}).get(name, "pretrained"), (h.presets or {}).get(name)
-                model.join(name, create_encoder(typed, weights=weights, preset=preset))
-        return model
 
     def configure_optimizers(self) -> Any:
         """AdamW over the trained parts, linear warm-up, cosine to zero."""
@@ -234,7 +179,8 @@ class Training(LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, ChatData) and self.model.store is not None:
             videos = list(data.videos())
-            encode_all(self.model, videos[self.global_rank :: self.trainer.world_size])
+            own = videos[self.global_rank :: self.trainer.world_size]
+            encode_all(self.model, own, skip=data.on_error == "skip")
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Loss summed over the answers' tokens of a few groups of conversations."""
@@ -268,7 +214,10 @@ class Training(LightningModule):
     def validation_step(self, batch: Batch, index: int) -> None:
         """Which answers greedy decoding would get exactly right, by kind."""
         assert self.model is not None
-        said = self.model.would_say(batch.groups) if batch.groups else []
+        if not batch.groups:
+            self.model.loss_sum([])  # other processes may wait for this one's part of the model
+            return
+        said = self.model.would_say(batch.groups)
         for kinds, hits in zip(batch.kinds, said, strict=True):
             for kind, hit in zip(kinds, hits, strict=True):
                 self.right[kind].append(hit)
@@ -362,12 +311,16 @@ def warm_up_and_cosine(step: int, *, warm: int, steps: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def encode_all(model: VideoLLM, videos: Sequence[Any]) -> None:
-    """Fill the model's feature store, with a progress bar; what is there already is not computed."""
+def encode_all(model: VideoLLM, videos: Sequence[Any], skip: bool = False) -> None:
+    """Fill the model's feature store, with a progress bar; what is there already is not computed.
+
+    skip: pass over a video that cannot be used; whoever asks for it later is told.
+    """
     from tqdm import tqdm
 
     for video in tqdm(videos, "Encoding videos, once", unit="video", mininterval=1.0):
-        model.vision.features([video], store=model.store)
+        with suppress(*BAD) if skip else nullcontext():
+            model.vision.features([video], store=model.store)
 
 
 def save(training: Training, folder: str | Path) -> Path:
@@ -377,7 +330,3 @@ def save(training: Training, folder: str | Path) -> Path:
     if training.global_rank == 0:
         save_folder(folder, "VideoLLM", training.model.config(), state)
     return Path(folder)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy
 from merv.chat import NOT_LEARNED, Message, Prompt, Visual, check_messages, render
 from merv.checkpoint import fill_exactly, load_folder
 from merv.encode import Encoder
-from merv.errors import CheckpointError, PromptError, ShapeError, TrainingError
+from merv.errors import PromptError, ShapeError, TrainingError
 from merv.fuse import Fusion
-from merv.llm import LoraOptions, add_lora, fingerprint, load_llm, shares_rows, stream_tokens
+from merv.llm import LoraOptions, add_lora, check_same, identity, load_llm, shares_rows, stream_tokens
 from merv.multi_encoder import Encoded, MultiEncoder
 from merv.pack import Packed, Tokens, pack
 from merv.share import Shared, find_model
@@ -58,7 +58,7 @@ class VideoLLM(Shared, nn.Module):
                 f"The LLM is {width} wide; build the MultiEncoder with width={width}, not {came}."
             )
         self.llm, self.tokenizer, self.vision, self.store = llm, tokenizer, vision, store
-        self.identity = {"source": getattr(llm.config, "_name_or_path", ""), "fingerprint": fingerprint(llm)}
+        self.identity = identity(llm)
         self.lora: LoraOptions | None = None
         self.fill: int | None = None  # in training: groups share rows of up to so many tokens
         self.shares: dict[str, Tensor] = {}  # mean weight of each encoder, when last fused
@@ -138,8 +138,7 @@ class VideoLLM(Shared, nn.Module):
     def see(self, visuals: Sequence[Visual]) -> tuple[Tensor, list[range]]:
         """Visual tokens of all videos [V, L], each distinct video once, and which are whose."""
         if not visuals:
-            none = self.fusion.nothing() if self.training else torch.empty(1, self.fusion.width)
-            return none[:0].to(self.device), []
+            return self.fusion.nothing()[:0].to(self.device), []  # for gradients, and for other processes
         keys = [(_name(v.source), v.question if self.fusion.mixer.conditioned else "") for v in visuals]
         distinct = dict(zip(keys, visuals, strict=True))
         fused = self._encode(list(distinct.values())).fused
@@ -350,7 +349,7 @@ class VideoLLM(Shared, nn.Module):
         """Load what `save_pretrained` or `push_to_hub` wrote: a folder, or "owner/name@revision".
 
         llm: where the language model is now, if not where it was. weights: the same for encoders,
-        by name. dtype: of the LLM; None: as it was. quantise: the LLM's weights, see `merv.llm.load_llm`.
+        by name. dtype: of the LLM; None: as it was. quantise: its weights, see `load_llm`.
         Raises CheckpointError where something is not what it was, naming both.
         """
         folder = find_model(folder)
@@ -361,11 +360,7 @@ class VideoLLM(Shared, nn.Module):
         source = llm or (within if within.is_dir() else was["source"])
         loaded, tokenizer = load_llm(source, dtype or names.get(was["dtype"], "auto"), quantise)
         model = cls(loaded, tokenizer, MultiEncoder.from_config(config["vision"], weights or {}))
-        if model.identity["fingerprint"] != was["fingerprint"]:
-            raise CheckpointError(
-                f"{folder} was trained on the LLM {was['source']} ({was['fingerprint'][:12]}…); "
-                f"{model.identity['source']} ({model.identity['fingerprint'][:12]}…) is another. Pass llm=."
-            )
+        check_same(was, model.identity, folder)
         if config["lora"] is not None:
             model.add_lora(LoraOptions(**config["lora"]))
         model.train_only(config["trained"])

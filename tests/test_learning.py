@@ -5,8 +5,15 @@ import torch
 
 from merv import create_encoder
 from merv.chat import ask
-from merv.errors import EncoderError, MissingDependency, ShapeError, TrainingError, WeightsError
-from merv.llm import LoraOptions, checkpoint_layers, load_llm
+from merv.errors import (
+    CheckpointError,
+    EncoderError,
+    MissingDependency,
+    ShapeError,
+    TrainingError,
+    WeightsError,
+)
+from merv.llm import LoraOptions, check_same, checkpoint_layers, identity, load_llm
 from merv.mix import JOINS, ConcatChannels, create_mixer
 from merv.multi_encoder import MultiEncoder
 from merv.testing import tiny_llm
@@ -136,7 +143,7 @@ def test_what_an_encoder_learned_is_saved(tmp_path):
 
 
 def test_a_misspelt_part_names_the_nearest():
-    with pytest.raises(TrainingError, match="Did you mean 'projector.fake'"):
+    with pytest.raises(TrainingError, match=r"Did you mean 'projector\.fake'"):
         build().train_only(["projecter.fake"])
 
 
@@ -210,3 +217,31 @@ def test_without_bitsandbytes_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("merv.llm.find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match=r'pip install "merv\[qlora\]"'):
         load_llm(tmp_path / "llm", quantise="nf4")
+
+
+def test_a_quantised_llm_learns_a_lora_and_is_known_again(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny_llm(tmp_path / "llm")
+    llm, tokenizer = load_llm(tmp_path / "llm", quantise="nf4")
+    model = VideoLLM(
+        llm, tokenizer, MultiEncoder(["fake"], grid=(2, 1, 1), width=llm.config.hidden_size)
+    ).train()
+    assert llm.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    model.add_lora(LoraOptions(rank=2))
+    model.train_only(["projector", "mixer", "lora"])
+    model.loss_sum([[ask("What?", video(), answer="a cat")]])[0].backward()
+    assert all(gradient is not None for gradient in gradients(model).values())
+    model.save_pretrained(tmp_path / "model")
+    for how in ("nf4", None):
+        again = VideoLLM.from_pretrained(tmp_path / "model", quantise=how)
+        assert all(torch.equal(tensor, again.kept()[name]) for name, tensor in model.kept().items())
+
+
+def test_another_llm_is_told_by_what_quantising_leaves_alone(tmp_path):
+    llm, _ = tiny_llm()
+    was = {**identity(llm), "quantise": "nf4"}
+    check_same(was, identity(llm), "here")
+    with torch.no_grad():
+        llm.get_input_embeddings().weight.mul_(2)
+    with pytest.raises(CheckpointError, match="is another"):
+        check_same(was, identity(llm), "here")

@@ -50,7 +50,9 @@ def main() -> None:
     base = args.out.resolve()
     make(base / "data")
     trained = {}
-    for number, (name, more) in enumerate({"start": {"trainer__max_steps": 0}, **ARRANGEMENTS}.items()):
+    for number, (name, more) in enumerate(
+        {"start": {"trainer__max_steps": 1, "model__lr": 0}, **ARRANGEMENTS}.items()
+    ):
         out = base / f"{number}"
         shutil.rmtree(out, ignore_errors=True)
         steps = {"trainer__max_steps": args.steps, "data__batch_size": 4, "checkpoints__every": args.steps}
@@ -68,7 +70,8 @@ def main() -> None:
     for name, state in trained.items():
         worst = max(float((state[n] - one[n]).abs().max()) for n in one)
         lines.append(f"| {name} | {worst:.1e} |")
-    head = f"`python benchmarks/training/equal.py`, {machine()}. {args.steps} steps; weights moved by up to {moved:.2g}."
+    ran = f"`python benchmarks/training/equal.py`, {machine()}"
+    head = f"{ran}. {args.steps} steps moved weights by up to {moved:.2g}."
     text = "\n".join([head, "", *lines, ""])
     print(text)
     if args.publish:

@@ -1,0 +1,78 @@
+"""Build: the VideoLLM that a recipe describes, from the options of `merv.train.Training`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from merv.checkpoint import CONFIG
+from merv.errors import TrainingError
+from merv.llm import load_llm
+from merv.multi_encoder import MultiEncoder
+from merv.registry import create_encoder
+from merv.share import find_model
+from merv.streams import by_name
+from merv.video_llm import VideoLLM
+
+SAME = ("grid", "mixer", "projector", "norm", "align", "backend", "resample")  # in `start` and here
+
+
+def fresh(h: Any) -> VideoLLM:
+    """A model whose fusion is untrained, tokens at the scale of the LLM's embeddings."""
+    llm, tokenizer = load_llm(h.llm, h.dtype, h.quantise)
+    vision = MultiEncoder(
+        h.encoders,
+        grid=tuple(h.grid),
+        width=llm.get_input_embeddings().embedding_dim,
+        mixer=h.mixer,
+        projector=h.projector,
+        norm=h.norm,
+        mixer_options=h.mixer_options,
+        weights=h.weights or {},
+        presets=h.presets,
+        frames=h.frames,
+        sampling=h.sampling,
+        align=h.align,
+        backend=h.backend,
+        resample=h.resample,
+    )
+    assert vision.fusion is not None
+    table = llm.get_input_embeddings().weight
+    vision.fusion.scale_to(h.token_rms or table.float().pow(2).mean().sqrt().item())
+    return VideoLLM(llm, tokenizer, vision)
+
+
+def started(h: Any) -> VideoLLM:
+    """The model in `start`, as it was but for encoders that join it.
+
+    Raises TrainingError where the recipe wants it otherwise.
+    """
+    own, given = by_name(h.encoders), h.weights or {}
+    start = find_model(h.start)
+    saved = json.loads((start / CONFIG).read_text())["vision"]["encoders"] if start.is_dir() else {}
+    model = VideoLLM.from_pretrained(
+        start,
+        llm=h.llm,
+        dtype=None if h.dtype == "auto" else h.dtype,
+        quantise=h.quantise,
+        weights={name: path for name, path in given.items() if name in saved},
+    )
+    was = model.vision.options
+    differ = [option for option in SAME if was[option] != _plain(h[option])]
+    missing = [name for name in model.vision.encoders if name not in own]
+    if differ or missing:
+        there = {
+            **{o: was[o] for o in differ},
+            **({"encoders": list(model.vision.encoders)} if missing else {}),
+        }
+        here = {**{o: _plain(h[o]) for o in differ}, **({"encoders": list(own)} if missing else {})}
+        raise TrainingError(f"model.start, {h.start}, has {there}; this recipe has {here}. Set them equal.")
+    for name, typed in own.items():
+        if name not in model.vision.encoders:
+            weights, preset = given.get(name, "pretrained"), (h.presets or {}).get(name)
+            model.join(name, create_encoder(typed, weights=weights, preset=preset))
+    return model
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
