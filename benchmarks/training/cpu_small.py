@@ -85,7 +85,7 @@ def main() -> None:
     peak = max(column(rows, "GB")[1])
     lines = [
         f"`python benchmarks/training/cpu_small.py`, {machine()}: {steps} steps in {minutes:.1f} minutes,",
-        f"encoding, validation and checkpoints included; peak {peak:.1f} GB; {size:.1f} MB of trained weights.",
+        f"encoding, validation and checkpoints included; peak {peak:.1f} GB; {size:.1f} MB trained.",
         "",
         "| held-out questions | answered exactly |",
         "|---|---|",
