@@ -47,7 +47,8 @@ def started(h: Any) -> VideoLLM:
 
     Raises TrainingError where the recipe wants it otherwise.
     """
-    own, given = by_name(h.encoders), h.weights or {}
+    own: dict[str, Any] = by_name(h.encoders)
+    given = h.weights or {}
     start = find_model(h.start)
     saved = json.loads((start / CONFIG).read_text())["vision"]["encoders"] if start.is_dir() else {}
     model = VideoLLM.from_pretrained(

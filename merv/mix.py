@@ -227,7 +227,7 @@ class ConcatChannels(Mixer):
     norm: LayerNorm before the linear map.
     """
 
-    of_encoders = {"linear.weight": (1, 0.0)}
+    of_encoders: Mapping[str, tuple[int, float]] | None = {"linear.weight": (1, 0.0)}
 
     def __init__(self, width: int, encoders: int, norm: bool = False) -> None:
         super().__init__(width, encoders)

@@ -94,7 +94,7 @@ def newest(folder: str | Path) -> Path | None:
 
 def random_states() -> dict[str, Any]:
     """The states of all random generators of this process, as plain values and tensors."""
-    numpy_state = np.random.get_state()  # noqa: NPY002 (whoever draws from it, in a transform, counts)
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 (whoever draws from it, in a transform, counts)
     return {
         "python": random.getstate(),
         "numpy": [numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]],

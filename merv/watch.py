@@ -76,6 +76,9 @@ class Pace(Callback):
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.done = time.perf_counter()
 
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.done = time.perf_counter()  # it is no wait for data
+
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
         self.began = time.perf_counter()
 
@@ -83,11 +86,12 @@ class Pace(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         now = time.perf_counter()
-        self.steps.append((self.began - self.done, now - self.began, module.last_tokens))  # type: ignore[attr-defined]
+        tokens: Any = module.last_tokens
+        self.steps.append((self.began - self.done, now - self.began, tokens))
         self.done = now
-        waited, took, tokens = (sum(column) for column in zip(*self.steps, strict=True))
+        waited, took, answered = (sum(column) for column in zip(*self.steps, strict=True))
         a_batch = (waited + took) / len(self.steps)
-        pace = {"tokens/s": tokens / (waited + took), "wait": waited / (waited + took), "GB": memory_gb()}
+        pace = {"tokens/s": answered / (waited + took), "wait": waited / (waited + took), "GB": memory_gb()}
         steps = trainer.estimated_stepping_batches
         left = (steps - trainer.global_step) * trainer.accumulate_grad_batches * a_batch / 60
         module.log_dict({**pace, "min_left": left}, prog_bar=True, batch_size=1)
