@@ -128,6 +128,14 @@ def test_sharding_splits_the_llm_and_leaves_encoders_whole(llm):
     assert four.memory["weights of encoders"] == one.memory["weights of encoders"]
 
 
+def test_on_a_gpu_the_optimizers_step_needs_a_copy_of_a_part_more(llm):
+    own = training(llm, train=["llm"])
+    own.model = on_meta(own)
+    trained = sum(p.nbytes for p in own.model.parameters() if p.requires_grad)
+    cost = dry_step(own, Load(videos=1, rows=1, length=2, answers=1, visual=1), encode=False, gpu=True)
+    assert cost.peaks["optimizer"] - cost.held > 0.9 * trained
+
+
 def test_four_bits_leave_a_quarter_of_the_linears_and_lora_is_on_top(llm):
     plain = plan_of(llm, dtype="bf16", train=["lora"], lora=LoraOptions(rank=2))
     nf4 = plan_of(llm, dtype="bf16", train=["lora"], lora=LoraOptions(rank=2), quantise="nf4")
