@@ -265,15 +265,13 @@ class VideoLLM(Shared, nn.Module):
             "lora": {name: p for name, p in llm.items() if "lora_" in name},
             "llm": {name: p for name, p in llm.items() if "lora_" not in name},
         }
-        for number, (name, encoder) in enumerate(self.vision.named()):
+        shared = [f"vision.fusion.mixer.{name}" for name in self.fusion.mixer.of_encoders or ()]
+        for name, encoder in self.vision.named():
             before = f"vision.encoders.{name}."
             parts[name] = {before + own: p for own, p in encoder.named_parameters()}
             before = f"vision.fusion.projectors.{name}."
             parts[f"projector.{name}"] = {n: p for n, p in fusion.items() if n.startswith(before)}
-            own = self.fusion.mixer.own(number)
-            parts[f"mixer.{name}"] = {
-                f"vision.fusion.mixer.{n}": self.fusion.mixer.get_parameter(n) for n in own
-            }
+            parts[f"mixer.{name}"] = {name: fusion[name] for name in shared}
         return {name: own for name, own in parts.items() if own or name in ("projector", "mixer")}
 
     def train_only(self, trained: Sequence[str]) -> None:
