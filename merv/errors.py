@@ -14,6 +14,7 @@ MervError
 ├── CheckpointError       a saved folder does not fit what it is loaded into
 ├── PromptError           chat messages cannot be turned into a prompt
 ├── TrainingError         what shall be trained, or how, does not fit the model
+│   └── BadLoss           a loss is no number, or a spike
 ├── DataError             a training or evaluation sample is malformed
 └── MissingDependency     an optional package is needed; the message has the command
 
@@ -77,6 +78,10 @@ class PromptError(MervError, ValueError):
 
 class TrainingError(MervError, ValueError):
     """What shall be trained, or how, does not fit the model."""
+
+
+class BadLoss(TrainingError):
+    """A loss that is not to be learned from; the message names the samples."""
 
 
 class DataError(MervError):

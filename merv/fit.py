@@ -14,9 +14,8 @@ from merv.checkpoint import check_free
 from merv.data import ChatData
 from merv.errors import CheckpointError
 from merv.plot import LossPlot
-from merv.resume import Best, Checkpoints, Folders, newest
+from merv.resume import CHECKPOINTS, Best, Checkpoints, Folders, newest
 from merv.train import Training, save
-from merv.train_cli import CHECKPOINTS
 from merv.watch import CleanStop, Pace, SampleAnswers
 
 

@@ -20,6 +20,7 @@ from merv.checkpoint import load_folder, replacing, write_model
 from merv.errors import CheckpointError
 from merv.scale import META
 
+CHECKPOINTS = "checkpoints"  # folder under the run's
 PREFIX = "model."  # of the LightningModule's names
 
 

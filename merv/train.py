@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from merv.build import fresh, started
 from merv.checkpoint import first_difference, save_folder
 from merv.data import Batch, ChatData
-from merv.errors import CheckpointError, TrainingError
+from merv.errors import BadLoss, CheckpointError, TrainingError
 from merv.llm import LoraOptions, checkpoint_layers, shares_rows
 from merv.loader import BAD
 from merv.resume import random_states, set_random_states
@@ -94,6 +94,7 @@ class Training(LightningModule):
         self.guard = Guard(spike)
         self.tokens = self.last_tokens = 0  # of answers: since the optimizer's last step; of the last batch
         self.random: dict[str, Any] | None = None  # states to go on with
+        self.asked = self.stop = False  # this process was asked to stop; all are to, after this step
 
     # Parts --------------------------------------------------------------------------------
 
@@ -197,12 +198,13 @@ class Training(LightningModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Sums to means: the gradient of all processes and micro-batches over the tokens of all of them.
 
-        Raises TrainingError, before anything changes, where a loss is not to be learned from.
+        Raises BadLoss, before anything changes, where a loss is not to be learned from.
         """
-        tokens, bad = sum_over_processes([self.tokens, self.guard.alarms()], self.device)
-        self.tokens = 0
+        own = [self.tokens, self.guard.alarms(), self.asked]
+        tokens, bad, asked = sum_over_processes(own, self.device)
+        self.tokens, self.stop = 0, asked > 0
         if bad:
-            raise TrainingError(self.guard.report())
+            raise BadLoss(self.guard.report())
         averaged = mean_divides_by(self.trainer)
         for parameter in self._trained():
             if parameter.grad is not None:

@@ -17,7 +17,6 @@ from merv.suggest import nearest
 
 # What Lightning says on every run and a user can do nothing about.
 NOISE = ("does not have many workers", "no `val_dataloader`", "LeafSpec", "in eval mode", "litlogger")
-CHECKPOINTS = "checkpoints"  # folder under the run's
 
 
 def recipes() -> dict[str, Path]:

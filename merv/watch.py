@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from merv.errors import TrainingError
+from merv.errors import BadLoss
+from merv.resume import CHECKPOINTS
 
 PAST = 100  # losses that a spike is held against
 
@@ -152,51 +154,48 @@ def _words(content: Any) -> str:
 
 
 class CleanStop(Callback):
-    """Ctrl-C, a bad loss, or the end that a scheduler announces: a checkpoint first, and how to go on.
+    """Ctrl-C, a scheduler's SIGTERM, a bad loss: a checkpoint first, and how to go on.
 
-    The first Ctrl-C lets the step end; the second one does not wait.
+    The first signal lets the step end, the same in all processes; the second does not wait.
     """
 
     def __init__(self) -> None:
-        self.asked = self.stopped = False
-        self._before: Any = None
+        self.stopped = False
+        self._before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        import threading
+        def ask(*_: Any) -> None:
+            if module.asked:
+                raise KeyboardInterrupt
+            module.asked = True
+            print("\nStopping after this step, with a checkpoint. Once more to stop at once.", flush=True)
 
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
-
-    def _ask(self, *_: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nStopping after this step, with a checkpoint. Once more to stop at once.", flush=True)
+            self._before = {which: signal.signal(which, ask) for which in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        if self.asked and not module.tokens:  # between steps, not between micro-batches
+        if module.stop:
             self._save(trainer)
             trainer.should_stop = True
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         self._put_back()
-        if isinstance(exception, TrainingError) and trainer.global_step:
+        if isinstance(exception, BadLoss) and trainer.global_step:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._put_back()
 
     def _put_back(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+        for which, handler in self._before.items():
+            signal.signal(which, handler)
+        self._before = {}
 
     def _save(self, trainer: Trainer) -> None:
         self.stopped = True
-        path = Path(trainer.default_root_dir) / "checkpoints" / f"step={trainer.global_step}"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / CHECKPOINTS / f"step={trainer.global_step}")
         if trainer.is_global_zero:
             print(f"\nStopped after step {trainer.global_step}. To go on: the same with --ckpt_path=last")
 

@@ -71,14 +71,14 @@ def difference(one, other) -> float:
 
 
 class Interrupt(Callback):
-    """Presses Ctrl-C after a batch."""
+    """Presses Ctrl-C in the middle of a step, or is the scheduler that ends the job."""
 
-    def __init__(self, after: int) -> None:
-        self.after = after
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
-        if trainer.fit_loop.total_batch_idx + 1 == self.after:
-            os.kill(os.getpid(), signal.SIGINT)
+    def on_before_zero_grad(self, trainer, module, optimizer) -> None:
+        if trainer.global_step + 1 == self.step:
+            os.kill(os.getpid(), self.number)
 
 
 @pytest.mark.parametrize("accumulated", [2, 4])
@@ -89,12 +89,13 @@ def test_accumulated_micro_batches_train_as_the_large_batch(material, tmp_path, 
     assert difference(weights(tmp_path / "large"), weights(tmp_path / "small")) < 1e-6
 
 
-def test_ctrl_c_ends_the_step_saves_and_the_run_goes_on_to_the_same_weights(
-    material, tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_the_run_goes_on_to_the_same_weights(
+    material, tmp_path, capsys, monkeypatch, number
 ):
     options = {"model__train": "[projector,mixer,lora]", "model__lora": "{rank: 2, dropout: 0.1}"}
     assert fit(material, tmp_path / "whole", **options) == 0
-    stop = json.dumps([{"class_path": "test_runs.Interrupt", "init_args": {"after": 4}}])
+    stop = json.dumps([{"class_path": "test_runs.Interrupt", "init_args": {"step": 4, "number": int(number)}}])
     monkeypatch.setitem(__import__("sys").modules, "test_runs", __import__("sys").modules[__name__])
     assert fit(material, tmp_path / "cut", **options, trainer__callbacks=stop) == 130
     assert "To go on: the same with --ckpt_path=last" in capsys.readouterr().out
