@@ -30,17 +30,22 @@ validation. What large runs reach is 0.3 to 0.5; small models and small batches 
 """
 
 
-def parser() -> Any:
-    """The parser of `merv plan`: that of a recipe, and a few options of its own."""
+def parser(recipe: bool = True) -> Any:
+    """The parser of `merv plan`: a few options of its own, and those of a recipe."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    from argparse import RawDescriptionHelpFormatter
+
     from jsonargparse import ActionConfigFile, ArgumentParser
-    from lightning import Trainer
 
-    from merv.data import ChatData
     from merv.plan import GPUS
-    from merv.train import Training
 
-    made = ArgumentParser(prog="merv plan", description=ABOUT, epilog=EXAMPLES)
+    made = ArgumentParser(
+        prog="merv plan",
+        usage="merv plan [OPTION ...] [OPTION OF merv fit ...]",
+        description=ABOUT,
+        epilog=EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
     made.add_argument("-c", "--config", action=ActionConfigFile, help="a recipe, by name or path")
     made.add_argument("--gpu", default=GPU, help=f"one of {', '.join(GPUS)}, or cpu (default: {GPU})")
     made.add_argument(
@@ -50,6 +55,13 @@ def parser() -> Any:
     made.add_argument("--memory", type=float, help="memory of a device that is not in the list, in GB")
     made.add_argument("--samples", type=int, default=256, help="how many samples of the data to look at")
     made.add_argument("--json", action="store_true", help="print one JSON object")
+    if not recipe:
+        return made
+    from lightning import Trainer
+
+    from merv.data import ChatData
+    from merv.train import Training
+
     made.add_class_arguments(Trainer, "trainer", instantiate=False)
     made.add_class_arguments(Training, "model")
     made.add_class_arguments(ChatData, "data")
@@ -62,6 +74,9 @@ def parser() -> Any:
 
 def run(argv: Sequence[str]) -> int:
     """Print the plan; 1 if it does not fit."""
+    if set(argv) & {"-h", "--help"}:
+        parser(recipe=False).print_help()
+        return 0
     from merv.plan import GPUS, make_plan
 
     config = (made := parser()).parse_args(with_recipes(argv))

@@ -202,6 +202,14 @@ def test_a_recipe_is_read_by_name_and_options_count_after_it():
     assert (setup_of(config.trainer).devices, config.model.lr, config.model.grid) == (4, 1.0, (8, 1, 1))
 
 
+def test_help_shows_what_is_its_own_and_examples(capsys):
+    assert main(["plan", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--utilisation" in out
+    assert "merv plan --config demo --gpu 4090" in out
+    assert "--trainer" not in out.partition("examples:")[0]
+
+
 def test_an_unknown_gpu_names_the_nearest(llm):
     from merv.plan_cli import run
 
