@@ -11,7 +11,7 @@ from typing import Any
 
 from merv.errors import TrainingError
 from merv.suggest import nearest
-from merv.train_cli import with_recipes
+from merv.train_cli import check_keys, with_recipes
 
 GPU, UTILISATION, FULL = "h100", 0.4, 0.92
 ABOUT = """\
@@ -79,7 +79,9 @@ def run(argv: Sequence[str]) -> int:
         return 0
     from merv.plan import GPUS, make_plan
 
-    config = (made := parser()).parse_args(with_recipes(argv))
+    typed = with_recipes(argv)
+    check_keys(typed, also=("gpu", "utilisation", "tflops", "memory", "samples", "json"))
+    config = (made := parser()).parse_args(typed)
     if config.gpu not in (*GPUS, "cpu"):
         raise TrainingError(
             f"Unknown GPU {config.gpu!r}.{nearest(config.gpu, GPUS)} There are: {', '.join(GPUS)}, cpu; or "

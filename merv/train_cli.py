@@ -85,9 +85,12 @@ def run(argv: Sequence[str]) -> int:
 # Before anything is loaded -----------------------------------------------------------------
 
 
-def check_keys(argv: Sequence[str]) -> None:
-    """Raise TrainingError for a key, in a recipe or typed, that no part has: it names the nearest."""
-    known = options()
+def check_keys(argv: Sequence[str], also: Sequence[str] = ()) -> None:
+    """Raise TrainingError for a key, in a recipe or typed, that no part has: it names the nearest.
+
+    also: further options that a command takes.
+    """
+    known = {**options(), **{option: {} for option in also}}
     for where, key in _keys(argv):
         part, _, rest = key.partition(".")
         own = known.get(part)
