@@ -87,8 +87,12 @@ def read_config(folder: str | Path, beside: str = WEIGHTS) -> tuple[str, dict[st
     Raises CheckpointError where it is not such a folder.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        steps = sorted(folder.parent.glob("checkpoints/step=*"), key=lambda p: p.stat().st_mtime)
+        so_far = f" A run that did not reach its end left {steps[-1]}." if steps else ""
+        raise CheckpointError(f"There is no folder {folder}.{so_far}")
     if not (folder / CONFIG).is_file() or not (folder / beside).is_file():
-        there = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise CheckpointError(
             f"{folder} is no checkpoint of merv: it needs {CONFIG} and {beside}; there is {there}."
         )

@@ -209,7 +209,11 @@ def lines(plan: Any, config: Any, memory: float, seconds: float | None) -> Itera
     yield "steps", "?" if plan.steps is None else f"{plan.steps:,}", ""
     if seconds is not None:
         assumed = f"on {config.gpu} at {config.utilisation:.0%} of its peak (assumed)"
-        yield "hours", f"{seconds / 3600:,.2g}", f"{assumed}, without decoding"
+        yield (
+            "hours",
+            f"{seconds / 3600:,.2g}" if seconds > 60 else "under a minute",
+            f"{assumed}, without decoding",
+        )
     yield (
         "disk",
         size(plan.store_bytes + plan.checkpoint_bytes),

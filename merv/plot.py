@@ -26,6 +26,14 @@ class LossPlot(Callback):
         if loss is not None:
             self.losses.append((trainer.global_step, float(loss)))
 
+    def state_dict(self) -> dict[str, Any]:
+        """The losses so far, for a run that goes on."""
+        return {"losses": [[step, loss] for step, loss in self.losses]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Draw on from there."""
+        self.losses = [(int(step), float(loss)) for step, loss in state["losses"]]
+
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self.losses and trainer.is_global_zero:
             draw_loss(self.losses, Path(trainer.default_root_dir) / "loss.png")

@@ -57,8 +57,7 @@ class Folders(CheckpointIO):
 
 
 class Checkpoints(ModelCheckpoint):
-    """The last `keep` checkpoints, one every `every` steps of the optimizer and at the end of each epoch
-    of data; with validation also the `best` by `monitor`.
+    """The last `keep` checkpoints, one every `every` steps of the optimizer.
 
     In `checkpoints/` under the run's folder: `step=400` and so on.
     """

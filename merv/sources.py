@@ -216,9 +216,7 @@ def expand(source: Source) -> list[Path]:
         name = str(Path(pattern).expanduser())
         names = [name] if Path(name).exists() else [each for one in _braces(name) for each in _glob(one)]
         if missing := next((each for each in names or [name] if not Path(each).exists()), None):
-            raise DataError(
-                f"No data at {missing}: no such file. For the demo's data run `merv demo --only-data`."
-            )
+            raise DataError(f"No data at {missing}: no such file. Paths are relative to where you are.")
         found += map(Path, names)
     return found
 
@@ -288,18 +286,27 @@ def _lines(path: Path) -> Iterator[tuple[int, int, int]]:
 def _items(path: Path) -> Iterator[tuple[int, int, int]]:
     """Start and size in bytes, and index, of each item of the list that a file is."""
     text = path.read_text(encoding="utf-8")
-    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
-    place, byte, index = text.index("[") + 1, 0, 0
-    byte = len(text[:place].encode())
-    while True:
-        begin = space.match(text, place).end()  # type: ignore[union-attr]
-        if text[begin : begin + 1] == "]":
-            return
+    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+
+    def skip(place: int) -> int:
+        return space.match(text, place).end()  # type: ignore[union-attr]
+
+    place = text.index("[") + 1
+    start, begin, index = len(text[:place].encode()), skip(place), 0
+    while index or text[begin : begin + 1] != "]":
+        start += begin - place  # between items all is ASCII
         _, end = decoder.raw_decode(text, begin)
-        start = byte + begin - place  # between items all is ASCII
         size = len(text[begin:end].encode())
         yield start, size, index
-        place, byte, index = end, start + size, index + 1
+        start, place, after, index = start + size, end, skip(end), index + 1
+        if text[after : after + 1] == "]":
+            begin = after
+            break
+        if text[after : after + 1] != ",":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, after)
+        begin = skip(after + 1)
+    if skip(begin + 1) < len(text):
+        raise json.JSONDecodeError("Extra data", text, begin + 1)
 
 
 def _parsed(data: bytes, origin: str) -> Any:

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-import inspect
+import ast
 import logging
 import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from merv.errors import TrainingError
 from merv.suggest import nearest
 
 # What Lightning says on every run and a user can do nothing about.
-NOISE = ("does not have many workers", "no `val_dataloader`", "LeafSpec", "in eval mode", "litlogger")
+NOISE = (
+    "does not have many workers",
+    "no `val_dataloader`",
+    "LeafSpec",
+    "in eval mode",
+    "litlogger",
+    "`weights_only` was not set",
+    "exists and is not empty",
+)
+
+# Part of a recipe → package, file under it and class that have its options.
+PARTS = {
+    "trainer": ("lightning", "pytorch/trainer/trainer.py", "Trainer"),
+    "model": ("merv", "train.py", "Training"),
+    "data": ("merv", "data.py", "ChatData"),
+    "checkpoints": ("merv", "resume.py", "Checkpoints"),
+    "answers": ("merv", "watch.py", "SampleAnswers"),
+}
+SINGLE = ("config", "c", "seed_everything", "ckpt_path", "weights_only", "print_config", "help", "h")
+NEEDED = ("--model.llm", "--model.encoders", "--data.train")
 
 
 def recipes() -> dict[str, Path]:
@@ -62,6 +81,13 @@ def run(argv: Sequence[str]) -> int:
         return 0
     argv = with_recipes(["--help" if argument == "--help-all" else argument for argument in argv])
     check_keys(argv)
+    typed = {argument.partition("=")[0] for argument in argv}
+    if not typed & {"-c", "--config", "--help"} and not set(NEEDED) <= typed:
+        raise TrainingError(
+            "Name a recipe, as in `merv fit --config cpu_small`, or give at least "
+            f"{', '.join(NEEDED)}. Recipes: {', '.join(recipes())}."
+        )
+    print("Loading torch, transformers and Lightning …", file=sys.stderr, flush=True)
     # Lightning calls jsonargparse by names that are going away; users can do nothing about that.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     from transformers.utils import logging as transformers_logging
@@ -75,11 +101,11 @@ def run(argv: Sequence[str]) -> int:
         lambda record: not any(words in record.getMessage() for words in NOISE)
     )
     # LightningCLI reads them there, and so do the further processes that it starts
-    typed, sys.argv = sys.argv, [sys.argv[0], "fit", *argv]
+    was, sys.argv = sys.argv, [sys.argv[0], "fit", *argv]
     try:
         return Fit.command()
     finally:
-        sys.argv = typed
+        sys.argv = was
 
 
 # Before anything is loaded -----------------------------------------------------------------
@@ -101,27 +127,32 @@ def check_keys(argv: Sequence[str], also: Sequence[str] = ()) -> None:
             raise TrainingError(f"{where}: {part} has no option {name!r}.{nearest(name, own)}")
 
 
-def options() -> dict[str, dict[str, inspect.Parameter]]:
-    """Part of a recipe → its options; none for what is a single value."""
-    from lightning import Trainer
+def options() -> dict[str, dict[str, str]]:
+    """Part of a recipe → its options, each as it is written; none for what is a single value."""
+    known: dict[str, dict[str, str]] = {part: described(part)[1] for part in PARTS}
+    return {**known, **{key: {} for key in SINGLE}}
 
-    from merv.data import ChatData
-    from merv.resume import Checkpoints
-    from merv.train import Training
-    from merv.watch import SampleAnswers
 
-    parts = {
-        "trainer": Trainer,
-        "model": Training,
-        "data": ChatData,
-        "checkpoints": Checkpoints,
-        "answers": SampleAnswers,
-    }
-    single = ("config", "c", "seed_everything", "ckpt_path", "weights_only", "print_config", "help", "h")
-    return {
-        **{part: dict(inspect.signature(of).parameters) for part, of in parts.items()},
-        **{key: {} for key in single},
-    }
+def described(part: str) -> tuple[str, dict[str, str]]:
+    """Documentation of the class behind a part, and its options with types and defaults.
+
+    Read from its source: importing what it stands on takes seconds.
+    """
+    package, place, name = PARTS[part]
+    found = find_spec(package)
+    assert found is not None
+    assert found.origin is not None
+    tree = ast.parse(Path(found.origin).parent.joinpath(place).read_text(encoding="utf-8"))
+    (node,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
+    (init,) = (n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
+    arguments = [*init.args.args[1:], *init.args.kwonlyargs]
+    values = [*init.args.defaults, *init.args.kw_defaults]
+    defaults = dict(zip(reversed(arguments), reversed(values), strict=False))
+    written = {}
+    for argument in arguments:
+        default = defaults.get(argument)
+        written[argument.arg] = ast.unparse(argument) + (f" = {ast.unparse(default)}" if default else "")
+    return ast.get_docstring(node) or "", written
 
 
 def _keys(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -148,20 +179,15 @@ def _keys(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def help_text() -> str:
     """What `merv fit --help` prints: the options of a recipe with their defaults."""
-    from merv.train import Training
-
     lines = [
         "usage: merv fit --config RECIPE [--PART.OPTION=VALUE ...] [--ckpt_path=last]",
         "",
         "Train by a recipe: a file, or one of",
         *(f"  {name:28} {_first_line(path)}" for name, path in recipes().items()),
-        "",
-        inspect.cleandoc(Training.__doc__ or ""),
     ]
-    for part, own in options().items():
-        if part in ("model", "data", "checkpoints", "answers"):
-            lines += ["", f"--{part}. and one of"]
-            lines += [f"  {_shown(parameter)}" for parameter in own.values()]
+    for part in ("model", "data", "checkpoints", "answers"):
+        said, own = described(part)
+        lines += ["", f"--{part}. and one of", *(f"  {option}" for option in own.values()), "", said]
     lines += [
         "",
         "--trainer. and an option of Lightning's Trainer: max_steps, max_epochs, devices, strategy,",
@@ -176,8 +202,3 @@ def _first_line(path: Path) -> str:
     """What a recipe says of itself: its second comment line that has words."""
     said = [line.lstrip("# ").strip() for line in path.read_text().splitlines() if line.startswith("#")]
     return next((line for line in said[1:] if line), "")
-
-
-def _shown(parameter: Any) -> str:
-    needed = parameter.default is inspect.Parameter.empty
-    return f"{parameter.name}: {parameter.annotation}" + ("" if needed else f" = {parameter.default!r}")

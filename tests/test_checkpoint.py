@@ -46,7 +46,7 @@ def test_a_folder_of_another_library_is_not_overwritten(tmp_path):
 
 
 def test_a_folder_of_something_else_is_not_loaded(tmp_path):
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(CheckpointError, match="There is no folder"):
         load_folder(tmp_path / "none", "Thing")
     (tmp_path / "other.txt").write_text("")
     with pytest.raises(

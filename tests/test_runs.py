@@ -1,5 +1,6 @@
 """Whole runs of `merv fit`: stopped, gone on with, told wrongly."""
 
+import inspect
 import json
 import os
 import re
@@ -7,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from lightning import Callback
+from lightning import Callback, Trainer
 from safetensors.torch import load_file
 
 from merv.cli import main
@@ -17,7 +18,7 @@ from merv.resume import newest
 from merv.scale import whole_state
 from merv.testing import make_video, tiny_llm
 from merv.train import Training, compare
-from merv.train_cli import NOISE, check_keys
+from merv.train_cli import NOISE, check_keys, described
 from merv.video_llm import VideoLLM
 from merv.watch import Guard
 
@@ -95,7 +96,9 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on_to_the_same_weights(
 ):
     options = {"model__train": "[projector,mixer,lora]", "model__lora": "{rank: 2, dropout: 0.1}"}
     assert fit(material, tmp_path / "whole", **options) == 0
-    stop = json.dumps([{"class_path": "test_runs.Interrupt", "init_args": {"step": 4, "number": int(number)}}])
+    stop = json.dumps(
+        [{"class_path": "test_runs.Interrupt", "init_args": {"step": 4, "number": int(number)}}]
+    )
     monkeypatch.setitem(__import__("sys").modules, "test_runs", __import__("sys").modules[__name__])
     assert fit(material, tmp_path / "cut", **options, trainer__callbacks=stop) == 130
     assert "To go on: the same with --ckpt_path=last" in capsys.readouterr().out
@@ -275,3 +278,13 @@ def test_the_module_alone_takes_batches_of_another_loader(material):
     total, tokens = training.model.loss_sum(batch.groups)
     assert tokens > 0
     assert total.requires_grad
+
+
+def test_without_a_recipe_it_names_some(capsys):
+    assert main(["fit", "--model.lr=1"]) == 2
+    assert "Name a recipe, as in `merv fit --config cpu_small`" in capsys.readouterr().err
+
+
+def test_options_are_those_of_the_classes():
+    for part, of in {"trainer": Trainer, "model": Training, "data": ChatData}.items():
+        assert list(described(part)[1]) == list(inspect.signature(of).parameters)

@@ -196,3 +196,14 @@ def test_what_cannot_or_need_not_stream_is_refused(tmp_path):
         stream_samples(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="The dataset 'no/such' cannot be streamed"):
         stream_samples("no/such")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("[{row},]", "Expecting value"), ("[{row} {row}]", "Expecting ','"), ("[{row}] more", "Extra data")],
+)
+def test_a_list_that_is_nearly_json_is_refused(tmp_path, text, said):
+    row = '{"messages": [{"role": "user", "content": "é?"}, {"role": "assistant", "content": "b"}]}'
+    (tmp_path / "a.json").write_text(text.replace("{row}", row))
+    with pytest.raises(DataError, match=said):
+        open_samples(str(tmp_path / "a.json"))
