@@ -11,7 +11,7 @@ from merv.llm import load_llm
 from merv.multi_encoder import MultiEncoder
 from merv.registry import create_encoder
 from merv.share import find_model
-from merv.streams import by_name
+from merv.streams import by_name, checked_frames
 from merv.video_llm import VideoLLM
 
 SAME = ("grid", "mixer", "projector", "norm", "align", "backend", "resample")  # in `start` and here
@@ -58,21 +58,34 @@ def started(h: Any) -> VideoLLM:
         quantise=h.quantise,
         weights={name: path for name, path in given.items() if name in saved},
     )
-    was = model.vision.options
-    differ = [option for option in SAME if was[option] != _plain(h[option])]
-    missing = [name for name in model.vision.encoders if name not in own]
-    if differ or missing:
-        there = {
-            **{o: was[o] for o in differ},
-            **({"encoders": list(model.vision.encoders)} if missing else {}),
-        }
-        here = {**{o: _plain(h[o]) for o in differ}, **({"encoders": list(own)} if missing else {})}
+    differ = _differences(model, h, own)
+    if differ:
+        there = {name: was for name, (was, _) in differ.items()}
+        here = {name: now for name, (_, now) in differ.items()}
         raise TrainingError(f"model.start, {h.start}, has {there}; this recipe has {here}. Set them equal.")
     for name, typed in own.items():
         if name not in model.vision.encoders:
             weights, preset = given.get(name, "pretrained"), (h.presets or {}).get(name)
             model.join(name, create_encoder(typed, weights=weights, preset=preset))
+            frames = {name: h.frames[name]} if name in (h.frames or {}) else {}
+            model.vision.frames.update(checked_frames(frames, dict(model.vision.named())))
     return model
+
+
+def _differences(model: VideoLLM, h: Any, own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What of a model to start from is not as the recipe has it: name → both values."""
+    vision, there = model.vision, list(model.vision.encoders)
+    pairs = {name: (vision.options[name], _plain(h[name])) for name in SAME}
+    pairs["mixer_options"] = (vision.options["mixer_options"], h.mixer_options or {})
+    pairs["sampling"] = (vision.sampling.mode, h.sampling)
+    pairs["encoders"] = (there, [name for name in own if name in there])
+    pairs["frames"] = (dict(vision.frames), {n: f for n, f in (h.frames or {}).items() if n in there})
+    for name, encoder in vision.named():
+        pairs[f"presets.{name}"] = (encoder.preset_name, (h.presets or {}).get(name, encoder.preset_name))
+    rms = model.fusion.token_rms
+    if h.token_rms is not None and rms is not None:
+        pairs["token_rms"] = (round(float(rms), 4), round(h.token_rms, 4))
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any, get_args
 
 import numpy as np
@@ -207,9 +208,18 @@ class ChatData(LightningDataModule):
         return Skips(self.on_error, most, folder)
 
     def videos(self) -> Iterator[Any]:
-        """Each distinct video of both files once; those of a stream are not known."""
-        every = [video for samples in (self.train, self.val) for s in samples for video in s.videos()]
-        yield from dict.fromkeys(every)
+        """Each distinct video of both files once; those of a stream are not known.
+
+        A row that is wrong is an error, or, to be skipped later, passed over.
+        """
+        seen = set()
+        for samples in (self.train, self.val):
+            for number in range(len(samples)):
+                with suppress(DataError) if self.on_error == "skip" else nullcontext():
+                    for video in samples[number].videos():
+                        if hash(video) not in seen:
+                            seen.add(hash(video))
+                            yield video
 
 
 def kinds_and_lengths(

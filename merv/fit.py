@@ -74,6 +74,12 @@ class Fit(LightningCLI):
             given["ckpt_path"] = None if found is None else str(found)
             print(f"Going on from {found}." if found else "A new run: there is no checkpoint yet.")
         given["weights_only"] = True
+        earlier = newest(root / CHECKPOINTS)
+        if given["ckpt_path"] is None and earlier is not None:
+            raise CheckpointError(
+                f"{earlier} is of an earlier run. Go on with it by --ckpt_path=last, or begin elsewhere: "
+                "--trainer.default_root_dir=..."
+            )
 
     @property
     def stopped(self) -> bool:

@@ -159,7 +159,8 @@ def fingerprint(llm: nn.Module, maps: bool = True) -> str:
 def identity(llm: Any) -> dict[str, Any]:
     """What a checkpoint keeps to know an LLM again: where it came from, how it is held, fingerprints."""
     config = getattr(llm.config, "quantization_config", None)
-    how = None if config is None else "nf4" if config.load_in_4bit else "int8"
+    how = "nf4" if getattr(config, "load_in_4bit", False) else None
+    how = "int8" if getattr(config, "load_in_8bit", False) else how
     source = getattr(llm.config, "_name_or_path", "")
     return {
         "source": source,

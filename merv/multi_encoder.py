@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -207,7 +208,9 @@ class MultiEncoder(Shared, nn.Module):
 
     def _features(self, video: Loaded, store: FeatureStore | None) -> dict[str, Grid]:
         grids = dict(video.found)
-        made = {} if video.clip is None else self.align(self.encode([video.clip]), [video.clip])
+        exact = torch.autocast(self.device.type, enabled=False)  # what is kept depends on no mixed precision
+        with nullcontext() if store is None else exact:
+            made = {} if video.clip is None else self.align(self.encode([video.clip]), [video.clip])
         for name, grid in made.items():
             grids[name] = store.put(video.keys[name], grid) if store and name in video.keys else grid
         return grids

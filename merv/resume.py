@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
@@ -57,7 +58,7 @@ class Folders(CheckpointIO):
 
 
 class Checkpoints(ModelCheckpoint):
-    """The last `keep` checkpoints, one every `every` steps of the optimizer.
+    """The last `keep` checkpoints, one every `every` steps of the optimizer and one at the end.
 
     In `checkpoints/` under the run's folder: `step=400` and so on.
     """
@@ -73,6 +74,12 @@ class Checkpoints(ModelCheckpoint):
             every_n_train_steps=every,
             enable_version_counter=False,
         )
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *rest: Any) -> None:
+        super().on_train_batch_end(trainer, module, *rest)
+        last = trainer.global_step == trainer.estimated_stepping_batches
+        if last and self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class Best(ModelCheckpoint):

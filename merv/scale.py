@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def mean_divides_by(trainer: Any) -> float:
 def shard(model: Any, mesh: Any) -> None:
     """Split a VideoLLM over the processes of a device mesh, in place: layer by layer, and the fusion.
 
-    Encoders stay whole on each process, unless they are trained.
+    Encoders stay whole on each process.
     Raises TrainingError where that cannot be done.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -63,13 +63,14 @@ def shard(model: Any, mesh: Any) -> None:
         raise TrainingError(
             f"Sharding needs a newer torch than {torch.__version__}; DDP works with this one."
         )
+    if model.identity["quantise"]:
+        raise TrainingError(
+            "A quantised LLM cannot be sharded; use strategy ddp, each process with all of it."
+        )
     if model.own_gradients:
         raise TrainingError("Parts of a mixer (mixer.NAME) cannot be trained sharded; use strategy ddp.")
     mesh = mesh["data_parallel"]
-    frozen = {p for _, encoder in model.vision.named() for p in encoder.parameters() if not p.requires_grad}
-    for _, encoder in model.vision.named():
-        if any(p.requires_grad for p in encoder.parameters()):
-            fully_shard(encoder, mesh=mesh)
+    frozen = {p for _, encoder in model.vision.named() for p in encoder.parameters()}
     layers = set(getattr(model.llm, "_no_split_modules", None) or ())
     for module in list(model.llm.modules()):
         if type(module).__name__ in layers:
@@ -145,7 +146,7 @@ class Sharded(ModelParallelStrategy):
     def remove_checkpoint(self, filepath: Any) -> None:
         """Delete the folder."""
         if self.is_global_zero:
-            shutil.rmtree(filepath)
+            shutil.rmtree(filepath, ignore_errors=True)
 
 
 StrategyRegistry.register("sharded", Sharded, description="FSDP2 over all processes")
@@ -187,8 +188,22 @@ def consolidate(folder: str | Path, out: str | Path) -> None:
     save_folder(out, kind, config, state)
 
 
-def unsharded(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Sharded tensors put together, on the CPU; a collective call where there are any."""
+def unsharded(state: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    """Sharded tensors put together, on the CPU of the process that is to `keep` them; all take part."""
     from torch.distributed.tensor import DTensor
 
-    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).cpu() for name, t in state.items()}
+    kept = {}
+    for name, tensor in state.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            kept[name] = whole.cpu()
+    return kept
+
+
+def all_finite(gradients: Iterable[torch.Tensor]) -> bool:
+    """Whether no gradient, of a sharded one this process's part, has a number that is none."""
+    from torch.distributed.tensor import DTensor
+
+    parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    norms = [part.norm() for part in parts if part.numel()]
+    return not norms or bool(torch.stack([norm.float() for norm in norms]).isfinite().all())

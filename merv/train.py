@@ -25,7 +25,7 @@ from merv.errors import BadLoss, CheckpointError, TrainingError
 from merv.llm import LoraOptions, checkpoint_layers, shares_rows
 from merv.loader import BAD
 from merv.resume import random_states, set_random_states
-from merv.scale import gathered, mean_divides_by, processes, shard, sum_over_processes, unsharded
+from merv.scale import all_finite, gathered, mean_divides_by, processes, shard, sum_over_processes, unsharded
 from merv.store import FeatureStore
 from merv.suggest import nearest
 from merv.video_llm import VideoLLM
@@ -103,6 +103,11 @@ class Training(LightningModule):
         if self.model is not None:
             return
         h: Any = self.hparams
+        if self._trainer is not None and str(self.trainer.precision) in ("bf16-true", "16-true"):
+            raise TrainingError(
+                f"precision {self.trainer.precision} would round what is trained after each step. Set "
+                "trainer.precision: bf16-mixed, and model.dtype for what is frozen."
+            )
         self.model = fresh(h) if h.start is None else started(h)
         if "lora" in h.train and self.model.lora is None:
             self.model.add_lora(self.lora or LoraOptions())
@@ -111,6 +116,12 @@ class Training(LightningModule):
         if h.fill and not shares_rows(self.model.llm):
             raise TrainingError(
                 "This LLM's attention takes no masks that keep samples in a row apart: no fill."
+            )
+        if processes() > 1 and self.model.changed & set(h.train) - {"llm"}:
+            raise TrainingError("An encoder can be trained by one process only; leave it out of model.train.")
+        if processes() > 1 and h.store == "memory":
+            raise TrainingError(
+                "Several processes keep features in a folder, not in memory: set model.store."
             )
         if h.store is not None:
             trained = [name for name in self.model.vision.encoders if name in h.train]
@@ -182,6 +193,7 @@ class Training(LightningModule):
             videos = list(data.videos())
             own = videos[self.global_rank :: self.trainer.world_size]
             encode_all(self.model, own, skip=data.on_error == "skip")
+            self.trainer.strategy.barrier()
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Loss summed over the answers' tokens of a few groups of conversations."""
@@ -200,7 +212,10 @@ class Training(LightningModule):
 
         Raises BadLoss, before anything changes, where a loss is not to be learned from.
         """
-        own = [self.tokens, self.guard.alarms(), self.asked]
+        finite = self.trainer.precision == "16-mixed" or all_finite(
+            p.grad for p in self._trained() if p.grad is not None
+        )  # a scaler expects some that are not
+        own = [self.tokens, self.guard.alarms() + (not finite), self.asked]
         tokens, bad, asked = sum_over_processes(own, self.device)
         self.tokens, self.stop = 0, asked > 0
         if bad:
@@ -328,7 +343,7 @@ def encode_all(model: VideoLLM, videos: Sequence[Any], skip: bool = False) -> No
 def save(training: Training, folder: str | Path) -> Path:
     """Write the trained VideoLLM where `VideoLLM.from_pretrained` finds it; all processes take part."""
     assert training.model is not None
-    state = unsharded(training.model.kept())
+    state = unsharded(training.model.kept(), keep=training.global_rank == 0)
     if training.global_rank == 0:
         save_folder(folder, "VideoLLM", training.model.config(), state)
     return Path(folder)

@@ -62,6 +62,7 @@ class VideoLLM(Shared, nn.Module):
         self.lora: LoraOptions | None = None
         self.fill: int | None = None  # in training: groups share rows of up to so many tokens
         self.shares: dict[str, Tensor] = {}  # mean weight of each encoder, when last fused
+        self.changed: set[str] = set()  # frozen parts that are no longer as their source has them
         self.own_gradients: list[Any] = []
         self.train_only(("projector", "mixer"))
 
@@ -90,7 +91,8 @@ class VideoLLM(Shared, nn.Module):
     def nothing(self) -> Tensor:
         """0, made by running all that is trained: a process without data still takes part in a step."""
         visual = self.fusion.nothing()
-        embeddings = visual[None, :1].to(self.llm.get_input_embeddings().weight)
+        words = self.llm.get_input_embeddings()(torch.tensor([[self.pad_id]], device=self.device))
+        embeddings = torch.cat([words, visual[None, :1].to(words)], dim=1)
         return 0.0 * self.llm(inputs_embeds=embeddings, use_cache=False).logits.float().sum()
 
     def predict(self, groups: Sequence[Sequence[Conversation]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,7 +287,10 @@ class VideoLLM(Shared, nn.Module):
                 raise TrainingError(
                     f"Nothing here is called {name!r}.{nearest(name, parts)} There are: {', '.join(parts)}."
                 )
+            if "." in name and name.partition(".")[0] in trained:
+                raise TrainingError(f"{name} is a part of {name.partition('.')[0]}, which is trained whole.")
         self.trained = tuple(trained)
+        self.changed |= {name for name in trained if name == "llm" or name in self.vision.encoders}
         for hook in self.own_gradients:
             hook.remove()
         for parameter in self.parameters():
@@ -324,14 +329,15 @@ class VideoLLM(Shared, nn.Module):
             "llm": {**self.identity, "dtype": str(self.llm.dtype).removeprefix("torch.")},
             "lora": None if self.lora is None else {**vars(self.lora), "targets": list(self.lora.targets)},
             "trained": list(self.trained),
+            "changed": sorted(self.changed),
             "vision": self.vision.config(),
         }
 
     def kept(self) -> dict[str, Tensor]:
-        """What a checkpoint holds, by name: all of the fusion, the LoRA, and whatever else is trained."""
+        """What a checkpoint holds: all of the fusion, the LoRA, and whatever else was ever trained."""
         parts = self.parts()
         fusion = {f"vision.fusion.{name}": t for name, t in self.fusion.state_dict().items()}
-        others = [p for name, p in parts.items() if name == "lora" or name in self.trained]
+        others = [p for name, p in parts.items() if name == "lora" or name in self.changed]
         return {**fusion, **{name: p for own in others for name, p in own.items()}}
 
     @classmethod
@@ -362,6 +368,7 @@ class VideoLLM(Shared, nn.Module):
         if config["lora"] is not None:
             model.add_lora(LoraOptions(**config["lora"]))
         model.train_only(config["trained"])
+        model.changed.update(config["changed"])
         fill_exactly(model.kept(), state, folder)
         return model.eval()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import threading
 import time
@@ -16,7 +17,10 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from merv.errors import BadLoss
+from merv.loader import BAD
 from merv.resume import CHECKPOINTS
+
+log = logging.getLogger(__name__)
 
 PAST = 100  # losses that a spike is held against
 
@@ -24,7 +28,7 @@ PAST = 100  # losses that a spike is held against
 class Guard:
     """Sees every loss and tells where one is not to be learned from: not a number, or a spike.
 
-    spike: how many times the largest of the last hundred; None: any finite loss is good.
+    spike: how many times the largest of the last hundred, and above 1; None: any finite loss is good.
 
     >>> guard = Guard(spike=5)
     >>> guard.see(torch.tensor(float("nan")), 12, ["train.jsonl:7"])
@@ -36,6 +40,7 @@ class Guard:
         self.spike = spike
         self.past: deque[float] = deque(maxlen=PAST)
         self.seen: list[tuple[Tensor, Sequence[str]]] = []
+        self.latest: list[str] = []
         self.bad: list[tuple[float, Sequence[str]]] = []
 
     def see(self, loss: Tensor, tokens: int, origins: Sequence[str]) -> None:
@@ -45,9 +50,11 @@ class Guard:
 
     def alarms(self) -> int:
         """How many losses since the last call are bad; this waits for the device, once a step."""
+        self.latest = [origin for _, origins in self.seen for origin in origins]
         for loss, origins in self.seen:
             value = float(loss)
-            high = self.spike is not None and len(self.past) == PAST and value > self.spike * max(self.past)
+            known = self.spike is not None and len(self.past) == PAST
+            high = known and value > max(1.0, self.spike * max(self.past))  # type: ignore[operator]
             if high or value != value or value in (float("inf"), float("-inf")):
                 self.bad.append((value, origins))
             else:
@@ -58,7 +65,10 @@ class Guard:
     def report(self) -> str:
         """Which losses were bad and what they were about."""
         if not self.bad:
-            return "A loss in another process is not to be learned from; its message names the samples."
+            return (
+                "A gradient has numbers that are none, or another process had a bad loss. Here the step was "
+                f"made of {', '.join(self.latest)}. Nothing was learned from it."
+            )
         said = [
             f"The loss is {value:.4g} in the batch of {', '.join(origins)}." for value, origins in self.bad
         ]
@@ -111,7 +121,7 @@ def memory_gb() -> float:
 class SampleAnswers(Callback):
     """Every `every` steps, what the model answers to the first `count` questions: `answers.jsonl`.
 
-    Of the validation data where there are any, else of the training data.
+    Of the validation data where there are any, else of the training data. every: 0 is never.
     """
 
     def __init__(self, every: int = 200, count: int = 3, max_new_tokens: int = 32) -> None:
@@ -122,12 +132,20 @@ class SampleAnswers(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         step = trainer.global_step
-        if step == self.last or step % self.every:
+        if not self.every or step == self.last or step % self.every:
             return
         self.last = step
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        samples = data.val or data.train
+        try:
+            self._ask(trainer, module, data.val or data.train)
+        except BAD as error:  # training tells about bad samples, or passes over them
+            log.warning("No answers were sampled at step %s: %s", step, error)
+
+    def _ask(self, trainer: Trainer, module: LightningModule, samples: Any) -> None:
+        step = trainer.global_step
         talks = [samples[i].conversations[0] for i in range(min(self.count, len(samples)))]
+        if not talks:
+            return
         was = module.training
         module.eval()
         said = module.model.generate(  # type: ignore[union-attr, operator]
@@ -163,7 +181,7 @@ class CleanStop(Callback):
         self.stopped = False
         self._before: dict[signal.Signals, Any] = {}
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
         def ask(*_: Any) -> None:
             if module.asked:
                 raise KeyboardInterrupt

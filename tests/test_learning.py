@@ -85,10 +85,11 @@ def test_rows_are_not_filled_where_answers_are_asked_for():
 
 @pytest.mark.parametrize("batch", [[], [[ask("Only text.", answer="yes")]]])
 @pytest.mark.parametrize("options", [{}, {"conditioned": True}])
-def test_a_batch_without_videos_gives_every_trained_parameter_a_gradient(batch, options):
+@pytest.mark.parametrize("part", ["lora", "llm"])
+def test_a_batch_without_videos_gives_every_trained_parameter_a_gradient(batch, options, part):
     model = build(**options)
     model.add_lora(LoraOptions(rank=2))
-    model.train_only(["projector", "mixer", "lora"])
+    model.train_only(["projector", "mixer", part])
     model.loss_sum(batch)[0].backward()
     assert all(gradient is not None for gradient in gradients(model).values())
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
@@ -140,6 +141,26 @@ def test_what_an_encoder_learned_is_saved(tmp_path):
     again = VideoLLM.from_pretrained(tmp_path / "model")
     state = again.vision.encoder("fake").state_dict()
     assert all(torch.equal(t, state[name]) for name, t in model.vision.encoder("fake").state_dict().items())
+
+
+def test_a_part_of_what_is_trained_whole_is_refused():
+    with pytest.raises(TrainingError, match=r"projector\.fake is a part of projector"):
+        build().train_only(["projector", "projector.fake"])
+
+
+def test_what_an_earlier_stage_trained_is_kept_by_the_next(tmp_path):
+    tiny_llm(tmp_path / "llm")
+    llm, tokenizer = load_llm(tmp_path / "llm")
+    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], grid=(2, 1, 1), width=llm.config.hidden_size))
+    model.train_only(["llm"])
+    with torch.no_grad():
+        llm.model.norm.weight.add_(1.0)
+    model.save_pretrained(tmp_path / "one")
+    second = VideoLLM.from_pretrained(tmp_path / "one")
+    second.train_only(["projector"])
+    second.save_pretrained(tmp_path / "two")
+    again = VideoLLM.from_pretrained(tmp_path / "two")
+    assert torch.equal(again.llm.model.norm.weight, llm.model.norm.weight)
 
 
 def test_a_misspelt_part_names_the_nearest():

@@ -42,6 +42,14 @@ def material(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def started(material, tmp_path_factory):
+    """A model that an earlier stage left."""
+    out = tmp_path_factory.mktemp("started")
+    assert fit(material, out, trainer__max_epochs=1) == 0
+    return out / "model"
+
+
 def fit(material, out, **options) -> int:
     """`merv fit` with options by part__name."""
     values = {
@@ -186,6 +194,45 @@ def test_pace_and_weights_are_in_the_logs(material, tmp_path):
     assert {"loss", "tokens/s", "wait", "GB", "min_left", "weight/fake"} <= set(columns)
 
 
+@pytest.mark.parametrize("options", [{"answers__every": 0}, {"answers__every": 1, "answers__count": 0}])
+def test_answers_can_be_left_out(material, tmp_path, options):
+    assert fit(material, tmp_path, trainer__max_epochs=1, **options) == 0
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_a_broken_video_is_passed_over_wherever_it_is_met(material, tmp_path):
+    rows = (material / "data.jsonl").read_text().splitlines()
+    broken = {"video": "broken.mp4", "questions": [{"question": "Who?", "answer": "nobody"}]}
+    (material / "broken.mp4").write_bytes(b"no video")
+    (material / "some.jsonl").write_text("\n".join([json.dumps(broken), '{"video": 3}', *rows]))
+    options = {"data__train": material / "some.jsonl", "data__on_error": "skip", "answers__every": 1}
+    assert fit(material, tmp_path, trainer__max_epochs=1, **options) == 0
+    skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert {row["origin"].rpartition(":")[2] for row in skipped} == {"1", "2"}
+
+
+def test_a_new_run_does_not_mix_with_an_earlier_one(material, tmp_path, capsys):
+    assert fit(material, tmp_path, trainer__max_epochs=1) == 0
+    assert fit(material, tmp_path) == 2
+    assert "is of an earlier run. Go on with it by --ckpt_path=last" in capsys.readouterr().err
+    assert fit(material, tmp_path, ckpt_path="last") == 0
+
+
+def test_a_gradient_that_is_no_number_is_not_learned_from(material, tmp_path, capsys, monkeypatch):
+    def poison(self, *_):
+        parameter = next(p for p in self.parameters() if p.requires_grad)
+        parameter.grad.fill_(float("inf"))
+
+    monkeypatch.setattr(Training, "on_after_backward", poison)
+    assert fit(material, tmp_path, trainer__max_epochs=1) == 2
+    assert re.search(r"A gradient has numbers that are none.*data\.jsonl:\d", capsys.readouterr().err)
+
+
+def test_what_would_be_rounded_after_each_step_is_refused(material, tmp_path, capsys):
+    assert fit(material, tmp_path, trainer__precision="bf16-true") == 2
+    assert "Set trainer.precision: bf16-mixed" in capsys.readouterr().err
+
+
 # Stages ------------------------------------------------------------------------------------
 
 
@@ -204,10 +251,21 @@ def test_a_second_stage_starts_from_the_first_and_an_encoder_joins(material, tmp
     assert list(VideoLLM.from_pretrained(tmp_path / "two/model").vision.encoders) == ["fake", "fake_video"]
 
 
-def test_a_start_of_another_grid_is_refused(material, tmp_path, capsys):
-    assert fit(material, tmp_path / "one", trainer__max_epochs=1) == 0
-    assert fit(material, tmp_path / "two", model__start=tmp_path / "one/model", model__grid="[4,1,1]") == 2
-    assert "has {'grid': [2, 1, 1]}" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"model__grid": "[4,1,1]"}, "has {'grid': [2, 1, 1]}"),
+        ({"model__sampling": "official"}, "has {'sampling': 'uniform'}"),
+        ({"model__frames": "{fake: 4}"}, "this recipe has {'frames': {'fake': 4}}"),
+        ({"model__mixer_options": "{conditioned: true}"}, "has {'mixer_options': {}}"),
+        ({"model__token_rms": 9}, "this recipe has {'token_rms': 9.0}"),
+    ],
+)
+def test_a_start_that_is_otherwise_than_the_recipe_is_refused(
+    started, material, tmp_path, capsys, other, said
+):
+    assert fit(material, tmp_path, model__start=started, **other) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_features_of_an_encoder_that_is_trained_cannot_be_kept(material):
