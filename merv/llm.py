@@ -34,6 +34,9 @@ class LoraOptions:
     targets: Sequence[str] = ("q_proj", "v_proj")
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))  # equal, however it was written
+
 
 def load_llm(source: str | Path, dtype: str = "auto", quantise: str | None = None) -> tuple[Any, Any]:
     """A causal LM in eval mode and its tokenizer, from a folder or hub id.

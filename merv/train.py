@@ -111,6 +111,10 @@ class Training(LightningModule):
         self.model = fresh(h) if h.start is None else started(h)
         if "lora" in h.train and self.model.lora is None:
             self.model.add_lora(self.lora or LoraOptions())
+        elif self.lora is not None and self.model.lora != self.lora:
+            raise TrainingError(
+                f"model.start has {self.model.lora}; this recipe has {self.lora}. Set them equal."
+            )
         self.model.train_only(h.train)
         self.model.fill = h.fill
         if h.fill and not shares_rows(self.model.llm):

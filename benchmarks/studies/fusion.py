@@ -148,7 +148,9 @@ def run_read_out(clips: Clips, arm: Arm, seed: int, steps: int) -> dict[str, lis
     return {"video": right["test"], "shuffled": right["shuffled"]}
 
 
-def run_llm(clips: Clips, arm: Arm, seed: int, steps: int) -> dict[str, list[bool]]:
+def run_llm(
+    clips: Clips, arm: Arm, seed: int, steps: int, lr: float, lora_lr: float
+) -> dict[str, list[bool]]:
     """Train as `merv fit` does, then ask; which answers are exactly right."""
     from lightning import Trainer, seed_everything
 
@@ -165,8 +167,8 @@ def run_llm(clips: Clips, arm: Arm, seed: int, steps: int) -> dict[str, list[boo
         mixer=arm.mixer,
         train=("projector", "mixer", "lora"),
         lora=LoraOptions(rank=16, alpha=32, targets=["q_proj", "k_proj", "v_proj", "o_proj"]),
-        lr=3e-3,
-        lr_of={"lora": 2e-3},
+        lr=lr,
+        lr_of={"lora": lora_lr},
         warmup=0.05,
         store=str(clips.out / "features"),
     )
@@ -237,6 +239,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--read-out-steps", type=int, default=1000)
     parser.add_argument("--llm-steps", type=int, default=400)
+    parser.add_argument("--lr", type=float, default=3e-3, help="of the fusion, with the LLM")
+    parser.add_argument("--lora-lr", type=float, default=2e-3)
     parser.add_argument(
         "--arms", nargs="+", choices=ARMS, default=[a for a in ARMS if not ARMS[a].free], help="only these"
     )
@@ -249,7 +253,8 @@ def main() -> None:
     if "readout" in args.measures:
         add_up(args.out / "clips.json", timed(clips.encode)[1])
     for measure in args.measures:
-        run = {"readout": run_read_out, "llm": run_llm}[measure]
+        with_rates = partial(run_llm, lr=args.lr, lora_lr=args.lora_lr)
+        run = {"readout": run_read_out, "llm": with_rates}[measure]
         steps = {"readout": args.read_out_steps, "llm": args.llm_steps}[measure]
         for seed, name in product(args.seeds, args.arms):
             kept = args.out / measure / f"{name} {seed}.json"
