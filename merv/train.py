@@ -250,9 +250,11 @@ class Training(LightningModule):
             hits = self.right.get(kind, [])
             right, count = sum_over_processes([sum(hits), len(hits)], self.device)
             every.append((right, count))
-            self.log(f"val/{kind or 'accuracy'}", right / count)
+            self.log(f"val/{kind or 'accuracy'}", right / count, sync_dist=True)
         if every:
-            self.log("val/all", sum(r for r, _ in every) / sum(n for _, n in every), prog_bar=True)
+            self.log(
+                "val/all", sum(r for r, _ in every) / sum(n for _, n in every), prog_bar=True, sync_dist=True
+            )
 
     def train(self, mode: bool = True) -> Training:
         """Frozen parts stay in eval mode; what is trained follows `mode`."""

@@ -277,6 +277,15 @@ def test_features_of_an_encoder_that_is_trained_cannot_be_kept(material):
 # Sharded, in one process -------------------------------------------------------------------
 
 
+@pytest.fixture
+def alone():
+    """Leaves no process group behind."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
 @pytest.mark.filterwarnings("ignore")  # torch's own, of its distributed parts
 def test_a_sharded_run_goes_on_and_its_checkpoint_is_put_together(material, tmp_path):
     options = {"trainer__strategy": "sharded", "trainer__devices": 1, "checkpoints__every": 3}
