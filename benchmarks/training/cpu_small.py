@@ -81,7 +81,7 @@ def main() -> None:
     draw(rows, out / "cpu_small.png")
     last = {name: column(rows, name)[1][-1] for name in sorted(rows[0]) if name.startswith("val/")}
     size = (out / "model/model.safetensors").stat().st_size / 1e6
-    steps = column(rows, "loss")[0][-1] + 1
+    steps = column(rows, "val/all")[0][-1] + 1  # of the last epoch
     peak = max(column(rows, "GB")[1])
     lines = [
         f"`python benchmarks/training/cpu_small.py`, {machine()}: {steps} steps in {minutes:.1f} minutes,",
