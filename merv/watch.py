@@ -148,10 +148,12 @@ class SampleAnswers(Callback):
             return
         was = module.training
         module.eval()
-        said = module.model.generate(  # type: ignore[union-attr, operator]
-            [talk[:-1] for talk in talks], max_new_tokens=self.max_new_tokens
-        )
-        module.train(was)
+        try:
+            said = module.model.generate(  # type: ignore[union-attr, operator]
+                [talk[:-1] for talk in talks], max_new_tokens=self.max_new_tokens
+            )
+        finally:
+            module.train(was)  # also where a sample is bad, or the rest would train in eval mode
         if trainer.is_global_zero:
             with (Path(trainer.default_root_dir) / "answers.jsonl").open("a", encoding="utf-8") as file:
                 for talk, answer in zip(talks, said, strict=True):
