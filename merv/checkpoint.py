@@ -50,16 +50,22 @@ def write_config(folder: str | Path, kind: str, config: Mapping[str, Any]) -> No
 def replacing(folder: str | Path) -> Iterator[Path]:
     """An empty folder that takes the place of `folder` when all went well, and vanishes otherwise.
 
-    Raises CheckpointError where `folder` is not merv's to replace.
+    Raises CheckpointError where `folder` is not merv's to replace, or the disk does not take it.
     """
+    from safetensors import SafetensorError
+
     folder = Path(folder)
     check_free(folder)
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
     try:
+        fresh.mkdir(parents=True)
         yield fresh
         _swap(fresh, folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} could not be written: {error}. What was there before is untouched."
+        ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

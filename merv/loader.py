@@ -47,7 +47,8 @@ class Batch:
 class BatchReader(Dataset):
     """Makes batches of samples; what workers get a copy of. `reader[epoch, numbers]` is a Batch.
 
-    questions: at most so many conversations of a sample, drawn anew in each epoch; None: all, in order.
+    questions: at most so many conversations of a sample, drawn anew in each epoch, as are the frames of
+        `segment` sampling; None: all, in order, and the frames the same in each epoch.
     """
 
     def __init__(
@@ -69,7 +70,8 @@ class BatchReader(Dataset):
                 sample = sample_of()
                 origin = sample.origin
                 chosen = self._drawn(len(sample.conversations), epoch, number)
-                group = [self._read(sample.conversations[i], loaded) for i in chosen]
+                seed = self._seed(epoch, number)
+                group = [self._read(sample.conversations[i], loaded, seed) for i in chosen]
             except BAD as error:
                 # What is wrong with a row begins with its origin
                 origin, reason = (origin, f"{type(error).__name__}: {error}") if origin else _split(error)
@@ -86,8 +88,13 @@ class BatchReader(Dataset):
         random = np.random.default_rng([self.seed, epoch, 3, number])
         return random.permutation(conversations)[: self.questions].tolist()
 
+    def _seed(self, epoch: int, number: int) -> int:
+        """Of the frames that are drawn; a function of the same things as the order, so that runs repeat."""
+        when = 0 if self.questions is None else epoch
+        return int(np.random.default_rng([self.seed, when, 5, number]).integers(2**32))
+
     def _read(
-        self, talk: list[dict[str, Any]], loaded: dict[Any, Loaded | Exception]
+        self, talk: list[dict[str, Any]], loaded: dict[Any, Loaded | Exception], seed: int
     ) -> list[dict[str, Any]]:
         """The conversation with its videos read."""
         if self.reader is None:
@@ -95,11 +102,13 @@ class BatchReader(Dataset):
         return [
             turn
             if isinstance(turn["content"], str)
-            else {**turn, "content": [self._read_part(part, loaded) for part in turn["content"]]}
+            else {**turn, "content": [self._read_part(part, loaded, seed) for part in turn["content"]]}
             for turn in talk
         ]
 
-    def _read_part(self, part: dict[str, Any], loaded: dict[Any, Loaded | Exception]) -> dict[str, Any]:
+    def _read_part(
+        self, part: dict[str, Any], loaded: dict[Any, Loaded | Exception], seed: int
+    ) -> dict[str, Any]:
         if part["type"] == "text":
             return part
         video = part[part["type"]]
@@ -107,7 +116,7 @@ class BatchReader(Dataset):
         if name not in loaded:
             assert self.reader is not None
             try:
-                loaded[name] = self.reader(video)
+                loaded[name] = self.reader(video, seed)
             except BAD as error:
                 loaded[name] = error
         result = loaded[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ class LossPlot(Callback):
             draw_loss(self.losses, Path(trainer.default_root_dir) / "loss.png")
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self.on_fit_end(trainer, module)
+        with suppress(OSError):  # of a full disk, say: that would hide what went wrong before
+            self.on_fit_end(trainer, module)
 
 
 def draw_loss(losses: Sequence[tuple[int, float]], path: str | Path) -> None:

@@ -7,7 +7,7 @@ probe, sample, decode and preprocess, or fetch kept features, while the model tr
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -71,8 +71,10 @@ class Reader:
     resample: Resample = "exact"
     store: FeatureStore | None = None
 
-    def __call__(self, video: Any) -> Loaded:
-        """Everything for one video, of anything that `load_video` reads."""
+    def __call__(self, video: Any, seed: int | None = None) -> Loaded:
+        """Everything for one video, of anything that `load_video` reads. seed: for `segment` without one."""
+        if seed is not None and self.sampling.seed is None:
+            return replace(self, sampling=replace(self.sampling, seed=seed))(video)
         if self.store is None:
             return Loaded(self.read(video), {}, {})
         keys = self.keys(video)

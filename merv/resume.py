@@ -34,7 +34,11 @@ class Folders(CheckpointIO):
         rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "config")}
         with replacing(path) as fresh:
             write_model(fresh, "VideoLLM", checkpoint["config"], state)
-            torch.save(rest, fresh / META)
+            try:
+                with (fresh / META).open("wb") as file:
+                    torch.save(rest, file)
+            except RuntimeError as error:  # torch's of a full disk; the reason is behind it
+                raise OSError(error.__context__ or error) from error
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None

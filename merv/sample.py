@@ -55,7 +55,7 @@ def fps_times(duration_s: float, fps: float, max_frames: int, start_s: float = 0
 def segment_times(
     duration_s: float, frames: int, start_s: float = 0.0, generator: random.Random | None = None
 ) -> list[float]:
-    """One random time in each of `frames` equal segments, for training.
+    """One random time in each of `frames` equal segments, for training. generator: None is Python's own.
 
     Idea: Temporal Segment Networks, https://arxiv.org/abs/1608.00859.
 
@@ -63,7 +63,7 @@ def segment_times(
     >>> [int(time_s // 2) for time_s in times]
     [0, 1, 2, 3]
     """
-    draw = (generator or random.Random()).random
+    draw = generator.random if generator else random.random
     step_s = duration_s / _positive(frames)
     return [start_s + step_s * (i + draw()) for i in range(frames)]
 
@@ -108,7 +108,7 @@ class Sampling:
         index for index as the released MERV.
     start_s, end_s: the part of the clip to look at; an end beyond the clip's is the clip's.
     fps: frames per second, instead of the encoder's own rate.
-    seed: makes `segment` repeatable.
+    seed: makes `segment` repeatable; None: Python's `random` draws, and `merv fit` from its own seed.
     total: how many frames `official` reads, of which an encoder takes every k-th; the release reads
         as many as its encoder with the most frames takes.
 
@@ -158,12 +158,15 @@ class Sampling:
         if self.mode == "official":
             return self._official(info, frames, end_s)
         if self.mode == "segment":
-            return segment_times(duration_s, frames, self.start_s, random.Random(self.seed))
+            return segment_times(duration_s, frames, self.start_s, self._generator())
         if rate:
             return fps_times(duration_s, rate, frames, self.start_s)
         if self.mode == "fps":
             raise SamplingError("sampling='fps' wants a rate, and none is given. Try fps=2.")
         return uniform_times(duration_s, frames, self.start_s)
+
+    def _generator(self) -> random.Random | None:
+        return None if self.seed is None else random.Random(self.seed)
 
     def _end_s(self, info: VideoInfo) -> float:
         if self.start_s >= info.duration_s:

@@ -31,6 +31,8 @@ from merv.suggest import nearest
 from merv.video_llm import VideoLLM
 from merv.watch import Guard, print_parts
 
+OPTIMIZER = ("lr", "lr_of", "weight_decay", "warmup")
+
 
 class Training(LightningModule):
     """What `merv fit` trains: a VideoLLM built from names.
@@ -294,12 +296,14 @@ class Training(LightningModule):
         checkpoint["losses"] = list(self.guard.past)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the frozen parts are the same; random states are put back before the first step.
+        """Check that frozen parts and rates are the same; random states are put back before the first step.
 
         Raises CheckpointError that names what differs.
         """
         assert self.model is not None
         compare(checkpoint["config"], self.model.config())
+        saved = checkpoint["hyper_parameters"]  # the optimizer's state brings these back, whatever is set now
+        compare(*({name: rates[name] for name in OPTIMIZER} for rates in (saved, self.hparams)))
         states = checkpoint["random"]
         self.random = states[self.global_rank] if len(states) == processes() else None
         self.guard.past.extend(checkpoint["losses"])

@@ -201,6 +201,41 @@ def test_a_video_is_read_once_in_a_batch(tmp_path, rows):
     assert len(loaded) == 1
 
 
+def indices(loader) -> list[tuple[int, ...]]:
+    """Which frames an epoch of one clip in each batch shows."""
+    found = []
+    for batch in loader:
+        (loaded,) = {
+            id(v): v for g in batch.groups for talk in g for v in [talk[0]["content"][0]["video"]]
+        }.values()
+        found.append(loaded.clip.indices["fake"])
+    return found
+
+
+def test_frames_drawn_at_random_are_the_same_in_a_run_that_repeats(tmp_path):
+    make_video(tmp_path / "long.mp4", frames=64)
+    row = about("long.mp4")
+
+    def loader(workers: int, **options):
+        data = chat(tmp_path / "a.jsonl", row, row, batch_size=1, workers=workers, **options)
+        data.reader = MultiEncoder(["fake"], grid=(2, 1, 1), sampling="segment").reader
+        return data.train_dataloader()
+
+    here, there, other = loader(0), loader(1), loader(0, seed=1)
+    epochs = [indices(here), indices(here)]
+    assert epochs == [indices(there), indices(there)]
+    assert len({*epochs[0], *epochs[1], *indices(other)}) == 6  # another draw for each sample, epoch, seed
+
+
+def test_frames_drawn_at_random_are_the_same_in_every_validation(tmp_path):
+    make_video(tmp_path / "long.mp4", frames=64)
+    data = chat(tmp_path / "a.jsonl", about("long.mp4"))
+    data.reader = MultiEncoder(["fake"], grid=(2, 1, 1), sampling="segment").reader
+    data.val = data.train
+    loader = data._val_dataloader()
+    assert indices(loader) == indices(loader)
+
+
 def test_validation_has_the_order_of_the_file_and_all_conversations(tmp_path, rows):
     data = chat(tmp_path / "a.jsonl", rows[0])
     data.val = Samples(data.train.files * 3)

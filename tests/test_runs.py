@@ -5,15 +5,17 @@ import json
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from lightning import Callback, Trainer
 from safetensors.torch import load_file
 
+from merv import resume
 from merv.cli import main
 from merv.data import ChatData
-from merv.errors import CheckpointError, TrainingError
+from merv.errors import CheckpointError, DataError, TrainingError
 from merv.resume import newest
 from merv.scale import whole_state
 from merv.testing import make_video, tiny_llm
@@ -144,10 +146,52 @@ def test_a_trained_model_is_no_checkpoint_to_go_on_from(material, tmp_path, caps
     assert "To begin a new run with it, set model.start" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(material, tmp_path, capsys, monkeypatch):
+    assert fit(material, tmp_path, trainer__max_epochs=1) == 0
+    write = resume.write_model
+
+    def nearly_full(folder, *rest):
+        write(folder, *rest)
+        (folder / "training.pt").symlink_to("/dev/full")
+
+    monkeypatch.setattr(resume, "write_model", nearly_full)
+    assert fit(material, tmp_path, ckpt_path="last") == 2
+    assert re.search(r"step=6 could not be written: .*No space left on device", capsys.readouterr().err)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step=3"]
+
+
 def test_what_differs_from_the_checkpoint_is_named():
     with pytest.raises(CheckpointError, match=r"has vision\.grid \[2, 1, 1\], this run \[4, 1, 1\]"):
         compare({"vision": {"grid": [2, 1, 1]}}, {"vision": {"grid": [4, 1, 1]}})
     compare({"llm": {"source": "here"}}, {"llm": {"source": "there"}})
+
+
+def test_rates_that_the_optimizer_would_not_take_are_refused(material, tmp_path, capsys):
+    assert fit(material, tmp_path, trainer__max_epochs=1) == 0
+    assert fit(material, tmp_path, ckpt_path="last", model__lr_of="{mixer: 0.5}") == 2
+    assert (
+        "The checkpoint has lr_of None, this run {'mixer': 0.5}: set it as it was" in capsys.readouterr().err
+    )
+
+
+def test_after_a_loss_that_was_no_number_a_run_goes_on_behind_its_batch(material, tmp_path, monkeypatch):
+    options = {"trainer__max_epochs": 1, "data__batch_size": 1}
+    loss_sum, step, seen = VideoLLM.loss_sum, Training.training_step, []
+
+    def recorded(self, batch, index):
+        seen.extend(batch.origins)
+        return step(self, batch, index)
+
+    def poisoned(self, groups):
+        total, tokens = loss_sum(self, groups)
+        return (total * float("nan") if len(seen) == 3 else total), tokens
+
+    monkeypatch.setattr(Training, "training_step", recorded)
+    monkeypatch.setattr(VideoLLM, "loss_sum", poisoned)
+    assert fit(material, tmp_path, **options) == 2
+    assert fit(material, tmp_path, **options, ckpt_path="last") == 0
+    assert len(seen) == len(set(seen)) == 6
 
 
 def test_a_loss_that_is_no_number_is_not_learned_from(material, tmp_path, capsys, monkeypatch):
@@ -209,6 +253,23 @@ def test_a_broken_video_is_passed_over_wherever_it_is_met(material, tmp_path):
     assert fit(material, tmp_path, trainer__max_epochs=1, **options) == 0
     skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert {row["origin"].rpartition(":")[2] for row in skipped} == {"1", "2"}
+
+
+def test_sampling_answers_leaves_what_is_trained_in_training_mode(material, tmp_path, monkeypatch):
+    modes, step = [], Training.training_step
+
+    def recorded(self, batch, index):
+        modes.append(self.model.fusion.training)
+        return step(self, batch, index)
+
+    def unusable(self, *args, **options):
+        assert not self.training
+        raise DataError("a sample that cannot be used")
+
+    monkeypatch.setattr(Training, "training_step", recorded)
+    monkeypatch.setattr(VideoLLM, "generate", unusable)
+    assert fit(material, tmp_path, answers__every=1) == 0
+    assert modes == [True] * 6
 
 
 def test_a_new_run_does_not_mix_with_an_earlier_one(material, tmp_path, capsys):
