@@ -241,7 +241,6 @@ def test_without_bitsandbytes_it_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_a_quantised_llm_learns_a_lora_and_is_known_again(tmp_path):
-    pytest.importorskip("bitsandbytes")
     tiny_llm(tmp_path / "llm")
     llm, tokenizer = load_llm(tmp_path / "llm", quantise="nf4")
     model = VideoLLM(
