@@ -8,6 +8,7 @@ import references.siglip
 import torch
 from einops import rearrange
 from hub import write_hub
+from variants import check_shape_and_size
 
 from merv.encoders import siglip
 from merv.encoders.clip import CLIP
@@ -48,11 +49,7 @@ def test_every_variant_has_the_shape_and_size_of_its_spec(encoder, variant):
     with torch.device("cpu" if encoder is Fake else "meta"):
         net = encoder(variant, weights=None)
         values = net.encode(torch.empty(1, spec.frames, 3, *net.preset.size))
-    assert values.shape == (1, *spec.grid, spec.width)
-    assert sum(parameter.numel() for parameter in net.parameters()) == spec.parameters
-    assert spec.frames == spec.grid[0] * spec.tubelet
-    for preset in spec.presets.values():
-        assert spec.patch is None or spec.grid[1:] == tuple(side // spec.patch for side in preset.size)
+    check_shape_and_size(spec, net, values)
 
 
 @pytest.mark.parametrize(("encoder", "variant"), VARIANTS)

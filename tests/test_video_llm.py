@@ -1,31 +1,17 @@
 import pytest
 import torch
 from PIL import Image
+from tiny import build, count_readings, video
 
 from merv.chat import ask
 from merv.cli import main
 from merv.errors import CheckpointError, PromptError, ShapeError, TrainingError
-from merv.llm import LoraOptions, fingerprint, load_llm, shares_rows
+from merv.llm import LoraOptions, fingerprint, load_llm
 from merv.multi_encoder import MultiEncoder
 from merv.pack import Tokens, pack
-from merv.reader import Reader
 from merv.store import FeatureStore
 from merv.testing import make_video, tiny_llm
 from merv.video_llm import VideoLLM
-
-
-def video(frames: int, height: int = 32, width: int = 32) -> torch.Tensor:
-    return torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8)
-
-
-def build(conditioned: bool = False, **llm) -> VideoLLM:
-    model, tokenizer = tiny_llm(**llm)
-    options = {"conditioned": True} if conditioned else {}
-    vision = MultiEncoder(
-        ["fake", "fake/video"], grid=(4, 2, 2), width=model.config.hidden_size, mixer_options=options
-    )
-    torch.nn.init.normal_(vision.fusion.mixer.gain)
-    return VideoLLM(model, tokenizer, vision).eval()
 
 
 @pytest.fixture
@@ -77,46 +63,6 @@ def test_the_logits_are_those_of_the_llm_on_the_spliced_embeddings():
         if after[-1] == model.tokenizer.eos_token_id
         else expected[-len(ours) - 1 : -1],
     )
-
-
-def test_questions_that_share_a_video_cost_it_once_and_give_the_same_loss():
-    model, clip = build(), video(8)
-    talks = [
-        ask("What?", clip, answer="cat"),
-        ask("Who is it then?", clip, answer="a dog"),
-        ask("Why?", clip, answer="x"),
-    ]
-    packed, _ = model.pack([talks])
-    alone = [model.pack([[talk]])[0].ids.shape[1] for talk in talks]
-    assert packed.ids.shape[1] < sum(alone) - 2 * 16
-    torch.testing.assert_close(model([talks]), model([[talk] for talk in talks]))
-
-
-@pytest.mark.parametrize("answers", [("cat", "dog"), ("cat", "cat"), ("cat", "cats")])
-def test_one_question_with_two_answers_gives_the_loss_of_separate_rows(answers):
-    model, clip = build(), video(8)
-    talks = [ask("What?", clip, answer=answer) for answer in answers]
-    torch.testing.assert_close(model([talks]), model([[talk] for talk in talks]))
-
-
-def test_questions_that_share_a_video_do_not_see_each_other():
-    model, clip = build(), video(8)
-    talks = [ask("What?", clip, answer="cat"), ask("Who?", clip, answer="dog")]
-    first, _, branches = model.predict([talks])
-    talks[0] = ask("Whoever?", clip, answer="cats")
-    second, _, others = model.predict([talks])
-    torch.testing.assert_close(first[branches == 2], second[others == 2])
-
-
-def test_gradients_of_a_shared_video_add_up():
-    model, clip = build().train(), video(8)
-    talks = [ask("What?", clip, answer="cat"), ask("Who?", clip, answer="dog")]
-    grads = []
-    for groups in ([talks], [[talk] for talk in talks]):
-        model.zero_grad()
-        model(groups).backward()
-        grads.append([p.grad.clone() for p in model.vision.fusion.parameters()])
-    torch.testing.assert_close(*grads)
 
 
 def test_would_say_is_true_for_what_greedy_decoding_says_and_for_nothing_else(monkeypatch):
@@ -286,38 +232,6 @@ def test_an_image_file_is_one_step_of_time(tmp_path):
     assert build().encode([{"role": "user", "content": content}]).tokens.shape[:2] == (1, 4)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_sharing_a_video_is_exact_with_either_attention(attention):
-    model, clip = build(), video(8)
-    model.llm.set_attn_implementation(attention)
-    talks = [ask("What?", clip, answer="cat"), ask("Who is it then?", clip, answer="a dog")]
-    torch.testing.assert_close(model([talks]), model([[talk] for talk in talks]))
-
-
-def test_attention_without_free_masks_gets_a_row_for_each_conversation(monkeypatch):
-    model, clip = build(), video(8)
-    talks = [ask("What?", clip, answer="cat"), ask("Who?", clip, answer="a dog")]
-    groups = [talks, talks[:1]]
-    shared, said = model(groups), model.would_say(groups)
-    monkeypatch.setattr(model.llm.config, "_attn_implementation_internal", "flash_attention_2")
-    packed, _ = model.pack(groups)
-    assert packed.mask.ndim == 2
-    assert len(packed.ids) == 3
-    monkeypatch.setattr("merv.video_llm.shares_rows", lambda llm: False)
-    monkeypatch.setattr(model.llm.config, "_attn_implementation_internal", "sdpa")
-    torch.testing.assert_close(model(groups), shared)
-    assert model.would_say(groups) == said
-
-
-@pytest.mark.parametrize("change", [{"sliding_window": 8}, {"layer_types": ["conv", "full_attention"]}])
-def test_layers_that_do_not_attend_freely_share_no_rows(change):
-    llm = tiny_llm()[0]
-    assert shares_rows(llm)
-    for name, value in change.items():
-        setattr(llm.config, name, value)
-    assert not shares_rows(llm)
-
-
 def test_a_llm_in_bf16_answers_and_trains_the_fusion_in_fp32():
     model, clip = build(), video(8)
     exact = model.log_probs([ask("What?", clip, answer="cat")])[0]
@@ -365,25 +279,6 @@ def test_without_a_condition_the_question_changes_no_weights():
     assert torch.equal(one, other)
 
 
-def count_readings(monkeypatch):
-    """A list that gets an entry for each video that is read."""
-    seen, read = [], Reader.read
-    monkeypatch.setattr(Reader, "read", lambda *args: seen.append(args) or read(*args))
-    return seen
-
-
-def test_several_questions_about_a_video_encode_it_once(monkeypatch):
-    model, clip = build(conditioned=True), video(8)
-    seen = count_readings(monkeypatch)
-    model([[ask("What?", clip, answer="a"), ask("Who?", clip, answer="b")]])
-    assert len(seen) == 1
-
-
-def test_a_conversation_without_a_video_has_nothing_to_encode():
-    with pytest.raises(PromptError, match="no video or image"):
-        build().encode(ask("What?"))
-
-
 def test_greedy_is_greedy_and_silent_whatever_the_llm_brings_along(caplog):
     model, talk = build(), ask("What?", video(4))
     expected = model.generate([talk], max_new_tokens=8)
@@ -410,12 +305,3 @@ def test_ask_prints_the_answer_and_the_weights_for_that_question(folder, tmp_pat
     assert main(["ask", str(path), "What?", "--model", str(tmp_path / "model"), "--weights"]) == 0
     assert capsys.readouterr().out.endswith("\nweights: fake 50%, fake_video 50%\n")
     assert len(seen) == 1
-
-
-def test_a_mask_to_add_to_scores_is_zero_where_one_may_look():
-    row = [Tokens(torch.tensor([5, 6, i]), torch.tensor([-100, -100, i])) for i in (7, 8)]
-    packed = pack([row], pad_id=0)
-    added = packed.attention_mask(like=torch.zeros(1, dtype=torch.bfloat16), additive=True)
-    assert added.dtype == torch.bfloat16
-    assert torch.equal(added == 0, packed.mask)
-    assert packed.attention_mask(like=added, additive=False) is packed.mask

@@ -1,0 +1,29 @@
+"""A VideoLLM small enough for tests, and videos for it."""
+
+import torch
+
+from merv.multi_encoder import MultiEncoder
+from merv.reader import Reader
+from merv.testing import tiny_llm
+from merv.video_llm import VideoLLM
+
+
+def video(frames: int, height: int = 32, width: int = 32) -> torch.Tensor:
+    return torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8)
+
+
+def build(conditioned: bool = False, **llm) -> VideoLLM:
+    model, tokenizer = tiny_llm(**llm)
+    options = {"conditioned": True} if conditioned else {}
+    vision = MultiEncoder(
+        ["fake", "fake/video"], grid=(4, 2, 2), width=model.config.hidden_size, mixer_options=options
+    )
+    torch.nn.init.normal_(vision.fusion.mixer.gain)
+    return VideoLLM(model, tokenizer, vision).eval()
+
+
+def count_readings(monkeypatch):
+    """A list that gets an entry for each video that is read."""
+    seen, read = [], Reader.read
+    monkeypatch.setattr(Reader, "read", lambda *args: seen.append(args) or read(*args))
+    return seen
