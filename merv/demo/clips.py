@@ -260,7 +260,7 @@ def render(plan: ClipPlan, path: str | Path, pictures: Mapping[str, Sequence[Ima
     import av
 
     path = Path(path)
-    unfinished = path.with_suffix(".part")
+    unfinished = path.with_suffix(f".{os.getpid()}.part")  # another process may make it too
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     options = {"preset": "veryfast", "crf": "20", "threads": "1"} if codec == "libx264" else {"q:v": "3"}
     with av.open(str(unfinished), "w", format="mp4") as container:
