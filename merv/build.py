@@ -8,13 +8,36 @@ from typing import Any
 from merv.checkpoint import CONFIG
 from merv.errors import TrainingError
 from merv.llm import load_llm
+from merv.mix import MIXERS
 from merv.multi_encoder import MultiEncoder
 from merv.registry import create_encoder
 from merv.share import find_model
 from merv.streams import by_name, checked_frames
+from merv.suggest import nearest
 from merv.video_llm import VideoLLM
 
 SAME = ("grid", "mixer", "projector", "norm", "align", "backend", "resample")  # in `start` and here
+
+
+def check_named(h: Any) -> None:
+    """Raise TrainingError for a part, an encoder or a mixer that options name and there is not."""
+    names = list(by_name(h.encoders))
+    parts = ["projector", "mixer", "lora", "llm", *names]
+    parts += [f"{part}.{name}" for part in ("projector", "mixer") for name in names]
+    for option, given, known in (
+        ("train", h.train, parts),
+        ("lr_of", h.lr_of or (), h.train),
+        ("frames", h.frames or (), names),
+        ("presets", h.presets or (), names),
+        ("weights", h.weights or (), names),
+        ("mixer", [h.mixer], list(MIXERS)),
+    ):
+        for name in given:
+            if name not in known:
+                raise TrainingError(
+                    f"model.{option}: nothing here is called {name!r}.{nearest(name, known)} "
+                    f"There are: {', '.join(known)}."
+                )
 
 
 def fresh(h: Any) -> VideoLLM:

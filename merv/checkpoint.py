@@ -61,7 +61,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     try:
         fresh.mkdir(parents=True)
         yield fresh
-        _swap(fresh, folder)
+        swap(fresh, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} could not be written: {error}. What was there before is untouched."
@@ -159,7 +159,7 @@ def check_free(folder: str | Path) -> None:
         raise CheckpointError(f"{folder} exists and is no checkpoint of merv; it is left as it is.")
 
 
-def _swap(fresh: Path, folder: Path) -> None:
+def swap(fresh: Path, folder: Path) -> None:
     """Put `fresh` where `folder` is; the old one goes last."""
     old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
     if folder.exists():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -48,6 +48,8 @@ class Fit(LightningCLI):
             config["logger"] = [table, TensorBoardLogger(root, name="logs", version=table.version)]
         config["enable_model_summary"] = bool(config["enable_model_summary"])  # the parts are listed anyway
         own: list[Callback] = [LossPlot(), CleanStop(), Pace()]
+        if config["logger"] is not False:
+            own.append(LearningRateMonitor())
         if config["enable_progress_bar"] is not False:
             own.append(TQDMProgressBar(refresh_rate=5))  # in logs too
         if config["enable_checkpointing"] is False:
@@ -57,7 +59,7 @@ class Fit(LightningCLI):
                 if isinstance(callback, Checkpoints):
                     callback.dirpath = str(root / CHECKPOINTS)
             if self.config["fit"]["data"]["val"] is not None:
-                own.append(Best(root / CHECKPOINTS))
+                own.append(Best(root / CHECKPOINTS, self.config["fit"]["checkpoints"]["best"]))
         config["plugins"] = [*(config["plugins"] or []), Folders()]
         return super()._instantiate_trainer(config, [*callbacks, *own])
 

@@ -8,14 +8,14 @@ Several groups may share a row too, to waste less on padding: they do not see ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from merv.chat import NOT_LEARNED
+from merv.chat import NOT_LEARNED, Prompt, Visual
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +24,21 @@ class Tokens:
 
     ids: Tensor
     labels: Tensor
+
+
+def tokens_of(prompt: Prompt, runs: Iterator[range]) -> Tokens:
+    """A prompt as ids and labels, the visual tokens of its videos taken from `runs` in order."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for piece, learned in zip(prompt.pieces, prompt.learned, strict=True):
+        if isinstance(piece, Visual):
+            places = [-1 - i for i in next(runs)]
+            ids += places
+            labels += [NOT_LEARNED] * len(places)
+        else:
+            ids += piece
+            labels += [i if flag else NOT_LEARNED for i, flag in zip(piece, learned, strict=True)]
+    return Tokens(torch.tensor(ids), torch.tensor(labels))
 
 
 @dataclass(frozen=True, eq=False)

@@ -117,7 +117,7 @@ def setup_of(trainer: Any) -> Any:
         max_steps=trainer.max_steps,
         max_epochs=trainer.max_epochs,
         precision=str(trainer.precision or "32-true"),
-        sharded=any(word in name.lower() for word in ("fsdp", "modelparallel")),
+        sharded=any(word in name.lower() for word in ("sharded", "fsdp", "modelparallel")),
     )
 
 
@@ -144,7 +144,7 @@ def advise(config: Any, plan: Any, memory: float) -> Iterator[str]:
     if not plan.kept and plan.memory["weights of encoders"] > 0.1 * memory:
         yield "--model.store=FOLDER: features are made before training"
     if not setup.sharded:
-        yield "--trainer.strategy=fsdp --trainer.devices=N: the LLM and its training split over N"
+        yield "--trainer.strategy=sharded --trainer.devices=N: the LLM and its training split over N"
     yield "--model.grid='[t,h,w]' with fewer cells: fewer visual tokens"
 
 

@@ -64,12 +64,14 @@ class Folders(CheckpointIO):
 class Checkpoints(ModelCheckpoint):
     """The last `keep` checkpoints, one every `every` steps of the optimizer and one at the end.
 
-    In `checkpoints/` under the run's folder: `step=400` and so on.
+    In `checkpoints/` under the run's folder: `step=400` and so on. Where there are validation data, `best` is
+    the one of the best `best`: `val/all`, the share of answers that are right, `val/KIND` or `val/loss`.
     """
 
     FILE_EXTENSION = ""
 
-    def __init__(self, every: int = 500, keep: int = 2) -> None:
+    def __init__(self, every: int = 500, keep: int = 2, best: str = "val/all") -> None:
+        self.best = best
         super().__init__(
             filename="{step}",
             monitor="step",
@@ -87,11 +89,12 @@ class Checkpoints(ModelCheckpoint):
 
 
 class Best(ModelCheckpoint):
-    """The checkpoint with the best `monitor` on the validation data, as `best`."""
+    """The checkpoint with the best `monitor` on the validation data, as `best`: the smallest of a loss."""
 
     FILE_EXTENSION = ""
 
-    def __init__(self, folder: Path, monitor: str = "val/all", mode: str = "max") -> None:
+    def __init__(self, folder: Path, monitor: str = "val/all") -> None:
+        mode = "min" if monitor == "val/loss" else "max"
         super().__init__(
             folder, "best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False
         )

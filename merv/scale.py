@@ -7,9 +7,8 @@ encoders that are frozen stay whole on each.
 from __future__ import annotations
 
 import inspect
-import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
-from merv.checkpoint import read_config, save_folder, write_config
+from merv.checkpoint import read_config, save_folder, swap, write_config
 from merv.errors import CheckpointError, TrainingError
 
 META = "training.pt"  # of a checkpoint: all but tensors of the model
@@ -82,7 +81,7 @@ def shard(model: Any, mesh: Any) -> None:
             fully_shard(module, mesh=mesh)
     fully_shard(model.fusion, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=frozen)
-    for method in ("loss_sum", "would_say", "generate"):
+    for method in ("loss_sum", "judge", "generate"):
         register_fsdp_forward_method(model, method)
 
 
@@ -103,6 +102,12 @@ class Sharded(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What is trained, each process its shard."""
+        from torch.distributed.fsdp import FSDPModule
+
+        assert self.model is not None
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what ran without a backward pass is still whole
         return self.lightning_module.state_dict()  # type: ignore[union-attr]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -122,8 +127,7 @@ class Sharded(ModelParallelStrategy):
         if self.is_global_zero:
             write_config(fresh, "VideoLLM", checkpoint["config"])
             torch.save(checkpoint, fresh / META)
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(fresh, path)
+            swap(fresh, path)
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -200,10 +204,9 @@ def unsharded(state: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.
     return kept
 
 
-def all_finite(gradients: Iterable[torch.Tensor]) -> bool:
-    """Whether no gradient, of a sharded one this process's part, has a number that is none."""
+def total_norm(gradients: Sequence[torch.Tensor]) -> float:
+    """The 2-norm of all of them, sharded or not, in all processes alike; this waits for the device."""
     from torch.distributed.tensor import DTensor
 
-    parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    norms = [part.norm() for part in parts if part.numel()]
-    return not norms or bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -18,14 +18,14 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from merv.build import fresh, started
+from merv.build import check_named, fresh, started
 from merv.checkpoint import first_difference, save_folder
 from merv.data import Batch, ChatData
 from merv.errors import BadLoss, CheckpointError, TrainingError
 from merv.llm import LoraOptions, checkpoint_layers, shares_rows
 from merv.loader import BAD
 from merv.resume import random_states, set_random_states
-from merv.scale import all_finite, gathered, mean_divides_by, processes, shard, sum_over_processes, unsharded
+from merv.scale import gathered, mean_divides_by, processes, shard, sum_over_processes, total_norm, unsharded
 from merv.store import FeatureStore
 from merv.suggest import nearest
 from merv.video_llm import VideoLLM
@@ -91,6 +91,7 @@ class Training(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["lora"])  # plain values only: checkpoints are never unpickled
+        check_named(self.hparams)
         self.lora = lora
         self.model: VideoLLM | None = None
         self.guard = Guard(spike)
@@ -183,8 +184,9 @@ class Training(LightningModule):
             decay = 0.0 if part.startswith("mixer.") else h.weight_decay  # it would reach the others' shares
             matrices = [p for p in parts[part].values() if p.ndim > 1]
             vectors = [p for p in parts[part].values() if p.ndim <= 1]
-            decays = ((matrices, decay), (vectors, 0.0))
-            groups += [{"params": ps, "lr": rate, "weight_decay": decay} for ps, decay in decays if ps]
+            for name, own, decays in ((part, matrices, decay), (f"{part}, vectors", vectors, 0.0)):
+                if own:
+                    groups.append({"params": own, "lr": rate, "weight_decay": decays, "name": name})
         return groups
 
     # Steps --------------------------------------------------------------------------------
@@ -218,29 +220,32 @@ class Training(LightningModule):
 
         Raises BadLoss, before anything changes, where a loss is not to be learned from.
         """
-        finite = self.trainer.precision == "16-mixed" or all_finite(
-            p.grad for p in self._trained() if p.grad is not None
-        )  # a scaler expects some that are not
-        own = [self.tokens, self.guard.alarms() + (not finite), self.asked]
+        norm = total_norm([p.grad for p in self._trained() if p.grad is not None])
+        scaled = self.trainer.precision == "16-mixed"  # its scaler expects some that are not finite
+        bad_gradient = not scaled and not math.isfinite(norm)
+        own = [self.tokens, self.guard.alarms() + bad_gradient, self.asked]
         tokens, bad, asked = sum_over_processes(own, self.device)
         self.tokens, self.stop = 0, asked > 0
         if bad:
             raise BadLoss(self.guard.report())
-        averaged = mean_divides_by(self.trainer)
+        scale = mean_divides_by(self.trainer) / max(tokens, 1)
         for parameter in self._trained():
             if parameter.grad is not None:
-                parameter.grad.mul_(averaged / max(tokens, 1))
+                parameter.grad.mul_(scale)
+        self.log("grad_norm", norm * scale, batch_size=1)
 
     def on_validation_epoch_start(self) -> None:
         self.right: dict[str, list[bool]] = defaultdict(list)
+        self.missed, self.asked_tokens = 0.0, 0
 
     def validation_step(self, batch: Batch, index: int) -> None:
-        """Which answers greedy decoding would get exactly right, by kind."""
+        """The loss, and which answers greedy decoding would get exactly right, by kind."""
         assert self.model is not None
         if not batch.groups:
             self.model.loss_sum([])  # other processes may wait for this one's part of the model
             return
-        said = self.model.would_say(batch.groups)
+        said, loss, tokens = self.model.judge(batch.groups)
+        self.missed, self.asked_tokens = self.missed + float(loss), self.asked_tokens + tokens
         for kinds, hits in zip(batch.kinds, said, strict=True):
             for kind, hit in zip(kinds, hits, strict=True):
                 self.right[kind].append(hit)
@@ -253,10 +258,11 @@ class Training(LightningModule):
             right, count = sum_over_processes([sum(hits), len(hits)], self.device)
             every.append((right, count))
             self.log(f"val/{kind or 'accuracy'}", right / count, sync_dist=True)
+        missed, tokens = sum_over_processes([self.missed, self.asked_tokens], self.device)
         if every:
-            self.log(
-                "val/all", sum(r for r, _ in every) / sum(n for _, n in every), prog_bar=True, sync_dist=True
-            )
+            right, count = map(sum, zip(*every, strict=True))
+            self.log("val/all", right / count, prog_bar=True, sync_dist=True)
+            self.log("val/loss", missed / max(tokens, 1), prog_bar=True, sync_dist=True)
 
     def train(self, mode: bool = True) -> Training:
         """Frozen parts stay in eval mode; what is trained follows `mode`."""

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from merv.chat import NOT_LEARNED, Message, Prompt, Visual, check_messages, render
+from merv.chat import NOT_LEARNED, Message, Visual, check_messages, render
 from merv.checkpoint import fill_exactly, load_folder
 from merv.encode import Encoder
 from merv.errors import PromptError, ShapeError, TrainingError
 from merv.fuse import Fusion
 from merv.llm import LoraOptions, add_lora, check_same, identity, load_llm, shares_rows, stream_tokens
 from merv.multi_encoder import Encoded, MultiEncoder
-from merv.pack import Packed, Tokens, pack
+from merv.pack import Packed, pack, tokens_of
 from merv.share import Shared, find_model
 from merv.store import FeatureStore
 from merv.suggest import nearest
@@ -132,7 +132,7 @@ class VideoLLM(Shared, nn.Module):
         everything = [visual for group in prompts for prompt in group for visual in prompt.visuals]
         visual, runs = self.see(everything)
         ready = iter(runs)
-        sequences = [[_sequence(prompt, ready) for prompt in group] for group in prompts]
+        sequences = [[tokens_of(prompt, ready) for prompt in group] for group in prompts]
         packed = pack(sequences, self.pad_id, side, self.fill if self.training else None)
         device = self.device
         return Packed(*(tensor.to(device) for tensor in vars(packed).values())), visual
@@ -197,13 +197,18 @@ class VideoLLM(Shared, nn.Module):
         chosen = logits.log_softmax(dim=-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
         return [row[own != NOT_LEARNED] for row, own in zip(chosen, labels, strict=True)]
 
-    @torch.no_grad()
     def would_say(self, groups: Sequence[Sequence[Conversation]]) -> list[list[bool]]:
         """For each conversation whether greedy decoding would give exactly its answer and stop.
 
         One pass, without generating: the first token that differs already decides.
         """
+        return self.judge(groups)[0]
+
+    @torch.no_grad()
+    def judge(self, groups: Sequence[Sequence[Conversation]]) -> tuple[list[list[bool]], Tensor, int]:
+        """What `would_say` and `loss_sum` give, in one pass."""
         logits, labels, branches = self.predict(groups)
+        total = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
         wrong = (logits.argmax(dim=-1) != labels) & (labels != NOT_LEARNED)
         said = iter(
             [
@@ -212,7 +217,8 @@ class VideoLLM(Shared, nn.Module):
                 for number in range(1, len(row) + 1)
             ]
         )
-        return [[next(said) for _ in group] for group in groups]
+        hits = [[next(said) for _ in group] for group in groups]
+        return hits, total, int((labels != NOT_LEARNED).sum())
 
     def _inputs(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
         for messages in conversations:
@@ -371,21 +377,6 @@ class VideoLLM(Shared, nn.Module):
         model.changed.update(config["changed"])
         fill_exactly(model.kept(), state, folder)
         return model.eval()
-
-
-def _sequence(prompt: Prompt, runs: Iterator[range]) -> Tokens:
-    """A prompt as ids and labels, the visual tokens of its videos taken from `runs` in order."""
-    ids: list[int] = []
-    labels: list[int] = []
-    for piece, learned in zip(prompt.pieces, prompt.learned, strict=True):
-        if isinstance(piece, Visual):
-            places = [-1 - i for i in next(runs)]
-            ids += places
-            labels += [NOT_LEARNED] * len(places)
-        else:
-            ids += piece
-            labels += [i if flag else NOT_LEARNED for i, flag in zip(piece, learned, strict=True)]
-    return Tokens(torch.tensor(ids), torch.tensor(labels))
 
 
 def _shares(weights: Tensor | None, names: Sequence[str]) -> dict[str, Tensor]:

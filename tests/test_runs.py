@@ -130,6 +130,19 @@ def test_the_best_checkpoint_is_kept_by_its_accuracy(material, tmp_path):
     assert (tmp_path / "checkpoints/best/model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(("monitor", "better"), [("val/loss", [2.0, 1.0, 3.0]), ("val/who", [0.1, 0.3, 0.2])])
+def test_the_best_checkpoint_is_kept_by_what_is_asked_for(material, tmp_path, monkeypatch, monitor, better):
+    def end(self):
+        self.log("val/all", 0.0)
+        self.log(monitor, better[self.current_epoch])
+
+    monkeypatch.setattr(Training, "on_validation_epoch_end", end)
+    options = {"data__val": material / "data.jsonl", "trainer__num_sanity_val_steps": 0}
+    assert fit(material, tmp_path, trainer__max_epochs=3, checkpoints__best=monitor, **options) == 0
+    rest = torch.load(tmp_path / "checkpoints/best/training.pt", weights_only=True)
+    assert rest["global_step"] == 6
+
+
 def test_a_run_does_not_go_on_from_nothing(material, tmp_path, capsys):
     assert fit(material, tmp_path, ckpt_path="last") == 2
     assert "There is no checkpoint in" in capsys.readouterr().err
@@ -232,10 +245,12 @@ def test_answers_are_sampled_while_it_trains(material, tmp_path):
 
 def test_pace_and_weights_are_in_the_logs(material, tmp_path):
     table = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}}
-    assert fit(material, tmp_path, trainer__logger=json.dumps(table), trainer__log_every_n_steps=1) == 0
+    options = {"trainer__log_every_n_steps": 1, "data__val": material / "data.jsonl"}
+    assert fit(material, tmp_path, trainer__logger=json.dumps(table), **options) == 0
     (table,) = tmp_path.rglob("metrics.csv")
     columns = table.read_text().splitlines()[0].split(",")
-    assert {"loss", "tokens/s", "wait", "GB", "min_left", "weight/fake"} <= set(columns)
+    wanted = {"loss", "grad_norm", "lr-AdamW/projector", "tokens/s", "wait", "GB", "min_left", "weight/fake"}
+    assert wanted | {"val/loss", "val/who", "val/all"} <= set(columns)
 
 
 @pytest.mark.parametrize("options", [{"answers__every": 0}, {"answers__every": 1, "answers__count": 0}])
@@ -359,6 +374,25 @@ def test_a_sharded_run_goes_on_and_its_checkpoint_is_put_together(material, tmp_
     again = {**options, "ckpt_path": tmp_path / "sharded/checkpoints/step=3"}
     assert fit(material, tmp_path / "again", **whole, **again) == 0
     assert difference(weights(tmp_path / "sharded"), weights(tmp_path / "again")) == 0
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its distributed parts
+def test_a_sharded_llm_is_saved_right_after_it_answered_without_learning(material, tmp_path):
+    options = {
+        "model__train": "[projector,mixer,llm]",
+        "model__dtype": "fp32",
+        "data__val": material / "data.jsonl",
+        "trainer__gradient_clip_val": 0.5,
+        "trainer__max_epochs": 1,
+    }
+    every = {"trainer__val_check_interval": 1, "answers__every": 1, "checkpoints__every": 1}
+    sharded = {"trainer__strategy": "sharded", "trainer__devices": 1}
+    assert fit(material, tmp_path / "plain", **options) == 0
+    assert fit(material, tmp_path / "sharded", **options, **every, **sharded) == 0
+    assert difference(weights(tmp_path / "plain"), weights(tmp_path / "sharded")) < 1e-6
+    state = whole_state(tmp_path / "sharded/checkpoints/step=3")
+    assert difference(weights(tmp_path / "sharded"), state) == 0
 
 
 # What is typed -----------------------------------------------------------------------------
