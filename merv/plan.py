@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from merv.dry import ENCODE, OPTIMIZER, Cost, Load, dry_step
-from merv.errors import WeightsError
+from merv.errors import BrokenEncoder, WeightsError
 from merv.llm import DTYPES, SMOLLM2, LoraOptions
 from merv.multi_encoder import MultiEncoder
 from merv.parts import smollm2_folder
@@ -57,7 +57,8 @@ GPUS = {
 class Setup:
     """What the trainer's part of a recipe says, as far as it matters here.
 
-    sharded: whether weights, gradients and optimizer states are split over the devices.
+    sharded: whether weights, gradients and optimizer states are split over the devices. checkpoints: how
+        many a run keeps.
     """
 
     devices: int = 1
@@ -66,6 +67,7 @@ class Setup:
     max_epochs: int | None = None
     precision: str = "32-true"
     sharded: bool = False
+    checkpoints: int = 2
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Plan:
     encode_flops: float
     kept: bool
     store_bytes: float
-    checkpoint_bytes: float
+    trained_bytes: float
     steps: int | None
     global_batch: int
     setup: Setup
@@ -89,6 +91,11 @@ class Plan:
     def peak(self) -> float:
         """Bytes at the fullest moment, on each device."""
         return sum(self.memory.values())
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        """Of the checkpoints that a run keeps: what is trained, and AdamW's two moments of it."""
+        return 3 * self.trained_bytes * self.setup.checkpoints
 
     def seconds(self, tflops: float, utilisation: float) -> float | None:
         """Of the whole run, at a share of the peak speed; None where its length is not known."""
@@ -146,7 +153,7 @@ def make_plan(training: Any, data: Any, setup: Setup, *, gpu: bool = True, probe
         encode_flops=encode,
         kept=kept,
         store_bytes=_store_bytes(model, h.grid) * batches.videos if kept and h.store != "memory" else 0.0,
-        checkpoint_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+        trained_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
         steps=_steps(setup, batches.samples, per_step),
         global_batch=per_step,
         setup=setup,
@@ -207,7 +214,7 @@ def _vision(h: Any, width: int) -> MultiEncoder:
     def build() -> MultiEncoder:
         return MultiEncoder(h.encoders, grid=tuple(h.grid), width=width, weights=None, **options)
 
-    with suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+    with suppress(NotImplementedError, RuntimeError, BrokenEncoder), torch.device("meta"):
         return build()
     return build()  # one of them computes with its weights while it is built: then with random numbers
 

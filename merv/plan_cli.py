@@ -60,13 +60,14 @@ def parser(recipe: bool = True) -> Any:
     from lightning import Trainer
 
     from merv.data import ChatData
+    from merv.resume import Checkpoints
     from merv.train import Training
 
     made.add_class_arguments(Trainer, "trainer", instantiate=False)
     made.add_class_arguments(Training, "model")
     made.add_class_arguments(ChatData, "data")
-    for ignored in ("checkpoints", "answers"):
-        made.add_argument(f"--{ignored}", type=dict, default={}, help="as for merv fit; changes nothing here")
+    made.add_class_arguments(Checkpoints, "checkpoints", instantiate=False)
+    made.add_argument("--answers", type=dict, default={}, help="as for merv fit; changes nothing here")
     for ignored in ("seed_everything", "ckpt_path"):
         made.add_argument(f"--{ignored}", help="as for merv fit; changes nothing here")
     return made
@@ -91,7 +92,7 @@ def run(argv: Sequence[str]) -> int:
     tflops = config.tflops or (device.tflops if device else None)
     memory = (config.memory or (device.memory if device else math.inf)) * 1e9
     started = made.instantiate_classes(config)
-    setup = setup_of(config.trainer)
+    setup = setup_of(config.trainer, config.checkpoints.keep + (config.data.val is not None))
     plan = make_plan(started.model, started.data, setup, gpu=config.gpu != "cpu", probe=config.samples)
     fits = plan.peak <= FULL * memory
     seconds = None if tflops is None else plan.seconds(tflops, config.utilisation)
@@ -104,7 +105,7 @@ def run(argv: Sequence[str]) -> int:
     return 0 if fits else 1
 
 
-def setup_of(trainer: Any) -> Any:
+def setup_of(trainer: Any, checkpoints: int = 2) -> Any:
     """What the trainer's options mean for the plan."""
     from merv.plan import Setup
 
@@ -118,6 +119,7 @@ def setup_of(trainer: Any) -> Any:
         max_epochs=trainer.max_epochs,
         precision=str(trainer.precision or "32-true"),
         sharded=any(word in name.lower() for word in ("sharded", "fsdp", "modelparallel")),
+        checkpoints=checkpoints,
     )
 
 
@@ -216,8 +218,9 @@ def lines(plan: Any, config: Any, memory: float, seconds: float | None) -> Itera
         )
     yield (
         "disk",
-        size(plan.store_bytes + plan.checkpoint_bytes),
-        (f"features {size(plan.store_bytes)}, what is trained {size(plan.checkpoint_bytes)}"),
+        size(plan.store_bytes + plan.trained_bytes + plan.checkpoint_bytes),
+        f"features {size(plan.store_bytes)}, what is trained {size(plan.trained_bytes)}, "
+        f"{setup.checkpoints} checkpoints {size(plan.checkpoint_bytes)}",
     )
 
 

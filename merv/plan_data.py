@@ -14,9 +14,9 @@ from merv.chat import ask, render
 from merv.dry import Load
 from merv.errors import DataError
 from merv.llm import shares_rows
-from merv.pack import Tokens, pack
+from merv.pack import Tokens, pack, tokens_of
 from merv.sources import stream_samples
-from merv.video_llm import VideoLLM, _sequence
+from merv.video_llm import VideoLLM
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def _rows(conversations: Sequence[Any], model: VideoLLM, most: int) -> _Sample:
         names = [str(visual.source) for visual in prompt.visuals]
         seen |= set(names)
         sizes = [h * w * cell * (1 if name in stills else t) for name in names]
-        sequences.append(_sequence(prompt, iter([range(size) for size in sizes])))
+        sequences.append(tokens_of(prompt, iter([range(size) for size in sizes])))
     groups = [sequences] if shares_rows(model.llm) else [[one] for one in sequences]
     lengths = [len(pack([group], 0).ids[0]) for group in groups]
     return _Sample(groups, lengths, len(seen), len(seen & stills))

@@ -202,6 +202,23 @@ def test_a_recipe_is_read_by_name_and_options_count_after_it():
     assert (setup_of(config.trainer).devices, config.model.lr, config.model.grid) == (4, 1.0, (8, 1, 1))
 
 
+def test_the_recipes_strategy_is_known_to_shard(llm, capsys):
+    options = ["--trainer.devices=4", "--model.train=[projector,mixer,llm]", "--model.dtype=fp32", "--json"]
+    states = []
+    for strategy in ("ddp", "sharded"):
+        assert command(llm, f"--trainer.strategy={strategy}", *options) == 0
+        states.append(json.loads(capsys.readouterr().out)["memory"]["optimizer states"])
+    assert states[0] == 4 * states[1]
+
+
+def test_disk_has_room_for_the_checkpoints_that_are_kept(llm, capsys):
+    assert command(llm, "--checkpoints.keep=3", "--data.val=val.jsonl", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["setup"]["checkpoints"] == 4  # and the best
+    trained = sum(count for count, learns in told["parts"].values() if learns)
+    assert told["trained_bytes"] == 4 * trained
+
+
 def test_help_shows_what_is_its_own_and_examples(capsys):
     assert main(["plan", "--help"]) == 0
     out = capsys.readouterr().out

@@ -230,6 +230,7 @@ def test_every_recipe_says_what_it_is_and_how_to_run_it():
         head = path.read_text().partition("trainer:")[0]
         assert head.startswith(f"# merv fit --config {name}")
         assert "Hardware:" in head
+        assert re.search(r"# Planned: [\d.]+ GB a GPU; \d+ h for|[\d.]+ minutes", head)  # memory, hours
         assert re.search("Result|Expected|Reported|Published", head)
 
 
