@@ -6,10 +6,12 @@ merv/batches.py, how batches are made and resumed in merv/loader.py.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -25,6 +27,9 @@ from merv.samples import Sample as Sample
 from merv.samples import media_parts
 from merv.samples import read_samples as read_samples
 from merv.sources import Samples, open_samples
+
+PIECE = 1 << 16  # bytes
+VISUAL = 4096  # characters that weigh as much as a video or image: four for each of 1024 tokens
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +92,7 @@ class ChatData(LightningDataModule):
         self.seed, self.group, self.workers, self.on_error = seed, group, workers, on_error
         self.max_skipped, self.stream, self.length, self.block = max_skipped, stream, length, block
         self.train: Sequence[Sample] = ()
+        self.content = ""  # a hash of it
         self.val: Sequence[Sample] = ()
         self.sizes: list[int] = []
         self.loader: Loader | None = None
@@ -102,6 +108,7 @@ class ChatData(LightningDataModule):
             sets = [open_samples(each) for each in (source if isinstance(source, Mapping) else [source])]
             self.sizes = [len(samples) for samples in sets]
             self.train = Samples([file for samples in sets for file in samples.files])
+            self.content = content_of([file.path for samples in sets for file in samples.files])
             self.known = kinds_and_lengths(self.train, self.on_error) if self.group else None
         if self.val_source is not None:
             self.val = self.val or open_samples(self.val_source)
@@ -163,7 +170,7 @@ class ChatData(LightningDataModule):
             logger.info(
                 "An epoch has %s", ", ".join(f"{part} of {all_} of {path}" for part, all_, path in mixed)
             )
-        return Loader(batches, order, process=process, **options)
+        return Loader(batches, order, process=process, content=self.content, **options)
 
     def _val_dataloader(self) -> Loader:
         """Batches in the order of the file, dealt to the processes, with all conversations."""
@@ -225,7 +232,7 @@ class ChatData(LightningDataModule):
 def kinds_and_lengths(
     samples: Sequence[Sample], on_error: OnError = "raise"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of each sample, its place in KINDS, and how many characters are said in it.
+    """Of each sample, its place in KINDS, and how long it is: its characters, and VISUAL for what is shown.
 
     Where a sample is wrong, DataError, or, to be skipped later, a text of length 0.
     """
@@ -240,8 +247,25 @@ def kinds_and_lengths(
             continue
         shown = {part["type"] for talk in talks for part in media_parts(talk)}
         kinds[number] = min((KINDS.index(kind) for kind in shown), default=KINDS.index("text"))
-        lengths[number] = sum(said(turn["content"]) for talk in talks for turn in talk)
+        told = sum(said(turn["content"]) for talk in talks for turn in talk)
+        lengths[number] = told + VISUAL * max((len(media_parts(talk)) for talk in talks), default=0)
     return kinds, lengths
+
+
+def content_of(files: Sequence[Path]) -> str:
+    """A hash of what is in files or folders, wherever they are; of large ones, size and 64 pieces."""
+    digest = hashlib.sha256()
+    for root in files:
+        for path in sorted(p for p in (root, *root.rglob("*")) if p.is_file()):
+            if path.name.startswith("cache-"):  # that `datasets` puts into its folders
+                continue
+            size = path.stat().st_size
+            digest.update(f"{size} ".encode())
+            with path.open("rb") as file:
+                for piece in range(64):
+                    file.seek(max(size - PIECE, 0) * piece // 63)
+                    digest.update(file.read(PIECE))
+    return digest.hexdigest()[:16]
 
 
 def said(content: Any) -> int:

@@ -165,7 +165,7 @@ class Loader:
 
     order: which samples when; process: whose batches. workers: processes that make them ahead of time,
         each on one thread; 0: made when they are asked for, in this one. limit: how many batches of an
-        epoch are used, if not all. epoch: the first.
+        epoch are used, if not all. epoch: the first. content: a hash of the samples' files.
 
     `state_dict` is the same in all processes. Iterating anew begins the next epoch, or, after
     `load_state_dict`, goes on where the state was saved.
@@ -184,7 +184,9 @@ class Loader:
         skips: Skips | None = None,
         limit: Callable[[], float] | None = None,
         epoch: int = 0,
+        content: str = "",
     ) -> None:
+        self.content = content
         self.order, self.process, self.skips, self.limit = order, process, skips or Skips(), limit
         self.epoch, self.position = epoch, 0  # of the next batch
         self.begun = False  # whether `epoch` is
@@ -249,6 +251,7 @@ class Loader:
         order = self.order
         return {
             "samples": list(order.sizes),
+            "content": self.content,
             "weights": None if order.weights is None else list(order.weights),
             "batch_size": order.batch_size,
             "processes": order.processes,

@@ -137,6 +137,28 @@ def test_a_state_of_other_data_is_refused(files):
         loaders[1].load_state_dict(loaders[0].state_dict())
 
 
+def test_a_state_of_files_that_have_changed_is_refused(tmp_path):
+    row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
+    before = chat(tmp_path / "a.jsonl", row).train_dataloader()
+    same = chat(tmp_path / "moved.jsonl", row).train_dataloader()
+    same.load_state_dict(before.state_dict())
+    row["messages"][1]["content"] = "."
+    with pytest.raises(DataError, match="content was"):
+        chat(tmp_path / "a.jsonl", row).train_dataloader().load_state_dict(before.state_dict())
+
+
+def test_a_row_with_more_videos_is_longer_than_one_with_more_words(tmp_path):
+    def asked(words: int, videos: int) -> dict:
+        shown = [{"type": "video", "video": f"{number}.mp4"} for number in range(videos)]
+        text = {"type": "text", "text": "?" * words}
+        return {
+            "messages": [{"role": "user", "content": [*shown, text]}, {"role": "assistant", "content": "!"}]
+        }
+
+    data = chat(tmp_path / "a.jsonl", asked(2000, 1), asked(2, 3), group=True)
+    assert data.known[1][1] > data.known[1][0]
+
+
 def test_loading_leaves_the_global_random_state_alone(files):
     data = ChatData(files, workers=0)
     data.setup()
