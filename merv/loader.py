@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,6 +198,7 @@ class Loader:
             sampler=None if isinstance(batches, IterableDataset) else _Live(self),
             batch_size=None,  # what is made is whole batches
             collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_the_run,
             num_workers=workers,
             persistent_workers=workers > 0,
             prefetch_factor=1 if workers else None,  # a batch of frames is large
@@ -275,6 +277,12 @@ class _Live:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _leave_signals_to_the_run(_: int) -> None:
+    """Ctrl-C and schedulers signal all processes: the run still needs its workers to end a step and save."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _split(error: Exception) -> tuple[str, str]:
