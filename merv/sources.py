@@ -285,7 +285,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, int]]:
 
 def _items(path: Path) -> Iterator[tuple[int, int, int]]:
     """Start and size in bytes, and index, of each item of the list that a file is."""
-    text = path.read_text(encoding="utf-8")
+    text = path.read_bytes().decode("utf-8")  # read_text would make one character of \r\n
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
 
     def skip(place: int) -> int:

@@ -56,6 +56,15 @@ def test_items_of_a_list_are_read_at_their_places(tmp_path, indent):
     assert samples[1].videos() == ["/clips/b.mp4"]
 
 
+def test_lines_may_end_as_windows_ends_them(tmp_path):
+    rows = [{**ROW, "video": f"{i}.mp4"} for i in range(3)]
+    (tmp_path / "a.json").write_bytes(json.dumps(rows, indent=1).replace("\n", "\r\n").encode())
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join(map(json.dumps, rows)).encode())
+    for name in "a.json", "a.jsonl":
+        samples = open_samples(tmp_path / name, root="/clips")
+        assert [sample.videos() for sample in samples] == [[f"/clips/{i}.mp4"] for i in range(3)]
+
+
 def test_a_wrong_line_is_named_when_it_is_read(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(json.dumps(ROW).encode() + b'\n{"a": NaN}\n\xff\n{\n')
