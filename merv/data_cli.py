@@ -163,8 +163,10 @@ def write_clean(report: Report, path: Path) -> None:
         file = beside / (video_key(source, "")[:32] + Path(getattr(source, "name", "")).suffix)
         if not file.exists():
             beside.mkdir(exist_ok=True)
-            with open(file, "wb") as out:
+            part = file.with_name(f"{file.name}.new")  # what was interrupted is not taken for a copy
+            with part.open("wb") as out:
                 out.write(source) if isinstance(source, bytes) else shutil.copyfileobj(source, out)
+            part.replace(file)
         return os.path.relpath(file, path.parent)
 
     fresh = path.with_name(f"{path.name}.new")  # `path` may be one of the files that are read

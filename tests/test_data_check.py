@@ -297,6 +297,20 @@ def test_the_clean_list_is_clean_wherever_it_is(made, tmp_path, monkeypatch):
     assert [s.kinds for s in open_samples(tmp_path / "new" / "clean.jsonl")] == [s.kinds for s in before]
 
 
+def test_a_copy_that_was_interrupted_is_made_anew(made, tmp_path, monkeypatch):
+    def stop(source, out):
+        out.write(source.read(9))
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(made.folder)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("shutil.copyfileobj", stop)
+        write_clean(made.report, tmp_path / "clean.jsonl")
+    write_clean(made.report, tmp_path / "clean.jsonl")
+    assert not check_data(tmp_path / "clean.jsonl", workers=0).bad
+    assert not list(tmp_path.glob("*/*.new"))
+
+
 def test_workers_find_the_same(made, monkeypatch):
     monkeypatch.chdir(made.folder)
     found = [check_data(["sound.jsonl", "damaged.jsonl"], media="none", workers=n) for n in (0, 2)]
