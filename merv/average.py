@@ -17,6 +17,7 @@ from torch import Tensor
 
 from merv.checkpoint import WEIGHTS, check_free, first_difference, read_config, replacing, write_model
 from merv.errors import CheckpointError
+from merv.share import brought_llm
 
 
 def average(
@@ -37,9 +38,9 @@ def average(
     state = _mean(folders, shares)
     with replacing(out) as fresh:
         write_model(fresh, kind, config, state)
-        source = config.get("llm", {}).get("source", "/")
-        if not Path(source).is_absolute() and (folders[0] / source).is_dir():
-            shutil.copytree(folders[0] / source, fresh / source)  # a converted model brings its LLM along
+        source = config.get("llm", {}).get("source", "")
+        if (llm := brought_llm(folders[0], source)) is not None:
+            shutil.copytree(llm, fresh / source)
 
 
 def _shares(count: int, weights: Sequence[float] | None) -> list[float]:

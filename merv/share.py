@@ -155,6 +155,12 @@ def find_model(name: str | Path) -> Path:
     return folder
 
 
+def brought_llm(folder: Path, source: str) -> Path | None:
+    """The folder of a language model that a model brings along in its own, or None."""
+    within = folder / source
+    return within if BROUGHT.fullmatch(source) and within.is_dir() else None
+
+
 def _fetch_llm(repo: str, folder: Path) -> None:
     """The language model that a converted model brings along, in a folder of its own."""
     from huggingface_hub import snapshot_download

@@ -19,7 +19,7 @@ from merv.fuse import Fusion
 from merv.llm import LoraOptions, add_lora, check_same, identity, load_llm, shares_rows, stream_tokens
 from merv.multi_encoder import Encoded, MultiEncoder
 from merv.pack import Packed, pack, tokens_of
-from merv.share import Shared, find_model
+from merv.share import Shared, brought_llm, find_model
 from merv.store import FeatureStore
 from merv.suggest import nearest
 from merv.types import Grid
@@ -366,8 +366,7 @@ class VideoLLM(Shared, nn.Module):
         config, state = load_folder(folder, cls.kind)
         was = config["llm"]
         names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-        within = folder / was["source"]  # a converted model brings its LLM along
-        source = llm or (within if within.is_dir() else was["source"])
+        source = llm or brought_llm(folder, was["source"]) or was["source"]
         loaded, tokenizer = load_llm(source, dtype or names.get(was["dtype"], "auto"), quantise)
         model = cls(loaded, tokenizer, MultiEncoder.from_config(config["vision"], weights or {}))
         check_same(was, model.identity, folder)

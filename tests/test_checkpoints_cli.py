@@ -84,6 +84,15 @@ def test_a_language_model_that_was_brought_along_comes_too(tmp_path):
     assert VideoLLM.from_pretrained(tmp_path / "mean").identity["source"] == str(tmp_path / "mean/llm")
 
 
+@pytest.mark.parametrize("source", ["", ".", "../elsewhere"])
+def test_only_a_folder_in_that_of_the_model_comes_along(tmp_path, source):
+    (tmp_path / "elsewhere").mkdir()
+    folders = [thing(tmp_path / name, 1.0, {"llm": {"source": source}}) for name in "ab"]
+    average(folders, tmp_path / "mean")
+    assert sorted(path.name for path in (tmp_path / "mean").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "elsewhere", "mean"]
+
+
 def test_a_checkpoint_may_be_replaced_by_the_mean(tmp_path):
     folders = [thing(tmp_path / name, value) for name, value in (("a", 1.0), ("b", 3.0))]
     average(folders, folders[0])
