@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from merv.checkpoint import CONFIG
+from merv.checkpoint import read_config
 from merv.errors import TrainingError
 from merv.llm import load_llm
 from merv.mix import MIXERS
@@ -68,12 +67,15 @@ def fresh(h: Any) -> VideoLLM:
 def started(h: Any) -> VideoLLM:
     """The model in `start`, as it was but for encoders that join it.
 
-    Raises TrainingError where the recipe wants it otherwise.
+    Raises TrainingError where the recipe wants it otherwise, CheckpointError where nothing was saved there.
     """
     own: dict[str, Any] = by_name(h.encoders)
     given = h.weights or {}
     start = find_model(h.start)
-    saved = json.loads((start / CONFIG).read_text())["vision"]["encoders"] if start.is_dir() else {}
+    kind, config = read_config(start)
+    if kind != VideoLLM.kind:
+        raise TrainingError(f"model.start, {h.start}, holds a {kind!r}; wanted a {VideoLLM.kind!r}.")
+    saved = config["vision"]["encoders"]
     model = VideoLLM.from_pretrained(
         start,
         llm=h.llm,
