@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +57,9 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     from safetensors import SafetensorError
 
     folder = Path(folder)
+    clear_up(folder)
     check_free(folder)
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir(parents=True)
         yield fresh
@@ -93,6 +95,7 @@ def read_config(folder: str | Path, beside: str = WEIGHTS) -> tuple[str, dict[st
     Raises CheckpointError where it is not such a folder.
     """
     folder = Path(folder)
+    put_back(folder)
     if not folder.is_dir():
         steps = sorted(folder.parent.glob("checkpoints/step=*"), key=lambda p: p.stat().st_mtime)
         so_far = f" A run that did not reach its end left {steps[-1]}." if steps else ""
@@ -161,8 +164,44 @@ def check_free(folder: str | Path) -> None:
 
 def swap(fresh: Path, folder: Path) -> None:
     """Put `fresh` where `folder` is; the old one goes last."""
-    old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():
         os.replace(folder, old)
     os.replace(fresh, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(folder: str | Path) -> None:
+    """Give `folder` its old content where a process was killed in `swap`, before the new one was there."""
+    folder = Path(folder)
+    if not folder.exists():
+        for left, old in _left(folder).items():
+            if old and not folder.exists():
+                with suppress(OSError):  # another process was quicker, or may not
+                    left.replace(folder)
+
+
+def clear_up(folder: str | Path) -> None:
+    """Remove what processes left that were killed while they wrote `folder`; what is whole is put back."""
+    folder = Path(folder)
+    put_back(folder)
+    for left in _left(folder):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _left(folder: Path) -> dict[Path, bool]:
+    """What lies beside `folder` of its writing by processes that have ended, and whether it is an old one."""
+    beside = folder.absolute().parent.glob(f".{glob.escape(folder.name)}.*")
+    named = {path: re.fullmatch(r"\.(\d{1,7})(\.old)?", path.name[len(folder.name) + 1 :]) for path in beside}
+    return {path: bool(own[2]) for path, own in named.items() if own and not _is_running(int(own[1]))}
+
+
+def _is_running(process: int) -> bool:
+    """Whether another process of that number runs on this machine."""
+    if process == os.getpid():  # which is done with what it wrote: one folder after another
+        return False
+    try:
+        os.kill(process, 0)  # only asks
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True

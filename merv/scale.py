@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
-from merv.checkpoint import read_config, save_folder, swap, write_config
+from merv.checkpoint import clear_up, read_config, save_folder, swap, write_config
 from merv.errors import CheckpointError, TrainingError
 
 META = "training.pt"  # of a checkpoint: all but tensors of the model
@@ -117,6 +117,7 @@ class Sharded(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         fresh = path.with_name(f".{path.name}.fresh")
         if self.is_global_zero:
+            clear_up(path)
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
         self.barrier()

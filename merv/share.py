@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from merv.card import model_card
-from merv.checkpoint import CONFIG, WEIGHTS, read_config, save_folder, write_model
+from merv.checkpoint import CONFIG, WEIGHTS, put_back, read_config, save_folder, write_model
 from merv.errors import CheckpointError, WeightsError
 from merv.hub import download, find_on_hub, why
 from merv.suggest import nearest
@@ -143,6 +143,7 @@ def find_model(name: str | Path) -> Path:
     Of the hub, a whole commit that is in the cache is taken from there; otherwise the hub is asked, and
     the cache where it does not answer. Raises WeightsError where neither has it.
     """
+    put_back(name)
     if Path(name).is_dir() or not HUB_ID.fullmatch(str(name)):
         return Path(name)
     repo, _, revision = str(name).partition("@")

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -19,6 +20,42 @@ def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path):
     save_folder(tmp_path / "a", "Thing", {}, {"w": torch.zeros(2)})
     assert load_folder(tmp_path / "a", "Thing")[1]["w"].tolist() == [0, 0]
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def left(folder, name) -> None:
+    """A folder as a process leaves it that was killed; no process has a number so high."""
+    save_folder(folder / name, "Thing", {"of": name}, {})
+
+
+def test_what_killed_processes_left_is_removed_when_the_folder_is_written(tmp_path):
+    for name in (
+        ".a.9999999",
+        ".a.9999999.old",
+        f".a.{os.getpid()}",
+        f".a.{os.getppid()}",
+        ".a.b.9999999",
+    ):
+        left(tmp_path, name)
+    save_folder(tmp_path / "a", "Thing", {}, {})
+    assert {p.name for p in tmp_path.iterdir()} == {"a", f".a.{os.getppid()}", ".a.b.9999999"}
+
+
+def test_a_folder_that_was_about_to_be_replaced_is_put_back_when_it_is_looked_for(tmp_path):
+    left(tmp_path, ".a.9999999.old")
+    assert load_folder(tmp_path / "a", "Thing")[0] == {"of": ".a.9999999.old"}
+    left(tmp_path, ".b.9999999.old")
+    with pytest.raises(TypeError):
+        save_folder(tmp_path / "b", "Thing", {"x": object()}, {})
+    assert load_folder(tmp_path / "b", "Thing")[0] == {"of": ".b.9999999.old"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_looking_for_a_folder_removes_nothing(tmp_path):
+    """Another machine that shares the disk may be writing it."""
+    for name in ("a", ".a.9999999"):
+        left(tmp_path, name)
+    load_folder(tmp_path / "a", "Thing")
+    assert (tmp_path / ".a.9999999").is_dir()
 
 
 def test_a_failed_save_keeps_the_old_one(tmp_path):
