@@ -117,6 +117,7 @@ class MultiEncoder(Shared, nn.Module):
         check_resample(resample)
         self.encoders = nn.ModuleDict(create_all(by_name(encoders), weights, presets or {}))
         self.frames = checked_frames(frames or {}, dict(self.named()))
+        self.changed: set[str] = set()  # encoders that were trained: told by the model that this is part of
         self.aligner = Aligner(grid, align)
         self.sampling = Sampling(cast(Mode, sampling)) if isinstance(sampling, str) else sampling
         self.fusion: Fusion | None = None
@@ -218,12 +219,12 @@ class MultiEncoder(Shared, nn.Module):
     def reader(self, store: FeatureStore | None = None, only: Sequence[str] | None = None) -> Reader:
         """What reads videos for `features` in another process: picklable, small, without weights.
 
-        Make it when the encoders have their final dtype: kept features depend on it.
+        Make it when the encoders have their final dtype and weights: kept features depend on them.
         """
         how = {option: self.options[option] for option in ("backend", "resample")}
         views = {}
         for name, encoder in self.named(only):
-            about = (encoder, self.frames.get(name), self.sampling, self.aligner)
+            about = (encoder, name in self.changed, self.frames.get(name), self.sampling, self.aligner)
             views[name] = View(encoder.spec, encoder.preset, "" if store is None else recipe(*about, **how))
         return Reader(views, self.sampling, self.frames, store=store, **how)
 

@@ -10,17 +10,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from merv.align import Aligner
 from merv.decode import BACKENDS
 from merv.encode import Encoder
-from merv.llm import fingerprint
 from merv.prepare import Clip, prepare
 from merv.preprocessing import Resample
 from merv.sample import Sampling
 from merv.store import FeatureStore, video_key
 from merv.types import EncoderSpec, Grid, Preset
+from merv.weights import values_digest
 from merv.windows import place
+
+DIGESTS: WeakKeyDictionary[Encoder, tuple[list[Any], str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -95,18 +98,22 @@ class Reader:
 
 def recipe(
     encoder: Encoder,
+    changed: bool,
     frames: int | None,
     sampling: Sampling,
     aligner: Aligner,
     backend: str,
     resample: Resample,
 ) -> str:
-    """All that an encoder's aligned features depend on, but the video: half of what `video_key` hashes."""
-    random = encoder.identity.sha256 is None  # nothing but their values tells such weights apart
+    """All that an encoder's aligned features depend on, but the video: half of what `video_key` hashes.
+
+    changed: its weights are no longer those of its identity.
+    """
+    by_value = changed or encoder.identity.sha256 is None  # nothing else tells such weights apart
     own = (
         (type(encoder).__module__, type(encoder).__qualname__),
         [(package, version(package)) for package in BACKENDS[backend]],
-        fingerprint(encoder) if random else encoder.identity,
+        digest(encoder) if by_value else encoder.identity,
         encoder.variant,
         encoder.spec,
         encoder.preset,
@@ -115,3 +122,12 @@ def recipe(
         place(encoder)[1],
     )
     return repr((own, sampling, aligner.grid, aligner.mode))
+
+
+def digest(encoder: Encoder) -> str:
+    """Hash of an encoder's weights as they are; taken again only when they were written to or moved."""
+    tensors = encoder.state_dict(keep_vars=True).values()
+    state = [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
+    if encoder not in DIGESTS or DIGESTS[encoder][0] != state:
+        DIGESTS[encoder] = state, values_digest(encoder)
+    return DIGESTS[encoder][1]

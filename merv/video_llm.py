@@ -297,6 +297,7 @@ class VideoLLM(Shared, nn.Module):
                 raise TrainingError(f"{name} is a part of {name.partition('.')[0]}, which is trained whole.")
         self.trained = tuple(trained)
         self.changed |= {name for name in trained if name == "llm" or name in self.vision.encoders}
+        self.vision.changed |= self.changed - {"llm"}
         for hook in self.own_gradients:
             hook.remove()
         for parameter in self.parameters():
@@ -372,8 +373,8 @@ class VideoLLM(Shared, nn.Module):
         check_same(was, model.identity, folder)
         if config["lora"] is not None:
             model.add_lora(LoraOptions(**config["lora"]))
-        model.train_only(config["trained"])
         model.changed.update(config["changed"])
+        model.train_only(config["trained"])
         fill_exactly(model.kept(), state, folder)
         return model.eval()
 

@@ -198,10 +198,16 @@ def joined(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dic
 
 def identity_of(module: nn.Module) -> Identity:
     """The identity of weights that a module makes itself: the hash of its tensors."""
+    return Identity(BUILT_IN, None, values_digest(module))
+
+
+def values_digest(module: nn.Module) -> str:
+    """SHA-256 of the names and bytes of all tensors of a module, on whatever device."""
     digest = hashlib.sha256()
     for key, tensor in module.state_dict().items():
-        digest.update(key.encode() + tensor.numpy().tobytes())
-    return Identity(BUILT_IN, None, digest.hexdigest())
+        digest.update(key.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def package_file(module: str, pattern: str) -> Path:
