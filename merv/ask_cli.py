@@ -30,6 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FOLDER",
         help="where an encoder's weights are now, if not where they were in training",
     )
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="MODULE:CLASS",
+        help="an encoder that the model may use though no installed package registers it: its code is run",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: %(default)s)")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="of the LLM (default: as trained)")
     parser.add_argument("--quantise", choices=["nf4", "int8"], help="its weights, by bitsandbytes")
@@ -42,12 +49,18 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging
 
     from merv.chat import ask
+    from merv.cli import look_here
+    from merv.registry import find_encoder
     from merv.store import FeatureStore
     from merv.video_llm import VideoLLM
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("merv").setLevel(logging.WARNING)
     videos = [video for video in args.video if video]
+    if args.trust:
+        look_here()
+    for name in args.trust:
+        find_encoder(name)
     moved = dict(pair.partition("=")[::2] for pair in args.encoder)
     model = VideoLLM.from_pretrained(
         args.model, llm=args.llm, weights=moved, dtype=args.dtype, quantise=args.quantise

@@ -9,7 +9,7 @@ from merv.errors import TrainingError
 from merv.llm import load_llm
 from merv.mix import MIXERS
 from merv.multi_encoder import MultiEncoder
-from merv.registry import create_encoder
+from merv.registry import create_encoder, find_encoder
 from merv.share import find_model
 from merv.streams import by_name, checked_frames
 from merv.suggest import nearest
@@ -76,6 +76,8 @@ def started(h: Any) -> VideoLLM:
     if kind != VideoLLM.kind:
         raise TrainingError(f"model.start, {h.start}, holds a {kind!r}; wanted a {VideoLLM.kind!r}.")
     saved = config["vision"]["encoders"]
+    for typed in own.values():  # by the user, so that the folder may name it too
+        find_encoder(typed.partition("/")[0])
     model = VideoLLM.from_pretrained(
         start,
         llm=h.llm,

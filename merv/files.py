@@ -21,13 +21,14 @@ def fetched_folder(module: str) -> Path:
 
 
 def package_folders(module: str) -> list[Path]:
-    """The folders of a package, where it is installed; the package is not imported.
+    """The folders of a package, where it is installed; neither it nor what it is in is imported.
 
     >>> package_folders("no_such_package")
     []
     """
-    spec = find_spec(module)
-    return [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    top, *inner = module.split(".")
+    spec = find_spec(top)
+    return [Path(folder, *inner) for folder in (spec.submodule_search_locations or ())] if spec else []
 
 
 def file_digest(path: Path) -> str:

@@ -16,11 +16,13 @@ import logging
 import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, distributions
 from importlib.metadata import version as metadata_version
 from importlib.util import find_spec
 from itertools import chain
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from merv.errors import AmbiguousEncoder, BrokenEncoder, EncoderError, MervError, UnknownEncoder
@@ -144,6 +146,29 @@ def find_encoder(name: str) -> type[Encoder]:
     'Fake'
     """
     return find_listing(name).load()
+
+
+def is_trusted(path: str) -> bool:
+    """Whether the class `module:Class` may be loaded because a file says so: registered, or imported already.
+
+    To import whatever a file names would let it run code, even code that lies beside it.
+
+    >>> is_trusted("merv.encoders.fake:Fake"), is_trusted("antigravity:geohash")
+    (True, False)
+    """
+    module, _, name = path.partition(":")
+    with suppress(KeyError, AttributeError):
+        return attrgetter(name)(sys.modules[module]) is not None
+    listings = list_encoders()
+    if any(listing.value == path for listing in listings):
+        return True
+    for listing in listings:  # a plug-in may register its class by another path than where it is defined
+        if re.split("[.:]", listing.value)[0] == re.split("[.:]", path)[0]:
+            with suppress(BrokenEncoder):
+                found = listing.load()
+                if f"{found.__module__}:{found.__qualname__}" == path:
+                    return True
+    return False
 
 
 def create_encoder(name: str, **kwargs: Any) -> Encoder:

@@ -7,7 +7,7 @@ from typing import Any
 
 from merv.encode import Encoder
 from merv.errors import CheckpointError, EncoderError
-from merv.registry import create_encoder
+from merv.registry import create_encoder, is_trusted
 from merv.suggest import nearest
 from merv.weights import PRETRAINED
 
@@ -82,11 +82,21 @@ def checked_frames(frames: Mapping[str, int], encoders: Mapping[str, Encoder]) -
 
 
 def recreate(name: str, saved: Mapping[str, Any], weights: Mapping[str, str | None]) -> Encoder:
-    """An encoder as it was saved, checked to be the same."""
+    """An encoder as it was saved, checked to be the same, of a class that is registered or imported already.
+
+    Raises EncoderError for another class, CheckpointError for other weights.
+    """
+    path = saved["class"]
+    if not is_trusted(path):
+        raise EncoderError(
+            f"Encoder {name!r} was saved as {path}, which no installed distribution registers, and code is "
+            "not run on the word of a model's folder. Install the plug-in that it is of. Or, where you trust it: "
+            f"`import {path.partition(':')[0]}` before you load the model, or `merv ask --trust {path}`."
+        )
     was = saved["identity"]
     source = was["source"] if was["revision"] is None else f"{was['source']}@{was['revision']}"
     encoder = create_encoder(
-        saved["class"],
+        path,
         variant=saved["variant"],
         preset=saved["preset"],
         weights=weights.get(name, source),

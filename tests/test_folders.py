@@ -1,9 +1,15 @@
 """Folders of models where they are used: to start a stage from, to join an encoder to, to take code from."""
 
+import importlib
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from merv.errors import CheckpointError, TrainingError
+from merv.cli import main
+from merv.errors import CheckpointError, EncoderError, TrainingError, WeightsError
 from merv.llm import load_llm
 from merv.multi_encoder import MultiEncoder
 from merv.store import FeatureStore
@@ -90,3 +96,104 @@ def test_a_start_of_another_kind_is_named(saved):
     MultiEncoder(["fake"], grid=(2, 1, 1), width=32).save_pretrained(saved.parent / "encoders")
     with pytest.raises(TrainingError, match="holds a 'MultiEncoder'; wanted a 'VideoLLM'"):
         stage(saved.parent / "encoders")
+
+
+# Code ---------------------------------------------------------------------------------------
+
+MINE = "from merv.encoders.fake import Fake\nclass Plugin(Fake):\n    pass\n"
+
+
+def rename(folder, path) -> None:
+    """Let a saved model say that its encoder is of the class `path`."""
+    config = json.loads((folder / "config.json").read_text())
+    config["vision"]["encoders"]["fake"]["class"] = path
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """A file on the path, or elsewhere, that says when it is imported, and whose class is Plugin."""
+
+    def write(name: str, on_path: bool = True) -> Path:
+        ran = tmp_path / f"{name}.ran"
+        (tmp_path / f"{name}.py").write_text(f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n{MINE}")
+        monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path] if on_path else list(sys.path))
+        importlib.invalidate_caches()
+        return ran
+
+    yield write
+    for path in tmp_path.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_a_model_does_not_get_code_imported(saved, file):
+    ran = file("stranger_in_a_folder")
+    rename(saved, "stranger_in_a_folder:Plugin")
+    said = r"import stranger_in_a_folder` before .*merv ask --trust stranger_in_a_folder:Plugin"
+    with pytest.raises(EncoderError, match=said):
+        VideoLLM.from_pretrained(saved)
+    assert not ran.exists()
+
+
+def test_a_plug_in_that_lies_in_the_folder_of_the_model_is_none(saved, file, plant, monkeypatch, capsys):
+    ran = file("lies_beside", on_path=False)
+    plant("lies-beside", {"beside": "lies_beside:Plugin"})
+    rename(saved, "lies_beside:Plugin")
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(saved.parent)])
+    monkeypatch.chdir(saved.parent)
+    assert main(["ask", "", "What?", "--model", "model"]) == 2
+    assert "no installed distribution registers" in capsys.readouterr().err
+    assert not ran.exists()
+
+
+def test_weights_out_of_a_package_do_not_get_it_imported(saved, tmp_path, monkeypatch):
+    (tmp_path / "brought_along" / "inner").mkdir(parents=True)
+    (tmp_path / "brought_along" / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(WeightsError, match=r"in the package brought_along\.inner are not on this machine"):
+        VideoLLM.from_pretrained(saved, weights={"fake": "package:brought_along.inner/*.safetensors"})
+
+
+def test_a_class_that_is_imported_already_is_taken(saved, file):
+    ran = file("imported_before")
+    rename(saved, "imported_before:Plugin")
+    importlib.import_module("imported_before")
+    assert type(VideoLLM.from_pretrained(saved).vision.encoder("fake")).__module__ == "imported_before"
+    assert ran.exists()
+
+
+def test_a_class_that_is_typed_is_taken_for_an_answer(saved, file, monkeypatch, capsys):
+    file("typed_to_ask", on_path=False)
+    rename(saved, "typed_to_ask:Plugin")
+    monkeypatch.chdir(saved.parent)
+    ask = ["ask", "", "What?", "--model", str(saved), "--max-new-tokens", "1"]
+    assert main(ask) == 2
+    assert "merv ask --trust typed_to_ask:Plugin" in capsys.readouterr().err
+    assert main([*ask, "--trust", "typed_to_ask:Plugin"]) == 0
+
+
+def test_a_class_that_is_typed_is_taken_for_a_stage(saved, file):
+    file("typed_in_a_recipe")
+    first = stage(saved, ["typed_in_a_recipe:Plugin"], start=None)
+    first.model.save_pretrained(saved)
+    del sys.modules["typed_in_a_recipe"]
+    second = stage(saved, ["typed_in_a_recipe:Plugin"])
+    assert list(second.model.vision.encoders) == ["Plugin"]
+
+
+def test_a_class_that_a_distribution_registers_is_taken(saved, plant):
+    plant("sunny-encoders", {"sunny": "sunny:Plugin"}, sunny=MINE)
+    rename(saved, "sunny:Plugin")
+    assert type(VideoLLM.from_pretrained(saved).vision.encoder("fake")).__module__ == "sunny"
+
+
+def test_a_registered_class_is_taken_by_the_path_where_it_is_defined(saved, plant, tmp_path):
+    plant("rainy-encoders", {"rainy": "rainy:Plugin", "wet": "rainy:nothing"})
+    (tmp_path / "rainy").mkdir()
+    (tmp_path / "rainy/__init__.py").write_text("from rainy.inside import Plugin")
+    (tmp_path / "rainy/inside.py").write_text(MINE)
+    rename(saved, "rainy.inside:Plugin")
+    assert type(VideoLLM.from_pretrained(saved).vision.encoder("fake")).__module__ == "rainy.inside"
+    rename(saved, "rainy.outside:Plugin")
+    with pytest.raises(EncoderError, match=r"saved as rainy\.outside:Plugin"):
+        VideoLLM.from_pretrained(saved)
