@@ -90,8 +90,8 @@ def recreate(name: str, saved: Mapping[str, Any], weights: Mapping[str, str | No
     if not is_trusted(path):
         raise EncoderError(
             f"Encoder {name!r} was saved as {path}, which no installed distribution registers, and code is "
-            "not run on the word of a model's folder. Install the plug-in that it is of. Or, where you trust it: "
-            f"`import {path.partition(':')[0]}` before you load the model, or `merv ask --trust {path}`."
+            "not run on the word of a model's folder. Install the plug-in that it is of. Or, where you trust "
+            f"it: `import {path.partition(':')[0]}` before you load the model, or `merv ask --trust {path}`."
         )
     was = saved["identity"]
     source = was["source"] if was["revision"] is None else f"{was['source']}@{was['revision']}"
