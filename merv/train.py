@@ -178,12 +178,21 @@ class Training(LightningModule):
         h: Any = self.hparams
         rates: Mapping[str, float] = h.lr_of or {}
         parts = self.model.parts()
-        groups = []
+        groups: list[dict[str, Any]] = []
+        placed: dict[nn.Parameter, float] = {}  # at a rate: `mixer.a` and `mixer.b` have the same ones
         for part in self.model.trained:
             rate = rates.get(part, h.lr)
+            differ = sorted({placed[p] for p in parts[part].values() if p in placed} - {rate})
+            if differ:
+                raise TrainingError(
+                    f"model.lr_of: {part} shares parameters with another part that is trained, "
+                    f"at {differ[0]} there and {rate} here. Set them equal."
+                )
+            unplaced = [p for p in parts[part].values() if p not in placed]
+            placed.update(dict.fromkeys(unplaced, rate))
             decay = 0.0 if part.startswith("mixer.") else h.weight_decay  # it would reach the others' shares
-            matrices = [p for p in parts[part].values() if p.ndim > 1]
-            vectors = [p for p in parts[part].values() if p.ndim <= 1]
+            matrices = [p for p in unplaced if p.ndim > 1]
+            vectors = [p for p in unplaced if p.ndim <= 1]
             for name, own, decays in ((part, matrices, decay), (f"{part}, vectors", vectors, 0.0)):
                 if own:
                     groups.append({"params": own, "lr": rate, "weight_decay": decays, "name": name})

@@ -98,6 +98,25 @@ def test_a_start_of_another_kind_is_named(saved):
         stage(saved.parent / "encoders")
 
 
+# Encoders that join -------------------------------------------------------------------------
+
+JOINED = {"encoders": ("fake", "fake/video"), "train": ("mixer.fake", "mixer.fake_video")}
+
+
+def test_what_two_encoders_that_join_have_in_common_is_trained_once(saved):
+    module = stage(saved, **JOINED)
+    placed = [p for group in module.parameter_groups() for p in group["params"]]
+    assert {id(p) for p in placed} == {id(p) for p in module.parameters() if p.requires_grad}
+    torch.optim.AdamW(module.parameter_groups())  # refuses a parameter that is in two groups
+
+
+def test_what_two_encoders_have_in_common_has_one_rate(saved):
+    module = stage(saved, **JOINED, lr=1e-3, lr_of={"mixer.fake_video": 1e-4})
+    said = r"mixer\.fake_video shares parameters .*at 0\.001 there and 0\.0001 here\. Set them equal"
+    with pytest.raises(TrainingError, match=said):
+        module.parameter_groups()
+
+
 # Code ---------------------------------------------------------------------------------------
 
 MINE = "from merv.encoders.fake import Fake\nclass Plugin(Fake):\n    pass\n"
