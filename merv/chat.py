@@ -153,7 +153,8 @@ def _text(flat: Sequence[Mapping[str, str]], tokenizer: Any, open_turn: bool) ->
     try:
         return tokenizer.apply_chat_template(list(flat), tokenize=False, add_generation_prompt=open_turn)
     except Exception as error:  # templates raise whatever they like
-        raise PromptError(f"The tokenizer's chat template rejects the messages: {error}") from error
+        reason = str(error).rstrip(".")
+        raise PromptError(f"The tokenizer's chat template rejects the messages: {reason}.") from error
 
 
 def _plain(flat: Sequence[Mapping[str, str]], tokenizer: Any, open_turn: bool) -> str:

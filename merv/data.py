@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from lightning import LightningDataModule
@@ -27,6 +27,9 @@ from merv.samples import Sample as Sample
 from merv.samples import media_parts
 from merv.samples import read_samples as read_samples
 from merv.sources import Samples, open_samples
+
+if TYPE_CHECKING:
+    from merv.video_llm import VideoLLM
 
 PIECE = 1 << 16  # bytes
 VISUAL = 4096  # characters that weigh as much as a video or image: four for each of 1024 tokens
@@ -146,7 +149,7 @@ class ChatData(LightningDataModule):
             "epoch": 0 if self.trainer is None else self.trainer.current_epoch,
             "limit": None if self.trainer is None else lambda: self.trainer.num_training_batches,
         }
-        batches = BatchReader(self.train, reader, self.questions, self.seed)
+        batches = BatchReader(self.train, reader, self.questions, self.seed, self.tokenizer())
         if self.stream:
             from merv.sources import stream_samples
             from merv.stream_loader import StreamLoader, StreamReader
@@ -178,7 +181,8 @@ class ChatData(LightningDataModule):
         process, processes = self.place()
         order = Order([len(self.val)], self.batch_size, processes, shuffle=False)
         workers, skips = self.worker_count(reader), self.skips(len(self.val))
-        return Loader(BatchReader(self.val, reader), order, process=process, workers=workers, skips=skips)
+        batches = BatchReader(self.val, reader, tokenizer=self.tokenizer())
+        return Loader(batches, order, process=process, workers=workers, skips=skips)
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Leave batches as they are: the model moves what it makes of them."""
@@ -186,13 +190,23 @@ class ChatData(LightningDataModule):
 
     # What they depend on ------------------------------------------------------------------
 
-    def reader(self) -> Reader | None:
-        """That of the model which is trained; None, and videos stay as they are, where there is none."""
+    def model(self) -> VideoLLM | None:
+        """What is trained, if it is one."""
         from merv.video_llm import VideoLLM
 
         module = None if self.trainer is None else self.trainer.lightning_module
         model = getattr(module, "model", None)
-        return model.vision.reader(model.store) if isinstance(model, VideoLLM) else None
+        return model if isinstance(model, VideoLLM) else None
+
+    def reader(self) -> Reader | None:
+        """That of the model which is trained; None, and videos stay as they are, where there is none."""
+        model = self.model()
+        return None if model is None else model.vision.reader(model.store)
+
+    def tokenizer(self) -> Any:
+        """That of the model which is trained, or None."""
+        model = self.model()
+        return None if model is None else model.tokenizer
 
     def place(self) -> tuple[int, int]:
         """Which of how many processes that share the data this is."""

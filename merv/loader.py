@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from merv.batches import Order
-from merv.errors import DataError, SamplingError, ShapeError, VideoError
+from merv.chat import render
+from merv.errors import DataError, PromptError, SamplingError, ShapeError, VideoError
 from merv.reader import Loaded, Reader
 from merv.samples import Group, Sample
+from merv.scale import gathered
 
-BAD = (VideoError, SamplingError, ShapeError, DataError)  # what a sample can be at fault for
+BAD = (VideoError, SamplingError, ShapeError, PromptError, DataError)  # what a sample can be at fault for
 OnError = Literal["raise", "skip"]
 
 logger = logging.getLogger(__name__)
@@ -50,12 +53,19 @@ class BatchReader(Dataset):
 
     questions: at most so many conversations of a sample, drawn anew in each epoch, as are the frames of
         `segment` sampling; None: all, in order, and the frames the same in each epoch.
+    tokenizer: the language model's; a conversation that its chat template rejects is bad.
     """
 
     def __init__(
-        self, samples: Sequence[Sample], reader: Reader | None, questions: int | None = None, seed: int = 0
+        self,
+        samples: Sequence[Sample],
+        reader: Reader | None,
+        questions: int | None = None,
+        seed: int = 0,
+        tokenizer: Any = None,
     ) -> None:
         self.samples, self.reader, self.questions, self.seed = samples, reader, questions, seed
+        self.tokenizer = tokenizer
 
     def __getitem__(self, key: tuple[int, Sequence[int]]) -> Batch:
         epoch, numbers = key
@@ -72,6 +82,8 @@ class BatchReader(Dataset):
                 origin = sample.origin
                 chosen = self._drawn(len(sample.conversations), epoch, number)
                 seed = self._seed(epoch, number)
+                for i in chosen if self.tokenizer is not None else ():
+                    render(sample.conversations[i], self.tokenizer)
                 group = [self._read(sample.conversations[i], loaded, seed) for i in chosen]
             except BAD as error:
                 # What is wrong with a row begins with its origin
@@ -168,8 +180,8 @@ class Loader:
         each on one thread; 0: made when they are asked for, in this one. limit: how many batches of an
         epoch are used, if not all. epoch: the first. content: a hash of the samples' files.
 
-    `state_dict` is the same in all processes. Iterating anew begins the next epoch, or, after
-    `load_state_dict`, goes on where the state was saved.
+    `state_dict` is the same in all processes, which call it together. Iterating anew begins the next
+    epoch, or, after `load_state_dict`, goes on where the state was saved.
 
     It is no torch DataLoader on purpose: nothing that wraps those (in a sampler for several
     processes, say) has to be told to leave it alone.
@@ -228,7 +240,7 @@ class Loader:
         """The place of the batch that comes next, and what it is a place in; plain values."""
         at_end = self.position >= min(len(self), self.limit() if self.limit else len(self))
         epoch, position = (self.epoch + 1, 0) if at_end else (self.epoch, self.position)
-        skipped = [[origin, reason] for origin, reason in self.skips.reasons.items()]
+        skipped = dict(gathered((self.process, [list(each) for each in self.skips.reasons.items()])))
         return {"epoch": epoch, "position": position, "of": self.about(), "skipped": skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -246,7 +258,7 @@ class Loader:
                 "the same data and options, or begin a new run with what was trained."
             )
         self.epoch, self.position, self.begun = state["epoch"], state["position"], False
-        self.skips.reasons = dict(state["skipped"])
+        self.skips.reasons = dict(state["skipped"][self.process])
 
     def about(self) -> dict[str, Any]:
         """What the order depends on."""
@@ -280,9 +292,13 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_signals_to_the_run(_: int) -> None:
-    """Ctrl-C and schedulers signal all processes: the run still needs its workers to end a step and save."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """A terminal and `timeout` signal a group of processes: the run needs its workers to end a step and save.
+
+    SIGTERM alone still ends a worker, or the run could not end it when it exits.
+    """
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _split(error: Exception) -> tuple[str, str]:

@@ -88,6 +88,7 @@ class StreamLoader(Loader):
         order = Order([length * reader.batch_size], reader.batch_size, seed=reader.reader.seed)
         super().__init__(reader, order, process=reader.process, **options)
         self.reader = reader
+        self.part = 0  # whose turn it is
         self.running: Iterator[Any] | None = None
 
     def batches(self) -> Iterator[Batch]:
@@ -97,19 +98,20 @@ class StreamLoader(Loader):
         while self.position < len(self):
             batch, part, state = next(self.running)
             self.reader.states[part] = state
+            self.part = (part + 1) % max(self.workers, 1)
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Also the states of all parts of the stream: all processes have to call it together."""
         states = dict(gathered((self.process, self.reader.states)))
-        return {**super().state_dict(), "streams": states}
+        return {**super().state_dict(), "streams": states, "part": self.part}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on there at the next `iter`."""
         super().load_state_dict(state)
         self.reader.states = dict(state["streams"][self.process])
-        done = state["epoch"] * len(self) + state["position"]
-        self.reader.first, self.running = done % max(self.workers, 1), None
+        self.part = self.reader.first = state["part"]
+        self.running = None
 
     def about(self) -> dict[str, Any]:
         """What the order depends on."""
