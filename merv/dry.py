@@ -242,7 +242,7 @@ def _loss(model: Any, features: list[dict[str, Grid]], load: Load) -> Tensor:
         clips = len(next(iter(own.values())).values)
         question = torch.empty(clips, model.fusion.width) if model.fusion.mixer.conditioned else None
         tokens.append(model.vision.fuse(own, question).tokens.flatten(0, 1))
-    visual = torch.cat(tokens) if tokens else torch.empty(0, model.fusion.width)
+    visual = torch.cat(tokens) if tokens else model.fusion.nothing()[:0]
     with _no_packing_found():
         logits = model.logits(_Sized.of(load), visual, torch.zeros(load.answers, dtype=torch.long)).float()
     labels = torch.zeros(load.rows * load.answers, dtype=torch.long)
@@ -280,8 +280,6 @@ class _Sized(Packed):
 
     def embed(self, table: nn.Module, visual: Tensor) -> Tensor:
         words = table(self.ids)
-        if not len(visual):
-            return words
         row, column = torch.zeros(2, self.places, dtype=torch.long)
         some = visual[torch.zeros(self.places, dtype=torch.long)]
         return words.index_put((row, column), some.to(words))

@@ -116,7 +116,7 @@ def make_plan(training: Any, data: Any, setup: Setup, *, gpu: bool = True, probe
     h: Any = training.hparams
     model = on_meta(training, setup.precision)
     visual = math.prod(h.grid) * model.fusion.mixer.tokens_per_cell()
-    batches = measure(data, model, h.fill, probe)
+    batches = measure(data, model, h.fill, probe, setup.devices)
     parts = {
         name: (sum(p.numel() for p in own.values()), name in model.trained)
         for name, own in model.parts().items()

@@ -40,9 +40,9 @@ class Batches:
     measured: int
 
 
-def measure(data: Any, model: VideoLLM, fill: int | None, probe: int) -> Batches:
+def measure(data: Any, model: VideoLLM, fill: int | None, probe: int, devices: int = 1) -> Batches:
     """Sizes of batches, of up to `probe` samples of the training data; guessed where there is no file."""
-    samples, chosen = _samples(data, probe)
+    samples, chosen = _samples(data, probe, devices)
     rows = [_rows(sample.conversations, model, data.questions) for sample in chosen]
     if not rows:
         rows = [_rows([ask(GUESS[0], "video", answer=GUESS[1])], model, 1)]
@@ -66,12 +66,12 @@ def measure(data: Any, model: VideoLLM, fill: int | None, probe: int) -> Batches
     )
 
 
-def _samples(data: Any, probe: int) -> tuple[int, list[Any]]:
+def _samples(data: Any, probe: int, devices: int) -> tuple[int, list[Any]]:
     """How many samples an epoch has, and up to `probe` of them; none where there is no file."""
     try:
         if data.stream:
             samples = list(islice(stream_samples(data.train_source), probe))
-            return data.length * data.batch_size, samples
+            return data.length * data.batch_size * devices, samples  # each has batches of its own
         grouped, data.group = data.group, False  # else all of them would be read
         data.setup("fit")
         data.group = grouped

@@ -175,6 +175,24 @@ def test_steps_are_epochs_over_the_global_batch(llm, data):
     assert plan.seconds(1e-6, 0.5) == pytest.approx(3 * sum(plan.flops.values()) / 0.5e6)
 
 
+def test_a_step_of_a_stream_is_a_batch_of_each_device(llm, tmp_path, monkeypatch):
+    from datasets import Dataset, config
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    talk = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]
+    Dataset.from_dict({"messages": [talk] * 3}).to_parquet(tmp_path / "a.parquet")
+    data = ChatData(str(tmp_path / "a.parquet"), batch_size=2, stream=True, length=40)
+    plan = plan_of(llm, data, Setup(devices=4, accumulate=2, max_epochs=1))
+    assert (plan.steps, plan.batches.samples) == (20, 320)
+
+
+def test_a_batch_without_a_video_trains_what_takes_videos(llm):
+    cost = dry(llm, Load(videos=0, rows=2, length=40, answers=5, visual=0))
+    seeing = dry(llm, Load(videos=2, rows=2, length=40, answers=5, visual=8))
+    assert 0 < cost.flops["backward"] < seeing.flops["backward"]
+    assert cost.held == seeing.held
+
+
 # The command --------------------------------------------------------------------------------
 
 
