@@ -78,13 +78,26 @@ class Checkpoints(ModelCheckpoint):
             mode="max",
             save_top_k=keep,
             every_n_train_steps=every,
+            save_on_train_epoch_end=True,  # else one that falls on the end of an epoch waits for validation
             enable_version_counter=False,
         )
 
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """What a run goes on from is saved; saved again amid an accumulation, it would lack a part."""
+        super().on_train_start(trainer, module)
+        self._last_global_step_saved = trainer.global_step
+
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *rest: Any) -> None:
         super().on_train_batch_end(trainer, module, *rest)
-        last = trainer.global_step == trainer.estimated_stepping_batches
-        if last and self._last_global_step_saved != trainer.global_step:
+        if trainer.should_stop or trainer.global_step == trainer.estimated_stepping_batches:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        super().on_train_end(trainer, module)
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if self._last_global_step_saved != trainer.global_step:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
@@ -102,8 +115,8 @@ class Best(ModelCheckpoint):
 
 def newest(folder: str | Path) -> Path | None:
     """The checkpoint of a run that has trained longest, or None."""
-    found = [p for p in Path(folder).glob("step=*") if (p / META).is_file()]
-    return max(found, key=lambda p: int(p.name.partition("=")[2]), default=None)
+    found = [p for p in Path(folder).glob("step=*") if p.name[5:].isdigit() and (p / META).is_file()]
+    return max(found, key=lambda p: int(p.name[5:]), default=None)
 
 
 def random_states() -> dict[str, Any]:

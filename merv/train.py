@@ -266,7 +266,8 @@ class Training(LightningModule):
             hits = self.right.get(kind, [])
             right, count = sum_over_processes([sum(hits), len(hits)], self.device)
             every.append((right, count))
-            self.log(f"val/{kind or 'accuracy'}", right / count, sync_dist=True)
+            name = f"{kind}_" if kind in ("all", "loss", "accuracy") else kind or "accuracy"
+            self.log(f"val/{name}", right / count, sync_dist=True)
         missed, tokens = sum_over_processes([self.missed, self.asked_tokens], self.device)
         if every:
             right, count = map(sum, zip(*every, strict=True))
@@ -322,6 +323,14 @@ class Training(LightningModule):
         states = checkpoint["random"]
         self.random = states[self.global_rank] if len(states) == processes() else None
         self.guard.past.extend(checkpoint["losses"])
+
+    def on_train_start(self) -> None:
+        """Rates by this run's schedule, also where the one before was of another length."""
+        for config in self.trainer.lr_scheduler_configs:
+            schedule: Any = config.scheduler
+            rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            for group, (peak, share) in zip(schedule.optimizer.param_groups, rates, strict=True):
+                group["lr"] = peak * share(schedule.last_epoch)
 
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
         if self.random is not None:

@@ -198,11 +198,13 @@ class CleanStop(Callback):
     ) -> None:
         if module.stop:
             self._save(trainer)
+            trainer.limit_val_batches = 0  # who asked does not wait for a validation
             trainer.should_stop = True
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         self._put_back()
         if isinstance(exception, BadLoss) and trainer.global_step:
+            trainer.fit_loop.epoch_loop.batch_progress.increment_processed()  # to go on behind its batch
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -216,6 +218,8 @@ class CleanStop(Callback):
     def _save(self, trainer: Trainer) -> None:
         self.stopped = True
         trainer.save_checkpoint(Path(trainer.default_root_dir) / CHECKPOINTS / f"step={trainer.global_step}")
+        for callback in trainer.checkpoint_callbacks:
+            callback._last_global_step_saved = trainer.global_step  # type: ignore[attr-defined]
         if trainer.is_global_zero:
             print(f"\nStopped after step {trainer.global_step}. To go on: the same with --ckpt_path=last")
 

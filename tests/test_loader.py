@@ -1,7 +1,10 @@
 """Loading: the batches after a resume are those that would have come."""
 
 import json
+import multiprocessing
+import os
 import re
+import signal
 
 import pytest
 import torch
@@ -214,6 +217,16 @@ def test_too_many_bad_samples_stop_the_run_even_after_a_resume(tmp_path, rows):
     second.load_state_dict(first.state_dict())
     with pytest.raises(DataError, match=r"2 samples could not be used; data\.max_skipped is 1"):
         next(iter(second))
+
+
+def test_workers_are_not_in_the_group_that_a_terminal_or_a_scheduler_signals(tmp_path, rows):
+    loader = chat(tmp_path / "a.jsonl", *[rows[0]] * 3, batch_size=1, workers=1).train_dataloader()
+    batches, known = iter(loader), multiprocessing.active_children()
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - set(known)
+    assert os.getpgid(worker.pid) == worker.pid != os.getpgrp()
+    os.kill(worker.pid, signal.SIGINT)
+    assert len(list(batches)) == 2
 
 
 def test_a_video_is_read_once_in_a_batch(tmp_path, rows):

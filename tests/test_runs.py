@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Callback, Trainer
-from safetensors.torch import load_file
+from running import QUIET, difference, fit, make_material, weights
 
 from merv import resume
 from merv.cli import main
@@ -18,30 +18,17 @@ from merv.data import ChatData
 from merv.errors import CheckpointError, DataError, TrainingError
 from merv.resume import newest
 from merv.scale import whole_state
-from merv.testing import make_video, tiny_llm
 from merv.train import Training, compare
-from merv.train_cli import NOISE, check_keys, described
+from merv.train_cli import check_keys, described
 from merv.video_llm import VideoLLM
 from merv.watch import Guard
 
-pytestmark = [
-    *(pytest.mark.filterwarnings(f"ignore:.*{re.escape(words)}.*") for words in NOISE),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-]
+pytestmark = QUIET
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
-    """A tiny LLM, videos, questions with answers of unequal length."""
-    folder = tmp_path_factory.mktemp("material")
-    tiny_llm(folder / "llm")
-    rows = []
-    for number in range(6):
-        make_video(folder / f"{number}.mp4", frames=4)
-        asked = {"question": "Who?", "answer": "ab"[number % 2] * (1 + 3 * number), "kind": "who"}
-        rows.append({"video": f"{number}.mp4", "questions": [asked]})
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
+    return make_material(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture(scope="module")
@@ -50,35 +37,6 @@ def started(material, tmp_path_factory):
     out = tmp_path_factory.mktemp("started")
     assert fit(material, out, trainer__max_epochs=1) == 0
     return out / "model"
-
-
-def fit(material, out, **options) -> int:
-    """`merv fit` with options by part__name."""
-    values = {
-        "model__llm": material / "llm",
-        "model__encoders": "[fake]",
-        "model__grid": "[2,1,1]",
-        "model__lr": 1e-2,
-        "model__store": "memory",
-        "data__train": material / "data.jsonl",
-        "data__batch_size": 2,
-        "data__workers": 0,
-        "trainer__default_root_dir": out,
-        "trainer__max_epochs": 2,
-        "trainer__accelerator": "cpu",
-        "trainer__logger": "false",
-        "trainer__enable_progress_bar": "false",
-        **options,
-    }
-    return main(["fit", *(f"--{name.replace('__', '.')}={value}" for name, value in values.items())])
-
-
-def weights(out) -> dict:
-    return load_file(out / "model/model.safetensors")
-
-
-def difference(one, other) -> float:
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 class Interrupt(Callback):
@@ -186,25 +144,6 @@ def test_rates_that_the_optimizer_would_not_take_are_refused(material, tmp_path,
     assert (
         "The checkpoint has lr_of None, this run {'mixer': 0.5}: set it as it was" in capsys.readouterr().err
     )
-
-
-def test_after_a_loss_that_was_no_number_a_run_goes_on_behind_its_batch(material, tmp_path, monkeypatch):
-    options = {"trainer__max_epochs": 1, "data__batch_size": 1}
-    loss_sum, step, seen = VideoLLM.loss_sum, Training.training_step, []
-
-    def recorded(self, batch, index):
-        seen.extend(batch.origins)
-        return step(self, batch, index)
-
-    def poisoned(self, groups):
-        total, tokens = loss_sum(self, groups)
-        return (total * float("nan") if len(seen) == 3 else total), tokens
-
-    monkeypatch.setattr(Training, "training_step", recorded)
-    monkeypatch.setattr(VideoLLM, "loss_sum", poisoned)
-    assert fit(material, tmp_path, **options) == 2
-    assert fit(material, tmp_path, **options, ckpt_path="last") == 0
-    assert len(seen) == len(set(seen)) == 6
 
 
 def test_a_loss_that_is_no_number_is_not_learned_from(material, tmp_path, capsys, monkeypatch):

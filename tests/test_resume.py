@@ -1,0 +1,138 @@
+"""Runs that were stopped or killed anywhere go on as if nothing had been."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from running import QUIET, difference, fit, make_material, weights
+
+from merv.resume import newest
+from merv.train import Training
+from merv.video_llm import VideoLLM
+
+pytestmark = QUIET
+ALL = {"checkpoints__every": 1, "checkpoints__keep": -1}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    return make_material(tmp_path_factory.mktemp("material"))
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def recorded(monkeypatch, of=lambda module, batch: batch.origins[0].rpartition(":")[2]) -> list:
+    """Gets an entry for each micro-batch that is trained on."""
+    seen, step = [], Training.training_step
+
+    def record(self, batch, index):
+        seen.append(of(self, batch))
+        return step(self, batch, index)
+
+    monkeypatch.setattr(Training, "training_step", record)
+    return seen
+
+
+# Micro-batches that are accumulated, validation within an epoch, epochs that end within an accumulation
+ARRANGED = {"data__batch_size": 1, "trainer__accumulate_grad_batches": 4, "trainer__val_check_interval": 3}
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_goes_on_from_each_of_its_steps_to_the_same_weights(material, tmp_path):
+    options = {**ARRANGED, **ALL, "data__val": material / "data.jsonl"}
+    assert fit(material, tmp_path / "whole", **options) == 0
+    assert names(tmp_path / "whole") == ["best", "step=1", "step=2", "step=3", "step=4"]
+    for step in ("step=1", "step=2", "step=3"):
+        shutil.copytree(tmp_path / "whole/checkpoints" / step, tmp_path / step / "checkpoints" / step)
+        assert fit(material, tmp_path / step, **options, ckpt_path="last") == 0
+        assert difference(weights(tmp_path / "whole"), weights(tmp_path / step)) == 0
+
+
+def test_a_checkpoint_is_not_written_again_by_the_run_that_goes_on_from_it(material, tmp_path):
+    options = {"data__batch_size": 1, "trainer__accumulate_grad_batches": 2, **ALL}
+    assert fit(material, tmp_path, trainer__max_epochs=1, **options) == 0
+    before = (tmp_path / "checkpoints/step=3").stat().st_ino
+    assert fit(material, tmp_path, **options, ckpt_path="last") == 0
+    assert (tmp_path / "checkpoints/step=3").stat().st_ino == before
+
+
+def test_after_a_loss_that_was_no_number_a_run_goes_on_behind_its_step(material, tmp_path, monkeypatch):
+    options = {
+        "data__batch_size": 1,
+        "trainer__accumulate_grad_batches": 2,
+        "data__val": material / "data.jsonl",
+    }
+    options |= {"trainer__max_epochs": 1, "trainer__num_sanity_val_steps": 0}
+    seen = recorded(monkeypatch, of=lambda module, batch: (module.global_step, batch.origins[0]))
+    loss_sum, validated = VideoLLM.loss_sum, []
+
+    def poisoned(self, groups):
+        total, tokens = loss_sum(self, groups)
+        return (total * float("nan") if len(seen) == 3 else total), tokens
+
+    monkeypatch.setattr(VideoLLM, "loss_sum", poisoned)
+    monkeypatch.setattr(
+        Training, "on_validation_epoch_start", lambda self: validated.append(self.global_step)
+    )
+    monkeypatch.setattr(Training, "validation_step", lambda *_: None)
+    monkeypatch.setattr(Training, "on_validation_epoch_end", lambda self: self.log("val/all", 0.0))
+    assert fit(material, tmp_path, **options) == 2
+    assert fit(material, tmp_path, **options, ckpt_path="last") == 0
+    assert len({origin for _, origin in seen}) == len(seen) == 6
+    assert [step for step, _ in seen] == [0, 0, 1, 1, 1, 1]  # the second step was not learned from
+    assert validated == [2]
+    assert names(tmp_path) == ["best", "step=1", "step=2"]
+
+
+def test_a_run_that_ends_early_leaves_a_checkpoint(material, tmp_path, monkeypatch):
+    def enough(self, *_):
+        self.trainer.should_stop = self.global_step == 2
+
+    monkeypatch.setattr(Training, "on_train_batch_end", enough)
+    monkeypatch.setattr(Training, "on_before_zero_grad", enough)
+    assert fit(material, tmp_path) == 0
+    assert names(tmp_path) == ["step=2"]
+    assert (tmp_path / "model").is_dir()
+
+
+def test_who_stops_a_run_waits_for_no_validation(material, tmp_path, monkeypatch):
+    validated = []
+    monkeypatch.setattr(
+        Training, "on_train_batch_start", lambda self, *_: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    monkeypatch.setattr(Training, "validation_step", lambda self, *_: validated.append(self.global_step))
+    options = {"data__val": material / "data.jsonl", "trainer__num_sanity_val_steps": 0}
+    assert fit(material, tmp_path, **options) == 130
+    assert names(tmp_path) == ["step=1"]
+    assert not validated
+
+
+def test_a_run_that_is_made_longer_has_the_rates_of_the_long_one(material, tmp_path, monkeypatch):
+    rates = recorded(monkeypatch, of=lambda module, _: module.optimizers().param_groups[0]["lr"])
+    assert fit(material, tmp_path / "long", trainer__max_epochs=4) == 0
+    long = rates[6:]
+    rates.clear()
+    assert fit(material, tmp_path / "short") == 0
+    assert fit(material, tmp_path / "short", trainer__max_epochs=4, ckpt_path="last") == 0
+    assert rates[6:] == long
+
+
+def test_the_newest_checkpoint_is_found_beside_folders_of_other_names(tmp_path):
+    for name in ("step=9", "step=10", "step=11-good", "step=12"):
+        (tmp_path / name).mkdir()
+        if name != "step=12":
+            (tmp_path / name / "training.pt").touch()
+    assert newest(tmp_path) == tmp_path / "step=10"
+
+
+def test_kinds_of_questions_may_have_the_names_of_what_is_logged(material, tmp_path):
+    text = (material / "data.jsonl").read_text()
+    (material / "all.jsonl").write_text(text.replace('"who"', '"all"'))
+    assert fit(material, tmp_path, data__val=material / "all.jsonl", trainer__max_epochs=1) == 0
+    rest = torch.load(tmp_path / "checkpoints/best/training.pt", weights_only=True)
+    assert rest["global_step"] == 3
