@@ -9,10 +9,11 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from merv.checkpoint import check_free
 from merv.data import ChatData
-from merv.errors import CheckpointError
+from merv.errors import CheckpointError, MervError, TrainingError
 from merv.plot import LossPlot
 from merv.resume import CHECKPOINTS, Best, Checkpoints, Folders, newest
 from merv.train import Training, save
@@ -38,6 +39,15 @@ class Fit(LightningCLI):
         """The parts of a recipe besides trainer, model and data."""
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(SampleAnswers, "answers")
+
+    def instantiate_classes(self) -> None:
+        """Make trainer, model and data; raises TrainingError where Lightning cannot, of the options."""
+        try:
+            super().instantiate_classes()
+        except MervError:
+            raise
+        except (ImportError, ValueError, TypeError, MisconfigurationException) as error:
+            raise TrainingError(f"The run cannot be set up: {error}") from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """The trainer with what a run has unless it is told otherwise."""

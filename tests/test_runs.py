@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -362,6 +363,17 @@ def test_a_recipe_that_is_none_is_named(tmp_path, text, said):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(TrainingError, match=said):
         check_keys(["--config", str(tmp_path / "mine.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("--trainer.strategy=shardedd", "shardedd"), ("--trainer.logger=WandbLogger", "wandb")],
+)
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="it can be used here")
+def test_what_lightning_cannot_make_is_told_without_a_traceback(material, tmp_path, capsys, option, said):
+    name, _, value = option.removeprefix("--").partition("=")
+    assert fit(material, tmp_path, **{name.replace(".", "__"): value}) == 2
+    assert re.search(f"(?s)merv: The run cannot be set up: .*{said}", capsys.readouterr().err)
 
 
 def test_help_teaches(capsys):
