@@ -293,7 +293,14 @@ class MultiEncoder(Shared, nn.Module):
         return cls(encoders, sampling=sampling, **{**options, "grid": tuple(options["grid"])})
 
     def kept(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: projectors and mixer. Frozen encoders are named, not copied."""
+        """What a checkpoint holds: projectors and mixer. Frozen encoders are named, not copied.
+
+        Raises CheckpointError where an encoder was trained: only a VideoLLM keeps that.
+        """
+        if self.changed:
+            raise CheckpointError(
+                f"{', '.join(sorted(self.changed))} has been trained and would be lost: save the VideoLLM."
+            )
         return {} if self.fusion is None else self.fusion.state_dict()
 
     @classmethod

@@ -1,13 +1,13 @@
 """Kill a run at every point, go on, and compare: weights to the bit, samples one by one.
 
-    python benchmarks/training/kill.py [--out outputs/kill] [--each 6]
+    python benchmarks/training/kill.py [--out outputs/kill] [--each 5]
 
 Each run is a process of its own that gets SIGKILL, which no program can see coming, inside one phase: while
 it waits for data, in the forward pass, half-way back, in the optimizer, while a checkpoint is written,
-between epochs. Then `--ckpt_path=auto` goes on. In the end there must be the same bytes in model.safetensors
-as without any kill, and every step must have trained on the same samples. The run has a LoRA with dropout,
-accumulates gradients, validates, mixes two sets by weight, groups by length; every second kill has two
-workers for the data.
+between epochs. Then `--ckpt_path=auto` goes on, is killed once more in one of its first forward passes, if it
+comes to that, and goes on. In the end there must be the same bytes in model.safetensors as without any kill,
+and every step must have trained on the same samples. The run has a LoRA with dropout, accumulates gradients,
+validates within epochs, mixes two sets by weight, groups by length; every second one has two workers.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def half_saved(count: int) -> Callable[..., Any]:
         calls["now"] += 1
         save(what, to)
         if calls["now"] == count:
-            os.truncate(to, os.path.getsize(to) // 2)
+            to.truncate(to.tell() // 2)
             die()
 
     return saving
@@ -140,12 +140,14 @@ def arguments(data: Path, out: Path, workers: int) -> list[str]:
         data__train=json.dumps(sets),
         data__val=data / "more.jsonl",
         data__batch_size=2,
+        data__group="true",
         data__workers=workers,
         model__lora="{rank: 2, dropout: 0.1}",
         trainer__max_epochs=3,
         trainer__accumulate_grad_batches=2,
         trainer__callbacks=json.dumps([log]),
         trainer__num_sanity_val_steps=0,
+        trainer__val_check_interval=5,
         checkpoints__every=2,
         ckpt_path="auto",
     )
@@ -155,7 +157,7 @@ def main() -> None:
     """Once without a kill, then kill after kill; a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/kill"))
-    parser.add_argument("--each", type=int, default=6, help="kills in each phase (default: %(default)s)")
+    parser.add_argument("--each", type=int, default=5, help="kills in each phase (default: %(default)s)")
     parser.add_argument("--publish", action="store_true", help="write the table to benchmarks/results")
     args = parser.parse_args()
     base = args.out.resolve()
@@ -175,11 +177,13 @@ def main() -> None:
         count = 1 + (number * max(1, PHASES[phase] // args.each)) % PHASES[phase]
         row = table[phase]
         row["killed"] += child(out, run_of, (phase, count)) == -signal.SIGKILL
-        row["went on"] += child(out, run_of) == 0
+        ended = child(out, run_of, ("forward", 2 + number % 4))
+        row["killed again"] += ended == -signal.SIGKILL
+        row["went on"] += (child(out, run_of) if ended else ended) == 0
         if (out / "model/model.safetensors").is_file():
             row["equal weights"] += (out / "model/model.safetensors").read_bytes() == weights
             row["equal samples"] += read(out / "trained.jsonl") == samples
-    columns = ("killed", "went on", "equal weights", "equal samples")
+    columns = ("killed", "killed again", "went on", "equal weights", "equal samples")
     lines = [f"| phase | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     lines += [
         f"| {phase} | " + " | ".join(str(row[c]) for c in columns) + " |" for phase, row in table.items()
