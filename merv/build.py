@@ -19,8 +19,11 @@ SAME = ("grid", "mixer", "projector", "norm", "align", "backend", "resample")  #
 
 
 def check_named(h: Any) -> None:
-    """Raise TrainingError for a part, an encoder or a mixer that options name and there is not."""
-    names = list(by_name(h.encoders))
+    """Raise TrainingError for a part or a mixer that options name and there is not; UnknownEncoder."""
+    named = by_name(h.encoders)
+    for typed in named.values():  # by the user, so that the folder of `start` may name it too
+        find_encoder(str(typed).partition("/")[0])
+    names = list(named)
     parts = ["projector", "mixer", "lora", "llm", *names]
     parts += [f"{part}.{name}" for part in ("projector", "mixer") for name in names]
     for option, given, known in (
@@ -76,8 +79,6 @@ def started(h: Any) -> VideoLLM:
     if kind != VideoLLM.kind:
         raise TrainingError(f"model.start, {h.start}, holds a {kind!r}; wanted a {VideoLLM.kind!r}.")
     saved = config["vision"]["encoders"]
-    for typed in own.values():  # by the user, so that the folder may name it too
-        find_encoder(typed.partition("/")[0])
     model = VideoLLM.from_pretrained(
         start,
         llm=h.llm,

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from merv.errors import CheckpointError
+from merv.suggest import nearest
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = 1
@@ -40,6 +41,7 @@ def write_model(
     write_config(folder, kind, config)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     save_file(tensors, Path(folder) / WEIGHTS)
+    shutil.copymode(Path(folder) / CONFIG, Path(folder) / WEIGHTS)  # else its owner's alone
 
 
 def write_config(folder: str | Path, kind: str, config: Mapping[str, Any]) -> None:
@@ -97,13 +99,12 @@ def read_config(folder: str | Path, beside: str = WEIGHTS) -> tuple[str, dict[st
     folder = Path(folder)
     put_back(folder)
     if not folder.is_dir():
-        steps = sorted(folder.parent.glob("checkpoints/step=*"), key=lambda p: p.stat().st_mtime)
-        so_far = f" A run that did not reach its end left {steps[-1]}." if steps else ""
-        raise CheckpointError(f"There is no folder {folder}.{so_far}")
+        raise CheckpointError(f"There is no folder {folder}.{_instead(folder.parent, folder.name)}")
     if not (folder / CONFIG).is_file() or not (folder / beside).is_file():
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise CheckpointError(
             f"{folder} is no checkpoint of merv: it needs {CONFIG} and {beside}; there is {there}."
+            f"{_instead(folder, 'model')}"
         )
     try:
         config = json.loads((folder / CONFIG).read_text())
@@ -112,6 +113,15 @@ def read_config(folder: str | Path, beside: str = WEIGHTS) -> tuple[str, dict[st
     if config.pop("merv", None) != FORMAT:
         raise CheckpointError(f"{folder} was not written by merv, or by another version of it.")
     return config.pop("kind"), config
+
+
+def _instead(run: Path, typed: str) -> str:
+    """What there is in the folder of a run, for messages."""
+    models = [path.parent.name for path in run.glob(f"*/{CONFIG}")]
+    if "model" in models:
+        return nearest(typed, models)
+    steps = sorted(run.glob("checkpoints/step=*"), key=lambda path: path.stat().st_mtime)
+    return f" A run that did not reach its end left {steps[-1]}." if steps else nearest(typed, models)
 
 
 def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

@@ -7,6 +7,7 @@ A row of COMMANDS names a module with `add_arguments(parser)` and `run(args)`, o
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that wait by spinning make a busy machine many times slower, and threads that never spin a
     # quiet one half as fast again: they spin briefly. Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of faster kernels in every run
     try:
         arguments = _parser().parse_args(typed or ["--help"])
         command = _command(arguments.command)

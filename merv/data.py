@@ -54,6 +54,7 @@ class ChatData(LightningDataModule):
     on_error: what to do about a sample that cannot be used: `raise`, or `skip` it, with a line in
         the log and in `skipped.jsonl` in the run's folder. Nothing stands in for it.
     max_skipped: stop when a process has skipped more distinct samples; None: 1 % of the samples, or 10.
+    root: the folder that paths in rows begin at; None: that of their file.
     stream: read `train` once through and hold nothing, for what is too large to index; then `length` is
         how many batches an epoch has, and `block` how many samples are shuffled together.
 
@@ -74,6 +75,7 @@ class ChatData(LightningDataModule):
         stream: bool = False,
         length: int | None = None,
         block: int = 256,
+        root: str | None = None,
     ) -> None:
         super().__init__()
         if min(batch_size, questions, block) < 1 or on_error not in get_args(OnError):
@@ -94,6 +96,7 @@ class ChatData(LightningDataModule):
         )
         self.seed, self.group, self.workers, self.on_error = seed, group, workers, on_error
         self.max_skipped, self.stream, self.length, self.block = max_skipped, stream, length, block
+        self.root = root
         self.train: Sequence[Sample] = ()
         self.content = ""  # a hash of it
         self.val: Sequence[Sample] = ()
@@ -108,13 +111,14 @@ class ChatData(LightningDataModule):
         """Open the files; what is wrong with them comes now, before anything slow."""
         if not self.train and not self.stream:
             source = self.train_source
-            sets = [open_samples(each) for each in (source if isinstance(source, Mapping) else [source])]
+            sources = source if isinstance(source, Mapping) else [source]
+            sets = [open_samples(each, self.root) for each in sources]
             self.sizes = [len(samples) for samples in sets]
             self.train = Samples([file for samples in sets for file in samples.files])
             self.content = content_of([file.path for samples in sets for file in samples.files])
             self.known = kinds_and_lengths(self.train, self.on_error) if self.group else None
         if self.val_source is not None:
-            self.val = self.val or open_samples(self.val_source)
+            self.val = self.val or open_samples(self.val_source, self.root)
 
     # Loaders ------------------------------------------------------------------------------
 
@@ -154,7 +158,7 @@ class ChatData(LightningDataModule):
             from merv.sources import stream_samples
             from merv.stream_loader import StreamLoader, StreamReader
 
-            source = stream_samples(self.train_source)
+            source = stream_samples(self.train_source, self.root)
             stream = StreamReader(source, batches, self.batch_size, self.block, process, processes)
             return StreamLoader(stream, length=self.length or 1, **options)
         weights = list(self.train_source.values()) if isinstance(self.train_source, Mapping) else None
@@ -228,8 +232,8 @@ class ChatData(LightningDataModule):
         folder = None if self.trainer is None else self.trainer.default_root_dir
         return Skips(self.on_error, most, folder)
 
-    def videos(self) -> Iterator[Any]:
-        """Each distinct video of both files once; those of a stream are not known.
+    def videos(self) -> Iterator[tuple[str, Any]]:
+        """Each distinct video of both files once, with the first row that has it; a stream's are not known.
 
         A row that is wrong is an error, or, to be skipped later, passed over.
         """
@@ -240,7 +244,7 @@ class ChatData(LightningDataModule):
                     for video in samples[number].videos():
                         if hash(video) not in seen:
                             seen.add(hash(video))
-                            yield video
+                            yield samples[number].origin, video
 
 
 def kinds_and_lengths(

@@ -138,6 +138,14 @@ class BatchReader(Dataset):
         return {**part, part["type"]: result}
 
 
+def bad_sample(origin: str, reason: str) -> DataError:
+    """What ends a run where bad samples are not skipped."""
+    return DataError(
+        f"{origin}: {reason} To pass over such samples, set data.on_error to skip; `merv data check` finds "
+        "them all."
+    )
+
+
 class Skips:
     """What to do about samples that cannot be used: stop at once, or note them, up to a limit.
 
@@ -152,10 +160,7 @@ class Skips:
         """Raises DataError for the first bad sample, or for the one that is too many."""
         for origin, reason in batch.skipped:
             if self.on_error == "raise":
-                raise DataError(
-                    f"{origin}: {reason} To pass over such samples, set data.on_error to skip; "
-                    "`merv data check` finds them all."
-                )
+                raise bad_sample(origin, reason)
             if origin not in self.reasons:
                 self.reasons[origin] = reason
                 self._note(origin, reason)

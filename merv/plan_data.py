@@ -70,7 +70,7 @@ def _samples(data: Any, probe: int, devices: int) -> tuple[int, list[Any]]:
     """How many samples an epoch has, and up to `probe` of them; none where there is no file."""
     try:
         if data.stream:
-            samples = list(islice(stream_samples(data.train_source), probe))
+            samples = list(islice(stream_samples(data.train_source, data.root), probe))
             return data.length * data.batch_size * devices, samples  # each has batches of its own
         grouped, data.group = data.group, False  # else all of them would be read
         data.setup("fit")

@@ -82,6 +82,14 @@ class Checkpoints(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    @property
+    def state_key(self) -> str:
+        """The same whatever `every` is, so that what was saved before is known and rotated."""
+        return "Checkpoints"
+
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        return previous != current  # Lightning would keep all that a run ever went on from
+
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """What a run goes on from is saved; saved again amid an accumulation, it would lack a part."""
         super().on_train_start(trainer, module)
@@ -90,14 +98,15 @@ class Checkpoints(ModelCheckpoint):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *rest: Any) -> None:
         super().on_train_batch_end(trainer, module, *rest)
         if trainer.should_stop or trainer.global_step == trainer.estimated_stepping_batches:
-            self._save(trainer)
+            self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_train_end(trainer, module)
-        self._save(trainer)
+        self.save(trainer)
 
-    def _save(self, trainer: Trainer) -> None:
-        if self._last_global_step_saved != trainer.global_step:
+    def save(self, trainer: Trainer, again: bool = False) -> None:
+        """Now, where this step is not saved already; `again`, also where it is."""
+        if again or self._last_global_step_saved != trainer.global_step:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
@@ -109,7 +118,13 @@ class Best(ModelCheckpoint):
     def __init__(self, folder: Path, monitor: str = "val/all") -> None:
         mode = "min" if monitor == "val/loss" else "max"
         super().__init__(
-            folder, "best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False
+            folder,
+            "best",
+            monitor=monitor,
+            mode=mode,
+            save_top_k=1,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
         )
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from merv.checkpoint import first_difference, save_folder
 from merv.data import Batch, ChatData
 from merv.errors import BadLoss, CheckpointError, TrainingError
 from merv.llm import LoraOptions, checkpoint_layers, shares_rows
-from merv.loader import BAD
+from merv.loader import BAD, bad_sample
 from merv.resume import random_states, set_random_states
 from merv.scale import gathered, mean_divides_by, processes, shard, sum_over_processes, total_norm, unsharded
 from merv.store import FeatureStore
@@ -87,7 +86,7 @@ class Training(LightningModule):
         checkpoint_llm: bool = False,
         fill: int | None = None,
         compile: Sequence[str] = (),
-        spike: float | None = 5.0,
+        spike: float | None = 10.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["lora"])  # plain values only: checkpoints are never unpickled
@@ -209,7 +208,7 @@ class Training(LightningModule):
         if isinstance(data, ChatData) and self.model.store is not None:
             videos = list(data.videos())
             own = videos[self.global_rank :: self.trainer.world_size]
-            encode_all(self.model, own, skip=data.on_error == "skip")
+            encode_all(self.model, own, data.on_error == "skip", lambda: self.asked)
             self.trainer.strategy.barrier()
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
@@ -362,16 +361,28 @@ def warm_up_and_cosine(step: int, *, warm: int, steps: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def encode_all(model: VideoLLM, videos: Sequence[Any], skip: bool = False) -> None:
+def encode_all(
+    model: VideoLLM, videos: Sequence[tuple[str, Any]], skip: bool = False, asked: Callable = bool
+) -> None:
     """Fill the model's feature store, with a progress bar; what is there already is not computed.
 
-    skip: pass over a video that cannot be used; whoever asks for it later is told.
+    videos: pairs of an origin, for messages, and a video. skip: pass over a video that cannot be used;
+    whoever asks for it later is told. asked: whether to stop, looked at before each.
     """
     from tqdm import tqdm
 
-    for video in tqdm(videos, "Encoding videos, once", unit="video", mininterval=1.0):
-        with suppress(*BAD) if skip else nullcontext():
+    for origin, video in tqdm(videos, "Encoding videos, once", unit="video", mininterval=1.0):
+        if asked():
+            folder = model.store.folder if model.store else None
+            kept = (
+                "Nothing is kept, as the store is in memory" if folder is None else f"{folder} keeps the rest"
+            )
+            raise TrainingError(f"Stopped before all videos were encoded. {kept}; the same command goes on.")
+        try:
             model.vision.features([video], store=model.store)
+        except BAD as error:
+            if not skip:
+                raise bad_sample(origin, f"{type(error).__name__}: {error}") from error
 
 
 def save(training: Training, folder: str | Path) -> Path:

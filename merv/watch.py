@@ -18,7 +18,7 @@ from torch import Tensor
 
 from merv.errors import BadLoss
 from merv.loader import BAD
-from merv.resume import CHECKPOINTS
+from merv.resume import CHECKPOINTS, Checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Pace(Callback):
         a_batch = (waited + took) / len(self.steps)
         pace = {"tokens/s": answered / (waited + took), "wait": waited / (waited + took), "GB": memory_gb()}
         steps = trainer.estimated_stepping_batches
-        left = (steps - trainer.global_step) * trainer.accumulate_grad_batches * a_batch / 60
+        left = round((steps - trainer.global_step) * trainer.accumulate_grad_batches * a_batch / 60, 1)
         module.log_dict({**pace, "min_left": left}, prog_bar=True, batch_size=1)
 
 
@@ -183,7 +183,13 @@ class CleanStop(Callback):
         self.stopped = False
         self._before: dict[signal.Signals, Any] = {}
 
+    def on_fit_start(self, trainer: Trainer, module: Any) -> None:
+        self._listen(module)
+
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
+        self._listen(module)  # in between, Lightning has set handlers of its own
+
+    def _listen(self, module: Any) -> None:
         def ask(*_: Any) -> None:
             if module.asked:
                 raise KeyboardInterrupt
@@ -191,7 +197,9 @@ class CleanStop(Callback):
             print("\nStopping after this step, with a checkpoint. Once more to stop at once.", flush=True)
 
         if threading.current_thread() is threading.main_thread():
-            self._before = {which: signal.signal(which, ask) for which in (signal.SIGINT, signal.SIGTERM)}
+            for which in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(which, ask)
+                self._before.setdefault(which, before)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
@@ -205,7 +213,7 @@ class CleanStop(Callback):
         self._put_back()
         if isinstance(exception, BadLoss) and trainer.global_step:
             trainer.fit_loop.epoch_loop.batch_progress.increment_processed()  # to go on behind its batch
-            self._save(trainer)
+            self._save(trainer, again=True)  # this step may be saved, with that batch to come
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._put_back()
@@ -215,11 +223,14 @@ class CleanStop(Callback):
             signal.signal(which, handler)
         self._before = {}
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, again: bool = False) -> None:
         self.stopped = True
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / CHECKPOINTS / f"step={trainer.global_step}")
-        for callback in trainer.checkpoint_callbacks:
-            callback._last_global_step_saved = trainer.global_step  # type: ignore[attr-defined]
+        kept = [c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints)]
+        for callback in kept:
+            callback.save(trainer, again)
+        if not kept:
+            folder = Path(trainer.default_root_dir) / CHECKPOINTS
+            trainer.save_checkpoint(folder / f"step={trainer.global_step}")
         if trainer.is_global_zero:
             print(f"\nStopped after step {trainer.global_step}. To go on: the same with --ckpt_path=last")
 

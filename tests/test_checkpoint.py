@@ -119,3 +119,17 @@ def test_a_damaged_folder_is_named(tmp_path, file):
     (tmp_path / "a" / file).write_bytes((tmp_path / "a" / file).read_bytes()[:-3])
     with pytest.raises(CheckpointError, match="a is damaged"):
         load_folder(tmp_path / "a", "Thing")
+
+
+def test_what_is_saved_can_be_read_by_whoever_reads_its_config(tmp_path):
+    save_folder(tmp_path / "a", "VideoLLM", {}, {"w": torch.zeros(1)})
+    modes = {(tmp_path / "a" / name).stat().st_mode & 0o777 for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1
+
+
+def test_a_misspelt_folder_names_what_is_there(tmp_path):
+    save_folder(tmp_path / "run/model", "VideoLLM", {}, {"w": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"no folder .*modle\. Did you mean 'model'"):
+        load_folder(tmp_path / "run/modle", "VideoLLM")
+    with pytest.raises(CheckpointError, match=r"is no checkpoint of merv: .*Did you mean 'model'"):
+        load_folder(tmp_path / "run", "VideoLLM")

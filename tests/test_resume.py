@@ -1,6 +1,7 @@
 """Runs that were stopped or killed anywhere go on as if nothing had been."""
 
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from running import QUIET, difference, fit, make_material, weights
 
+from merv.multi_encoder import MultiEncoder
 from merv.resume import newest
 from merv.train import Training
 from merv.video_llm import VideoLLM
@@ -136,3 +138,39 @@ def test_kinds_of_questions_may_have_the_names_of_what_is_logged(material, tmp_p
     assert fit(material, tmp_path, data__val=material / "all.jsonl", trainer__max_epochs=1) == 0
     rest = torch.load(tmp_path / "checkpoints/best/training.pt", weights_only=True)
     assert rest["global_step"] == 3
+
+
+def test_a_bad_loss_right_after_a_checkpoint_is_not_met_again(material, tmp_path, monkeypatch):
+    seen, loss_sum = recorded(monkeypatch), VideoLLM.loss_sum
+
+    def poisoned(self, groups):
+        total, tokens = loss_sum(self, groups)
+        return (total * float("nan") if len(seen) == 3 else total), tokens
+
+    monkeypatch.setattr(VideoLLM, "loss_sum", poisoned)
+    options = {"data__batch_size": 1, "trainer__max_epochs": 1, **ALL}
+    assert fit(material, tmp_path, **options) == 2
+    assert fit(material, tmp_path, **options, ckpt_path="last") == 0
+    assert len(set(seen)) == len(seen) == 6
+
+
+def test_what_a_stopped_run_left_is_rotated_by_the_run_that_goes_on(material, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        begins = "on_train_batch_start"
+        patched.setattr(Training, begins, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert fit(material, tmp_path) == 130
+    assert fit(material, tmp_path, ckpt_path="last", checkpoints__every=2) == 0
+    assert names(tmp_path) == ["step=4", "step=6"]
+
+
+def test_stopped_while_it_encodes_a_run_says_what_is_kept(material, tmp_path, monkeypatch, capsys):
+    features = MultiEncoder.features
+
+    def stopped(self, *args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return features(self, *args, **options)
+
+    monkeypatch.setattr(MultiEncoder, "features", stopped)
+    assert fit(material, tmp_path, model__store=tmp_path / "store") == 2
+    assert re.search(r"Stopped before all .*store keeps the rest; the same command", capsys.readouterr().err)
+    assert len(list((tmp_path / "store").rglob("*.safetensors"))) == 1

@@ -227,6 +227,13 @@ def test_sampling_answers_leaves_what_is_trained_in_training_mode(material, tmp_
     assert modes == [True] * 6
 
 
+def test_a_broken_video_is_told_with_its_row_and_its_folder_can_be_named(material, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text((material / "data.jsonl").read_text().replace("4.mp4", "none.mp4"))
+    options = {"data__train": tmp_path / "rows.jsonl", "data__root": material}
+    assert fit(material, tmp_path / "run", **options) == 2
+    assert re.search(r"rows\.jsonl:5: .*none\.mp4", capsys.readouterr().err)
+
+
 def test_a_new_run_does_not_mix_with_an_earlier_one(material, tmp_path, capsys):
     assert fit(material, tmp_path, trainer__max_epochs=1) == 0
     assert fit(material, tmp_path) == 2
@@ -247,6 +254,20 @@ def test_a_gradient_that_is_no_number_is_not_learned_from(material, tmp_path, ca
 def test_what_would_be_rounded_after_each_step_is_refused(material, tmp_path, capsys):
     assert fit(material, tmp_path, trainer__precision="bf16-true") == 2
     assert "Set trainer.precision: bf16-mixed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("model__encoders", "[fak]", "Did you mean 'fake'"),
+        ("model__train", "[projektor]", "nothing here is called 'projektor'. Did you mean 'projector'"),
+        ("model__lr_of", "{lora: 1}", "model.lr_of: nothing here is called 'lora'"),
+        ("model__mixer", "gat", "Did you mean 'gate'"),
+    ],
+)
+def test_a_value_that_names_nothing_names_the_nearest(material, tmp_path, capsys, option, value, said):
+    assert fit(material, tmp_path, **{option: value}) == 2
+    assert said in capsys.readouterr().err
 
 
 # Stages ------------------------------------------------------------------------------------

@@ -170,6 +170,7 @@ def run_llm(
         lr=lr,
         lr_of={"lora": lora_lr},
         warmup=0.05,
+        spike=None,
         store=str(clips.out / "features"),
     )
     training.configure_model()
