@@ -85,8 +85,11 @@ def test_at_most_so_many_questions_of_a_video_are_asked_at_once(tmp_path):
     assert [len(group) for batch in data.train_dataloader() for group in batch.groups] == [1]
 
 
-def test_every_video_is_listed_once(tmp_path):
+def test_every_video_is_listed_once_with_its_first_row(tmp_path):
     path = write(tmp_path / "a.jsonl", ROW, TALK, ROW)
     data = ChatData(path, path)
     data.setup()
-    assert list(data.videos()) == [str(tmp_path / "clips/a.mp4"), str(tmp_path / "b.png")]
+    assert list(data.videos()) == [
+        (f"{path}:1", str(tmp_path / "clips/a.mp4")),
+        (f"{path}:2", str(tmp_path / "b.png")),
+    ]
