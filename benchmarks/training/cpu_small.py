@@ -39,7 +39,7 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     left.plot(*column(rows, "loss"), linewidth=1)
     left.set(title="Loss (nats per answer token)", xlabel="step", ylim=(0, None))
-    names = sorted(name for name in rows[0] if name.startswith("val/"))
+    names = sorted(name for name in rows[0] if name.startswith("val/") and name != "val/loss")
     for name in names:
         steps, values = column(rows, name)
         wide = 3 if name == "val/all" else 1.5
@@ -79,7 +79,11 @@ def main() -> None:
     (table,) = out.rglob("metrics.csv")
     rows = list(csv.DictReader(table.open()))
     draw(rows, out / "cpu_small.png")
-    last = {name: column(rows, name)[1][-1] for name in sorted(rows[0]) if name.startswith("val/")}
+    last = {
+        name: column(rows, name)[1][-1]
+        for name in sorted(rows[0])
+        if name.startswith("val/") and name != "val/loss"
+    }
     size = (out / "model/model.safetensors").stat().st_size / 1e6
     steps = column(rows, "val/all")[0][-1] + 1  # of the last epoch
     peak = max(column(rows, "GB")[1])
