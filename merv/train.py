@@ -30,7 +30,7 @@ from merv.suggest import nearest
 from merv.video_llm import VideoLLM
 from merv.watch import Guard, print_parts
 
-OPTIMIZER = ("lr", "lr_of", "weight_decay", "warmup")
+OPTIMIZER = ("lr", "lr_of", "betas", "weight_decay", "warmup")
 
 
 class Training(LightningModule):
@@ -42,8 +42,9 @@ class Training(LightningModule):
         does not have join it.
     train: the parts to train: projector, mixer, lora, llm, an encoder by its name; `projector.NAME` and
         `mixer.NAME` of one encoder alone. lora: with `lora` among them.
-    lr: peak learning rate; lr_of: another one for a part, by name. weight_decay: not on biases, norms
-        and other vectors. warmup: share of the steps; then cosine down to zero.
+    lr: peak learning rate; lr_of: another one for a part, by name. betas: of AdamW; torch's own (0.9, 0.999)
+        remember the large gradients of the first steps too long for a short run. weight_decay: not on
+        biases, norms and other vectors. warmup: share of the steps; then cosine down to zero.
     dtype: of the LLM; fp32 where `llm` itself is trained. All that is trained is in fp32.
     quantise: the LLM's frozen weights in `nf4` (QLoRA) or `int8`, by bitsandbytes.
     token_rms: scale at which tokens enter the LLM; None: that of its own embeddings.
@@ -77,6 +78,7 @@ class Training(LightningModule):
         lora: LoraOptions | None = None,
         lr: float = 1e-3,
         lr_of: dict[str, float] | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
         warmup: float = 0.03,
         dtype: str = "auto",
@@ -159,12 +161,15 @@ class Training(LightningModule):
             module.compile()
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the trained parts, linear warm-up, cosine to zero."""
+        """AdamW over the trained parts, linear warm-up, cosine to zero; TrainingError for a rate below 0."""
         h: Any = self.hparams
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise TrainingError("The schedule needs an end: set trainer.max_steps or trainer.max_epochs.")
-        optimizer = torch.optim.AdamW(self.parameter_groups(), lr=h.lr)
+        try:
+            optimizer = torch.optim.AdamW(self.parameter_groups(), lr=h.lr, betas=h.betas)
+        except ValueError as error:
+            raise TrainingError(f"model.lr, lr_of, betas or weight_decay: {error}") from error
         warm = max(1, round(h.warmup * steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, partial(warm_up_and_cosine, warm=warm, steps=steps)
@@ -318,7 +323,7 @@ class Training(LightningModule):
         assert self.model is not None
         compare(checkpoint["config"], self.model.config())
         saved = checkpoint["hyper_parameters"]  # the optimizer's state brings these back, whatever is set now
-        compare(*({name: rates[name] for name in OPTIMIZER} for rates in (saved, self.hparams)))
+        compare(*({name: rates.get(name) for name in OPTIMIZER} for rates in (saved, self.hparams)))
         states = checkpoint["random"]
         self.random = states[self.global_rank] if len(states) == processes() else None
         self.guard.past.extend(checkpoint["losses"])

