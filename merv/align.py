@@ -48,15 +48,19 @@ class Aligner(nn.Module):
         self.grid = (grid[0], grid[1], grid[2])
         self.mode = mode
 
-    def forward(self, grid: Grid, span_s: Tensor | None = None) -> Grid:
+    def forward(self, grid: Grid, span_s: Tensor | None = None, shown_s: Tensor | None = None) -> Grid:
         """Grid [B, t, h, w, D] → Grid on the common cells.
 
         span_s: [B, 2], start and end of the clip in seconds, the same for all its encoders;
             None takes what the grid's own cells cover.
+        shown_s: [B, 2], the times of the first and the last frame that were chosen to stand for the
+            whole clip: cells that hold those reach its ends, wherever in them the frame lies.
         """
         edges_s = cell_edges(grid.times_s)  # [B, t, 2]
         if span_s is None:
             span_s = torch.stack([edges_s[:, 0, 0], edges_s[:, -1, 1]], dim=1)
+        elif shown_s is not None:
+            edges_s = reach(edges_s, span_s, shown_s)
         still = bool((span_s[:, 0] >= span_s[:, 1]).all())
         t, h, w = (1, *self.grid[1:]) if still else self.grid
         starts_ends = equal_cells(span_s[:, 0], span_s[:, 1], t)  # [B, t, 2]
@@ -92,6 +96,25 @@ def cell_edges(times_s: Tensor) -> Tensor:
     before = torch.cat([half[:, :1], half], dim=1)
     after = torch.cat([half, half[:, -1:]], dim=1)
     return torch.stack([times_s - before, times_s + after], dim=2)
+
+
+def reach(edges_s: Tensor, span_s: Tensor, shown_s: Tensor) -> Tensor:
+    """Edges [B, t, 2] whose outer cells begin and end with the clip, where they hold its outer frames.
+
+    A cell holds a frame that is no further from it than the cell is wide. Cells that all have the same
+    time stay without width.
+
+    >>> reach(torch.tensor([[[0.5, 1.0], [1.0, 1.5]]]), torch.tensor([[0., 2.]]), torch.tensor([[0.6, 1.4]]))
+    tensor([[[0.0000, 1.0000],
+             [1.0000, 2.0000]]])
+    """
+    (first, last), edges_s = edges_s[:, [0, -1]].unbind(dim=1), edges_s.clone()
+    wide = first[:, 0] < last[:, 1]
+    begins = wide & (shown_s[:, 0] >= first[:, 0] - (first[:, 1] - first[:, 0]))
+    ends = wide & (shown_s[:, 1] <= last[:, 1] + (last[:, 1] - last[:, 0]))
+    edges_s[:, 0, 0] = torch.where(begins, torch.minimum(first[:, 0], span_s[:, 0]), first[:, 0])
+    edges_s[:, -1, 1] = torch.where(ends, torch.maximum(last[:, 1], span_s[:, 1]), last[:, 1])
+    return edges_s
 
 
 def equal_cells(start: Tensor, end: Tensor, cells: int) -> Tensor:

@@ -174,10 +174,11 @@ class MultiEncoder(Shared, nn.Module):
         """All of them on the common grid: encoder name → Grid [B, t, h, w, D]."""
         device = next(iter(grids.values()))[0].values.device
         spans = [torch.tensor([clip.span_s], dtype=torch.float64, device=device) for clip in clips]
-        return {
-            name: Grid.batch([self.aligner(grid, span) for grid, span in zip(own, spans, strict=True)])
-            for name, own in grids.items()
-        }
+        aligned = {}
+        for name, own in grids.items():
+            shown = [clip.frames[name].times_s[:, [0, -1]].to(device) for clip in clips]
+            aligned[name] = Grid.batch(list(map(self.aligner, own, spans, shown)))
+        return aligned
 
     def fuse(self, features: Mapping[str, Grid], question: Tensor | None = None) -> Encoded:
         """Aligned features to tokens; the part that is trained, and all that training needs."""

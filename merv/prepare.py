@@ -133,4 +133,4 @@ def _preprocess(
 def _geometry(preset: Preset) -> tuple:
     """All of a preset that `resize` depends on; a letterbox is filled with the mean."""
     fill = preset.mean if preset.fit == "letterbox" else None
-    return (preset.fit, preset.size, preset.resize, preset.interpolation, fill)
+    return (preset.fit, preset.size, preset.resize, preset.interpolation, preset.centre, fill)

@@ -51,8 +51,8 @@ def resize(pixels: Tensor, preset: Preset, resample: Resample = "exact") -> tupl
     """The preset's geometry alone: uint8 [T, 3, H, W] to [T, 3, *preset.size], and its extent.
 
     The extent is in units of the pictures that came. Pixels stay uint8, 0 to 255, except with
-    `bilinear_plain`, which makes floats, 0 to 1. It depends on the preset's fit, size, resize
-    and interpolation, and for a letterbox on its mean. Nothing is resampled to its own size.
+    `bilinear_plain`, which makes floats, 0 to 1. It depends on the preset's fit, size, resize,
+    interpolation and centre, and for a letterbox on its mean. Nothing is resampled to its own size.
 
     resample: `exact` resamples as PIL does, one picture after the other, on the CPU; `fast` by torch,
     columns before rows, as PIL did before version 13 (now it begins with rows where the height shrinks

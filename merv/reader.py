@@ -23,6 +23,7 @@ from merv.types import EncoderSpec, Grid, Preset
 from merv.weights import values_digest
 from merv.windows import place
 
+VERSION = 2  # one more wherever the same options come to give other features
 DIGESTS: WeakKeyDictionary[Encoder, tuple[list[Any], str]] = WeakKeyDictionary()
 
 
@@ -111,6 +112,7 @@ def recipe(
     """
     by_value = changed or encoder.identity.sha256 is None  # nothing else tells such weights apart
     own = (
+        VERSION,
         (type(encoder).__module__, type(encoder).__qualname__),
         [(package, version(package)) for package in BACKENDS[backend]],
         digest(encoder) if by_value else encoder.identity,

@@ -123,3 +123,16 @@ def test_shorter_grids_are_padded_in_a_batch():
     batch = Grid.batch([grid_of(torch.ones(1, 1, 2, 2, 3)), grid_of(torch.ones(1, 4, 2, 2, 3))])
     assert batch.values.shape == (2, 4, 2, 2, 3)
     assert batch.mask[:, :, 0, 0].tolist() == [[True, False, False, False], [True] * 4]
+
+
+def test_cells_of_the_outer_frames_reach_the_ends_of_the_clip():
+    grid = grid_of(torch.ones(1, 4, 1, 1, 1), times_s=[1.9, 3.0, 5.0, 6.1])
+    span, frames = torch.tensor([[0.0, 8.0]]).double(), torch.tensor([[1.9, 6.1]]).double()
+    assert not Aligner((32, 1, 1))(grid, span).mask.all()
+    assert Aligner((32, 1, 1))(grid, span, frames).mask.all()
+
+
+def test_an_encoder_that_answers_for_half_of_what_it_was_shown_fills_only_that_half():
+    late = grid_of(torch.ones(1, 4, 1, 1, 1), times_s=[4.5, 5.5, 6.5, 7.5])
+    out = Aligner((8, 1, 1))(late, torch.tensor([[0.0, 8.0]]).double(), torch.tensor([[0.5, 7.5]]).double())
+    assert out.mask.flatten().tolist() == [False] * 4 + [True] * 4

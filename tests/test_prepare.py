@@ -83,3 +83,27 @@ def test_fast_reaches_the_frames_the_key_and_a_saved_model(tmp_path) -> None:
     assert MultiEncoder.from_pretrained(tmp_path / "saved").key(video, "fake") == fast.key(video, "fake")
     with pytest.raises(ShapeError, match="'exact'"):
         MultiEncoder(["fake"], resample="quick")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_times_leave_no_step_of_a_clip_unseen(seed) -> None:
+    model = MultiEncoder(["fake", "fake/video"], grid=(32, 2, 2), sampling=Sampling("segment", seed=seed))
+    features = model.features(torch.zeros(200, 3, 16, 16, dtype=torch.uint8))
+    assert all(grid.mask.all() for grid in features.values())
+
+
+@pytest.mark.parametrize("sampling", [Sampling("official"), Sampling("fps", fps=1.0)])
+@pytest.mark.parametrize("frames", [3, 4, 26, 30, 60])
+def test_times_on_the_clips_own_frames_leave_no_step_unseen(sampling, frames) -> None:
+    model = MultiEncoder(["fake"], grid=(16, 2, 2), sampling=sampling)
+    assert model(torch.zeros(frames, 3, 16, 16, dtype=torch.uint8)).mask.all()
+
+
+def test_crops_that_round_otherwise_are_cut_apart() -> None:
+    cut = Preset("crop", (16, 16), "bilinear")
+    encoders = {name: Fake() for name in ("nearest", "down")}
+    encoders["nearest"].preset, encoders["down"].preset = cut, replace(cut, centre="down")
+    clip = prepare(torch.randint(0, 256, (1, 3, 16, 19), dtype=torch.uint8), encoders, Sampling())
+    alone = prepare(torch.zeros(1, 3, 16, 19, dtype=torch.uint8), {"down": encoders["down"]}, Sampling())
+    extents = {name: frames.extent[0, 1].item() for name, frames in clip.frames.items()}
+    assert extents["down"] == alone.frames["down"].extent[0, 1].item() != extents["nearest"]
