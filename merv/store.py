@@ -11,6 +11,7 @@ import logging
 import os
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -75,21 +76,24 @@ def _content(video: Any) -> str:
         return hashlib.sha256(video).hexdigest()
     if isinstance(video, (str, os.PathLike)):
         return _path_content(Path(video))
-    if isinstance(video, (Tensor, np.ndarray)):
-        pixels = torch.as_tensor(video).cpu().contiguous()
+    if isinstance(video, np.ndarray):
+        video = torch.from_numpy(np.array(video, order="C"))  # which knows no negative strides
+    if isinstance(video, Tensor):
+        pixels = video.cpu().contiguous()
         kind = f"{pixels.dtype}{tuple(pixels.shape)}".encode()
         return hashlib.sha256(kind + pixels.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
     if hasattr(video, "__array_interface__"):  # a PIL image: its palette and orientation count too
         with open_video(video) as reader:
             return _content(reader.read([0]))
-    if hasattr(video, "read") and hasattr(video, "seek"):
+    if hasattr(video, "read") and getattr(video, "seekable", lambda: False)():
         where = video.tell()
         video.seek(0)
         content = hashlib.sha256(video.read()).hexdigest()
         video.seek(where)
         return content
     raise DataError(
-        f"Features of a {type(video).__name__} cannot be stored: it has no content to key them by."
+        f"Features of a {type(video).__name__} cannot be stored: it has no content to key them by, or none "
+        "that can be read twice. Give a path, or the bytes."
     )
 
 
@@ -110,12 +114,15 @@ def _place(key: str) -> Path:
 
 
 def _write(path: Path, grid: Grid) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}")
-    save_file({name: tensor.contiguous() for name, tensor in vars(grid).items()}, fresh)
-    os.replace(fresh, path)
+    fresh = path.with_suffix(f".{uuid4().hex}")  # its own: threads and machines may write one entry
+    try:
+        fresh.write_bytes(save({name: tensor.contiguous() for name, tensor in vars(grid).items()}))
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Grid | None:

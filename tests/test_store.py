@@ -1,4 +1,7 @@
 import io
+import os
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +64,25 @@ def test_folders_and_arrays_have_keys(tmp_path):
     assert video_key(frames, "r") == video_key(torch.from_numpy(frames), "r") != video_key(frames[:1], "r")
 
 
+def test_views_of_an_array_have_the_key_of_what_they_show():
+    frames = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    turned = frames[::-1, ..., ::-1]
+    assert video_key(turned, "r") == video_key(turned.copy(), "r") != video_key(frames, "r")
+    frames.flags.writeable = False
+    assert video_key(frames, "r") == video_key(frames.copy(), "r")
+
+
+def test_what_cannot_be_wound_back_is_refused_unread():
+    class Pipe(io.BytesIO):
+        def seekable(self):
+            return False
+
+    pipe = Pipe(b"one")
+    with pytest.raises(DataError, match="a Pipe cannot be stored.*read twice. Give a path, or the bytes"):
+        video_key(pipe, "recipe")
+    assert pipe.read() == b"one"
+
+
 def test_what_has_no_content_cannot_be_stored():
     with pytest.raises(DataError, match="a dict cannot be stored"):
         video_key({}, "recipe")
@@ -85,6 +107,43 @@ def test_pictures_of_other_colours_have_other_keys():
     red.putpalette([255, 0, 0])
     blue.putpalette([0, 0, 255])
     assert video_key(red, "recipe") != video_key(blue, "recipe")
+
+
+def test_writers_of_one_entry_do_not_meet(tmp_path, monkeypatch):
+    both, write_bytes = threading.Barrier(2), Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda *args: (write_bytes(*args), both.wait(10)))
+    faults = []
+
+    def write():
+        try:
+            FeatureStore(tmp_path).put("k" * 64, some_grid())
+        except OSError as error:
+            faults.append(error)
+
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert not faults
+    assert [path.suffix for path in tmp_path.rglob("kkk*")] == [".safetensors"]
+
+
+def test_an_entry_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        FeatureStore(tmp_path).put("k" * 64, some_grid())
+    assert not list(tmp_path.rglob("kkk*"))
+
+
+def test_an_entry_has_the_permissions_of_any_new_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        FeatureStore(tmp_path).put("k" * 64, some_grid())
+    finally:
+        os.umask(before)
+    (entry,) = tmp_path.rglob("*.safetensors")
+    assert entry.stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("damage", [b"", b"no safetensors", None])
