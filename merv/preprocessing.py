@@ -22,6 +22,7 @@ from merv.types import WHOLE_PICTURE, Frames, Preset
 
 Extent = tuple[float, float, float, float]
 Resample = Literal["exact", "fast"]
+LONGEST = 32  # times its short side: a picture of a few bytes is not to fill the memory when that is scaled
 
 
 def preprocess(frames: Frames, preset: Preset, resample: Resample = "exact") -> Frames:
@@ -29,7 +30,7 @@ def preprocess(frames: Frames, preset: Preset, resample: Resample = "exact") -> 
 
     The extent of the result tells which part of the original picture it shows. The result is where
     `frames` are. Raises ShapeError for pixels that are not uint8, and for a crop larger than what it
-    is cut from.
+    is cut from, or from a picture of more than 32 times the length.
 
     >>> preset = Preset("crop", size=(32, 32))
     >>> ready = preprocess(Frames.of(torch.zeros(1, 2, 3, 48, 64, dtype=torch.uint8)), preset)
@@ -101,6 +102,11 @@ def _scaled_size(height: int, width: int, preset: Preset) -> tuple[int, int]:
     if preset.fit == "letterbox":
         scale = min(preset.size[0] / height, preset.size[1] / width)
         return max(round(height * scale), 1), max(round(width * scale), 1)
+    if max(height, width) > LONGEST * min(height, width):
+        raise ShapeError(
+            f"A picture of {height}×{width} pixels is too long to be scaled by its short side, as this preset's "
+            f"crop wants: more than {LONGEST} times. A preset that squashes or letterboxes takes it."
+        )
     short = preset.resize or min(preset.size)
     # The long side rounds down: torchvision divides last; pytorchvideo, which LanguageBind
     # uses, divides first, and can so be one pixel smaller.

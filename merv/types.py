@@ -14,9 +14,10 @@ reaches beyond it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ from torch import Tensor
 from merv.errors import ShapeError
 
 WHOLE_PICTURE = (0.0, 0.0, 1.0, 1.0)
+
+Fit = Literal["squash", "crop", "letterbox"]
+Interpolation = Literal["bicubic", "bilinear", "bilinear_plain"]
+Centre = Literal["nearest", "down"]
 
 Self = TypeVar("Self", bound="_Tensors")
 
@@ -37,6 +42,13 @@ def _expect(owner: object, name: str, shape: tuple[int | None, ...]) -> None:
             f"{type(owner).__name__}.{name} has shape {list(came)}; wanted [{wanted}]. "
             "See the shape legend in merv/types.py."
         )
+
+
+def _whole(numbers: object, count: int) -> bool:
+    """Whether it is a tuple or list of `count` whole numbers from 1."""
+    if not isinstance(numbers, (tuple, list)) or len(numbers) != count:
+        return False
+    return all(isinstance(number, int) and number >= 1 for number in numbers)
 
 
 class _Tensors:
@@ -229,15 +241,33 @@ class Preset:
     mean, std: per RGB channel, for pixels in [0, 1]; after it (pixel − mean) / std.
     centre: where a crop lies that leaves an odd number of pixels: half of them rounded to the
         nearest, as torchvision does, or down, as transformers does.
+
+    Raises ShapeError for anything else.
     """
 
-    fit: Literal["squash", "crop", "letterbox"]
+    fit: Fit
     size: tuple[int, int]
-    interpolation: Literal["bicubic", "bilinear", "bilinear_plain"] = "bicubic"
+    interpolation: Interpolation = "bicubic"
     resize: int | None = None
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    centre: Literal["nearest", "down"] = "nearest"
+    centre: Centre = "nearest"
+
+    def __post_init__(self) -> None:
+        for name, of in (("fit", Fit), ("interpolation", Interpolation), ("centre", Centre)):
+            if getattr(self, name) not in get_args(of):
+                raise ShapeError(
+                    f"A preset's {name} is one of {', '.join(get_args(of))}; got {getattr(self, name)!r}."
+                )
+        if not _whole(self.size, 2) or not (self.resize is None or _whole((self.resize,), 1)):
+            raise ShapeError(
+                "A preset's size is (height, width) and its resize a short side, in pixels; got "
+                f"{self.size} and {self.resize}."
+            )
+        for name, least in (("mean", -math.inf), ("std", 0.0)):
+            values = getattr(self, name)
+            if not isinstance(values, (tuple, list)) or len(values) != 3 or min(values) <= least:
+                raise ShapeError(f"A preset's {name} is a number per channel, RGB; got {values}.")
 
 
 @dataclass(frozen=True)
@@ -271,8 +301,19 @@ class EncoderSpec:
     parameters: int | None = None
 
     def __post_init__(self) -> None:
+        if not (_whole(self.grid, 3) and _whole((self.frames, self.width, self.tubelet), 3)):
+            raise ShapeError(
+                f"{self.name}: frames, width, tubelet and each of the grid (t, h, w) are whole numbers from 1;"
+                f" got {self.frames}, {self.width}, {self.tubelet} and {self.grid}."
+            )
+        if self.fps is not None and not self.fps > 0:
+            raise ShapeError(f"{self.name}: fps is a rate, in frames a second; got {self.fps}.")
+        if not isinstance(self.presets, Mapping) or not all(
+            isinstance(preset, Preset) for preset in self.presets.values()
+        ):
+            raise ShapeError(f"{self.name}: presets are a mapping of names to Presets; got {self.presets!r}.")
         window = self.window or self.frames
-        if self.frames < 1 or self.window < 0 or self.frames % window:
+        if self.window < 0 or self.frames % window:
             raise ShapeError(
                 f"{self.name}: frames={self.frames} must be a positive multiple of window={self.window}."
             )

@@ -235,3 +235,20 @@ def test_frames_that_do_not_fit_say_what_was_wanted():
         values_of(Fake("video"), torch.zeros(1, 4, 3, 16, 16))
     with pytest.raises(ShapeError, match=r"floating-point frames; got torch.uint8"):
         values_of(Fake(), torch.zeros(1, 4, 3, 16, 16, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tubelet": 0}, "whole numbers from 1; got 16, 8, 0"),
+        ({"width": 0}, "whole numbers from 1"),
+        ({"frames": 4.0}, "whole numbers from 1"),
+        ({"grid": (4, 7)}, "whole numbers from 1"),
+        ({"fps": 0.0}, "fps is a rate"),
+        ({"presets": {"merv": "squash"}}, "presets are a mapping"),
+        ({"window": 3}, "a positive multiple of window=3"),
+    ],
+)
+def test_a_spec_that_nothing_could_keep_is_refused(options, said):
+    with pytest.raises(ShapeError, match=said):
+        replace(Fake.variants["image"], **options)

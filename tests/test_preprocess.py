@@ -155,3 +155,27 @@ def test_an_unknown_way_to_resample_is_refused() -> None:
         ShapeError, match=r"resample is 'exact' \(as PIL\) or 'fast' \(by torch\); got 'quick'"
     ):
         resize(pictures(32, 32), Preset("squash", (16, 16)), "quick")  # type: ignore[arg-type]
+
+
+def test_a_thread_of_a_picture_is_not_scaled_by_its_short_side() -> None:
+    thread = torch.zeros(1, 3, 1, 2000, dtype=torch.uint8)
+    with pytest.raises(ShapeError, match="1×2000 pixels is too long .* letterboxes takes it"):
+        resize(thread, Preset("crop", (224, 224)))
+    assert resize(thread, Preset("letterbox", (224, 224)))[0].shape == (1, 3, 224, 224)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"fit": "squish"}, "fit is one of squash, crop, letterbox; got 'squish'"),
+        ({"interpolation": "nearest"}, "interpolation is one of bicubic, bilinear, bilinear_plain"),
+        ({"centre": "up"}, "centre is one of nearest, down"),
+        ({"size": 112}, "size is"),
+        ({"resize": 0}, "resize a short side, in pixels; got .* 0"),
+        ({"mean": 0.5}, "mean is a number per channel"),
+        ({"std": (0.5, 0.0, 0.5)}, "std is a number per channel"),
+    ],
+)
+def test_a_preset_that_says_something_else_is_refused(options, said) -> None:
+    with pytest.raises(ShapeError, match=said):
+        Preset(**{"fit": "crop", "size": (16, 16), **options})
