@@ -12,6 +12,7 @@ the interpreter cannot be. The idea of listing without importing is pluggy's and
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import sys
@@ -181,15 +182,18 @@ def create_encoder(name: str, **kwargs: Any) -> Encoder:
     >>> create_encoder("fake", weights=None).training
     False
     """
-    name, _, variant = name.partition("/")
-    if variant:
-        if kwargs.get("variant", variant) != variant:
+    name, slash, variant = name.partition("/")
+    if slash:
+        if not variant:
+            raise EncoderError(f"No variant after the / of '{name}/'. Type {name!r} for the default.")
+        if kwargs.get("variant") not in (None, variant):
             raise EncoderError(
                 f"Two variants of {name!r}: {variant!r} in its name and {kwargs['variant']!r}. Give one."
             )
         kwargs["variant"] = variant
     listing = find_listing(name)
     encoder = listing.load()
+    _check_options(name, encoder, kwargs)
     try:
         return encoder(**kwargs)
     except MervError:
@@ -198,14 +202,38 @@ def create_encoder(name: str, **kwargs: Any) -> Encoder:
         raise listing.broken(f"cannot be created: {type(error).__name__}: {error}") from error
 
 
+def _check_options(name: str, encoder: type[Encoder], options: dict[str, Any]) -> None:
+    """Raise EncoderError, not BrokenEncoder, for options that neither encoders in general have nor this one."""
+    from merv.encode import Encoder
+
+    own = inspect.signature(encoder).parameters
+    known = [*inspect.signature(Encoder).parameters, *own]
+    wrong = [option for option in options if option not in known]
+    if wrong and not any(parameter.kind == parameter.VAR_KEYWORD for parameter in own.values()):
+        raise EncoderError(
+            f"Encoder {name!r} has no option {wrong[0]!r}. It has: {', '.join(dict.fromkeys(known))}."
+        )
+
+
 def _listings(distribution: Distribution) -> list[Listing]:
     if GROUP not in (distribution.read_text("entry_points.txt") or ""):
         return []
     name, version = distribution.metadata["Name"], distribution.metadata["Version"]
     if not (name and version):
         raise ValueError("its METADATA has no name or no version")
-    entries = distribution.entry_points
-    return [Listing(entry.name, name, version, entry.value) for entry in entries if entry.group == GROUP]
+    listings = []
+    for entry in distribution.entry_points:
+        if entry.group == GROUP and re.search("[/:]", entry.name):
+            logger.warning(
+                "Encoder %r of %s %s is not listed: / and : cannot be in a name. They stand before a variant "
+                "and after a distribution: tell its author.",
+                entry.name,
+                name,
+                version,
+            )
+        elif entry.group == GROUP:
+            listings.append(Listing(entry.name, name, version, entry.value))
+    return listings
 
 
 def _place(distribution: Distribution) -> str:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +95,7 @@ class Source:
         return Identity(self.name, self.revision, files_digest([*self.files, *self._also_read]))
 
 
-def locate(weights: str, names: Sequence[str] = WEIGHT_FILES) -> Source:
+def locate(weights: str | os.PathLike[str], names: Sequence[str] = WEIGHT_FILES) -> Source:
     """Find weights: a file, a folder in the hub's layout, `package:MODULE/GLOB`, or a hub id.
 
     names: which files to look for in a folder or hub repository, best first. A hub id may carry a
@@ -108,9 +110,18 @@ def locate(weights: str, names: Sequence[str] = WEIGHT_FILES) -> Source:
     Traceback (most recent call last):
     merv.errors.WeightsError: No weights at /nowhere: no such file or folder.
     """
+    if not isinstance(weights, (str, os.PathLike)) or not os.fspath(weights):
+        raise WeightsError(
+            f"weights={weights!r} names none. Wanted: 'pretrained', a folder, a file, a hub id, or None for "
+            "random ones."
+        )
+    weights = os.fspath(weights)
     if weights.startswith(PACKAGE):
         module, _, pattern = weights.removeprefix(PACKAGE).partition("/")
-        return Source(weights, (package_file(module, pattern),))
+        try:
+            return Source(weights, (package_file(module, pattern),))
+        except (ValueError, NotImplementedError) as error:  # of find_spec, of glob
+            raise WeightsError(f"{weights!r} is no {PACKAGE}MODULE/GLOB: {error}.") from error
     path = Path(weights).expanduser()
     if path.is_file():
         return Source(str(path.absolute()), _shards(path))
@@ -275,8 +286,7 @@ def _read(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise nearly anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"{file} cannot be read as weights: {reason}") from error
+        raise WeightsError(f"{file} cannot be read as weights: {_reason(error)}.") from error
     if _is_state(held):
         return held
     states = [key for key, value in held.items() if _is_state(value)] if isinstance(held, dict) else []
@@ -287,6 +297,17 @@ def _read(file: Path) -> dict[str, Tensor]:
         f"{file} holds {keys}; wanted a state dict, tensors by name, alone or as the only one in a "
         f"dictionary under {' or '.join(map(repr, WRAPPERS))}."
     )
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error, without a full stop; never torch's advice to unpickle the file fully."""
+    if isinstance(error, UnpicklingError):
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        return (
+            f"it holds pickled objects{f' ({found[1]})' if found else ''}, which are never made. Save the "
+            "tensors alone: torch.save(module.state_dict(), file)"
+        )
+    return re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
 
 
 def _is_state(held: object) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from merv.encode import Encoder
-from merv.errors import AmbiguousEncoder, BrokenEncoder, EncoderError, UnknownEncoder
+from merv.errors import AmbiguousEncoder, BrokenEncoder, EncoderError, UnknownEncoder, WeightsError
 from merv.registry import Listing, create_encoder, find_encoder, list_encoders
 
 ROOT = Path(__file__).parent.parent
@@ -114,6 +114,15 @@ def test_a_damaged_distribution_is_told_and_hides_nothing(plant, tmp_path, caplo
     assert "sunny" not in names
     assert "sunny_encoders-1.2.dist-info cannot be read" in caplog.text
     assert said in caplog.text
+
+
+@pytest.mark.parametrize("name", ["sunny/vit", "sunny:vit"])
+def test_a_name_that_cannot_be_typed_is_told_and_hides_nothing(plant, caplog, name):
+    plant("sunny-encoders", {"sunny": "sunny_module:Good", name: "sunny_module:Good"}, sunny_module=GOOD)
+    assert [e.name for e in list_encoders() if e.distribution == "sunny-encoders"] == ["sunny"]
+    assert (
+        f"Encoder '{name}' of sunny-encoders 1.2 is not listed: / and : cannot be in a name." in caplog.text
+    )
 
 
 def test_of_two_copies_of_a_distribution_the_first_on_the_path_counts(plant, tmp_path, monkeypatch):
@@ -224,6 +233,37 @@ def test_a_name_may_carry_a_variant():
         EncoderError, match=r"Two variants of 'fake': 'video' in its name and 'image'. Give one."
     ):
         create_encoder("fake/video", variant="image")
+
+
+def test_no_variant_beside_that_of_the_name_is_no_second_one():
+    assert create_encoder("fake/video", variant=None).variant == "video"
+    assert create_encoder("fake/video", variant="video").variant == "video"
+
+
+def test_a_slash_without_a_variant_is_refused():
+    with pytest.raises(EncoderError, match=r"No variant after the / of 'fake/'. Type 'fake' for the default"):
+        create_encoder("fake/")
+
+
+def test_an_option_that_no_encoder_has_is_the_callers_mistake():
+    with pytest.raises(EncoderError) as caught:
+        create_encoder("fake", pretrained=False)
+    assert str(caught.value) == "Encoder 'fake' has no option 'pretrained'. It has: variant, weights, preset."
+    assert not isinstance(caught.value, BrokenEncoder)
+
+
+def test_an_option_that_an_encoder_ought_to_have_is_its_own_fault(plant):
+    source = GOOD + "\nclass Stubborn(Fake):\n    def __init__(self):\n        super().__init__()\n"
+    plant("sunny-encoders", {"sunny": "sunny_module:Stubborn"}, sunny_module=source)
+    assert create_encoder("sunny").variant == "image"
+    with pytest.raises(BrokenEncoder, match=r"sunny-encoders 1.2.*unexpected keyword argument 'weights'"):
+        create_encoder("sunny", weights=None)
+
+
+@pytest.mark.parametrize("weights", [False, True, "", 3])
+def test_weights_that_name_nothing_are_the_callers_mistake(weights):
+    with pytest.raises(WeightsError, match=f"weights={weights!r} names none. Wanted: 'pretrained', a folder"):
+        create_encoder("fake", weights=weights)
 
 
 def test_an_unknown_variant_names_the_ones_there_are():

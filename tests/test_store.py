@@ -78,7 +78,7 @@ def test_what_cannot_be_wound_back_is_refused_unread():
             return False
 
     pipe = Pipe(b"one")
-    with pytest.raises(DataError, match="a Pipe cannot be stored.*read twice. Give a path, or the bytes"):
+    with pytest.raises(DataError, match=r"a Pipe cannot be stored.*read twice. Give a path, or the bytes"):
         video_key(pipe, "recipe")
     assert pipe.read() == b"one"
 

@@ -79,6 +79,12 @@ def test_a_single_file_is_taken_as_it_is(tmp_path, file):
     assert same(locate(str(tmp_path / file)).state())
 
 
+def test_a_path_object_is_a_path(tmp_path):
+    write_hub(tmp_path, STATE)
+    assert locate(tmp_path) == locate(str(tmp_path))
+    assert same(locate(tmp_path / "model.safetensors").state())
+
+
 def test_a_relative_path_is_found_again_from_another_directory(tmp_path, monkeypatch):
     write_hub(tmp_path / "own", STATE)
     monkeypatch.chdir(tmp_path)
@@ -146,6 +152,17 @@ def test_nothing_is_fully_unpickled(tmp_path, capsys):
         with pytest.raises(WeightsError, match="cannot be read as weights"):
             Source("x", (path,)).state()
     assert capsys.readouterr().out == ""
+
+
+def test_pickled_objects_are_named_without_advice_to_make_them(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "whole.pt")
+    with pytest.raises(WeightsError) as error:
+        locate(tmp_path / "whole.pt").state()
+    assert str(error.value) == (
+        f"{tmp_path}/whole.pt cannot be read as weights: it holds pickled objects "
+        "(torch.nn.modules.linear.Linear), which are never made. Save the tensors alone: "
+        "torch.save(module.state_dict(), file)."
+    )
 
 
 @pytest.mark.parametrize("file", ["cut.safetensors", "cut.bin"])
@@ -258,3 +275,9 @@ def test_a_package_is_found_installed_or_in_the_cache_and_never_imported(tmp_pat
     monkeypatch.syspath_prepend(tmp_path / "site")
     assert package_file("some_weights", "*.pth") == installed / "w.pth"
     assert same(locate("package:some_weights/*.pth").state())
+
+
+@pytest.mark.parametrize("weights", ["package:merv", "package:", "package:merv//w.pth", "package:merv/**w"])
+def test_a_package_without_a_file_in_it_is_refused(weights):
+    with pytest.raises(WeightsError, match=r"'package:.*' is no package:MODULE/GLOB: "):
+        locate(weights)
