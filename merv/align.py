@@ -8,6 +8,7 @@ encoder therefore leaves the border cells empty instead of stretching over them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -41,11 +42,11 @@ class Aligner(nn.Module):
         self, grid: tuple[int, int, int] = (16, 8, 8), mode: Literal["area", "official"] = "area"
     ) -> None:
         super().__init__()
-        if len(grid) != 3 or min(grid) < 1:
-            raise ShapeError(f"A grid is (time, rows, columns), each at least 1; got {tuple(grid)}.")
+        if not isinstance(grid, Sequence) or len(grid) != 3 or min(grid) < 1:
+            raise ShapeError(f"A grid is (time, rows, columns), each at least 1; got {grid}.")
         if mode not in ("area", "official"):
             raise ShapeError(f"Unknown aligner mode {mode!r}: 'area' or 'official'.")
-        self.grid = (grid[0], grid[1], grid[2])
+        self.grid = (int(grid[0]), int(grid[1]), int(grid[2]))
         self.mode = mode
 
     def forward(self, grid: Grid, span_s: Tensor | None = None, shown_s: Tensor | None = None) -> Grid:

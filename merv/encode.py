@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from einops import reduce, repeat
 from torch import Tensor, nn
 
@@ -52,6 +53,10 @@ class Encoder(nn.Module):
         self, variant: str | None = None, *, weights: str | None = PRETRAINED, preset: str | None = None
     ) -> None:
         super().__init__()
+        self.written = False  # weights came from a state dict, other than those it had
+        self.register_buffer(
+            "here", torch.zeros(()), persistent=False
+        )  # goes where .to() takes what has no weights
         self.variant = variant or next(iter(self.variants))
         self.spec = _pick(self.variants, self.variant, f"{type(self).__name__} variant")
         self.preset_name = preset or next(iter(self.spec.presets))
@@ -97,6 +102,16 @@ class Encoder(nn.Module):
         fill(self.net, self.rename(self.source.state()), self.source.name, owner)
         return self.source.identity()
 
+    @property
+    def changed(self) -> bool:
+        """Whether its weights may be others than those of its identity: loaded since, or trainable."""
+        return self.written or any(parameter.requires_grad for parameter in self.parameters())
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *how: Any) -> None:
+        own = self.state_dict(prefix=prefix)
+        self.written |= any(n in own and not torch.equal(own[n], t.to(own[n])) for n, t in state.items())
+        super()._load_from_state_dict(state, prefix, *how)
+
     def train(self, mode: bool = True) -> Encoder:
         """Stays in eval mode: a frozen encoder has no training behaviour."""
         return super().train(False)
@@ -119,7 +134,7 @@ class Encoder(nn.Module):
         return Grid(values, times_s, frames.extent, repeat(real, "b t -> b t h w", h=h, w=w))
 
     def _encode(self, frames: Frames) -> Tensor:
-        values = self.encode(frames.pixels)
+        values = self._expected(self.encode(frames.pixels), len(frames.pixels))
         if self.spec.window:
             return values
         # What sees the whole clip must not see its padding, or a clip would change with its batch.
@@ -127,6 +142,15 @@ class Encoder(nn.Module):
             if mask.any() and not mask.all():
                 real = self.encode(frames.pixels[i : i + 1, mask])[0]
                 values[i, : len(real)] = real
+        return values
+
+    def _expected(self, values: Tensor, batch: int) -> Tensor:
+        shape = tuple(values.shape)
+        if len(shape) != 5 or shape[0] != batch or shape[-1] != self.spec.width:
+            raise EncoderError(
+                f"{self.spec.name}: encode() made {list(shape)} of {batch} clips; wanted [{batch}, t, h, w, "
+                f"{self.spec.width}], the spec's width last."
+            )
         return values
 
     def _check(self, frames: Frames) -> None:

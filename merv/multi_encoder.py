@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from merv.registry import create_encoder
 from merv.sample import Mode, Sampling
 from merv.share import Shared, find_model
 from merv.store import FeatureStore
-from merv.streams import by_name, check_names, checked_frames, create_all, recreate
+from merv.streams import by_name, check_names, check_stream, checked_frames, create_all, recreate
 from merv.suggest import nearest
 from merv.types import Fused, Grid
 from merv.weights import PRETRAINED
@@ -115,6 +116,10 @@ class MultiEncoder(Shared, nn.Module):
         super().__init__()
         check_backend(backend)
         check_resample(resample)
+        if not isinstance(mixer, str):
+            raise ShapeError(
+                "A MultiEncoder takes its mixer by name, with mixer_options, so that it can be saved."
+            )
         self.encoders = nn.ModuleDict(create_all(by_name(encoders), weights, presets or {}))
         self.frames = checked_frames(frames or {}, dict(self.named()))
         self.changed: set[str] = set()  # encoders that were trained: told by the model that this is part of
@@ -127,8 +132,8 @@ class MultiEncoder(Shared, nn.Module):
                 widths, width, mixer, projector=projector, norm=norm, mixer_options=mixer_options
             )
         self.options: dict[str, Any] = {
-            "grid": list(grid),
-            "width": width,
+            "grid": list(self.aligner.grid),
+            "width": None if width is None else int(width),
             "mixer": mixer,
             "projector": projector,
             "norm": norm,
@@ -178,6 +183,12 @@ class MultiEncoder(Shared, nn.Module):
         for name, own in grids.items():
             shown = [clip.frames[name].times_s[:, [0, -1]].to(device) for clip in clips]
             aligned[name] = Grid.batch(list(map(self.aligner, own, spans, shown)))
+            if not aligned[name].mask.any():
+                warnings.warn(
+                    f"{name} sees less than half of each cell of a grid of {self.aligner.grid} and so counts "
+                    "nowhere in these clips. Take a finer grid, or a preset that does not crop.",
+                    stacklevel=2,
+                )
         return aligned
 
     def fuse(self, features: Mapping[str, Grid], question: Tensor | None = None) -> Encoded:
@@ -225,7 +236,7 @@ class MultiEncoder(Shared, nn.Module):
         how = {option: self.options[option] for option in ("backend", "resample")}
         views = {}
         for name, encoder in self.named(only):
-            about = (encoder, name in self.changed, self.frames.get(name), self.sampling, self.aligner)
+            about = (encoder, name in self.altered(), self.frames.get(name), self.sampling, self.aligner)
             views[name] = View(encoder.spec, encoder.preset, "" if store is None else recipe(*about, **how))
         return Reader(views, self.sampling, self.frames, store=store, **how)
 
@@ -236,6 +247,7 @@ class MultiEncoder(Shared, nn.Module):
         """
         if name in self.encoders:
             raise EncoderError(f"This MultiEncoder has an encoder {name!r} already.")
+        check_stream(name)
         made = create_encoder(encoder) if isinstance(encoder, str) else encoder
         if self.fusion is not None:
             self.fusion.join(name, made.spec.width)
@@ -255,6 +267,10 @@ class MultiEncoder(Shared, nn.Module):
             if not only:
                 raise EncoderError("At least one encoder is needed; `only` is empty.")
         return ((name, self.encoder(name)) for name in self.encoders if only is None or name in only)
+
+    def altered(self) -> set[str]:
+        """Encoders whose weights may be others than those of their identities."""
+        return self.changed | {name for name, encoder in self.named() if encoder.changed}
 
     def encoder(self, name: str) -> Encoder:
         """The encoder of that name."""
@@ -298,9 +314,10 @@ class MultiEncoder(Shared, nn.Module):
 
         Raises CheckpointError where an encoder was trained: only a VideoLLM keeps that.
         """
-        if self.changed:
+        if self.altered():
             raise CheckpointError(
-                f"{', '.join(sorted(self.changed))} has been trained and would be lost: save the VideoLLM."
+                f"{', '.join(sorted(self.altered()))} has been trained or loaded anew and would be lost: "
+                "save a VideoLLM, or make the encoder from a file of these weights."
             )
         return {} if self.fusion is None else self.fusion.state_dict()
 

@@ -104,8 +104,8 @@ def _scaled_size(height: int, width: int, preset: Preset) -> tuple[int, int]:
         return max(round(height * scale), 1), max(round(width * scale), 1)
     if max(height, width) > LONGEST * min(height, width):
         raise ShapeError(
-            f"A picture of {height}×{width} pixels is too long to be scaled by its short side, as this preset's "
-            f"crop wants: more than {LONGEST} times. A preset that squashes or letterboxes takes it."
+            f"A picture of {height}×{width} pixels is too long to be scaled by its short side, as this crop "
+            f"wants: more than {LONGEST} times. A preset that squashes or letterboxes takes it."
         )
     short = preset.resize or min(preset.size)
     # The long side rounds down: torchvision divides last; pytorchvideo, which LanguageBind

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from merv.encode import Encoder
 from merv.errors import CheckpointError, EncoderError
 from merv.registry import create_encoder, is_trusted
@@ -29,7 +31,15 @@ def by_name(encoders: Sequence[str | Encoder] | Mapping[str, str | Encoder]) -> 
         named = dict(zip(names, encoders, strict=True))
     if not named:
         raise EncoderError("A MultiEncoder needs at least one encoder; see `merv encoders` for names.")
+    for name in named:
+        check_stream(name)
     return named
+
+
+def check_stream(name: str) -> None:
+    """Raise EncoderError for a name that torch does not let a part of a module have."""
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise EncoderError(f"No encoder can be called {name!r} here: torch keeps that name. Take another.")
 
 
 def stream_name(encoder: str | Encoder) -> str:
@@ -50,10 +60,11 @@ def create_all(
     made = {}
     for name, encoder in encoders.items():
         if not isinstance(encoder, str):
-            if name in presets:
-                raise EncoderError(
-                    f"presets= names {name!r}, which is made already: give it its preset then."
-                )
+            for option, given in (("presets", presets), ("weights", weights)):
+                if isinstance(given, Mapping) and name in given:
+                    raise EncoderError(
+                        f"{option}= names {name!r}, which is made already: give it its {option} then."
+                    )
             made[name] = encoder
             continue
         own = weights.get(name, PRETRAINED) if isinstance(weights, Mapping) else weights
@@ -78,7 +89,7 @@ def checked_frames(frames: Mapping[str, int], encoders: Mapping[str, Encoder]) -
         window = encoders[name].spec.window or encoders[name].spec.tubelet
         if count < 1 or count % window:
             raise EncoderError(f"{name} takes frames in windows of {window}; frames={count} is no multiple.")
-    return dict(frames)
+    return {name: int(count) for name, count in frames.items()}
 
 
 def recreate(name: str, saved: Mapping[str, Any], weights: Mapping[str, str | None]) -> Encoder:

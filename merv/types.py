@@ -303,8 +303,8 @@ class EncoderSpec:
     def __post_init__(self) -> None:
         if not (_whole(self.grid, 3) and _whole((self.frames, self.width, self.tubelet), 3)):
             raise ShapeError(
-                f"{self.name}: frames, width, tubelet and each of the grid (t, h, w) are whole numbers from 1;"
-                f" got {self.frames}, {self.width}, {self.tubelet} and {self.grid}."
+                f"{self.name}: frames, width, tubelet and each of the grid (t, h, w) are whole numbers from "
+                f"1; got {self.frames}, {self.width}, {self.tubelet} and {self.grid}."
             )
         if self.fps is not None and not self.fps > 0:
             raise ShapeError(f"{self.name}: fps is a rate, in frames a second; got {self.fps}.")

@@ -336,7 +336,7 @@ class VideoLLM(Shared, nn.Module):
             "llm": {**self.identity, "dtype": str(self.llm.dtype).removeprefix("torch.")},
             "lora": None if self.lora is None else {**vars(self.lora), "targets": list(self.lora.targets)},
             "trained": list(self.trained),
-            "changed": sorted(self.changed),
+            "changed": sorted(self.changed | self.vision.altered()),
             "vision": self.vision.config(),
         }
 
@@ -344,7 +344,8 @@ class VideoLLM(Shared, nn.Module):
         """What a checkpoint holds: all of the fusion, the LoRA, and whatever else was ever trained."""
         parts = self.parts()
         fusion = {f"vision.fusion.{name}": t for name, t in self.fusion.state_dict().items()}
-        others = [p for name, p in parts.items() if name == "lora" or name in self.changed]
+        changed = self.changed | self.vision.altered()
+        others = [p for name, p in parts.items() if name == "lora" or name in changed]
         return {**fusion, **{name: p for own in others for name, p in own.items()}}
 
     @classmethod

@@ -1,16 +1,29 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from merv.encoders.fake import Fake
 from merv.errors import CheckpointError, EncoderError, ShapeError, UnknownEncoder
+from merv.mix import create_mixer
 from merv.multi_encoder import MultiEncoder
+from merv.registry import create_encoder
 from merv.sample import Sampling
 from merv.store import FeatureStore
 from merv.testing import make_video
 from merv.types import Frames, Grid
-from merv.windows import encode_distinct
+from merv.windows import encode_distinct, place
+
+
+class Bare(Fake):
+    """A Fake without any weights."""
+
+    def build(self):
+        self.net = None
+
+    def encode(self, pixels):
+        return pixels.mean(dim=(2, 3, 4))[:, :, None, None, None].expand(-1, -1, 4, 4, 8)
 
 
 def video(frames: int, height: int = 32, width: int = 32) -> torch.Tensor:
@@ -273,3 +286,80 @@ def test_weights_for_a_stranger_are_an_error_when_loading_too(both, tmp_path):
     both.save_pretrained(tmp_path / "model")
     with pytest.raises(EncoderError, match=r"weights= names 'fke'.*Did you mean 'fake'"):
         MultiEncoder.from_pretrained(tmp_path / "model", weights={"fke": "/folder"})
+
+
+# What is told at once ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.b", "keys", "train", ""])
+def test_a_name_that_torch_keeps_is_refused_before_anything_changes(name):
+    with pytest.raises(EncoderError, match="torch keeps that name"):
+        MultiEncoder({name: "fake"})
+    model = MultiEncoder(["fake"], width=8, grid=(2, 2, 2))
+    with pytest.raises(EncoderError, match="torch keeps that name"):
+        model.join(name, "fake")
+    assert model(torch.zeros(4, 3, 16, 16, dtype=torch.uint8)).tokens.shape == (1, 8, 8)
+
+
+def test_weights_of_an_encoder_that_is_made_already_are_refused():
+    with pytest.raises(EncoderError, match="weights= names 'fake', which is made already"):
+        MultiEncoder([create_encoder("fake")], weights={"fake": "/no/such/file"})
+
+
+def test_a_mixer_that_could_not_be_saved_is_refused():
+    with pytest.raises(ShapeError, match="takes its mixer by name"):
+        MultiEncoder(["fake"], width=8, mixer=create_mixer("mean", 8, 1))
+
+
+def test_numbers_of_numpy_can_be_saved(tmp_path):
+    two = np.int64(2)
+    model = MultiEncoder(["fake"], width=np.int64(8), grid=(two, two, two), frames={"fake": two})
+    model.save_pretrained(tmp_path / "model")
+    assert MultiEncoder.from_pretrained(tmp_path / "model").aligner.grid == (2, 2, 2)
+
+
+def test_a_crop_of_a_wide_film_that_fills_no_cell_is_told():
+    model = MultiEncoder([create_encoder("fake", preset="upstream")], grid=(1, 1, 1))
+    with pytest.warns(UserWarning, match="fake sees less than half of each cell"):
+        model(torch.zeros(2, 3, 16, 40, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 8, 4, 4), (1, 2, 4, 8), (2, 2, 4, 4, 8)])
+def test_features_of_another_shape_than_the_spec_says_are_refused(shape, monkeypatch):
+    monkeypatch.setattr(Fake, "encode", lambda self, pixels: torch.zeros(shape))
+    with pytest.raises(EncoderError, match=r"encode\(\) made .* wanted \[1, t, h, w, 8\]"):
+        Fake()(Frames.of(torch.zeros(1, 2, 3, 16, 16)))
+
+
+def test_an_encoder_without_weights_goes_where_the_others_go():
+    assert place(Bare().to("meta"))[0].type == "meta"
+    assert place(Bare().to(torch.bfloat16))[1] == torch.bfloat16
+    assert not Bare().state_dict()
+
+
+# Weights that are no longer those of the source ----------------------------------------------
+
+
+def test_weights_from_a_state_dict_have_features_of_their_own(tmp_path):
+    model, video = MultiEncoder(["fake"], grid=(2, 2, 2)), torch.ones(4, 3, 16, 16, dtype=torch.uint8)
+    store = FeatureStore()
+    before = model.features(video, store=store)["fake"].values
+    model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()})
+    assert not torch.equal(model.features(video, store=store)["fake"].values, before)
+    with pytest.raises(CheckpointError, match="fake has been trained or loaded anew and would be lost"):
+        model.save_pretrained(tmp_path / "model")
+
+
+def test_the_same_weights_again_change_nothing(tmp_path):
+    model, video = MultiEncoder(["fake"], grid=(2, 2, 2)), torch.ones(4, 3, 16, 16, dtype=torch.uint8)
+    key = model.key(video, "fake")
+    model.load_state_dict(model.state_dict())
+    assert model.key(video, "fake") == key
+    model.save_pretrained(tmp_path / "model")
+
+
+def test_an_encoder_that_is_set_to_be_trained_is_not_saved_without_its_weights(tmp_path):
+    model = MultiEncoder(["fake"], grid=(2, 2, 2))
+    model.encoder("fake").requires_grad_(True)
+    with pytest.raises(CheckpointError, match="would be lost"):
+        model.save_pretrained(tmp_path / "model")
