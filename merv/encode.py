@@ -138,10 +138,11 @@ class Encoder(nn.Module):
         if self.spec.window:
             return values
         # What sees the whole clip must not see its padding, or a clip would change with its batch.
-        for i, mask in enumerate(frames.mask):
-            if mask.any() and not mask.all():
-                real = self.encode(frames.pixels[i : i + 1, mask])[0]
-                values[i, : len(real)] = real
+        short = [i for i, mask in enumerate(frames.mask) if mask.any() and not mask.all()]
+        values = values.clone() if short else values  # gradients may need what encode() made
+        for i in short:
+            real = self.encode(frames.pixels[i : i + 1, frames.mask[i]])[0]
+            values[i, : len(real)] = real
         return values
 
     def _expected(self, values: Tensor, batch: int) -> Tensor:

@@ -11,7 +11,7 @@ from merv.multi_encoder import MultiEncoder
 from merv.prepare import prepare
 from merv.preprocessing import normalise, resize
 from merv.sample import Sampling
-from merv.types import Preset
+from merv.types import Frames, Preset
 
 
 class Boxed(Fake):
@@ -107,3 +107,16 @@ def test_crops_that_round_otherwise_are_cut_apart() -> None:
     alone = prepare(torch.zeros(1, 3, 16, 19, dtype=torch.uint8), {"down": encoders["down"]}, Sampling())
     extents = {name: frames.extent[0, 1].item() for name, frames in clip.frames.items()}
     assert extents["down"] == alone.frames["down"].extent[0, 1].item() != extents["nearest"]
+
+
+def test_an_encoder_of_whole_clips_can_be_trained_on_padded_ones() -> None:
+    class Learned(Whole):
+        def encode(self, pixels):
+            return torch.sigmoid(self.net.weight.mean() * super().encode(pixels))
+
+    encoder = Learned("video").requires_grad_(True)
+    frames = Frames.of(torch.ones(2, 8, 3, 16, 16))
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[1, 6:] = False
+    encoder(replace(frames, mask=mask)).values.sum().backward()
+    assert encoder.net.weight.grad is not None
