@@ -8,6 +8,7 @@ folded in: see fuse.py. The concatenating mixers have no weights.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -198,9 +199,10 @@ class CrossAttention(WeightingMixer):
         return scores + rearrange(self.share, "e -> e 1 1 1")
 
     def _ask(self, question: Tensor | None, like: Tensor) -> Tensor:
-        if question is None:
+        if not isinstance(question, Tensor) or question.ndim != 2 or question.shape[1] != self.width:
+            came = list(question.shape) if isinstance(question, Tensor) else question
             raise ShapeError(
-                "This mixer is conditioned on the question; pass question=[B, L], "
+                f"This mixer is conditioned on the question; pass question=[B, {self.width}], not {came}, "
                 "or build it with conditioned=False."
             )
         assert self.from_question is not None
@@ -261,6 +263,13 @@ def create_mixer(name: str, width: int, encoders: int, **options: Any) -> Mixer:
     """
     if name not in MIXERS:
         raise ShapeError(f"Unknown mixer {name!r}.{nearest(name, MIXERS)} There are: {', '.join(MIXERS)}.")
+    known = list(inspect.signature(MIXERS[name]).parameters)[2:]  # behind width and encoders
+    for option in options:
+        if option not in known:
+            raise ShapeError(
+                f"Mixer {name!r} has no option {option!r}.{nearest(option, known)} "
+                f"It has: {', '.join(known) or 'none'}."
+            )
     return MIXERS[name](width, encoders, **options)
 
 

@@ -18,6 +18,9 @@ def by_name(encoders: Sequence[str | Encoder] | Mapping[str, str | Encoder]) -> 
     """Names for the streams: as given, as typed, or the spec's name."""
     if isinstance(encoders, (str, Encoder)):
         encoders = [encoders]
+    for encoder in encoders.values() if isinstance(encoders, Mapping) else encoders:
+        if not isinstance(encoder, (str, Encoder)):
+            raise EncoderError(f"An encoder is given by name or made already; got {encoder!r}.")
     if isinstance(encoders, Mapping):
         named = dict(encoders)
     else:

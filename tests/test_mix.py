@@ -248,3 +248,16 @@ def test_a_cell_that_nobody_sees_is_zero_and_finite():
 def test_a_mixer_of_another_size_is_refused():
     with pytest.raises(ShapeError, match="built for 3 encoders of width 16; this fusion has 1"):
         Fusion({"a": 8}, 16, CrossAttention(16, 3))
+
+
+@pytest.mark.parametrize(("name", "option"), [("gate", "hiden"), ("mean", "hidden")])
+def test_an_option_that_a_mixer_does_not_have_is_refused(name, option):
+    with pytest.raises(ShapeError, match=f"Mixer '{name}' has no option '{option}'.*It has: (hidden|none)"):
+        create_mixer(name, 8, 2, **{option: 3})
+
+
+@pytest.mark.parametrize("question", [None, "what?", torch.zeros(1, 7), torch.zeros(8)])
+def test_a_question_of_another_shape_is_refused(question):
+    fusion = Fusion({"a": 4, "b": 4}, 8, "cross_attention", mixer_options={"conditioned": True})
+    with pytest.raises(ShapeError, match=r"pass question=\[B, 8\], not"):
+        fusion(grids_of({"a": 4, "b": 4}, batch=1), question)

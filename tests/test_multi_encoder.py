@@ -306,6 +306,11 @@ def test_weights_of_an_encoder_that_is_made_already_are_refused():
         MultiEncoder([create_encoder("fake")], weights={"fake": "/no/such/file"})
 
 
+def test_a_class_is_no_encoder_yet():
+    with pytest.raises(EncoderError, match="given by name or made already; got <class"):
+        MultiEncoder([Fake])
+
+
 def test_a_mixer_that_could_not_be_saved_is_refused():
     with pytest.raises(ShapeError, match="takes its mixer by name"):
         MultiEncoder(["fake"], width=8, mixer=create_mixer("mean", 8, 1))
