@@ -203,7 +203,7 @@ def create_encoder(name: str, **kwargs: Any) -> Encoder:
 
 
 def _check_options(name: str, encoder: type[Encoder], options: dict[str, Any]) -> None:
-    """Raise EncoderError, not BrokenEncoder, for options that neither encoders in general have nor this one."""
+    """Raise EncoderError, not BrokenEncoder, for options that neither encoders as such have nor this one."""
     from merv.encode import Encoder
 
     own = inspect.signature(encoder).parameters

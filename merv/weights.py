@@ -300,7 +300,7 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of an error, without a full stop; never torch's advice to unpickle the file fully."""
+    """The first sentence of an error, without a full stop; never torch's advice to unpickle a file fully."""
     if isinstance(error, UnpicklingError):
         found = re.search(r"GLOBAL (\S+)", str(error))
         return (
