@@ -144,6 +144,11 @@ class Sampling:
                 "'fps' and 'uniform'."
             )
 
+        if self.total < 1:
+            raise SamplingError(
+                f"Official sampling reads at least 1 frame of a clip; got total={self.total}."
+            )
+
     def times(self, info: VideoInfo, frames: int, fps: float | None = None) -> list[float]:
         """The times that a consumer of `frames` frames wants of the clip, or of `fps` a second.
 

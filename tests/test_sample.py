@@ -117,6 +117,12 @@ def test_no_frames_is_an_error() -> None:
         Sampling().times(clip(), 0)
 
 
+@pytest.mark.parametrize("total", [0, -32])
+def test_official_reads_at_least_one_frame(total: int) -> None:
+    with pytest.raises(SamplingError, match=f"at least 1 frame of a clip; got total={total}"):
+        Sampling("official", total=total)
+
+
 def test_seed_repeats_random_times() -> None:
     first, again = (Sampling("segment", seed=1).times(clip(), 8) for _ in range(2))
     assert first == again != Sampling("segment", seed=2).times(clip(), 8)
