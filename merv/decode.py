@@ -6,10 +6,12 @@ decodes the frames that are asked for, each once. Audio is ignored.
 
 from __future__ import annotations
 
+import operator
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
-from io import BytesIO
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy
+from io import BytesIO, TextIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -39,29 +41,32 @@ class VideoReader:
 
     info: VideoInfo
     damage: str = ""
+    _met: str = ""  # what was wrong with a frame of the last read
 
     def __init__(self) -> None:
         self.missing: set[int] = set()
 
-    def read(self, indices: Sequence[int], on_error: Literal["raise", "partial"] = "raise") -> Tensor:
+    def read(self, indices: Iterable[int], on_error: Literal["raise", "partial"] = "raise") -> Tensor:
         """Frames of these indices, in this order: uint8 RGB [len(indices), 3, H, W], upright.
 
         An index may come twice. With `partial`, unreadable frames are left out (see
         `missing`); with `raise`, they raise DamagedVideo. Raises UnreadableVideo where no
         frame could be read at all, IndexError for an index that the clip does not have.
         """
+        indices = [operator.index(index) for index in indices]  # tensors are not equal to their like
         wanted = sorted(set(indices))
         if not wanted or wanted[0] < 0 or wanted[-1] >= self.info.frames:
             raise IndexError(f"{self.info.name} has frames 0 to {self.info.frames - 1}; asked for {indices}.")
         pixels = torch.empty(len(wanted), 3, self.info.height, self.info.width, dtype=torch.uint8)
         place = {index: i for i, index in enumerate(wanted)}
         got = set()
+        self._met = ""
         for index, picture in self._decode(wanted):  # picture: [3, H, W]
             pixels[place[index]] = _scaled(picture, self.info.height, self.info.width)
             got.add(index)
         self.missing |= set(wanted) - got
         self._check(len(got), len(wanted), on_error)
-        if list(indices) == wanted and len(got) == len(wanted):
+        if indices == wanted and len(got) == len(wanted):
             return pixels
         return pixels[[place[index] for index in indices if index in got]]
 
@@ -79,15 +84,15 @@ class VideoReader:
         raise NotImplementedError
 
     def _check(self, got: int, wanted: int, on_error: str) -> None:
+        fault = self.damage or self._met
+        fault = fault and f"; {fault}"
         if not got:
-            why = f"none of the {wanted} wanted frames could be decoded{self.damage and '; ' + self.damage}"
-            raise unreadable(self.info.name, why)
+            raise unreadable(self.info.name, f"none of the {wanted} wanted frames could be decoded{fault}")
         if on_error == "partial" or (got == wanted and not self.damage):
             return
         raise DamagedVideo(
-            f"{self.info.name}: {got} of the {wanted} wanted frames could be decoded"
-            f"{self.damage and '; ' + self.damage}. load_video(…, on_error='partial') takes what "
-            "is readable, 'skip' passes over such files."
+            f"{self.info.name}: {got} of the {wanted} wanted frames could be decoded{fault}. "
+            "load_video(…, on_error='partial') takes what is readable, 'skip' passes over such files."
         )
 
 
@@ -104,13 +109,14 @@ def open_video(
     source: path of a video, an image, an animated GIF or WebP, or a folder of frame images
         (in natural order); the bytes or the open binary file of one of these files (read from
         its beginning); a uint8 array or tensor, RGB, [T, 3, H, W] or [T, H, W, 3], without T
-        for a still; a PIL image.
+        for a still; a PIL image; an open reader. What came open stays open.
     name: what to call it in errors; by default the path.
     backend: `pyav`, which brings its own FFmpeg, or `torchcodec`, which has to be installed and to
         find FFmpeg's libraries. They give the same frames at the same times; only `pyav` reads
         AVI and damaged files. Of videos only: pictures and arrays need neither.
     fps: frames per second of arrays, tensors and folders, which have no clock of their own.
-    max_pixels: larger pictures are refused, so that a small file cannot fill the memory.
+    max_pixels: larger pictures are refused, so that a small file cannot fill the memory. Of TIFF and WebP,
+        PIL's own bound holds besides: twice PIL.Image.MAX_IMAGE_PIXELS, 179 megapixels.
 
     Raises UnreadableVideo for a source that is missing or holds no picture, ShapeError for an
     array that is not one of the above, MissingDependency for a backend that does not load. Sound is
@@ -121,20 +127,24 @@ def open_video(
     (2.0, torch.Size([2, 3, 32, 48]))
     """
     check_backend(backend)
+    if not fps > 0:
+        raise VideoError(f"fps={fps} is no rate: wanted frames per second, more than 0.")
     from merv import decode_pictures as pictures
 
     if isinstance(source, VideoReader):
-        return source
+        lent = copy(source)
+        lent.close = lambda: None  # type: ignore[method-assign]  # who opened it closes it
+        return lent
     if isinstance(source, (str, os.PathLike)):
-        return _open_path(Path(os.fspath(source)), name or os.fspath(source), backend, fps, max_pixels)
+        return _open_path(path_of(source), name or os.fspath(source), backend, fps, max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _open_file(BytesIO(source), name or f"<{len(source)} bytes>", backend, max_pixels, owned=True)
-    if hasattr(source, "read"):
+    if hasattr(source, "read") and not isinstance(source, TextIOBase):
         called = name or str(getattr(source, "name", "<open file>"))
         seekable = getattr(source, "seekable", lambda: False)()
         file = source if seekable else _copy(source, called)
         return _open_file(file, called, backend, max_pixels, owned=not seekable)
-    if isinstance(source, Tensor) or hasattr(source, "__array_interface__"):
+    if isinstance(source, Tensor) or hasattr(type(source), "__array_interface__"):
         return pictures.array_reader(source, name or "<array>", fps)
     raise VideoError(
         f"Cannot read a video from {type(source).__name__}. Give a path, bytes, an open binary file, a "
@@ -156,6 +166,13 @@ def probe(source: Any, **options: Any) -> VideoInfo:
     """
     with open_video(source, **options) as reader:
         return reader.info
+
+
+def path_of(source: str | os.PathLike[str]) -> Path:
+    """The path of a source; raises UnreadableVideo for an empty one, which would be the current folder."""
+    if not os.fspath(source):
+        raise unreadable("''", "the path is empty", "Give that of a file or a folder. " + SKIP)
+    return Path(source)
 
 
 def unreadable(name: str, why: str, advice: str = SKIP) -> UnreadableVideo:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import struct
-import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,7 +50,7 @@ class PicturesReader(VideoReader):
             try:
                 yield index, self._picture(index)
             except BROKEN as error:
-                self.damage = self.damage or str(error)
+                self._met = self._met or _why(error)
 
 
 def array_reader(source: Any, name: str, fps: float) -> PicturesReader:
@@ -60,6 +60,8 @@ def array_reader(source: Any, name: str, fps: float) -> PicturesReader:
             source = _upright_rgb(source)
         except ValueError as error:
             raise ShapeError(f"{name}: {error}.") from error
+        except BROKEN as error:
+            raise unreadable(name, _why(error)) from error
     pixels = source.detach().cpu() if isinstance(source, Tensor) else torch.from_numpy(np.array(source))
     if pixels.dtype != torch.uint8:
         raise ShapeError(
@@ -94,7 +96,8 @@ def folder_reader(folder: Path, name: str, fps: float, max_pixels: int) -> Pictu
         raise unreadable(name, f"none of the folder's {len(paths)} images could be read")
 
     def picture(index: int) -> Tensor:
-        with _image(paths[index]) as image:
+        with paths[index].open("rb") as file:
+            image = _image(file)
             check_size(str(paths[index]), image.width, image.height, max_pixels)
             pixels = _tensor(_upright_rgb(image))
         if pixels.shape[1:] != size:
@@ -109,26 +112,26 @@ def folder_reader(folder: Path, name: str, fps: float, max_pixels: int) -> Pictu
 
 def image_reader(file: BinaryIO, name: str, *, owned: bool, max_pixels: int) -> PicturesReader | None:
     """Reader of an image or an animated one, or None if the file is no image that PIL knows."""
-    file.seek(0)
     try:
         image = _image(file)
     except UnidentifiedImageError:
         file.seek(0)
         return None
     except BROKEN as error:
-        raise unreadable(name, str(error).rstrip(".")) from error
+        raise unreadable(name, _why(error)) from error
     check_size(name, image.width, image.height, max_pixels)
     animated = image.format in ("GIF", "WEBP") or (
         image.format == "PNG" and getattr(image, "is_animated", False)
     )
-    begins_s, damage = _clock(image) if animated else ([0.0, 0.0], "")
+    first = int(getattr(image, "default_image", False))  # an APNG's picture for who cannot animate it
+    begins_s, damage = _clock(image, first) if animated else ([0.0, 0.0], "")
     *times_s, end_s = begins_s
     if not times_s:
-        raise unreadable(name, f"its first picture cannot be read; {damage}")
+        raise unreadable(name, f"its first picture cannot be read{damage and '; ' + damage}")
     height, width = _upright_size(image)
 
     def picture(index: int) -> Tensor:
-        image.seek(index)
+        image.seek(first + index)
         return _tensor(_upright_rgb(image))
 
     codec = str(image.format).lower()
@@ -139,7 +142,7 @@ def image_reader(file: BinaryIO, name: str, *, owned: bool, max_pixels: int) -> 
     return reader
 
 
-def _clock(image: Image.Image) -> tuple[list[float], str]:
+def _clock(image: Image.Image, first: int) -> tuple[list[float], str]:
     """When each frame of an animated image begins and the last one ends, in seconds; what is damaged.
 
     It ends before the first frame that cannot be read: others build on it.
@@ -147,12 +150,12 @@ def _clock(image: Image.Image) -> tuple[list[float], str]:
     begins_ms = [0.0]
     while True:
         try:
-            image.seek(len(begins_ms) - 1)
+            image.seek(first + len(begins_ms) - 1)
             image.load()  # WebP knows a frame's duration only now
         except EOFError:  # there is no next frame
             return [ms / 1000 for ms in begins_ms], ""
         except BROKEN as error:
-            damage = f"the file is broken after {len(begins_ms) - 1} of its pictures ({error})"
+            damage = f"the file is broken after {len(begins_ms) - 1} of its pictures ({_why(error)})"
             return [ms / 1000 for ms in begins_ms], damage
         duration_ms = image.info.get("duration", 0)
         begins_ms.append(begins_ms[-1] + (duration_ms if duration_ms > 10 else 100))  # as browsers do
@@ -166,8 +169,8 @@ def _clocked(name: str, shape: Sequence[int], fps: float, codec: str) -> VideoIn
 
 def _size(path: Path) -> tuple[int, int] | None:
     try:
-        with _image(path) as image:
-            return _upright_size(image)
+        with path.open("rb") as file:
+            return _upright_size(_image(file))
     except BROKEN:
         return None
 
@@ -178,11 +181,24 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def _image(source: Path | BinaryIO) -> Image.Image:
-    """Opened, not yet decoded."""
-    with warnings.catch_warnings():  # of pictures that are large, which `max_pixels` judges
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(source, formats=FORMATS)
+def _image(file: BinaryIO) -> Image.Image:
+    """Opened, not yet decoded; by PIL, but not by Image.open, whose bound on the size no caller can raise."""
+    file.seek(0)
+    start = file.read(16)
+    Image.init()
+    for name in FORMATS:
+        create, accepts = Image.OPEN[name]
+        with suppress(SyntaxError, IndexError, TypeError, struct.error):  # broken, or not of that format
+            if accepts and accepts(start) is True:
+                file.seek(0)
+                return create(file, "")
+    raise UnidentifiedImageError(f"cannot identify image file {getattr(file, 'name', '')}".rstrip())
+
+
+def _why(error: Exception) -> str:
+    """What PIL says, without a full stop, and whose bound it is that a picture exceeds."""
+    bound = isinstance(error, Image.DecompressionBombError)
+    return str(error).rstrip(".") + bound * "; the limit is PIL's own: 2 * PIL.Image.MAX_IMAGE_PIXELS"
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

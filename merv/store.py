@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from io import TextIOBase
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merv.decode import open_video
+from merv.decode import open_video, path_of
 from merv.errors import DataError, ShapeError, UnreadableVideo
 from merv.files import file_digest
 from merv.types import Grid
@@ -75,17 +76,18 @@ def _content(video: Any) -> str:
     if isinstance(video, (bytes, bytearray, memoryview)):
         return hashlib.sha256(video).hexdigest()
     if isinstance(video, (str, os.PathLike)):
-        return _path_content(Path(video))
+        return _path_content(path_of(video))
     if isinstance(video, np.ndarray):
         video = torch.from_numpy(np.array(video, order="C"))  # which knows no negative strides
     if isinstance(video, Tensor):
         pixels = video.cpu().contiguous()
         kind = f"{pixels.dtype}{tuple(pixels.shape)}".encode()
         return hashlib.sha256(kind + pixels.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
-    if hasattr(video, "__array_interface__"):  # a PIL image: its palette and orientation count too
+    if hasattr(type(video), "__array_interface__"):  # a PIL image: its palette and orientation count too
         with open_video(video) as reader:
             return _content(reader.read([0]))
-    if hasattr(video, "read") and getattr(video, "seekable", lambda: False)():
+    binary = hasattr(video, "read") and not isinstance(video, TextIOBase)
+    if binary and getattr(video, "seekable", lambda: False)():
         where = video.tell()
         video.seek(0)
         content = hashlib.sha256(video.read()).hexdigest()

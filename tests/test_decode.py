@@ -13,9 +13,10 @@ from PIL import Image
 
 import merv.decode_pyav
 from merv.decode import open_video, probe
-from merv.errors import DamagedVideo, ShapeError, UnreadableVideo, VideoError
+from merv.errors import DamagedVideo, DataError, ShapeError, UnreadableVideo, VideoError
 from merv.load import load_video
 from merv.sample import on_screen
+from merv.store import video_key
 
 
 def test_frames_come_in_the_order_asked(tmp_path: Path) -> None:
@@ -24,6 +25,14 @@ def test_frames_come_in_the_order_asked(tmp_path: Path) -> None:
     assert pixels.dtype == torch.uint8
     assert pixels.shape == (4, 3, 32, 64)
     assert indices_of(pixels) == [39, 3, 17, 3]
+
+
+def test_indices_are_whole_numbers_of_any_kind() -> None:
+    with open_video(np.stack([picture(i) for i in range(5)])) as video:
+        for indices in (torch.tensor([3, 1]), np.array([3, 1]), (i for i in (3, 1)), {3: "", 1: ""}):
+            assert indices_of(video.read(indices)) == [3, 1]
+        with pytest.raises(TypeError, match="'float' object"):
+            video.read([3.0])  # type: ignore[list-item]
 
 
 def test_probe_tells_times_size_and_codec(tmp_path: Path) -> None:
@@ -112,6 +121,17 @@ def test_file_opened_here_is_closed(tmp_path: Path) -> None:
     assert video._file.closed  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif"])
+def test_reader_that_is_handed_over_stays_open(tmp_path: Path, name: str) -> None:
+    path = make_gif(tmp_path / name, [50] * 20) if name == "a.gif" else make_video(tmp_path / name)
+    with open_video(path) as video:
+        assert probe(video) == video.info
+        frames = load_video(video, frames=2)
+        assert frames is not None
+        assert indices_of(frames.pixels[0]) == [5, 15]
+        assert indices_of(video.read([7])) == [7]
+
+
 def test_image_is_a_still(tmp_path: Path) -> None:
     Image.fromarray(picture(7)).save(tmp_path / "a.png")
     for source in (tmp_path / "a.png", Image.fromarray(picture(7)), picture(7)):
@@ -172,6 +192,16 @@ def test_broken_image_in_a_folder_is_damage(tmp_path: Path) -> None:
         assert video.missing == {1}
         with pytest.raises(DamagedVideo, match="frames: 2 of the 3 wanted frames"):
             video.read([0, 1, 2])
+
+
+def test_broken_image_spoils_no_later_read(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "frames", ["1.png", "2.png", "3.png"])
+    (folder / "2.png").write_bytes(b"")
+    with open_video(folder) as video:
+        with pytest.raises(DamagedVideo, match=r"2 of the 3 .*cannot identify image file .*2\.png"):
+            video.read([0, 1, 2])
+        assert indices_of(video.read([0, 2])) == [0, 2]
+        assert not video.damage
 
 
 def test_frames_of_different_sizes_are_refused(tmp_path: Path) -> None:
@@ -277,6 +307,16 @@ def test_missing_file_is_named() -> None:
         open_video("nowhere/clip.mp4")
 
 
+def test_empty_path_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(picture(1)).save(tmp_path / "cover.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnreadableVideo, match="the path is empty"):
+        load_video("")
+    with pytest.raises(UnreadableVideo, match="the path is empty"):
+        video_key("", "recipe")
+    assert load_video(".") is not None
+
+
 def test_address_is_refused_with_advice() -> None:
     with pytest.raises(UnreadableVideo, match="Only local files are read: download it first"):
         open_video("https://example.org/clip.mp4")
@@ -306,6 +346,20 @@ def test_unknown_backend_and_source_say_what_there_is() -> None:
         open_video("a.mp4", backend="decord")
     with pytest.raises(VideoError, match=r"from int. Give a path"):
         open_video(3)
+
+
+@pytest.mark.parametrize("text", [io.StringIO("no pictures"), io.TextIOWrapper(io.BytesIO(b"none"))])
+def test_text_is_refused(text: Any) -> None:
+    with pytest.raises(VideoError, match=rf"from {type(text).__name__}. Give .* an open binary file"):
+        open_video(text)
+    with pytest.raises(DataError, match=rf"{type(text).__name__} cannot be stored"):
+        video_key(text, "recipe")
+
+
+@pytest.mark.parametrize("fps", [0, -5, float("nan")])
+def test_rate_of_what_has_no_clock_is_positive(fps: float) -> None:
+    with pytest.raises(VideoError, match=f"fps={fps} is no rate"):
+        open_video(picture(1), fps=fps)
 
 
 def test_name_is_used_in_errors() -> None:

@@ -58,6 +58,61 @@ def test_animated_png_is_a_video(tmp_path: Path) -> None:
         assert indices_of(video.read([2, 1])) == [2, 1]
 
 
+def test_picture_for_who_cannot_animate_is_no_frame(tmp_path: Path) -> None:
+    images = [Image.fromarray(picture(i)) for i in range(4)]
+    images[3].save(
+        tmp_path / "a.png",
+        save_all=True,
+        append_images=images[:3],
+        duration=[50, 200, 100],
+        default_image=True,
+    )
+    with open_video(tmp_path / "a.png") as video:
+        assert video.info.times_s == pytest.approx([0.0, 0.05, 0.25])
+        assert video.info.duration_s == pytest.approx(0.35)
+        assert indices_of(video.read([2, 0, 1])) == [2, 0, 1]
+
+
+def test_animation_cut_off_after_that_picture_is_named(tmp_path: Path) -> None:
+    images = [Image.fromarray(picture(i)) for i in range(3)]
+    images[2].save(tmp_path / "a.png", save_all=True, append_images=images[:2], default_image=True)
+    data = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(UnreadableVideo, match=r"its first picture cannot be read"):
+        open_video(data[: data.index(b"fcTL") + 8])
+
+
+def test_picture_object_that_is_cut_off_is_unreadable(tmp_path: Path) -> None:
+    target = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8)).save(
+        target, "JPEG"
+    )
+    image = Image.open(io.BytesIO(target.getvalue()[:5000]))
+    with pytest.raises(UnreadableVideo, match="<array>: image file is truncated"):
+        open_video(image)
+
+
+def test_bound_on_the_size_is_max_pixels_and_not_pils(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(picture(9)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for path in (tmp_path, tmp_path / "a.png"):
+        with open_video(path, max_pixels=64 * 32) as video:
+            assert indices_of(video.read([0])) == [9]
+    with pytest.raises(UnreadableVideo, match="more than max_pixels=2047"):
+        open_video(tmp_path / "a.png", max_pixels=2047)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(tmp_path / "a.png")
+
+
+def test_bound_that_is_pils_own_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [Image.fromarray(picture(i)) for i in range(2)]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], disposal=2)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UnreadableVideo, match=r"the limit is PIL's own: 2 \* PIL.Image.MAX_IMAGE_PIXELS"):
+        open_video(tmp_path / "a.gif")
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.png", "frames"])
 def test_pictures_beyond_the_bound_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
