@@ -1,7 +1,7 @@
 """Side effects: what importing, creating or running an encoder changes outside of it.
 
-`python -m merv.side_effects MODULE` imports a module and prints, as JSON, what that did besides
-defining things. Nothing of the kind may happen at import, nor may a setting of the process be
+`python -m merv.side_effects MODULE FILE` imports a module and writes to a file, as JSON, what that did
+besides defining things. Nothing of the kind may happen at import, nor may a setting of the process be
 another one afterwards: the program that uses an encoder has chosen them.
 """
 
@@ -22,6 +22,8 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -104,22 +106,26 @@ def of_import(module: str) -> tuple[str, ...] | None:
     if module == "__main__" or (module in sys.modules and sys.modules[module].__spec__ is None):
         return None
     path = os.pathsep.join(entry for entry in sys.path if entry)
-    command = [sys.executable, "-B", "-m", __name__, module]
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-    except subprocess.TimeoutExpired:
-        return (f"does not come to an end within {TIMEOUT_S:g} s",)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["nothing is said"])[-1]
-        return (f"ends the interpreter with exit status {done.returncode}: {last}",)
-    found = json.loads(done.stdout)
-    return None if found is None else tuple(found)
+    with TemporaryDirectory() as folder:
+        report = Path(folder, "found.json")  # not on stdout, which the module may write to at any time
+        try:
+            done = subprocess.run(
+                [sys.executable, "-B", "-m", __name__, module, str(report)],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=TIMEOUT_S,
+                env={**os.environ, "PYTHONPATH": path},
+            )
+        except subprocess.TimeoutExpired:
+            return (f"does not come to an end within {TIMEOUT_S:g} s",)
+        if done.returncode or not report.is_file():
+            last = (done.stderr.strip().splitlines() or ["nothing is said"])[-1]
+            return (f"ends the interpreter with exit status {done.returncode}: {last}",)
+        found = json.loads(report.read_text())
+    if found is None:
+        return None
+    return (*found, *([f"prints {done.stdout[:80]!r}"] if done.stdout else []))
 
 
 def _watched_import(module: str) -> list[str]:
@@ -160,6 +166,6 @@ def _note(event: str, arguments: tuple[Any, ...], work: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    name = sys.argv[1]
+    name, report = sys.argv[1:]
     found = find_spec(name.partition(".")[0])  # the outermost package: to find what is inside imports it
-    print(json.dumps(_watched_import(name) if found else None))
+    Path(report).write_text(json.dumps(_watched_import(name) if found else None))

@@ -13,8 +13,10 @@ import torch
 from merv.side_effects import _note, of_import, put_back, settings
 
 WORK = """
-import logging, random, socket, sys, warnings
+import atexit, logging, os, random, socket, sys, warnings
 import torch
+os.write(1, b"past Python \\xff, ")
+atexit.register(print, "at the end")
 torch.manual_seed(7)
 torch.rand(1)
 torch.set_num_threads(3)
@@ -47,14 +49,16 @@ def test_all_that_an_import_does_is_seen(tmp_path, monkeypatch):
         "moves torch's random state",
         "prints 'hello\\n'",
         "warns: UserWarning: hear me",
+        "prints 'past Python \ufffd, at the end\\n'",
     ]
 
 
-def test_an_import_that_ends_the_interpreter_is_told(monkeypatch):
-    done = subprocess.CompletedProcess([], -11, stdout="", stderr="")
+@pytest.mark.parametrize("status", [-11, 0])
+def test_an_import_that_ends_the_interpreter_is_told(monkeypatch, status):
+    done = subprocess.CompletedProcess([], status, stdout="", stderr="")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: done)
-    assert of_import("a_module_that_crashes") == (
-        "ends the interpreter with exit status -11: nothing is said",
+    assert of_import(f"a_module_that_ends_it_with_{status}") == (
+        f"ends the interpreter with exit status {status}: nothing is said",
     )
 
 
