@@ -8,6 +8,7 @@ mapped file shard by shard, so that a file larger than memory can be converted.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,6 +276,7 @@ def write_llm(
             save_file(
                 {name: mapped[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"}
             )
+            shutil.copymode(folder / "tokenizer_config.json", folder / file)  # else its owner's alone
             bar.update(sum(sizes[name].nbytes for name in names))
 
 

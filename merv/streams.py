@@ -41,7 +41,7 @@ def by_name(encoders: Sequence[str | Encoder] | Mapping[str, str | Encoder]) -> 
 
 def check_stream(name: str) -> None:
     """Raise EncoderError for a name that torch does not let a part of a module have."""
-    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise EncoderError(f"No encoder can be called {name!r} here: torch keeps that name. Take another.")
 
 

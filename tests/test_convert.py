@@ -159,6 +159,7 @@ def test_shards_hold_the_same_language_model(place, tmp_path):
     write(tmp_path / "two", official.state(), TWO)
     out = convert_in(tmp_path, "two", llm=folder / "base", shard_bytes=40_000)
     assert len(list((out / "llm").glob("model-0*.safetensors"))) > 2
+    assert len({file.stat().st_mode for file in (out / "llm").iterdir()}) == 1  # none its owner's alone
     whole = VideoLLM.from_pretrained(folder / "two_converted")
     assert VideoLLM.from_pretrained(out).identity["fingerprint"] == whole.identity["fingerprint"]
 

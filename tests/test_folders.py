@@ -221,5 +221,5 @@ def test_a_registered_class_is_taken_by_the_path_where_it_is_defined(saved, plan
 def test_a_trained_encoder_is_not_lost_with_the_model_that_it_was_trained_in():
     vision = MultiEncoder(["fake"], grid=(2, 1, 1), width=8)
     vision.changed.add("fake")
-    with pytest.raises(CheckpointError, match="fake has been trained .* would be lost: save a VideoLLM"):
+    with pytest.raises(CheckpointError, match=r"fake has been trained .* would be lost: save a VideoLLM"):
         vision.kept()

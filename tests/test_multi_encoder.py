@@ -291,7 +291,7 @@ def test_weights_for_a_stranger_are_an_error_when_loading_too(both, tmp_path):
 # What is told at once ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.b", "keys", "train", ""])
+@pytest.mark.parametrize("name", ["a.b", "keys", "train", "", 3])
 def test_a_name_that_torch_keeps_is_refused_before_anything_changes(name):
     with pytest.raises(EncoderError, match="torch keeps that name"):
         MultiEncoder({name: "fake"})

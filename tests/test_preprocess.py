@@ -159,7 +159,7 @@ def test_an_unknown_way_to_resample_is_refused() -> None:
 
 def test_a_thread_of_a_picture_is_not_scaled_by_its_short_side() -> None:
     thread = torch.zeros(1, 3, 1, 2000, dtype=torch.uint8)
-    with pytest.raises(ShapeError, match="1×2000 pixels is too long .* letterboxes takes it"):
+    with pytest.raises(ShapeError, match=r"1×2000 pixels is too long .* letterboxes takes it"):
         resize(thread, Preset("crop", (224, 224)))
     assert resize(thread, Preset("letterbox", (224, 224)))[0].shape == (1, 3, 224, 224)
 
