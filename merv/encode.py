@@ -146,11 +146,10 @@ class Encoder(nn.Module):
         return values
 
     def _expected(self, values: Tensor, batch: int) -> Tensor:
-        shape = tuple(values.shape)
-        if len(shape) != 5 or shape[0] != batch or shape[-1] != self.spec.width:
+        if values.ndim != 5 or len(values) != batch:
             raise EncoderError(
-                f"{self.spec.name}: encode() made {list(shape)} of {batch} clips; wanted [{batch}, t, h, w, "
-                f"{self.spec.width}], the spec's width last."
+                f"{self.spec.name}: encode() made {list(values.shape)} of {batch} clips; wanted "
+                f"[{batch}, t, h, w, {self.spec.width}]."
             )
         return values
 

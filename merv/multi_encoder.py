@@ -165,15 +165,16 @@ class MultiEncoder(Shared, nn.Module):
 
     def encode(self, clips: Sequence[Clip]) -> dict[str, list[Grid]]:
         """Each encoder's own features of each clip, on the encoder's own grid."""
-        names = clips[0].frames
-        return {
-            name: encode_distinct(
-                self.encoder(name),
-                [clip.frames[name] for clip in clips],
-                [clip.indices[name] for clip in clips],
-            )
-            for name in names
-        }
+        made = {}
+        for name in clips[0].frames:
+            encoder, own = self.encoder(name), [clip.frames[name] for clip in clips]
+            made[name] = encode_distinct(encoder, own, [clip.indices[name] for clip in clips])
+            shape = list(made[name][0].values.shape)
+            if shape[-1] != encoder.spec.width:
+                raise EncoderError(
+                    f"{name} made features {shape}; by its spec they are [1, t, h, w, {encoder.spec.width}]."
+                )
+        return made
 
     def align(self, grids: Mapping[str, Sequence[Grid]], clips: Sequence[Clip]) -> dict[str, Grid]:
         """All of them on the common grid: encoder name → Grid [B, t, h, w, D]."""

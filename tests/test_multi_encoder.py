@@ -329,11 +329,17 @@ def test_a_crop_of_a_wide_film_that_fills_no_cell_is_told():
         model(torch.zeros(2, 3, 16, 40, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 8, 4, 4), (1, 2, 4, 8), (2, 2, 4, 4, 8)])
-def test_features_of_another_shape_than_the_spec_says_are_refused(shape, monkeypatch):
+@pytest.mark.parametrize("shape", [(1, 2, 4, 8), (2, 2, 4, 4, 8)])
+def test_features_that_are_no_grid_of_the_batch_are_refused(shape, monkeypatch):
     monkeypatch.setattr(Fake, "encode", lambda self, pixels: torch.zeros(shape))
     with pytest.raises(EncoderError, match=r"encode\(\) made .* wanted \[1, t, h, w, 8\]"):
         Fake()(Frames.of(torch.zeros(1, 2, 3, 16, 16)))
+
+
+def test_features_of_another_width_than_the_spec_says_are_refused(monkeypatch):
+    monkeypatch.setattr(Fake, "encode", lambda self, pixels: torch.zeros(len(pixels), 1, 8, 4, 4))
+    with pytest.raises(EncoderError, match=r"fake made features \[1, 1, 8, 4, 4\]; .* \[1, t, h, w, 8\]"):
+        MultiEncoder(["fake"], grid=(2, 2, 2))(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
 
 
 def test_an_encoder_without_weights_goes_where_the_others_go():

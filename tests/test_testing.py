@@ -206,7 +206,7 @@ FAULTS = [
     (RandomEncoder, "is deterministic", "draws random numbers"),
     (TrainableEncoder, "is frozen", "net.weight requires a gradient"),
     (TrainingEncoder, "stays in eval mode", "is in training mode after .train()"),
-    (NarrowEncoder, "shape is what the spec says", "made [2, 2, 4, 4, 7] of 2 clips; wanted [2, t, h, w, 8]"),
+    (NarrowEncoder, "shape is what the spec says", "are [2, 2, 4, 4, 7]; wanted [2, 2, 4, 4, 8]"),
     (NanEncoder, "features are finite", "are NaN or infinite"),
     (BlindEncoder, "features depend on the pixels", "two different clips have equal features"),
     (BatchEncoder, "batch equals one by one", "they differ by"),
