@@ -106,8 +106,8 @@ def reach(edges_s: Tensor, span_s: Tensor, shown_s: Tensor) -> Tensor:
     time stay without width.
 
     >>> reach(torch.tensor([[[0.5, 1.0], [1.0, 1.5]]]), torch.tensor([[0., 2.]]), torch.tensor([[0.6, 1.4]]))
-    tensor([[[0.0000, 1.0000],
-             [1.0000, 2.0000]]])
+    tensor([[[0., 1.],
+             [1., 2.]]])
     """
     (first, last), edges_s = edges_s[:, [0, -1]].unbind(dim=1), edges_s.clone()
     wide = first[:, 0] < last[:, 1]
