@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
+from weakref import WeakSet
 
 import numpy as np
 from lightning import LightningDataModule
@@ -102,6 +103,7 @@ class ChatData(LightningDataModule):
         self.val: Sequence[Sample] = ()
         self.sizes: list[int] = []
         self.loader: Loader | None = None
+        self.made: WeakSet[Loader] = WeakSet()
         self.resumed: dict[str, Any] | None = None  # a place to begin at
         self.known: tuple[np.ndarray, np.ndarray] | None = None  # kind and length of each sample
         if val is not None:  # where there is no such method, Lightning does not validate
@@ -142,6 +144,7 @@ class ChatData(LightningDataModule):
         if self.resumed is not None:
             self.loader.load_state_dict(self.resumed)
             self.resumed = None
+        self.made.add(self.loader)
         return self.loader
 
     def _train_loader(self) -> Loader:
@@ -186,7 +189,18 @@ class ChatData(LightningDataModule):
         order = Order([len(self.val)], self.batch_size, processes, shuffle=False)
         workers, skips = self.worker_count(reader), self.skips(len(self.val))
         batches = BatchReader(self.val, reader, tokenizer=self.tokenizer())
-        return Loader(batches, order, process=process, workers=workers, skips=skips)
+        loader = Loader(batches, order, process=process, workers=workers, skips=skips)
+        self.made.add(loader)
+        return loader
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the workers of a run that is over."""
+        for loader in self.made:
+            loader.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the workers of a run that failed."""
+        self.teardown()
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Leave batches as they are: the model moves what it makes of them."""

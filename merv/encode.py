@@ -54,9 +54,8 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.written = False  # weights came from a state dict, other than those it had
-        self.register_buffer(
-            "here", torch.zeros(()), persistent=False
-        )  # goes where .to() takes what has no weights
+        # Goes where .to() takes an encoder that has no weights.
+        self.register_buffer("here", torch.zeros(()), persistent=False)
         self.variant = variant or next(iter(self.variants))
         self.spec = _pick(self.variants, self.variant, f"{type(self).__name__} variant")
         self.preset_name = preset or next(iter(self.spec.presets))
@@ -109,7 +108,9 @@ class Encoder(nn.Module):
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *how: Any) -> None:
         own = self.state_dict(prefix=prefix)
-        self.written |= any(n in own and not torch.equal(own[n], t.to(own[n])) for n, t in state.items())
+        for name in own.keys() & state.keys():
+            was, new = own[name], state[name]
+            self.written |= was.is_meta or new.is_meta or not torch.equal(was, new.to(was))
         super()._load_from_state_dict(state, prefix, *how)
 
     def train(self, mode: bool = True) -> Encoder:

@@ -237,8 +237,11 @@ class MultiEncoder(Shared, nn.Module):
         how = {option: self.options[option] for option in ("backend", "resample")}
         views = {}
         for name, encoder in self.named(only):
-            about = (encoder, name in self.altered(), self.frames.get(name), self.sampling, self.aligner)
-            views[name] = View(encoder.spec, encoder.preset, "" if store is None else recipe(*about, **how))
+            key = ""
+            if store is not None:
+                altered = name in self.changed or encoder.changed
+                key = recipe(encoder, altered, self.frames.get(name), self.sampling, self.aligner, **how)
+            views[name] = View(encoder.spec, encoder.preset, key)
         return Reader(views, self.sampling, self.frames, store=store, **how)
 
     def join(self, name: str, encoder: str | Encoder) -> None:

@@ -101,6 +101,11 @@ class StreamLoader(Loader):
             self.part = (part + 1) % max(self.workers, 1)
             yield batch
 
+    def close(self) -> None:
+        """End the workers."""
+        super().close()
+        self.running = None
+
     def state_dict(self) -> dict[str, Any]:
         """Also the states of all parts of the stream: all processes have to call it together."""
         states = dict(gathered((self.process, self.reader.states)))

@@ -336,16 +336,20 @@ class VideoLLM(Shared, nn.Module):
             "llm": {**self.identity, "dtype": str(self.llm.dtype).removeprefix("torch.")},
             "lora": None if self.lora is None else {**vars(self.lora), "targets": list(self.lora.targets)},
             "trained": list(self.trained),
-            "changed": sorted(self.changed | self.vision.altered()),
+            "changed": sorted(self.altered()),
             "vision": self.vision.config(),
         }
+
+    def altered(self) -> set[str]:
+        """Frozen parts, `llm` or encoders, that are no longer as their source has them."""
+        return self.changed | self.vision.altered()
 
     def kept(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all of the fusion, the LoRA, and whatever else was ever trained."""
         parts = self.parts()
         fusion = {f"vision.fusion.{name}": t for name, t in self.fusion.state_dict().items()}
-        changed = self.changed | self.vision.altered()
-        others = [p for name, p in parts.items() if name == "lora" or name in changed]
+        brought = {"lora"} | self.altered()
+        others = [p for name, p in parts.items() if name in brought]
         return {**fusion, **{name: p for own in others for name, p in own.items()}}
 
     @classmethod

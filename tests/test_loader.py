@@ -1,10 +1,12 @@
 """Loading: the batches after a resume are those that would have come."""
 
+import gc
 import json
 import multiprocessing
 import os
 import re
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -68,8 +70,8 @@ def files(tmp_path):
     return {str(tmp_path / "a.jsonl"): 1.0, str(tmp_path / "b.jsonl"): 1.0}
 
 
-def fit(files, folder, *, ckpt=None, save=None, epochs=3, data=None, **options):
-    module = Recorder()
+def fit(files, folder, *, module=None, ckpt=None, save=None, epochs=3, data=None, **options):
+    module = module or Recorder()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(
         **quiet,
@@ -229,6 +231,36 @@ def test_workers_are_not_in_the_group_that_a_terminal_or_a_scheduler_signals(tmp
     assert len(list(batches)) == 2
 
 
+class Failing(Recorder):
+    """Fails at the first batch."""
+
+    def training_step(self, batch, index):
+        raise ArithmeticError
+
+
+@pytest.mark.parametrize(
+    ("module", "end"), [(Recorder, nullcontext()), (Failing, pytest.raises(ArithmeticError))]
+)
+def test_a_run_that_is_over_has_no_workers(files, tmp_path, module, end):
+    before = set(multiprocessing.active_children())
+    with end:
+        fit(files, tmp_path, module=module(), data={"workers": 2})
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_a_loader_that_nobody_has_any_more_ends_its_workers_at_once(tmp_path, rows):
+    loader = chat(tmp_path / "a.jsonl", rows[0], workers=1).train_dataloader()
+    before = set(multiprocessing.active_children())
+    list(loader)
+    (worker,) = set(multiprocessing.active_children()) - before
+    gc.disable()
+    try:
+        del loader
+        assert worker.exitcode == 0
+    finally:
+        gc.enable()
+
+
 def test_a_video_is_read_once_in_a_batch(tmp_path, rows):
     data = chat(tmp_path / "a.jsonl", rows[0], rows[4])
     (batch,) = data.train_dataloader()
@@ -363,6 +395,13 @@ def test_a_stream_resumes_at_the_next_batch(parquet, workers, after):
     rest.load_state_dict(json.loads(json.dumps(first.state_dict()), object_hook=_numbered))
     seen += [said(batch) for _ in range(3 - after // 7) for batch in rest]
     assert seen == expected
+
+
+def test_a_closed_stream_has_no_workers(parquet):
+    loader, before = stream(parquet, workers=2), set(multiprocessing.active_children())
+    next(iter(loader))
+    loader.close()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def _numbered(table):

@@ -361,6 +361,13 @@ def test_weights_from_a_state_dict_have_features_of_their_own(tmp_path):
         model.save_pretrained(tmp_path / "model")
 
 
+def test_an_encoder_without_storage_has_weights_of_its_own_once_they_are_loaded():
+    encoder = Fake().to("meta")
+    assert not encoder.changed
+    encoder.load_state_dict(Fake().state_dict(), assign=True)
+    assert encoder.changed
+
+
 def test_the_same_weights_again_change_nothing(tmp_path):
     model, video = MultiEncoder(["fake"], grid=(2, 2, 2)), torch.ones(4, 3, 16, 16, dtype=torch.uint8)
     key = model.key(video, "fake")
