@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool3d
 
 from merv.errors import ShapeError
-from merv.types import WHOLE_PICTURE, Grid
+from merv.types import WHOLE_PICTURE, Grid, is_count
 
 ENOUGH = 0.5  # of a target cell must be covered by real source cells for it to count as seen
 
@@ -42,8 +42,8 @@ class Aligner(nn.Module):
         self, grid: tuple[int, int, int] = (16, 8, 8), mode: Literal["area", "official"] = "area"
     ) -> None:
         super().__init__()
-        if not isinstance(grid, Sequence) or len(grid) != 3 or min(grid) < 1:
-            raise ShapeError(f"A grid is (time, rows, columns), each at least 1; got {grid}.")
+        if not isinstance(grid, Sequence) or len(grid) != 3 or not all(map(is_count, grid)):
+            raise ShapeError(f"A grid is (time, rows, columns), whole numbers of at least 1; got {grid!r}.")
         if mode not in ("area", "official"):
             raise ShapeError(f"Unknown aligner mode {mode!r}: 'area' or 'official'.")
         self.grid = (int(grid[0]), int(grid[1]), int(grid[2]))

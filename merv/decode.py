@@ -53,6 +53,8 @@ class VideoReader:
         `missing`); with `raise`, they raise DamagedVideo. Raises UnreadableVideo where no
         frame could be read at all, IndexError for an index that the clip does not have.
         """
+        if on_error not in ("raise", "partial"):
+            raise VideoError(f"on_error is 'raise' or 'partial' here; got {on_error!r}.")
         indices = [operator.index(index) for index in indices]  # tensors are not equal to their like
         wanted = sorted(set(indices))
         if not wanted or wanted[0] < 0 or wanted[-1] >= self.info.frames:
@@ -141,6 +143,8 @@ def open_video(
         return _open_file(BytesIO(source), name or f"<{len(source)} bytes>", backend, max_pixels, owned=True)
     if hasattr(source, "read") and not isinstance(source, TextIOBase):
         called = name or str(getattr(source, "name", "<open file>"))
+        if getattr(source, "closed", False):
+            raise UnreadableVideo(f"{called}: the file is closed. Open it again, or give its path.")
         seekable = getattr(source, "seekable", lambda: False)()
         file = source if seekable else _copy(source, called)
         return _open_file(file, called, backend, max_pixels, owned=not seekable)

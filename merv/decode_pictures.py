@@ -62,12 +62,13 @@ def array_reader(source: Any, name: str, fps: float) -> PicturesReader:
             raise ShapeError(f"{name}: {error}.") from error
         except BROKEN as error:
             raise unreadable(name, _why(error)) from error
-    pixels = source.detach().cpu() if isinstance(source, Tensor) else torch.from_numpy(np.array(source))
-    if pixels.dtype != torch.uint8:
+    given = source.detach().cpu() if isinstance(source, Tensor) else np.array(source)
+    if given.dtype not in (torch.uint8, np.uint8):
         raise ShapeError(
-            f"{name}: pixels are uint8, 0 to 255; got {pixels.dtype}. For floats in [0, 1]: "
+            f"{name}: pixels are uint8, 0 to 255; got {given.dtype}. For floats in [0, 1]: "
             "(pixels * 255).round().to(torch.uint8)."
         )
+    pixels = torch.as_tensor(given)
     first = pixels.ndim in (3, 4) and pixels.shape[-3] == 3
     last = pixels.ndim in (3, 4) and pixels.shape[-1] == 3
     if first == last or not pixels.numel():

@@ -18,7 +18,7 @@ from torch.nn.functional import rms_norm
 
 from merv.errors import ShapeError
 from merv.mix import Concat, Mixer, WeightingMixer, cell_positions, create_mixer
-from merv.types import Fused, Grid
+from merv.types import Fused, Grid, is_count
 
 
 class Projector(nn.Module):
@@ -80,6 +80,8 @@ class Fusion(nn.Module):
         folded: bool | None = None,
     ) -> None:
         super().__init__()
+        if not is_count(width):
+            raise ShapeError(f"The width of the tokens is a whole number of at least 1; got {width!r}.")
         self.names, self.width, self.folded = list(widths), width, folded
         self.projector, self.norm = projector, norm
         self.projectors = nn.ModuleDict(

@@ -17,7 +17,7 @@ import numpy as np
 
 from merv.errors import SamplingError
 from merv.suggest import nearest
-from merv.types import VideoInfo
+from merv.types import VideoInfo, is_count
 
 Mode = Literal["uniform", "fps", "segment", "official"]
 
@@ -47,7 +47,7 @@ def fps_times(duration_s: float, fps: float, max_frames: int, start_s: float = 0
     [7.5, 22.5, 37.5, 52.5]
     """
     frames = max(math.ceil(duration_s * fps - NOISE_S), 1)
-    if frames == 1 or frames > max_frames:
+    if frames == 1 or frames > _positive(max_frames):
         return uniform_times(duration_s, min(frames, max_frames), start_s)
     return [start_s + min((i + 0.5) / fps, duration_s) for i in range(frames)]
 
@@ -133,6 +133,9 @@ class Sampling:
                 f"Unknown sampling {self.mode!r}.{nearest(str(self.mode), modes)} "
                 f"There are: {', '.join(modes)}."
             )
+        numbers = (self.start_s, self.end_s, self.fps)
+        if any(isinstance(each, str) for each in numbers):
+            raise SamplingError(f"start_s, end_s and fps are numbers; got {', '.join(map(repr, numbers))}.")
         if not 0 <= self.start_s < (float("inf") if self.end_s is None else self.end_s):
             raise SamplingError(
                 f"A clip range wants 0 ≤ start_s < end_s, in seconds; got start_s={self.start_s}, "
@@ -143,10 +146,9 @@ class Sampling:
                 f"fps={self.fps} does not go with sampling={self.mode!r}: it is a positive rate, for "
                 "'fps' and 'uniform'."
             )
-
-        if self.total < 1:
+        if not is_count(self.total):
             raise SamplingError(
-                f"Official sampling reads at least 1 frame of a clip; got total={self.total}."
+                f"Official sampling reads at least 1 frame of a clip; got total={self.total!r}."
             )
 
     def times(self, info: VideoInfo, frames: int, fps: float | None = None) -> list[float]:
@@ -188,6 +190,6 @@ class Sampling:
 
 
 def _positive(frames: int) -> int:
-    if frames < 1:
-        raise SamplingError(f"Sampling wants at least 1 frame; got frames={frames}.")
+    if not is_count(frames):
+        raise SamplingError(f"Sampling wants a whole number of frames, at least 1; got frames={frames!r}.")
     return frames

@@ -87,6 +87,9 @@ def check_names(option: str, given: Iterable[str], known: Iterable[str]) -> None
 
 def checked_frames(frames: Mapping[str, int], encoders: Mapping[str, Encoder]) -> dict[str, int]:
     """Numbers of frames by encoder, each a multiple of its window."""
+    if not isinstance(frames, Mapping):
+        example = {next(iter(encoders)): frames}
+        raise EncoderError(f"frames= is told by encoder, as {example}; got {frames!r}.")
     check_names("frames", frames, encoders)
     for name, count in frames.items():
         window = encoders[name].spec.window or encoders[name].spec.tubelet

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral
 from typing import Literal, TypeVar, get_args
 
 import torch
@@ -31,6 +32,11 @@ Interpolation = Literal["bicubic", "bilinear", "bilinear_plain"]
 Centre = Literal["nearest", "down"]
 
 Self = TypeVar("Self", bound="_Tensors")
+
+
+def is_count(value: object) -> bool:
+    """Whether it is a whole number of at least 1."""
+    return isinstance(value, Integral) and int(value) >= 1
 
 
 def _expect(owner: object, name: str, shape: tuple[int | None, ...]) -> None:

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from torch.nn.functional import adaptive_avg_pool3d
@@ -114,9 +116,10 @@ def test_bf16_stays_bf16():
     assert Aligner((2, 2, 2))(grid_of(torch.ones(1, 4, 4, 4, 1).bfloat16())).values.dtype == torch.bfloat16
 
 
-def test_an_impossible_grid_is_refused():
-    with pytest.raises(ShapeError, match=r"each at least 1; got \(0, 8, 8\)"):
-        Aligner((0, 8, 8))
+@pytest.mark.parametrize("grid", [(0, 8, 8), (2, 2.5, 2), (2, 2), "222", 4])
+def test_an_impossible_grid_is_refused(grid):
+    with pytest.raises(ShapeError, match=re.escape(f"at least 1; got {grid!r}")):
+        Aligner(grid)
 
 
 def test_shorter_grids_are_padded_in_a_batch():

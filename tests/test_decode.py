@@ -115,6 +115,18 @@ def test_sources_of_the_same_bytes_give_the_same_frames(tmp_path: Path) -> None:
         assert not file.closed
 
 
+def test_a_closed_file_is_named(tmp_path: Path) -> None:
+    with make_video(tmp_path / "a.mp4").open("rb") as file:
+        pass
+    with pytest.raises(UnreadableVideo, match=r"a\.mp4: the file is closed"):
+        open_video(file)
+
+
+def test_a_reader_takes_no_unknown_on_error(tmp_path: Path) -> None:
+    with open_video(make_video(tmp_path / "a.mp4")) as video, pytest.raises(VideoError, match="got 'skip'"):
+        video.read([0], on_error="skip")  # type: ignore[arg-type]
+
+
 def test_file_opened_here_is_closed(tmp_path: Path) -> None:
     with open_video(make_video(tmp_path / "a.mp4")) as video:
         pass
@@ -227,6 +239,7 @@ def test_array_and_tensor_channels_are_found(channels_first: bool) -> None:
     [
         (np.zeros((3, 8, 3), np.uint8), "both could be the channels"),
         (np.zeros((4, 8, 8), np.uint8), "no axis is 3 channels"),
+        (np.array([[None] * 3] * 4), "pixels are uint8, 0 to 255; got object"),
         (np.zeros((0, 3, 8, 8), np.uint8), r"got \[0, 3, 8, 8\]"),
         (np.zeros((4, 3, 8, 8), np.float32), r"\(pixels \* 255\).round\(\).to\(torch.uint8\)"),
     ],

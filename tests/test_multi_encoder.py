@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -230,6 +231,14 @@ def test_how_many_frames_an_encoder_gets_can_be_chosen():
 def test_frames_that_do_not_fill_windows_are_refused():
     with pytest.raises(EncoderError, match="fake_video takes frames in windows of 8; frames=12"):
         MultiEncoder(["fake/video"], frames={"fake_video": 12})
+    with pytest.raises(EncoderError, match=re.escape("frames= is told by encoder, as {'fake': 8}; got 8")):
+        MultiEncoder(["fake"], frames=8)
+
+
+@pytest.mark.parametrize("width", [0, 8.5])
+def test_a_width_is_a_whole_number(width):
+    with pytest.raises(ShapeError, match=f"at least 1; got {width}"):
+        MultiEncoder(["fake"], width=width)
 
 
 def test_a_video_file_is_the_first_thing_anyone_gives(tmp_path):

@@ -112,15 +112,23 @@ def test_fps_mode_without_a_rate_says_what_to_type() -> None:
         Sampling("fps").times(clip(), 4)
 
 
-def test_no_frames_is_an_error() -> None:
-    with pytest.raises(SamplingError, match="at least 1"):
-        Sampling().times(clip(), 0)
+@pytest.mark.parametrize("frames", [0, -1, 2.5, "4"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling("fps", fps=2.0), Sampling("segment")])
+def test_frames_are_a_whole_number(sampling, frames) -> None:
+    with pytest.raises(SamplingError, match=f"at least 1; got frames={frames!r}"):
+        sampling.times(clip(), frames)
 
 
-@pytest.mark.parametrize("total", [0, -32])
-def test_official_reads_at_least_one_frame(total: int) -> None:
+@pytest.mark.parametrize("total", [0, -32, 2.5])
+def test_official_reads_at_least_one_frame(total) -> None:
     with pytest.raises(SamplingError, match=f"at least 1 frame of a clip; got total={total}"):
         Sampling("official", total=total)
+
+
+@pytest.mark.parametrize("option", ["start_s", "end_s", "fps"])
+def test_times_and_rates_are_numbers(option) -> None:
+    with pytest.raises(SamplingError, match=r"start_s, end_s and fps are numbers; got .*'1'"):
+        Sampling(**{option: "1"})
 
 
 def test_seed_repeats_random_times() -> None:
