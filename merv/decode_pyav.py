@@ -181,7 +181,15 @@ class PyAVReader(VideoReader):
             # Where a header tells the duration of the whole file only, any stream may be what lasts so long.
             lasts_s = 0.0 if stream.duration else (container.duration or 0) / av.time_base
             streams = container.streams if lasts_s else [stream]
-            return Scan.of(container, stream, self._packets(container, *streams), lasts_s)
+            scan = Scan.of(container, stream, self._packets(container, *streams), lasts_s)
+            # MP4 in fragments does not tell how many frames there should be.
+            if (
+                container.format.name.startswith("mov")
+                and not stream.frames
+                and overhangs(self._file, self._size)
+            ):
+                scan.damage = f"the file is cut off, {len(scan.shown)} frames are there"
+            return scan
 
 
 @dataclass(frozen=True)
@@ -202,6 +210,23 @@ class Part:
     def tell(self) -> int:
         """The place."""
         return self.file.tell()
+
+
+def overhangs(file: BinaryIO, size: int) -> bool:
+    """Whether the pictures of an MP4 file, or the table of them, go on behind its end.
+
+    Boxes: a length of 4 bytes, or 1 and a longer length behind the kind, or 0 to the end; then 4 of kind.
+    """
+    place, kind = 0, b""
+    while place + 8 <= size:
+        file.seek(place)
+        head = file.read(16)
+        kind, length = head[4:8], int.from_bytes(head[:4], "big")
+        length = int.from_bytes(head[8:], "big") if length == 1 else length or size - place
+        if length < 8 or place + length > size:
+            return kind in (b"moof", b"mdat")
+        place += length
+    return kind == b"moof"  # without its pictures
 
 
 @dataclass

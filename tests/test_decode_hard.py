@@ -182,6 +182,19 @@ def test_cut_off_is_noticed_where_the_header_tells_the_duration(tmp_path: Path, 
         assert indices_of(video.read([0], on_error="partial")) == [0]
 
 
+@pytest.mark.parametrize("behind_mdat", [-4, 4])  # where a fragment's table ends; where its pictures begin
+def test_fragments_that_are_cut_off_are_noticed(tmp_path: Path, behind_mdat: int) -> None:
+    fragments = {"movflags": "frag_keyframe+empty_moov"}
+    path = make_video(tmp_path / "a.mp4", 30, options={"g": "10"}, container=fragments)
+    data = path.read_bytes()
+    with open_video(data) as video:
+        assert indices_of(video.read([0, 29])) == [0, 29]
+    with open_video(data[: data.rindex(b"mdat") + behind_mdat]) as video:
+        with pytest.raises(DamagedVideo, match="the file is cut off, 20 frames are there"):
+            video.read([0])
+        assert indices_of(video.read([19], on_error="partial")) == [19]
+
+
 @pytest.mark.parametrize(("name", "at"), [("a.mp4", 0.45), ("a.mkv", 0.6), ("a.avi", 0.7), ("a.ts", 0.45)])
 def test_what_builds_on_damage_is_left_out(tmp_path: Path, name: str, at: float) -> None:
     path = overwrite(make_video(tmp_path / name, 100, options={"g": "20", "bf": "2"}), at, at + 0.02)

@@ -89,7 +89,7 @@ def damaged() -> list[Case]:
         altered("index_missing.mp4", cut(0.9), UNREADABLE),
         altered("half.mp4", cut(0.5), DAMAGED, container=faststart),
         altered("last_group_cut.mp4", cut(0.95), DAMAGED, container=faststart),
-        altered("half_fragments.mp4", cut(0.5), unknown, container={"movflags": "frag_keyframe+empty_moov"}),
+        altered("half_fragments.mp4", cut(0.5), DAMAGED, container={"movflags": "frag_keyframe+empty_moov"}),
         altered("half.mkv", cut(0.5), DAMAGED),
         altered("last_group_cut.mkv", cut(0.95), DAMAGED),
         altered("half.webm", cut(0.5), DAMAGED, **webm),
