@@ -72,7 +72,11 @@ def array_reader(source: Any, name: str, fps: float) -> PicturesReader:
     first = pixels.ndim in (3, 4) and pixels.shape[-3] == 3
     last = pixels.ndim in (3, 4) and pixels.shape[-1] == 3
     if first == last or not pixels.numel():
-        why = "both could be the channels" if first else "no axis is 3 channels"
+        why = "both could be the channels" if first and last else "no axis is 3 channels"
+        if not pixels.numel():
+            why = "one axis is 0: there are no frames"
+        elif pixels.ndim == 5:
+            why = "five axes are several videos: pass them as a list, list(batch)"
         raise ShapeError(
             f"{name}: wanted [T, 3, H, W] or [T, H, W, 3], or one picture without T; got "
             f"{list(pixels.shape)}, where {why}."

@@ -29,8 +29,8 @@ def preprocess(frames: Frames, preset: Preset, resample: Resample = "exact") -> 
     """Frames as an encoder wants them: uint8 [B, T, 3, H, W] to float32 of the preset's size.
 
     The extent of the result tells which part of the original picture it shows. The result is where
-    `frames` are. Raises ShapeError for pixels that are not uint8, and for a crop larger than what it
-    is cut from, or from a picture of more than 32 times the length.
+    `frames` are. Raises ShapeError for pixels that are not uint8, and for a crop from a picture that is
+    more than 32 times as long as it is wide, or as wide as it is long.
 
     >>> preset = Preset("crop", size=(32, 32))
     >>> ready = preprocess(Frames.of(torch.zeros(1, 2, 3, 48, 64, dtype=torch.uint8)), preset)
@@ -165,11 +165,6 @@ def _whole(pixels: Tensor, preset: Preset) -> tuple[Tensor, Extent]:
 def _crop(pixels: Tensor, preset: Preset) -> tuple[Tensor, Extent]:
     """The centre of `preset.size`, where `preset.centre` puts it."""
     (height, width), (want_h, want_w) = pixels.shape[2:], preset.size
-    if height < want_h or width < want_w:
-        raise ShapeError(
-            f"Cannot crop {want_h}×{want_w} pixels from {height}×{width}, what a short side of "
-            f"{min(height, width)} makes of this picture. Give the preset a larger `resize`."
-        )
     place = round if preset.centre == "nearest" else math.floor
     top, left = place((height - want_h) / 2), place((width - want_w) / 2)
     extent = (top / height, left / width, (top + want_h) / height, (left + want_w) / width)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Literal, TypeVar, get_args
 
 import torch
@@ -54,7 +54,7 @@ def _whole(numbers: object, count: int) -> bool:
     """Whether it is a tuple or list of `count` whole numbers from 1."""
     if not isinstance(numbers, (tuple, list)) or len(numbers) != count:
         return False
-    return all(isinstance(number, int) and number >= 1 for number in numbers)
+    return all(map(is_count, numbers))
 
 
 class _Tensors:
@@ -241,10 +241,11 @@ class Preset:
     fit: `squash` to `size` whatever the aspect; `crop`: short side to `resize`, then the
         centre `size`; `letterbox`: long side to `size`, the rest filled with the mean.
     size: (height, width) in pixels.
-    resize: short side before a crop; None: the short side of `size`.
+    resize: short side before a crop, no less than the long side of `size`, so that it fits into upright
+        and wide pictures; None: the short side of `size`, which will do where that is a square.
     interpolation: `bicubic` or `bilinear`, antialiased as PIL does it; `bilinear_plain`
         is torch's, on floats, without antialiasing.
-    mean, std: per RGB channel, for pixels in [0, 1]; after it (pixel − mean) / std.
+    mean, std: per RGB channel, from 0 to 1 as pixels are; after it (pixel − mean) / std.
     centre: where a crop lies that leaves an odd number of pixels: half of them rounded to the
         nearest, as torchvision does, or down, as transformers does.
 
@@ -270,10 +271,27 @@ class Preset:
                 "A preset's size is (height, width) and its resize a short side, in pixels; got "
                 f"{self.size} and {self.resize}."
             )
-        for name, least in (("mean", -math.inf), ("std", 0.0)):
+        short = self.resize or min(self.size)
+        if self.fit == "crop" and short < max(self.size):
+            raise ShapeError(
+                f"A crop to {self.size} does not fit into all pictures whose short side is {short}; give "
+                f"resize={max(self.size)} or more."
+            )
+        for name in ("mean", "std"):
             values = getattr(self, name)
-            if not isinstance(values, (tuple, list)) or len(values) != 3 or min(values) <= least:
-                raise ShapeError(f"A preset's {name} is a number per channel, RGB; got {values}.")
+            if (
+                not isinstance(values, (tuple, list))
+                or len(values) != 3
+                or not all(isinstance(value, Real) for value in values)
+            ):
+                raise ShapeError(f"A preset's {name} is a number per channel, RGB; got {values!r}.")
+            if not all(0 <= value <= 1 for value in values):
+                raise ShapeError(
+                    f"A preset's {name} is for pixels in [0, 1]; got {values}. If that is for 0 to 255, "
+                    "divide it by 255."
+                )
+        if not min(self.std) > 0:
+            raise ShapeError(f"A preset's std is greater than 0; got {self.std}.")
 
 
 @dataclass(frozen=True)
@@ -312,14 +330,18 @@ class EncoderSpec:
                 f"{self.name}: frames, width, tubelet and each of the grid (t, h, w) are whole numbers from "
                 f"1; got {self.frames}, {self.width}, {self.tubelet} and {self.grid}."
             )
-        if self.fps is not None and not self.fps > 0:
-            raise ShapeError(f"{self.name}: fps is a rate, in frames a second; got {self.fps}.")
+        if self.fps is not None and not (isinstance(self.fps, Real) and 0 < self.fps < math.inf):
+            raise ShapeError(f"{self.name}: fps is a rate, in frames a second; got {self.fps!r}.")
+        counts = {"window": self.window, "patch": self.patch or 0, "parameters": self.parameters or 0}
+        for name, value in counts.items():
+            if not isinstance(value, Integral) or int(value) < 0:
+                raise ShapeError(f"{self.name}: {name} is a whole number from 0; got {value!r}.")
         if not isinstance(self.presets, Mapping) or not all(
             isinstance(preset, Preset) for preset in self.presets.values()
         ):
             raise ShapeError(f"{self.name}: presets are a mapping of names to Presets; got {self.presets!r}.")
         window = self.window or self.frames
-        if self.window < 0 or self.frames % window:
+        if self.frames % window:
             raise ShapeError(
                 f"{self.name}: frames={self.frames} must be a positive multiple of window={self.window}."
             )

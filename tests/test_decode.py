@@ -240,7 +240,8 @@ def test_array_and_tensor_channels_are_found(channels_first: bool) -> None:
         (np.zeros((3, 8, 3), np.uint8), "both could be the channels"),
         (np.zeros((4, 8, 8), np.uint8), "no axis is 3 channels"),
         (np.array([[None] * 3] * 4), "pixels are uint8, 0 to 255; got object"),
-        (np.zeros((0, 3, 8, 8), np.uint8), r"got \[0, 3, 8, 8\]"),
+        (np.zeros((0, 3, 8, 8), np.uint8), r"got \[0, 3, 8, 8\], where one axis is 0: there are no frames"),
+        (np.zeros((2, 5, 3, 8, 8), np.uint8), r"several videos: pass them as a list, list\(batch\)"),
         (np.zeros((4, 3, 8, 8), np.float32), r"\(pixels \* 255\).round\(\).to\(torch.uint8\)"),
     ],
 )

@@ -112,9 +112,19 @@ def test_floats_are_refused() -> None:
         resize(torch.rand(2, 3, 32, 32), Preset("squash", (16, 16)))
 
 
-def test_crop_larger_than_the_picture_is_refused() -> None:
-    with pytest.raises(ShapeError, match=r"Cannot crop 32×64 pixels from 32×40.*larger `resize`"):
-        resize(pictures(32, 40), Preset("crop", (32, 64)))
+@pytest.mark.parametrize("shape", [(32, 40), (40, 32), (36, 36), (7, 200)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear_plain"])
+def test_a_crop_that_can_be_made_fits_into_pictures_of_all_shapes(shape, interpolation) -> None:
+    preset = Preset("crop", (32, 64), interpolation, resize=64)
+    assert resize(pictures(*shape), preset)[0].shape[2:] == (32, 64)
+
+
+@pytest.mark.parametrize(
+    "options", [{"size": (32, 64)}, {"size": (64, 32)}, {"size": (64, 64), "resize": 60}]
+)
+def test_a_crop_that_some_pictures_lack_pixels_for_is_refused_when_it_is_made(options) -> None:
+    with pytest.raises(ShapeError, match=r"does not fit into all pictures .* give resize=64 or more"):
+        Preset("crop", **options)
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -173,7 +183,10 @@ def test_a_thread_of_a_picture_is_not_scaled_by_its_short_side() -> None:
         ({"size": 112}, "size is"),
         ({"resize": 0}, "resize a short side, in pixels; got .* 0"),
         ({"mean": 0.5}, "mean is a number per channel"),
-        ({"std": (0.5, 0.0, 0.5)}, "std is a number per channel"),
+        ({"mean": ("a", 0.5, 0.5)}, "mean is a number per channel"),
+        ({"mean": (123, 117, 104)}, "pixels in .0, 1.; got .* divide it by 255"),
+        ({"std": (58.4, 57.1, 57.4)}, "pixels in .0, 1.; got .* divide it by 255"),
+        ({"std": (0.5, 0.0, 0.5)}, "std is greater than 0"),
     ],
 )
 def test_a_preset_that_says_something_else_is_refused(options, said) -> None:
