@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -162,10 +162,25 @@ def fill(module: nn.Module, state: dict[str, Tensor], name: str, owner: str) -> 
     }
     if any(faults.values()):
         said = "; ".join(f"{len(keys)} {what} ({_few(keys)})" for what, keys in faults.items() if keys)
-        raise WeightsError(
-            f"The weights {name} do not fit {owner}: {said}. Are they those of another variant or model?"
-        )
+        raise WeightsError(f"The weights {name} do not fit {owner}: {said}. {_way_out(wanted, state)}")
     module.load_state_dict(state)
+
+
+def _way_out(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What to do about weights that do not fit: all that is wrong may be a prefix."""
+    if prefix := _prefix(state, wanted):
+        how = f"all names begin with {prefix!r}, which select(state, prefix={prefix!r}) takes off"
+    elif prefix := _prefix(wanted, state):
+        how = f"all names lack {prefix!r}, which renamed(state, {{'^': {prefix!r}}}) puts before them"
+    else:
+        return "Are they those of another variant or model?"
+    return f"But {how} (both in merv.weights): in the encoder's rename(), or before the file is saved."
+
+
+def _prefix(longer: Collection[str], shorter: Collection[str]) -> str:
+    """What each name of `longer` has before one of `shorter`, or nothing; a prefix keeps their order."""
+    prefix = min(longer, default="").removesuffix(min(shorter, default=""))
+    return prefix if {prefix + key for key in shorter} == set(longer) else ""
 
 
 def select(state: dict[str, Tensor], *, prefix: str = "", drop: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -282,7 +297,9 @@ def _read(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        if file.suffix == ".safetensors":
+        with file.open("rb") as start:
+            safe = file.suffix == ".safetensors" or start.read(9)[8:] == b"{"  # whatever it is called
+        if safe:
             return load_file(file)
         held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise nearly anything

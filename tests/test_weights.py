@@ -9,7 +9,7 @@ from hub import write_hub, write_shards
 from torch import nn
 
 from merv.errors import WeightsError
-from merv.weights import BUILT_IN, Source, fill, identity_of, joined, locate, package_file, select
+from merv.weights import BUILT_IN, Source, fill, identity_of, joined, locate, package_file, renamed, select
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
 
@@ -77,6 +77,13 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
 def test_a_single_file_is_taken_as_it_is(tmp_path, file):
     write_hub(tmp_path, STATE, file=file)
     assert same(locate(str(tmp_path / file)).state())
+
+
+@pytest.mark.parametrize("file", ["own.bin", "own.pt", "own"])
+def test_safetensors_are_known_by_what_they_hold(tmp_path, file):
+    write_hub(tmp_path, STATE)
+    (tmp_path / "model.safetensors").rename(tmp_path / file)
+    assert same(locate(tmp_path / file).state())
 
 
 def test_a_path_object_is_a_path(tmp_path):
@@ -232,6 +239,20 @@ def test_fill_takes_every_key_and_no_other():
         "(weight [3, 3], wanted [2, 3]). Are they those of another variant or model?"
     )
     assert same(module.state_dict())  # nothing was copied
+
+
+def test_a_prefix_that_is_too_much_is_named_with_what_takes_it_off():
+    state = {f"module.{key}": tensor for key, tensor in STATE.items()}
+    with pytest.raises(WeightsError, match=r"all names begin with 'module.', which select\(state, prefix="):
+        fill(nn.Linear(3, 2), state, "w", "Linear")
+    fill(nn.Linear(3, 2), select(state, prefix="module."), "w", "Linear")
+
+
+def test_a_prefix_that_lacks_is_named_with_what_puts_it_there():
+    module = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(WeightsError, match=r"all names lack '0\.', which renamed\(state, \{'\^': '0\.'\}\)"):
+        fill(module, STATE, "w", "Sequential")
+    fill(module, renamed(STATE, {"^": "0."}), "w", "Sequential")
 
 
 def test_many_wrong_keys_are_counted_and_the_first_named():
