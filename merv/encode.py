@@ -7,6 +7,7 @@ and masks) is here. See `encoders/` for examples to copy, docs/encoders.md for a
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, ClassVar
 
 import torch
@@ -53,7 +54,8 @@ class Encoder(nn.Module):
         self, variant: str | None = None, *, weights: str | None = PRETRAINED, preset: str | None = None
     ) -> None:
         super().__init__()
-        self.written = False  # weights came from a state dict, other than those it had
+        self.written = False  # whether its weights are others than those that it was made with
+        self.sealed: list[tuple[weakref.ref, int]] = []  # its parameters, and their versions then
         # Goes where .to() takes an encoder that has no weights.
         self.register_buffer("here", torch.zeros(()), persistent=False)
         self.variant = variant or next(iter(self.variants))
@@ -64,6 +66,8 @@ class Encoder(nn.Module):
         self.build()
         self.identity = self._load()
         self.requires_grad_(False).eval()
+        self.register_load_state_dict_post_hook(_seal)
+        _seal(self)
 
     # What a subclass writes ---------------------------------------------------------------
 
@@ -98,20 +102,41 @@ class Encoder(nn.Module):
         if self.source is None:
             return identity_of(self) if self.spec.source == BUILT_IN else Identity("random")
         owner = f"{type(self).__name__}({self.variant!r})"
+        if not isinstance(getattr(self, "net", None), nn.Module):
+            raise EncoderError(f"{owner}: build() must set self.net, which the weights are loaded into.")
         fill(self.net, self.rename(self.source.state()), self.source.name, owner)
         return self.source.identity()
 
     @property
     def changed(self) -> bool:
-        """Whether its weights may be others than those of its identity: loaded since, or trainable."""
-        return self.written or any(parameter.requires_grad for parameter in self.parameters())
+        """Whether its weights may be others than those of its identity: trainable, written to or replaced.
+
+        What was written by way of a parameter's `.data` torch does not tell.
+        """
+        return self._rewritten() or any(parameter.requires_grad for parameter in self.parameters())
+
+    def _rewritten(self) -> bool:
+        now = list(self.parameters())
+        same = len(now) == len(self.sealed) and all(
+            then() is parameter and version == version_of(parameter)
+            for parameter, (then, version) in zip(now, self.sealed, strict=True)
+        )
+        return self.written or not same
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *how: Any) -> None:
         own = self.state_dict(prefix=prefix)
+        self.written = self._rewritten()
         for name in own.keys() & state.keys():
             was, new = own[name], state[name]
             self.written |= was.is_meta or new.is_meta or not torch.equal(was, new.to(was))
         super()._load_from_state_dict(state, prefix, *how)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "written": self._rewritten(), "sealed": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _seal(self)
 
     def train(self, mode: bool = True) -> Encoder:
         """Stays in eval mode: a frozen encoder has no training behaviour."""
@@ -147,6 +172,11 @@ class Encoder(nn.Module):
         return values
 
     def _expected(self, values: Tensor, batch: int) -> Tensor:
+        if not isinstance(values, Tensor):
+            raise EncoderError(
+                f"{self.spec.name}: encode() made a {type(values).__name__}; wanted a tensor "
+                f"[{batch}, t, h, w, {self.spec.width}], such as an output's last_hidden_state, reshaped."
+            )
         if values.ndim != 5 or len(values) != batch:
             raise EncoderError(
                 f"{self.spec.name}: encode() made {list(values.shape)} of {batch} clips; wanted "
@@ -156,6 +186,11 @@ class Encoder(nn.Module):
 
     def _check(self, frames: Frames) -> None:
         name, height_width = self.spec.name, self.preset.size
+        if not isinstance(frames, Frames):
+            raise ShapeError(
+                f"{name} expects Frames; got {type(frames).__name__}. Frames.of(pixels) makes them of a "
+                "tensor [B, T, 3, H, W]."
+            )
         if frames.patches is not None or tuple(frames.pixels.shape[-2:]) != height_width:
             raise ShapeError(
                 f"{name} expects frames [B, T, 3, {height_width[0]}, {height_width[1]}]; got "
@@ -172,6 +207,16 @@ class Encoder(nn.Module):
                 f"{name} takes frames in windows of {window}; got {frames.pixels.shape[1]}. "
                 "Sample a multiple of it, or repeat the last frame."
             )
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often it was written to, as far as torch counts."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _seal(encoder: Encoder, *_: Any) -> None:
+    """From here on `changed` tells of what is written to its parameters."""
+    encoder.sealed = [(weakref.ref(parameter), version_of(parameter)) for parameter in encoder.parameters()]
 
 
 def _pick(table: dict, key: str, what: str):

@@ -107,6 +107,11 @@ class Fusion(nn.Module):
         Raises ShapeError for unknown names and for grids that are not aligned.
         """
         self._check(grids)
+        if question is not None and not self.mixer.conditioned:
+            raise ShapeError(
+                "This mixer is not conditioned on the question and would ignore it. `cross_attention` with "
+                "mixer_options={'conditioned': True} is."
+            )
         device = self._in_order()[0].linear.weight.device
         grids = {name: grid.to(device) for name, grid in grids.items()}
         mask = self._mask(grids)  # [B, E, t, h, w]

@@ -255,14 +255,19 @@ MIXERS: dict[str, type[Mixer]] = {
 }
 
 
+def check_mixer(name: str) -> None:
+    """Raise ShapeError where there is no mixer of that name."""
+    if name not in MIXERS:
+        raise ShapeError(f"Unknown mixer {name!r}.{nearest(name, MIXERS)} There are: {', '.join(MIXERS)}.")
+
+
 def create_mixer(name: str, width: int, encoders: int, **options: Any) -> Mixer:
     """A mixer by name: `gate`, `cross_attention`, `mean`, `scalar`, `concat`, `concat_channels`.
 
     >>> create_mixer("gate", width=64, encoders=2, hidden=16).reader().shape
     torch.Size([1, 64])
     """
-    if name not in MIXERS:
-        raise ShapeError(f"Unknown mixer {name!r}.{nearest(name, MIXERS)} There are: {', '.join(MIXERS)}.")
+    check_mixer(name)
     known = list(inspect.signature(MIXERS[name]).parameters)[2:]  # behind width and encoders
     for option in options:
         if option not in known:

@@ -19,7 +19,7 @@ from merv.decode import check_backend
 from merv.encode import Encoder
 from merv.errors import CheckpointError, EncoderError, ShapeError
 from merv.fuse import Fusion
-from merv.mix import cell_positions
+from merv.mix import cell_positions, check_mixer
 from merv.prepare import Clip
 from merv.preprocessing import Resample, check_resample
 from merv.reader import Loaded, Reader, View, recipe
@@ -120,12 +120,15 @@ class MultiEncoder(Shared, nn.Module):
             raise ShapeError(
                 "A MultiEncoder takes its mixer by name, with mixer_options, so that it can be saved."
             )
+        check_mixer(mixer)
         self.encoders = nn.ModuleDict(create_all(by_name(encoders), weights, presets or {}))
         self.frames = checked_frames(frames or {}, dict(self.named()))
         self.changed: set[str] = set()  # encoders that were trained: told by the model that this is part of
         self.aligner = Aligner(grid, align)
         self.sampling = Sampling(cast(Mode, sampling)) if isinstance(sampling, str) else sampling
         self.fusion: Fusion | None = None
+        if width is None and mixer_options:
+            raise ShapeError("mixer_options= are for a mixer, and there is one only with width=.")
         if width is not None:
             widths = {name: encoder.spec.width for name, encoder in self.named()}
             self.fusion = Fusion(
@@ -196,6 +199,8 @@ class MultiEncoder(Shared, nn.Module):
         """Aligned features to tokens; the part that is trained, and all that training needs."""
         if self.fusion is not None:
             return Encoded(dict(features), self.fusion(features, question))
+        if question is not None:
+            raise ShapeError("Without width= there is no mixer that a question could be for.")
         values = torch.cat([grid.values for grid in features.values()], dim=-1)
         mask = torch.stack([grid.mask for grid in features.values()]).any(dim=0)
         grid = next(iter(features.values()))
@@ -218,6 +223,11 @@ class MultiEncoder(Shared, nn.Module):
         reader = self.reader(store, only)
         loaded = (v if isinstance(v, Loaded) else reader(v) for v in as_batch(videos))  # one at a time
         batch = [self._features(video, store) for video in loaded]
+        if lacking := sorted({name for grids in batch for name in names if name not in grids}):
+            raise EncoderError(
+                f"A video was Loaded without {', '.join(lacking)}: its reader was made with only=. Make it "
+                "without, or pass the same only= here."
+            )
         return {name: Grid.batch([grids[name] for grids in batch]).to(self.device) for name in names}
 
     def _features(self, video: Loaded, store: FeatureStore | None) -> dict[str, Grid]:
@@ -235,6 +245,8 @@ class MultiEncoder(Shared, nn.Module):
         Make it when the encoders have their final dtype and weights: kept features depend on them.
         """
         how = {option: self.options[option] for option in ("backend", "resample")}
+        if not isinstance(store, FeatureStore | None):
+            raise EncoderError(f"store= takes a FeatureStore, as FeatureStore({store!r}); got {store!r}.")
         views = {}
         for name, encoder in self.named(only):
             key = ""
@@ -262,6 +274,7 @@ class MultiEncoder(Shared, nn.Module):
     def named(self, only: Sequence[str] | None = None) -> Iterator[tuple[str, Encoder]]:
         """Names and encoders, in the order of the streams; `only` restricts them."""
         if only is not None:
+            only = [only] if isinstance(only, str) else only
             for name in only:
                 if name not in self.encoders:
                     raise EncoderError(

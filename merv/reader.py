@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from merv.align import Aligner
 from merv.decode import BACKENDS
-from merv.encode import Encoder
+from merv.encode import Encoder, version_of
 from merv.prepare import Clip, prepare
 from merv.preprocessing import Resample
 from merv.sample import Sampling
@@ -129,7 +129,7 @@ def recipe(
 def digest(encoder: Encoder) -> str:
     """Hash of an encoder's weights as they are; taken again only when they were written to or moved."""
     tensors = encoder.state_dict(keep_vars=True).values()
-    state = [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
+    state = [(t.data_ptr(), t.dtype, version_of(t)) for t in tensors]
     if encoder not in DIGESTS or DIGESTS[encoder][0] != state:
         DIGESTS[encoder] = state, values_digest(encoder)
     return DIGESTS[encoder][1]

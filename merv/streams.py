@@ -11,6 +11,7 @@ from merv.encode import Encoder
 from merv.errors import CheckpointError, EncoderError
 from merv.registry import create_encoder, is_trusted
 from merv.suggest import nearest
+from merv.types import is_count
 from merv.weights import PRETRAINED
 
 
@@ -75,8 +76,11 @@ def create_all(
     return made
 
 
-def check_names(option: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise EncoderError where an option names an encoder that is not there."""
+def check_names(option: str, given: Any, known: Iterable[str]) -> None:
+    """Raise EncoderError where an option is not told by encoder, or names one that is not there."""
+    if not isinstance(given, Mapping):
+        example = {next(iter(known)): given}
+        raise EncoderError(f"{option}= is told by encoder, as {example}; got {given!r}.")
     for name in given:
         if name not in known:
             raise EncoderError(
@@ -87,14 +91,13 @@ def check_names(option: str, given: Iterable[str], known: Iterable[str]) -> None
 
 def checked_frames(frames: Mapping[str, int], encoders: Mapping[str, Encoder]) -> dict[str, int]:
     """Numbers of frames by encoder, each a multiple of its window."""
-    if not isinstance(frames, Mapping):
-        example = {next(iter(encoders)): frames}
-        raise EncoderError(f"frames= is told by encoder, as {example}; got {frames!r}.")
     check_names("frames", frames, encoders)
     for name, count in frames.items():
         window = encoders[name].spec.window or encoders[name].spec.tubelet
-        if count < 1 or count % window:
-            raise EncoderError(f"{name} takes frames in windows of {window}; frames={count} is no multiple.")
+        if not is_count(count) or count % window:
+            raise EncoderError(
+                f"{name} takes frames in windows of {window}, at least one; got frames={count!r}."
+            )
     return {name: int(count) for name, count in frames.items()}
 
 

@@ -197,6 +197,30 @@ def test_an_encoder_is_frozen_and_deterministic(encoder):
     assert torch.equal(values, values_of(net, pixels))
 
 
+@pytest.mark.parametrize(("made", "what"), [([torch.zeros(1)], "list"), (None, "NoneType")])
+def test_what_is_no_tensor_is_named(made, what, monkeypatch):
+    monkeypatch.setattr(Fake, "encode", lambda self, pixels: made)
+    with pytest.raises(
+        EncoderError, match=rf"fake: encode\(\) made a {what}; wanted a tensor \[1, t, h, w, 8\]"
+    ):
+        values_of(Fake(), torch.rand(1, 2, 3, 16, 16))
+
+
+def test_an_encoder_takes_frames():
+    with pytest.raises(ShapeError, match=r"fake expects Frames; got Tensor. Frames.of\(pixels\) makes them"):
+        Fake()(torch.rand(1, 2, 3, 16, 16))
+
+
+def test_weights_want_a_net_to_load_them_into(tmp_path):
+    class Elsewhere(Fake):
+        def build(self):
+            self.model = torch.nn.Linear(2, 2)
+
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "a.pt")
+    with pytest.raises(EncoderError, match=r"Elsewhere\('image'\): build\(\) must set self.net"):
+        Elsewhere(weights=str(tmp_path / "a.pt"))
+
+
 def test_transnetv2_grid_is_the_last_map():
     head, grid = TransNetV2(weights=None), TransNetV2("grid", weights=None)
     grid.net.load_state_dict(head.net.state_dict())

@@ -1,4 +1,6 @@
+import pickle
 import re
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -157,7 +159,7 @@ def test_frames_that_do_not_fill_tubelets_are_refused():
     class Whole(Fake):
         variants = {"video": replace(Fake.variants["video"], window=0)}
 
-    with pytest.raises(EncoderError, match="whole takes frames in windows of 2; frames=5"):
+    with pytest.raises(EncoderError, match="whole takes frames in windows of 2, at least one; got frames=5"):
         MultiEncoder({"whole": Whole("video")}, frames={"whole": 5})
 
 
@@ -229,8 +231,23 @@ def test_how_many_frames_an_encoder_gets_can_be_chosen():
 
 
 def test_frames_that_do_not_fill_windows_are_refused():
-    with pytest.raises(EncoderError, match="fake_video takes frames in windows of 8; frames=12"):
+    with pytest.raises(
+        EncoderError, match="fake_video takes frames in windows of 8, at least one; got frames=12"
+    ):
         MultiEncoder(["fake/video"], frames={"fake_video": 12})
+
+
+@pytest.mark.parametrize("count", [0, 2.5, [4], "4"])
+def test_frames_are_counted_in_whole_numbers(count):
+    with pytest.raises(EncoderError, match=re.escape(f"at least one; got frames={count!r}")):
+        MultiEncoder(["fake"], frames={"fake": count})
+
+
+def test_what_is_told_by_encoder_is_told_by_encoder():
+    with pytest.raises(
+        EncoderError, match=re.escape("presets= is told by encoder, as {'fake': 'box'}; got 'box'")
+    ):
+        MultiEncoder(["fake"], presets="box")
     with pytest.raises(EncoderError, match=re.escape("frames= is told by encoder, as {'fake': 8}; got 8")):
         MultiEncoder(["fake"], frames=8)
 
@@ -372,9 +389,52 @@ def test_weights_from_a_state_dict_have_features_of_their_own(tmp_path):
 
 def test_an_encoder_without_storage_has_weights_of_its_own_once_they_are_loaded():
     encoder = Fake().to("meta")
-    assert not encoder.changed
     encoder.load_state_dict(Fake().state_dict(), assign=True)
     assert encoder.changed
+
+
+def load_inner(encoder):
+    encoder.net.load_state_dict({name: 2 * tensor for name, tensor in encoder.net.state_dict().items()})
+
+
+def replace_net(encoder):
+    encoder.net = torch.nn.Linear(48, 8).requires_grad_(False)
+
+
+def train_and_freeze(encoder):
+    encoder.requires_grad_(True)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=1.0)
+    values_of(encoder).sum().backward()
+    optimizer.step()
+    encoder.requires_grad_(False)
+
+
+def values_of(encoder):
+    return encoder(Frames.of(torch.ones(1, 1, 3, 16, 16))).values
+
+
+@pytest.mark.parametrize("change", [load_inner, replace_net, train_and_freeze])
+@pytest.mark.parametrize(
+    "handed_on", [lambda model: model, deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_changed_weights_are_noticed_however_they_were_changed(change, handed_on, tmp_path):
+    model, video = MultiEncoder(["fake"], grid=(2, 2, 2)), torch.ones(4, 3, 16, 16, dtype=torch.uint8)
+    key = model.key(video, "fake")
+    change(model.encoders["fake"])
+    model = handed_on(model)
+    assert model.key(video, "fake") != key
+    with pytest.raises(CheckpointError, match="fake has been trained or loaded anew and would be lost"):
+        model.save_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "move", [lambda m: m.double().float(), deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_what_moves_or_copies_an_encoder_changes_nothing(move):
+    model, video = MultiEncoder(["fake"], grid=(2, 2, 2)), torch.ones(4, 3, 16, 16, dtype=torch.uint8)
+    moved = move(model)
+    assert not moved.altered()
+    assert moved.key(video, "fake") == MultiEncoder(["fake"], grid=(2, 2, 2)).key(video, "fake")
 
 
 def test_the_same_weights_again_change_nothing(tmp_path):
@@ -390,3 +450,49 @@ def test_an_encoder_that_is_set_to_be_trained_is_not_saved_without_its_weights(t
     model.encoder("fake").requires_grad_(True)
     with pytest.raises(CheckpointError, match="would be lost"):
         model.save_pretrained(tmp_path / "model")
+
+
+# What would be ignored -------------------------------------------------------------------------
+
+
+def test_options_of_a_mixer_want_a_mixer():
+    with pytest.raises(ShapeError, match=r"there is one only with width="):
+        MultiEncoder(["fake"], mixer_options={"hidden": 8})
+    with pytest.raises(ShapeError, match=r"Unknown mixer 'gaet'. Did you mean 'gate'"):
+        MultiEncoder(["fake"], mixer="gaet")
+
+
+@pytest.mark.parametrize(
+    ("width", "message"), [(None, "Without width="), (8, "is not conditioned on the question")]
+)
+def test_a_question_that_nothing_looks_at_is_refused(width, message):
+    model, video = (
+        MultiEncoder(["fake"], grid=(2, 2, 2), width=width),
+        torch.ones(4, 3, 16, 16, dtype=torch.uint8),
+    )
+    with pytest.raises(ShapeError, match=message):
+        model(video, torch.zeros(1, 8))
+
+
+def test_only_takes_the_name_of_one_encoder():
+    model, video = (
+        MultiEncoder(["fake", "fake/video"], grid=(2, 2, 2)),
+        torch.ones(4, 3, 16, 16, dtype=torch.uint8),
+    )
+    assert list(model.features(video, only="fake_video")) == ["fake_video"]
+
+
+def test_a_video_that_was_loaded_for_fewer_encoders_names_the_others():
+    model, video = (
+        MultiEncoder(["fake", "fake/video"], grid=(2, 2, 2)),
+        torch.ones(4, 3, 16, 16, dtype=torch.uint8),
+    )
+    loaded = model.reader(only=["fake"])(video)
+    with pytest.raises(EncoderError, match=r"Loaded without fake_video: its reader was made with only="):
+        model.features(loaded)
+    assert list(model.features(loaded, only=["fake"])) == ["fake"]
+
+
+def test_a_store_is_a_feature_store():
+    with pytest.raises(EncoderError, match=r"store= takes a FeatureStore, as FeatureStore\('kept'\)"):
+        MultiEncoder(["fake"]).features(torch.ones(4, 3, 16, 16, dtype=torch.uint8), store="kept")
