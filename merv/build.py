@@ -9,7 +9,7 @@ from merv.errors import TrainingError
 from merv.llm import load_llm
 from merv.mix import MIXERS
 from merv.multi_encoder import MultiEncoder
-from merv.registry import create_encoder, find_encoder
+from merv.registry import create_encoder, find_encoder, name_and_variant
 from merv.share import find_model
 from merv.streams import by_name, checked_frames
 from merv.suggest import nearest
@@ -22,7 +22,7 @@ def check_named(h: Any) -> None:
     """Raise TrainingError for a part or a mixer that options name and there is not; UnknownEncoder."""
     named = by_name(h.encoders)
     for typed in named.values():  # by the user, so that the folder of `start` may name it too
-        find_encoder(str(typed).partition("/")[0])
+        find_encoder(name_and_variant(str(typed))[0])
     names = list(named)
     parts = ["projector", "mixer", "lora", "llm", *names]
     parts += [f"{part}.{name}" for part in ("projector", "mixer") for name in names]

@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
 from merv.errors import BrokenEncoder
-from merv.registry import Listing, find_listing, list_encoders
+from merv.registry import Listing, find_listing, list_encoders, name_and_variant
 
 if TYPE_CHECKING:
     from merv.types import EncoderSpec
@@ -72,7 +72,7 @@ def _describe(spec: EncoderSpec) -> Sequence[str]:
 def _check(name: str) -> int:
     from merv.testing import check_encoder
 
-    bare, _, variant = name.partition("/")
+    bare, variant = name_and_variant(name)
     listing = find_listing(bare)
     print(f"{name}, of {listing.distribution} {listing.version}" if listing.distribution else name)
     try:
@@ -80,7 +80,7 @@ def _check(name: str) -> int:
     except BrokenEncoder as error:
         print(error)
         return 1
-    findings = check_encoder(encoder, variant=variant or None)
+    findings = check_encoder(encoder, variant=variant)
     for finding in findings:
         print(f"  {finding}")
     failed = sum(not finding.passed for finding in findings)

@@ -24,6 +24,7 @@ from importlib.metadata import version as metadata_version
 from importlib.util import find_spec
 from itertools import chain
 from operator import attrgetter
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from merv.errors import AmbiguousEncoder, BrokenEncoder, EncoderError, MervError, UnknownEncoder
@@ -133,6 +134,11 @@ def find_listing(name: str) -> Listing:
         return Listing(short, "", "", name)
     names = list(dict.fromkeys(e.name for e in known))
     guess = nearest(name, names + [e.full_name for e in known])
+    module, _, attribute = name.rpartition(".")
+    if owner:
+        guess += f" No distribution has it, and no module {owner!r} can be imported from here."
+    elif _is_module(module):
+        guess += f" A class goes by module:Class: '{module}:{attribute}'."
     raise UnknownEncoder(
         f"Unknown encoder {name!r}.{guess} Installed: {', '.join(names) or 'none'}. See `merv encoders`."
     )
@@ -147,6 +153,26 @@ def find_encoder(name: str) -> type[Encoder]:
     'Fake'
     """
     return find_listing(name).load()
+
+
+def name_and_variant(typed: str) -> tuple[str, str | None]:
+    """The two parts of "dinov2/base"; no variant where there is no slash.
+
+    Raises EncoderError for a slash without a variant, UnknownEncoder for the path of a file.
+
+    >>> name_and_variant("dinov2/base"), name_and_variant("my_module:MyEncoder")
+    (('dinov2', 'base'), ('my_module:MyEncoder', None))
+    """
+    path, _, attribute = typed.partition(":")
+    if path.endswith(".py"):
+        raise UnknownEncoder(
+            f"{typed!r} is a file; wanted module:Class, as in '{PurePath(path).stem}:{attribute or 'Class'}', "
+            "from where that module can be imported: its folder, say."
+        )
+    name, slash, variant = typed.partition("/")
+    if slash and not variant:
+        raise EncoderError(f"No variant after the / of {typed!r}. Type {name!r} for the default.")
+    return name, variant or None
 
 
 def is_trusted(path: str) -> bool:
@@ -182,10 +208,8 @@ def create_encoder(name: str, **kwargs: Any) -> Encoder:
     >>> create_encoder("fake", weights=None).training
     False
     """
-    name, slash, variant = name.partition("/")
-    if slash:
-        if not variant:
-            raise EncoderError(f"No variant after the / of '{name}/'. Type {name!r} for the default.")
+    name, variant = name_and_variant(name)
+    if variant:
         if kwargs.get("variant") not in (None, variant):
             raise EncoderError(
                 f"Two variants of {name!r}: {variant!r} in its name and {kwargs['variant']!r}. Give one."

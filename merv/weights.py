@@ -169,12 +169,14 @@ def fill(module: nn.Module, state: dict[str, Tensor], name: str, owner: str) -> 
 def _way_out(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     """What to do about weights that do not fit: all that is wrong may be a prefix."""
     if prefix := _prefix(state, wanted):
-        how = f"all names begin with {prefix!r}, which select(state, prefix={prefix!r}) takes off"
+        how = (
+            f"all names begin with {prefix!r}, which merv.weights.select(state, prefix={prefix!r}) takes off"
+        )
     elif prefix := _prefix(wanted, state):
-        how = f"all names lack {prefix!r}, which renamed(state, {{'^': {prefix!r}}}) puts before them"
+        how = f"all names lack {prefix!r}, which merv.weights.renamed(state, {{'^': {prefix!r}}}) adds"
     else:
         return "Are they those of another variant or model?"
-    return f"But {how} (both in merv.weights): in the encoder's rename(), or before the file is saved."
+    return f"But {how}: in the encoder's rename(), or before the file is saved."
 
 
 def _prefix(longer: Collection[str], shorter: Collection[str]) -> str:

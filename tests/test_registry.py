@@ -220,6 +220,21 @@ def test_an_unknown_name_suggests_the_nearest():
     assert str(caught.value).endswith(". See `merv encoders`.")
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nowhere:Own", "no module 'nowhere' can be imported from here"),
+        ("sunny_module.Good", "A class goes by module:Class: 'sunny_module:Good'"),
+        ("plug/own.py:Own", "'plug/own.py:Own' is a file; wanted module:Class, as in 'own:Own'"),
+        ("/plug/own.py", "is a file; wanted module:Class, as in 'own:Class'"),
+    ],
+)
+def test_a_class_that_is_typed_in_another_way_is_told_how(plant, name, said):
+    plant("unrelated", {}, sunny_module=GOOD)
+    with pytest.raises(UnknownEncoder, match=said):
+        create_encoder(name)
+
+
 @pytest.mark.parametrize("name", ["", ":", "nowhere:Encoder", "nowhere.at_all:Encoder", "merv-:fake/"])
 def test_no_name_crashes_the_search(name):
     with pytest.raises(UnknownEncoder, match="Installed: clip"):

@@ -243,14 +243,18 @@ def test_fill_takes_every_key_and_no_other():
 
 def test_a_prefix_that_is_too_much_is_named_with_what_takes_it_off():
     state = {f"module.{key}": tensor for key, tensor in STATE.items()}
-    with pytest.raises(WeightsError, match=r"all names begin with 'module.', which select\(state, prefix="):
+    with pytest.raises(
+        WeightsError, match=r"all names begin with 'module.', which merv.weights.select\(state, prefix="
+    ):
         fill(nn.Linear(3, 2), state, "w", "Linear")
     fill(nn.Linear(3, 2), select(state, prefix="module."), "w", "Linear")
 
 
 def test_a_prefix_that_lacks_is_named_with_what_puts_it_there():
     module = nn.Sequential(nn.Linear(3, 2))
-    with pytest.raises(WeightsError, match=r"all names lack '0\.', which renamed\(state, \{'\^': '0\.'\}\)"):
+    with pytest.raises(
+        WeightsError, match=r"all names lack '0\.', which merv.weights.renamed\(state, \{'\^': '0\.'\}\)"
+    ):
         fill(module, STATE, "w", "Sequential")
     fill(module, renamed(STATE, {"^": "0."}), "w", "Sequential")
 
