@@ -305,12 +305,13 @@ def _moves_between_devices(trial: _Trial) -> str | None:
     try:
         device = trial.watched(torch.func.functional_call, encoder, moved, (frames,)).values.device
     except Exception as error:
+        said = str(error).partition("\n")[0]
         if ELSEWHERE.search(str(error)):
             return (
-                f"{str(error).splitlines()[0]} A tensor that is no parameter stays behind: give it to "
+                f"{said} A tensor that is no parameter stays behind: give it to "
                 "register_buffer(), and device=pixels.device to what forward() creates."
             )
-        raise NotTold(f"wants a GPU that is there, {type(error).__name__}") from error
+        raise NotTold(f"wants a GPU that is there, {type(error).__name__}: {said}") from error
     return None if device.type == "cuda" else f"features of frames on a GPU are on {device}"
 
 

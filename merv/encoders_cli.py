@@ -12,6 +12,7 @@ from merv.errors import BrokenEncoder
 from merv.registry import Listing, find_listing, list_encoders, name_and_variant
 
 if TYPE_CHECKING:
+    from merv.encode import Encoder
     from merv.types import EncoderSpec
 
 SHORT = ("name", "distribution", "version")
@@ -83,11 +84,23 @@ def _check(name: str) -> int:
     findings = check_encoder(encoder, variant=variant)
     for finding in findings:
         print(f"  {finding}")
+    if findings[0].passed and (left_out := _left_out(encoder, variant)):
+        print(f"  not run: {left_out}")
     failed = sum(not finding.passed for finding in findings)
     if failed:
         owner = f" (distribution {listing.distribution})" if listing.distribution else ""
         print(f"{name}{owner} fails {failed} of {len(findings)} checks.")
     return int(failed > 0)
+
+
+def _left_out(encoder: type[Encoder], variant: str | None) -> str:
+    """Which variants and presets a check of `variant` says nothing of."""
+    tried = variant or next(iter(encoder.variants))
+    left_out = {
+        "variants": [name for name in encoder.variants if name != tried],
+        "presets": list(encoder.variants[tried].presets)[1:],
+    }
+    return "; ".join(f"{what} {', '.join(names)}" for what, names in left_out.items() if names)
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:

@@ -166,7 +166,7 @@ def name_and_variant(typed: str) -> tuple[str, str | None]:
     path, _, attribute = typed.partition(":")
     if path.endswith(".py"):
         raise UnknownEncoder(
-            f"{typed!r} is a file; wanted module:Class, as in '{PurePath(path).stem}:{attribute or 'Class'}', "
+            f"{typed!r} is a file; wanted module:Class, as '{PurePath(path).stem}:{attribute or 'Class'}', "
             "from where that module can be imported: its folder, say."
         )
     name, slash, variant = typed.partition("/")

@@ -132,6 +132,11 @@ def test_check_of_a_good_encoder_is_status_0(capsys):
     assert "FAIL" not in capsys.readouterr().out
 
 
+def test_check_says_what_it_did_not_run(capsys):
+    merv("encoders", "check", "fake/video")
+    assert "  not run: variants image; presets upstream\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "said"), [("fussy", "fails 1 of 1 checks"), ("absent", "cannot be imported")]
 )

@@ -225,8 +225,8 @@ def test_an_unknown_name_suggests_the_nearest():
     [
         ("nowhere:Own", "no module 'nowhere' can be imported from here"),
         ("sunny_module.Good", "A class goes by module:Class: 'sunny_module:Good'"),
-        ("plug/own.py:Own", "'plug/own.py:Own' is a file; wanted module:Class, as in 'own:Own'"),
-        ("/plug/own.py", "is a file; wanted module:Class, as in 'own:Class'"),
+        ("plug/own.py:Own", "'plug/own.py:Own' is a file; wanted module:Class, as 'own:Own'"),
+        ("/plug/own.py", "is a file; wanted module:Class, as 'own:Class'"),
     ],
 )
 def test_a_class_that_is_typed_in_another_way_is_told_how(plant, name, said):
