@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from merv.encode import Encoder
-from merv.errors import CheckpointError, EncoderError
+from merv.errors import CheckpointError, EncoderError, WeightsError
 from merv.registry import create_encoder, is_trusted
 from merv.suggest import nearest
 from merv.types import is_count
@@ -104,7 +104,8 @@ def checked_frames(frames: Mapping[str, int], encoders: Mapping[str, Encoder]) -
 def recreate(name: str, saved: Mapping[str, Any], weights: Mapping[str, str | None]) -> Encoder:
     """An encoder as it was saved, checked to be the same, of a class that is registered or imported already.
 
-    Raises EncoderError for another class, CheckpointError for other weights.
+    Raises EncoderError for another class, WeightsError where its weights cannot be had, CheckpointError for
+    other ones.
     """
     path = saved["class"]
     if not is_trusted(path):
@@ -115,12 +116,13 @@ def recreate(name: str, saved: Mapping[str, Any], weights: Mapping[str, str | No
         )
     was = saved["identity"]
     source = was["source"] if was["revision"] is None else f"{was['source']}@{was['revision']}"
-    encoder = create_encoder(
-        path,
-        variant=saved["variant"],
-        preset=saved["preset"],
-        weights=weights.get(name, source),
-    )
+    given = weights.get(name, source)
+    try:
+        encoder = create_encoder(path, variant=saved["variant"], preset=saved["preset"], weights=given)
+    except WeightsError as error:
+        raise WeightsError(
+            f"{error} If the weights of {name!r} have moved, pass weights={{{name!r}: '/where/they/are'}}."
+        ) from error
     now = vars(encoder.identity)
     if now["sha256"] != was["sha256"]:
         raise CheckpointError(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from merv.encoders.fake import Fake
-from merv.errors import CheckpointError, EncoderError, ShapeError, UnknownEncoder
+from merv.errors import CheckpointError, EncoderError, ShapeError, UnknownEncoder, WeightsError
 from merv.mix import create_mixer
 from merv.multi_encoder import MultiEncoder
 from merv.registry import create_encoder
@@ -181,6 +181,15 @@ def test_other_weights_than_when_saved_are_refused(both, tmp_path, monkeypatch):
     monkeypatch.setattr(Fake, "build", another)
     with pytest.raises(CheckpointError, match="'fake' has other weights than when this was saved"):
         MultiEncoder.from_pretrained(tmp_path / "model")
+
+
+def test_weights_that_have_moved_are_asked_for_by_name(tmp_path):
+    torch.save(Fake().net.state_dict(), tmp_path / "a.pt")
+    MultiEncoder([Fake(weights=str(tmp_path / "a.pt"))]).save_pretrained(tmp_path / "model")
+    moved = (tmp_path / "a.pt").rename(tmp_path / "b.pt")
+    with pytest.raises(WeightsError, match=r"have moved, pass weights=\{'fake': '/where/they/are'\}"):
+        MultiEncoder.from_pretrained(tmp_path / "model")
+    MultiEncoder.from_pretrained(tmp_path / "model", weights={"fake": str(moved)})
 
 
 class Unknown(Fake):
