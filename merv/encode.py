@@ -14,7 +14,7 @@ import torch
 from einops import reduce, repeat
 from torch import Tensor, nn
 
-from merv.errors import EncoderError, ShapeError, WeightsError
+from merv.errors import BrokenEncoder, EncoderError, ShapeError, WeightsError
 from merv.suggest import nearest
 from merv.types import EncoderSpec, Frames, Grid, Preset
 from merv.weights import BUILT_IN, PRETRAINED, WEIGHT_FILES, Identity, Source, fill, identity_of, locate
@@ -35,8 +35,8 @@ class Encoder(nn.Module):
         saved in, they become float32; `.to(torch.bfloat16)` changes that. See docs/weights.md.
     preset: a key of the spec's presets; None takes the first.
 
-    Raises EncoderError for an unknown variant or preset, WeightsError for weights that
-    cannot be had or do not fit.
+    Raises EncoderError for an unknown variant or preset, BrokenEncoder for a class that declares none,
+    WeightsError for weights that cannot be had or do not fit.
 
     >>> from merv import create_encoder, Frames
     >>> encoder = create_encoder("fake")
@@ -53,11 +53,15 @@ class Encoder(nn.Module):
     def __init__(
         self, variant: str | None = None, *, weights: str | None = PRETRAINED, preset: str | None = None
     ) -> None:
+        from merv.registry import class_fault  # which imports this
+
         super().__init__()
         self.written = False  # whether its weights are others than those that it was made with
         self.sealed: list[tuple[weakref.ref, int]] = []  # its parameters, and their versions then
         # Goes where .to() takes an encoder that has no weights.
         self.register_buffer("here", torch.zeros(()), persistent=False)
+        if fault := class_fault(type(self)):
+            raise BrokenEncoder(f"{type(self).__name__} {fault}.")
         self.variant = variant or next(iter(self.variants))
         self.spec = _pick(self.variants, self.variant, f"{type(self).__name__} variant")
         self.preset_name = preset or next(iter(self.spec.presets))

@@ -19,7 +19,7 @@ from merv.encoders.languagebind import LanguageBind
 from merv.encoders.siglip import SigLIP
 from merv.encoders.transnetv2 import TransNetV2
 from merv.encoders.vivit import ViViT
-from merv.errors import EncoderError, ShapeError, WeightsError
+from merv.errors import BrokenEncoder, EncoderError, ShapeError, WeightsError
 from merv.types import Frames
 
 FIVE = [LanguageBind, DINOv2, ViViT, SigLIP, CLIP]
@@ -209,6 +209,14 @@ def test_what_is_no_tensor_is_named(made, what, monkeypatch):
 def test_an_encoder_takes_frames():
     with pytest.raises(ShapeError, match=r"fake expects Frames; got Tensor. Frames.of\(pixels\) makes them"):
         Fake()(torch.rand(1, 2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("variants", [{}, Fake.variants["image"], [Fake.variants["image"]]])
+def test_variants_are_a_table(variants):
+    with pytest.raises(
+        BrokenEncoder, match=r"Odd has variants = .*; wanted a dict of name → merv.EncoderSpec"
+    ):
+        type("Odd", (Fake,), {"variants": variants})()
 
 
 def test_weights_want_a_net_to_load_them_into(tmp_path):
