@@ -214,8 +214,11 @@ class Encoder(nn.Module):
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often it was written to, as far as torch counts."""
-    return 0 if tensor.is_inference() else tensor._version
+    """How often it was written to; 0 where torch does not count, as of what was made in inference mode."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
 
 
 def _seal(encoder: Encoder, *_: Any) -> None:

@@ -436,8 +436,18 @@ def test_changed_weights_are_noticed_however_they_were_changed(change, handed_on
         model.save_pretrained(tmp_path / "model")
 
 
+def to_double_and_back(model):
+    return model.double().float()
+
+
 @pytest.mark.parametrize(
-    "move", [lambda m: m.double().float(), deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+    "move",
+    [
+        to_double_and_back,
+        torch.inference_mode()(to_double_and_back),
+        deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+    ],
 )
 def test_what_moves_or_copies_an_encoder_changes_nothing(move):
     model, video = MultiEncoder(["fake"], grid=(2, 2, 2)), torch.ones(4, 3, 16, 16, dtype=torch.uint8)
