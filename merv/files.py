@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from uuid import uuid4
 
 
 def cache_folder() -> Path:
@@ -41,6 +42,16 @@ def files_digest(paths: Iterable[Path]) -> str:
     """That of one file; of several the hash of their hashes, in that order."""
     digests = [file_digest(path) for path in paths]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that others see whole or not at all, whichever threads and machines write it too."""
+    fresh = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        fresh.write_bytes(data)
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 @cache

@@ -12,7 +12,6 @@ import os
 from io import TextIOBase
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from merv.decode import open_video, path_of
 from merv.errors import DataError, ShapeError, UnreadableVideo
-from merv.files import file_digest
+from merv.files import file_digest, write_whole
 from merv.types import Grid
 
 logger = logging.getLogger(__name__)
@@ -119,12 +118,7 @@ def _write(path: Path, grid: Grid) -> None:
     from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{uuid4().hex}")  # its own: threads and machines may write one entry
-    try:
-        fresh.write_bytes(save({name: tensor.contiguous() for name, tensor in vars(grid).items()}))
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    write_whole(path, save({name: tensor.contiguous() for name, tensor in vars(grid).items()}))
 
 
 def _read(path: Path) -> Grid | None:

@@ -275,6 +275,15 @@ def test_rows_come_back_from_their_file(tmp_path):
     assert questions.read_rows(questions.write_rows(tmp_path / "train.jsonl", made)) == made
 
 
+def test_who_reads_a_file_while_it_is_written_again_reads_the_old_one(tmp_path):
+    path = questions.write_rows(tmp_path / "train.jsonl", rows("train", 5))
+    before = path.read_text()
+    with path.open() as reading:
+        questions.write_rows(path, rows("train", 3))
+        assert reading.read() == before != path.read_text()
+    assert [file.name for file in tmp_path.iterdir()] == ["train.jsonl"]
+
+
 def test_malformed_row_is_named_by_its_line(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"video": "a.mp4", "questions": []}\n{"video": "b.mp4"}\n')
     with pytest.raises(

@@ -21,6 +21,7 @@ from typing import Any
 from merv.demo.clips import Clip, ClipPlan
 from merv.demo.material import Thing
 from merv.errors import DataError
+from merv.files import write_whole
 
 KINDS = ("first", "last", "count", "when", "order", "present")
 NEW_NAME = "new name"
@@ -151,7 +152,7 @@ def rows(clips: Iterable[Clip], things: Sequence[Thing], *, per_clip: int = 5, s
 def write_rows(path: str | Path, rows: Iterable[Row]) -> Path:
     """Write a split's JSONL file, one row a line, replacing what was there."""
     path = Path(path)
-    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows).encode())
     return path
 
 
