@@ -42,8 +42,7 @@ class Training(LightningModule):
         does not have join it.
     train: the parts to train: projector, mixer, lora, llm, an encoder by its name; `projector.NAME` and
         `mixer.NAME` of one encoder alone. lora: with `lora` among them.
-    lr: peak learning rate; lr_of: another one for a part, by name. betas: of AdamW; torch's own (0.9, 0.999)
-        remember the large gradients of the first steps too long for a short run. weight_decay: not on
+    lr: peak learning rate; lr_of: another one for a part, by name. betas: of AdamW. weight_decay: not on
         biases, norms and other vectors. warmup: share of the steps; then cosine down to zero.
     dtype: of the LLM; fp32 where `llm` itself is trained. All that is trained is in fp32.
     quantise: the LLM's frozen weights in `nf4` (QLoRA) or `int8`, by bitsandbytes.
@@ -78,7 +77,7 @@ class Training(LightningModule):
         lora: LoraOptions | None = None,
         lr: float = 1e-3,
         lr_of: dict[str, float] | None = None,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         warmup: float = 0.03,
         dtype: str = "auto",
