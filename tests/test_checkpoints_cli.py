@@ -27,7 +27,7 @@ def thing(folder, value, config=None, kind="Thing", **tensors) -> str:
 
 def built(folder) -> MultiEncoder:
     encoders = MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2), width=16)
-    for parameter in encoders.parameters():
+    for parameter in encoders.fusion.parameters():
         torch.nn.init.normal_(parameter)
     encoders.save_pretrained(folder)
     return encoders
