@@ -1,0 +1,98 @@
+"""Encoders whose weights are no longer those of their source: noticed, keyed by value, not saved without."""
+
+import pickle
+from copy import deepcopy
+
+import pytest
+import torch
+
+from merv.encoders.fake import Fake
+from merv.errors import CheckpointError
+from merv.multi_encoder import MultiEncoder
+from merv.store import FeatureStore
+from merv.types import Frames
+
+
+def test_weights_from_a_state_dict_have_features_of_their_own(tmp_path):
+    model, video = MultiEncoder(["fake"], grid=(2, 2, 2)), torch.ones(4, 3, 16, 16, dtype=torch.uint8)
+    store = FeatureStore()
+    before = model.features(video, store=store)["fake"].values
+    model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()})
+    assert not torch.equal(model.features(video, store=store)["fake"].values, before)
+    with pytest.raises(CheckpointError, match="fake has been trained or loaded anew and would be lost"):
+        model.save_pretrained(tmp_path / "model")
+
+
+def test_an_encoder_without_storage_has_weights_of_its_own_once_they_are_loaded():
+    encoder = Fake().to("meta")
+    encoder.load_state_dict(Fake().state_dict(), assign=True)
+    assert encoder.changed
+
+
+def load_inner(encoder):
+    encoder.net.load_state_dict({name: 2 * tensor for name, tensor in encoder.net.state_dict().items()})
+
+
+def replace_net(encoder):
+    encoder.net = torch.nn.Linear(48, 8).requires_grad_(False)
+
+
+def train_and_freeze(encoder):
+    encoder.requires_grad_(True)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=1.0)
+    values_of(encoder).sum().backward()
+    optimizer.step()
+    encoder.requires_grad_(False)
+
+
+def values_of(encoder):
+    return encoder(Frames.of(torch.ones(1, 1, 3, 16, 16))).values
+
+
+@pytest.mark.parametrize("change", [load_inner, replace_net, train_and_freeze])
+@pytest.mark.parametrize(
+    "handed_on", [lambda model: model, deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_changed_weights_are_noticed_however_they_were_changed(change, handed_on, tmp_path):
+    model, video = MultiEncoder(["fake"], grid=(2, 2, 2)), torch.ones(4, 3, 16, 16, dtype=torch.uint8)
+    key = model.key(video, "fake")
+    change(model.encoders["fake"])
+    model = handed_on(model)
+    assert model.key(video, "fake") != key
+    with pytest.raises(CheckpointError, match="fake has been trained or loaded anew and would be lost"):
+        model.save_pretrained(tmp_path / "model")
+
+
+def to_double_and_back(model):
+    return model.double().float()
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        to_double_and_back,
+        torch.inference_mode()(to_double_and_back),
+        deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+    ],
+)
+def test_what_moves_or_copies_an_encoder_changes_nothing(move):
+    model, video = MultiEncoder(["fake"], grid=(2, 2, 2)), torch.ones(4, 3, 16, 16, dtype=torch.uint8)
+    moved = move(model)
+    assert not moved.altered()
+    assert moved.key(video, "fake") == MultiEncoder(["fake"], grid=(2, 2, 2)).key(video, "fake")
+
+
+def test_the_same_weights_again_change_nothing(tmp_path):
+    model, video = MultiEncoder(["fake"], grid=(2, 2, 2)), torch.ones(4, 3, 16, 16, dtype=torch.uint8)
+    key = model.key(video, "fake")
+    model.load_state_dict(model.state_dict())
+    assert model.key(video, "fake") == key
+    model.save_pretrained(tmp_path / "model")
+
+
+def test_an_encoder_that_is_set_to_be_trained_is_not_saved_without_its_weights(tmp_path):
+    model = MultiEncoder(["fake"], grid=(2, 2, 2))
+    model.encoder("fake").requires_grad_(True)
+    with pytest.raises(CheckpointError, match="would be lost"):
+        model.save_pretrained(tmp_path / "model")

@@ -1,0 +1,50 @@
+"""What a MultiEncoder is asked for in vain is refused in words, not ignored."""
+
+import pytest
+import torch
+
+from merv.errors import EncoderError, ShapeError
+from merv.multi_encoder import MultiEncoder
+
+
+def test_options_of_a_mixer_want_a_mixer():
+    with pytest.raises(ShapeError, match=r"there is one only with width="):
+        MultiEncoder(["fake"], mixer_options={"hidden": 8})
+    with pytest.raises(ShapeError, match=r"Unknown mixer 'gaet'. Did you mean 'gate'"):
+        MultiEncoder(["fake"], mixer="gaet")
+
+
+@pytest.mark.parametrize(
+    ("width", "message"), [(None, "Without width="), (8, "is not conditioned on the question")]
+)
+def test_a_question_that_nothing_looks_at_is_refused(width, message):
+    model, video = (
+        MultiEncoder(["fake"], grid=(2, 2, 2), width=width),
+        torch.ones(4, 3, 16, 16, dtype=torch.uint8),
+    )
+    with pytest.raises(ShapeError, match=message):
+        model(video, torch.zeros(1, 8))
+
+
+def test_only_takes_the_name_of_one_encoder():
+    model, video = (
+        MultiEncoder(["fake", "fake/video"], grid=(2, 2, 2)),
+        torch.ones(4, 3, 16, 16, dtype=torch.uint8),
+    )
+    assert list(model.features(video, only="fake_video")) == ["fake_video"]
+
+
+def test_a_video_that_was_loaded_for_fewer_encoders_names_the_others():
+    model, video = (
+        MultiEncoder(["fake", "fake/video"], grid=(2, 2, 2)),
+        torch.ones(4, 3, 16, 16, dtype=torch.uint8),
+    )
+    loaded = model.reader(only=["fake"])(video)
+    with pytest.raises(EncoderError, match=r"Loaded without fake_video: its reader was made with only="):
+        model.features(loaded)
+    assert list(model.features(loaded, only=["fake"])) == ["fake"]
+
+
+def test_a_store_is_a_feature_store():
+    with pytest.raises(EncoderError, match=r"store= takes a FeatureStore, as FeatureStore\('kept'\)"):
+        MultiEncoder(["fake"]).features(torch.ones(4, 3, 16, 16, dtype=torch.uint8), store="kept")
