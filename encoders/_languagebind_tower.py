@@ -13,8 +13,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from merv.encoding.weights import Source
 from merv.errors import WeightsError
-from merv.weights import Source
 
 ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 

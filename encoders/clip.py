@@ -10,9 +10,9 @@ from typing import ClassVar
 from einops import rearrange
 from torch import Tensor
 
-from merv.encode import Encoder
+from merv.encoding.base import Encoder
+from merv.encoding.weights import select
 from merv.types import EncoderSpec, Preset
-from merv.weights import select
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEXT_TOWER = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")

@@ -11,9 +11,9 @@ from typing import ClassVar
 from einops import rearrange
 from torch import Tensor
 
-from merv.encode import Encoder
+from merv.encoding.base import Encoder
+from merv.encoding.weights import joined, renamed
 from merv.types import EncoderSpec, Preset
-from merv.weights import joined, renamed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE, PATCH = 224, 14

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from merv.encode import Encoder
+from merv.encoding.base import Encoder
 from merv.types import EncoderSpec, Preset
 
 # variant: size, cells a side, short side before timm's crop, interpolation, parameters

@@ -8,9 +8,9 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
-from merv.encode import Encoder
+from merv.encoding.base import Encoder
+from merv.encoding.weights import BUILT_IN
 from merv.types import EncoderSpec, Preset
-from merv.weights import BUILT_IN
 
 PRESETS = {"merv": Preset("squash", (16, 16), "bilinear"), "upstream": Preset("crop", (16, 16), "bilinear")}
 

@@ -12,10 +12,10 @@ from typing import ClassVar
 from einops import rearrange
 from torch import Tensor, nn
 
-from merv.encode import Encoder
+from merv.encoding.base import Encoder
+from merv.encoding.weights import select
 from merv.errors import MissingDependency
 from merv.types import EncoderSpec, Preset
-from merv.weights import select
 
 WINDOW, SIZE, TUBELET, CELL = 16, 224, 2, 32  # a cell of the last stage covers 32×32 pixels
 MEAN, STD = (0.45,) * 3, (0.225,) * 3

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 from einops import rearrange
 from torch import Tensor
 
-from merv.encode import Encoder
 from merv.encoders._languagebind_tower import Shape, Tower, vision_config
+from merv.encoding.base import Encoder
+from merv.encoding.weights import select
 from merv.types import EncoderSpec, Preset
-from merv.weights import select
 
 SIZE, PATCH = 224, 14
 # The official code crops too; it also mirrors half of the clips at random, which is not copied.

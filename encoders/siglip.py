@@ -11,9 +11,9 @@ from typing import ClassVar
 from einops import rearrange
 from torch import Tensor
 
-from merv.encode import Encoder
+from merv.encoding.base import Encoder
+from merv.encoding.weights import joined, renamed, select
 from merv.types import EncoderSpec, Preset
-from merv.weights import joined, renamed, select
 
 # variant: timm's name, size, patch, width, short side before timm's crop, parameters
 SIZES = {

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from einops import rearrange
 from torch import Tensor
 
-from merv.encode import Encoder
 from merv.encoders._transnetv2_network import Network
+from merv.encoding.base import Encoder
 from merv.types import EncoderSpec, Preset
 
 # FFmpeg squashed the training clips, with its default filter; pixels go in as [0, 1].

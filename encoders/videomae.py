@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from einops import rearrange
 from torch import Tensor
 
-from merv.encode import Encoder
+from merv.encoding.base import Encoder
+from merv.encoding.weights import renamed, select
 from merv.types import EncoderSpec, Preset
-from merv.weights import renamed, select
 
 FRAMES, SIZE, TUBELET, PATCH = 16, 224, 2, 16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

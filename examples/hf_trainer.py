@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from merv import VideoLLM, ask
-from merv.chat import render
+from merv.models.chat import render
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from merv import MultiEncoder, VideoLLM, ask
-from merv.llm import load_llm
-from merv.sources import open_samples
+from merv.data.sources import open_samples
+from merv.models.llm import load_llm
 from merv.testing import tiny_llm
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "navy blue": (20, 30, 140)}

@@ -13,48 +13,48 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from merv.align import Aligner as Aligner
-    from merv.chat import ask as ask
-    from merv.encode import Encoder as Encoder
+    from merv.encoding.base import Encoder as Encoder
+    from merv.encoding.registry import create_encoder as create_encoder
+    from merv.encoding.registry import find_encoder as find_encoder
+    from merv.encoding.registry import list_encoders as list_encoders
     from merv.errors import MervError as MervError
-    from merv.fuse import Fusion as Fusion
-    from merv.load import load_video as load_video
-    from merv.multi_encoder import MultiEncoder as MultiEncoder
-    from merv.preprocessing import preprocess as preprocess
-    from merv.registry import create_encoder as create_encoder
-    from merv.registry import find_encoder as find_encoder
-    from merv.registry import list_encoders as list_encoders
-    from merv.sample import Sampling as Sampling
-    from merv.store import FeatureStore as FeatureStore
+    from merv.features.store import FeatureStore as FeatureStore
+    from merv.fusion.align import Aligner as Aligner
+    from merv.fusion.fusion import Fusion as Fusion
+    from merv.models.chat import ask as ask
+    from merv.models.multi_encoder import MultiEncoder as MultiEncoder
+    from merv.models.video_llm import VideoLLM as VideoLLM
     from merv.types import EncoderSpec as EncoderSpec
     from merv.types import Frames as Frames
     from merv.types import Fused as Fused
     from merv.types import Grid as Grid
     from merv.types import Preset as Preset
     from merv.types import VideoInfo as VideoInfo
-    from merv.video_llm import VideoLLM as VideoLLM
+    from merv.video.load import load_video as load_video
+    from merv.video.sampling import Sampling as Sampling
+    from merv.video.transforms import preprocess as preprocess
 
 _HOME = {
-    "Aligner": "merv.align",
-    "Encoder": "merv.encode",
+    "Aligner": "merv.fusion.align",
+    "Encoder": "merv.encoding.base",
     "EncoderSpec": "merv.types",
-    "FeatureStore": "merv.store",
+    "FeatureStore": "merv.features.store",
     "Frames": "merv.types",
     "Fused": "merv.types",
-    "Fusion": "merv.fuse",
+    "Fusion": "merv.fusion.fusion",
     "Grid": "merv.types",
     "MervError": "merv.errors",
-    "MultiEncoder": "merv.multi_encoder",
+    "MultiEncoder": "merv.models.multi_encoder",
     "Preset": "merv.types",
-    "Sampling": "merv.sample",
+    "Sampling": "merv.video.sampling",
     "VideoInfo": "merv.types",
-    "VideoLLM": "merv.video_llm",
-    "ask": "merv.chat",
-    "create_encoder": "merv.registry",
-    "find_encoder": "merv.registry",
-    "list_encoders": "merv.registry",
-    "load_video": "merv.load",
-    "preprocess": "merv.preprocessing",
+    "VideoLLM": "merv.models.video_llm",
+    "ask": "merv.models.chat",
+    "create_encoder": "merv.encoding.registry",
+    "find_encoder": "merv.encoding.registry",
+    "list_encoders": "merv.encoding.registry",
+    "load_video": "merv.video.load",
+    "preprocess": "merv.video.transforms",
 }
 __all__ = [*_HOME]
 

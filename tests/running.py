@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from merv.cli import main
+from merv.cli.fit import NOISE
+from merv.cli.main import main
 from merv.testing import make_video, tiny_llm
-from merv.train_cli import NOISE
 
 QUIET = [
     *(pytest.mark.filterwarnings(f"ignore:.*{re.escape(words)}.*") for words in NOISE),

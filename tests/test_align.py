@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import adaptive_avg_pool3d
 
-from merv.align import Aligner
 from merv.errors import ShapeError
+from merv.fusion.align import Aligner
 from merv.types import WHOLE_PICTURE, Grid
 
 

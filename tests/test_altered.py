@@ -8,8 +8,8 @@ import torch
 
 from merv.encoders.fake import Fake
 from merv.errors import CheckpointError
-from merv.multi_encoder import MultiEncoder
-from merv.store import FeatureStore
+from merv.features.store import FeatureStore
+from merv.models.multi_encoder import MultiEncoder
 from merv.types import Frames
 
 

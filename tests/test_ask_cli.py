@@ -2,7 +2,7 @@
 
 import pytest
 
-from merv.cli import main
+from merv.cli.main import main
 
 
 def test_a_precision_that_changes_the_fingerprint_is_not_offered(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from merv.batches import Order, portions
+from merv.data.order import Order, portions
 from merv.errors import DataError
 
 

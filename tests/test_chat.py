@@ -1,7 +1,7 @@
 import pytest
 
-from merv.chat import NOT_LEARNED, VISUAL, ask, render
 from merv.errors import PromptError
+from merv.models.chat import NOT_LEARNED, VISUAL, ask, render
 from merv.testing import tiny_llm
 
 MESSAGES = [

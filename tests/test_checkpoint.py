@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from merv.checkpoint import fill_exactly, load_folder, save_folder
+from merv.checkpoints.folder import fill_exactly, load_folder, save_folder
 from merv.errors import CheckpointError
 
 

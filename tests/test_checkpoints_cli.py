@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from merv.average import average
-from merv.checkpoint import load_folder, save_folder
-from merv.cli import main
+from merv.checkpoints.average import average
+from merv.checkpoints.folder import load_folder, save_folder
+from merv.cli.main import main
 from merv.errors import CheckpointError
-from merv.llm import load_llm
-from merv.multi_encoder import MultiEncoder
-from merv.scale import Sharded, consolidate
+from merv.models.llm import load_llm
+from merv.models.multi_encoder import MultiEncoder
+from merv.models.video_llm import VideoLLM
 from merv.testing import tiny_llm
-from merv.video_llm import VideoLLM
+from merv.training.sharding import Sharded, consolidate
 
 
 def thing(folder, value, config=None, kind="Thing", **tensors) -> str:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from merv import cli
+from merv.cli import main as cli
 from merv.errors import MervError
 
 
@@ -52,13 +52,13 @@ def test_without_arguments_it_shows_its_help(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["encoders"], ["encoders", "--help"], ["parts", "--help"]]
+    "arguments", [["--help"], ["--version"], ["encoders"], ["encoders", "--help"], ["download", "--help"]]
 )
 def test_what_should_be_quick_imports_nothing_heavy(arguments):
     code = (
         "import sys, atexit\n"
         "atexit.register(lambda: print({'torch', 'lightning', 'transformers', 'av'} & set(sys.modules)))\n"
-        f"from merv.cli import main; main({arguments})"
+        f"from merv.cli.main import main; main({arguments})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"

@@ -5,8 +5,8 @@ import torch
 from references import Size, siglip
 from torch import Tensor, nn
 
-from merv.encode import Encoder
-from merv.registry import create_encoder
+from merv.encoding.base import Encoder
+from merv.encoding.registry import create_encoder
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,15 @@ import torch
 from official import Official, config_of, grown, write
 from transformers import AutoTokenizer
 
-from merv.chat import ask, render
-from merv.cli import main
-from merv.convert import convert
+from merv.cli.main import main
 from merv.errors import CheckpointError, WeightsError
-from merv.released import read_config
-from merv.sample import Sampling, official_indices
+from merv.models.chat import ask, render
+from merv.models.convert_released import convert
+from merv.models.released import read_config
+from merv.models.video_llm import VideoLLM
 from merv.testing import make_video, tiny_llm
 from merv.types import VideoInfo
-from merv.video_llm import VideoLLM
+from merv.video.sampling import Sampling, official_indices
 
 TWO = config_of(["fake", "fake-video"], [16, 32], 16)
 QUESTION = "What moves?"

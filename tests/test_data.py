@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from merv.data import ChatData, read_samples
+from merv.data.module import ChatData
+from merv.data.sources import read_samples
 from merv.errors import DataError
 
 ROW = {

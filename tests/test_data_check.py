@@ -16,10 +16,10 @@ import pytest
 from datasets import Dataset, Image, Video, config
 from PIL import Image as Picture
 
-from merv import cli
-from merv.data_check import Report, check_data
-from merv.data_cli import write_clean
-from merv.sources import open_samples
+from merv.cli import main as cli
+from merv.cli.data import write_clean
+from merv.data.check import Report, check_data
+from merv.data.sources import open_samples
 from merv.testing import make_video, tiny_llm
 
 A, B = "a.mp4", "b.mp4"

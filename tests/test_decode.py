@@ -11,12 +11,12 @@ import torch
 from media import indices_of, make_folder, make_gif, make_video, overwrite, picture
 from PIL import Image
 
-import merv.decode_pyav
-from merv.decode import open_video, probe
+import merv.video.pyav
 from merv.errors import DamagedVideo, DataError, ShapeError, UnreadableVideo, VideoError
-from merv.load import load_video
-from merv.sample import on_screen
-from merv.store import video_key
+from merv.features.store import video_key
+from merv.video.load import load_video
+from merv.video.open import open_video, probe
+from merv.video.sampling import on_screen
 
 
 def test_frames_come_in_the_order_asked(tmp_path: Path) -> None:
@@ -84,14 +84,14 @@ def test_rotated_video_comes_upright(tmp_path: Path, rotation: int) -> None:
 def test_far_frames_are_reached_by_seeking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_video(tmp_path / "a.mp4", 200, options={"g": "20", "bf": "2"})
     decoded = 0
-    picked = merv.decode_pyav.PyAVReader._decoded
+    picked = merv.video.pyav.PyAVReader._decoded
 
-    def count(self: merv.decode_pyav.PyAVReader, packet: av.Packet, *rest: Any) -> list:
+    def count(self: merv.video.pyav.PyAVReader, packet: av.Packet, *rest: Any) -> list:
         nonlocal decoded
         decoded += 1
         return picked(self, packet, *rest)
 
-    monkeypatch.setattr(merv.decode_pyav.PyAVReader, "_decoded", count)
+    monkeypatch.setattr(merv.video.pyav.PyAVReader, "_decoded", count)
     with open_video(path) as video:
         assert indices_of(video.read([190, 2, 95])) == [190, 2, 95]
     assert decoded < 100

@@ -12,10 +12,10 @@ import pytest
 from media import indices_of, make_video, overwrite, picture
 from PIL import Image
 
-import merv.decode
-from merv.decode import open_video, probe
+import merv.video.open
 from merv.errors import DamagedVideo, ShapeError, UnreadableVideo
-from merv.load import load_video
+from merv.video.load import load_video
+from merv.video.open import open_video, probe
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_stream_is_read_to_its_end_and_no_further_than_a_bound(
 ) -> None:
     with make_video(tmp_path / "a.mp4").open("rb") as file, open_video(Stream(file.read)) as video:
         assert indices_of(video.read([3])) == [3]
-    monkeypatch.setattr(merv.decode, "MAX_STREAM", 1 << 21)
+    monkeypatch.setattr(merv.video.open, "MAX_STREAM", 1 << 21)
     with pytest.raises(UnreadableVideo, match=r"more than 2 MiB came from it. Save it as a file"):
         open_video(Stream(lambda size: bytes(size)))
 

@@ -16,9 +16,9 @@ import torch
 from media import indices_of, make_gif, make_video, overwrite
 
 from merv import MultiEncoder, load_video
-from merv.decode import open_video
-from merv.decode_torchcodec import load_decoder
 from merv.errors import DamagedVideo, MissingDependency, UnreadableVideo, VideoError
+from merv.video.open import open_video
+from merv.video.torchcodec import load_decoder
 
 
 class StandIn:
@@ -232,7 +232,7 @@ def test_a_multi_encoder_decodes_with_its_backend(tmp_path: Path, backend: str) 
 
 
 def test_the_backend_is_part_of_what_is_stored_and_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("merv.reader.version", lambda package: f"{package} 1")
+    monkeypatch.setattr("merv.features.reader.version", lambda package: f"{package} 1")
     video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
     ours, theirs = (MultiEncoder(["fake"], weights=None, backend=b) for b in ("pyav", "torchcodec"))
     theirs.encoders = ours.encoders

@@ -3,11 +3,11 @@ import re
 
 import pytest
 
-from merv.cli import main
+from merv.cli.fit import NOISE
+from merv.cli.main import main
 from merv.demo import clips, material, run
 from merv.demo.run import without_video
 from merv.testing import tiny_llm
-from merv.train_cli import NOISE
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{re.escape(words)}.*") for words in NOISE]
 pytestmark.append(pytest.mark.filterwarnings("ignore:Glyph"))  # an untrained LLM says anything

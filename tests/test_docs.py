@@ -15,7 +15,7 @@ from types import ModuleType
 
 import pytest
 
-from merv import cli
+from merv.cli import main as cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

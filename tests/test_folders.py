@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from merv.cli import main
+from merv.cli.main import main
 from merv.errors import CheckpointError, EncoderError, TrainingError, WeightsError
-from merv.llm import load_llm
-from merv.multi_encoder import MultiEncoder
-from merv.store import FeatureStore
+from merv.features.store import FeatureStore
+from merv.models.llm import load_llm
+from merv.models.multi_encoder import MultiEncoder
+from merv.models.video_llm import VideoLLM
 from merv.testing import tiny_llm
-from merv.train import Training
-from merv.video_llm import VideoLLM
+from merv.training.module import Training
 
 
 @pytest.fixture
@@ -73,7 +73,9 @@ def test_each_step_of_training_has_features_of_its_own_and_a_loaded_model_those_
 
 def test_weights_are_hashed_once(saved, clip, monkeypatch):
     calls = []
-    monkeypatch.setattr("merv.reader.values_digest", lambda encoder: calls.append(encoder) or "a hash")
+    monkeypatch.setattr(
+        "merv.features.reader.values_digest", lambda encoder: calls.append(encoder) or "a hash"
+    )
     model = VideoLLM.from_pretrained(saved)
     model.vision.key(clip, "fake")
     assert not calls  # its source tells what they are

@@ -17,11 +17,11 @@ from references import inputs_of, moving_picture, weight
 from safetensors import safe_open
 from torch import Tensor
 
-from merv.encode import Encoder
-from merv.preprocessing import preprocess
-from merv.registry import create_encoder
+from merv.encoding.base import Encoder
+from merv.encoding.registry import create_encoder
+from merv.encoding.windows import encode_distinct
 from merv.types import Frames
-from merv.windows import encode_distinct
+from merv.video.transforms import preprocess
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 

@@ -9,9 +9,9 @@ from hub import cache_as_hub, write_hub, write_shards
 from huggingface_hub import errors
 
 from merv.encoders.fake import Fake
+from merv.encoding.weights import Identity, locate
 from merv.errors import WeightsError
-from merv.multi_encoder import MultiEncoder
-from merv.weights import Identity, locate
+from merv.models.multi_encoder import MultiEncoder
 
 REPO = "someone/model"
 OLD, NEW = "0" * 40, "1" * 40
@@ -179,7 +179,7 @@ def test_a_spec_may_pin_its_revision(hub, monkeypatch):
     from dataclasses import replace
 
     seen = []
-    monkeypatch.setattr("merv.encode.locate", lambda weights, names: seen.append(weights))
+    monkeypatch.setattr("merv.encoding.base.locate", lambda weights, names: seen.append(weights))
     pinned = replace(Fake.variants["image"], source=REPO, revision=OLD)
     monkeypatch.setitem(Fake.variants, "image", pinned)
     Fake()

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from merv import create_encoder
-from merv.chat import ask
 from merv.errors import (
     CheckpointError,
     EncoderError,
@@ -13,11 +12,12 @@ from merv.errors import (
     TrainingError,
     WeightsError,
 )
-from merv.llm import LoraOptions, check_same, checkpoint_layers, identity, load_llm
-from merv.mix import JOINS, ConcatChannels, create_mixer
-from merv.multi_encoder import MultiEncoder
+from merv.fusion.mixers import JOINS, ConcatChannels, create_mixer
+from merv.models.chat import ask
+from merv.models.llm import LoraOptions, check_same, checkpoint_layers, identity, load_llm
+from merv.models.multi_encoder import MultiEncoder
+from merv.models.video_llm import VideoLLM
 from merv.testing import tiny_llm
-from merv.video_llm import VideoLLM
 
 
 def video(frames: int = 8) -> torch.Tensor:
@@ -235,7 +235,7 @@ def test_an_unknown_quantisation_is_refused(tmp_path):
 
 
 def test_without_bitsandbytes_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr("merv.llm.find_spec", lambda name: None)
+    monkeypatch.setattr("merv.models.llm.find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match=r'pip install "merv\[qlora\]"'):
         load_llm(tmp_path / "llm", quantise="nf4")
 

@@ -8,8 +8,8 @@ import torch
 from media import indices_of, make_video, overwrite, picture
 
 from merv.errors import DamagedVideo, SamplingError, UnreadableVideo, VideoError
-from merv.load import load_video
-from merv.sample import Sampling, official_indices
+from merv.video.load import load_video
+from merv.video.sampling import Sampling, official_indices
 
 
 def test_times_are_those_of_the_frames_that_came(tmp_path: Path) -> None:

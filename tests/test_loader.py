@@ -13,13 +13,13 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from merv.data import ChatData
+from merv.cli.fit import NOISE
+from merv.data.module import ChatData
+from merv.data.sources import Samples
 from merv.errors import DataError
-from merv.multi_encoder import MultiEncoder
-from merv.sources import Samples
-from merv.store import FeatureStore
+from merv.features.store import FeatureStore
+from merv.models.multi_encoder import MultiEncoder
 from merv.testing import make_video
-from merv.train_cli import NOISE
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{re.escape(words)}.*") for words in NOISE]
 

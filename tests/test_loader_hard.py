@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 import tiny
 
-from merv.data import ChatData
+from merv.data.module import ChatData
 from merv.errors import DataError
 
 
@@ -63,7 +63,7 @@ def test_each_process_goes_on_with_what_it_skipped_itself(rows, model, monkeypat
     before, values = loaders(), []
     for process, loader in enumerate(before):
         loader.skips.reasons = {f"a.jsonl:{process}": "bad"}
-    monkeypatch.setattr("merv.loader.gathered", lambda value: [values.append(value)] and values)
+    monkeypatch.setattr("merv.data.loader.gathered", lambda value: [values.append(value)] and values)
     *_, state = [loader.state_dict() for loader in before]
     after = loaders()
     for loader in after:

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from merv.errors import ShapeError
-from merv.fuse import Fusion
-from merv.mix import MIXERS, CrossAttention, create_mixer
+from merv.fusion.fusion import Fusion
+from merv.fusion.mixers import MIXERS, CrossAttention, create_mixer
 from merv.types import WHOLE_PICTURE, Grid
 
 WEIGHTING = ["gate", "cross_attention", "mean", "scalar"]

@@ -21,9 +21,9 @@ from merv.encoders.siglip2 import SigLIP2
 from merv.encoders.videomae import VideoMAE
 from merv.encoders.vjepa2 import VJEPA2
 from merv.errors import MissingDependency
-from merv.preprocessing import preprocess
 from merv.testing import check_encoder
 from merv.types import Frames
+from merv.video.transforms import preprocess
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)

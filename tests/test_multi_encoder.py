@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from merv.encoders.fake import Fake
+from merv.encoding.registry import create_encoder
+from merv.encoding.windows import encode_distinct, place
 from merv.errors import CheckpointError, EncoderError, ShapeError, UnknownEncoder, WeightsError
-from merv.mix import create_mixer
-from merv.multi_encoder import MultiEncoder
-from merv.registry import create_encoder
-from merv.sample import Sampling
-from merv.store import FeatureStore
+from merv.features.store import FeatureStore
+from merv.fusion.mixers import create_mixer
+from merv.models.multi_encoder import MultiEncoder
 from merv.testing import make_video
 from merv.types import Frames, Grid
-from merv.windows import encode_distinct, place
+from merv.video.sampling import Sampling
 
 
 class Bare(Fake):
@@ -131,7 +131,7 @@ def test_an_encoder_may_return_its_own_times():
 def test_features_come_from_the_store_the_second_time(both, tmp_path, monkeypatch):
     clip = video(20)
     made = both.features(clip, store=FeatureStore(tmp_path))
-    monkeypatch.setattr("merv.reader.prepare", None)  # decoding again would fail
+    monkeypatch.setattr("merv.features.reader.prepare", None)  # decoding again would fail
     kept = both.features(clip, store=FeatureStore(tmp_path))
     for name in made:
         assert torch.equal(made[name].values, kept[name].values)
@@ -149,7 +149,7 @@ def test_another_class_or_decoder_has_another_key(monkeypatch):
     clip = video(4)
     models = [MultiEncoder({"fake": kind("image")}, grid=(4, 2, 2)) for kind in (Fake, Counting)]
     keys = [model.key(clip, "fake") for model in models]
-    monkeypatch.setattr("merv.reader.version", lambda package: "0.1")
+    monkeypatch.setattr("merv.features.reader.version", lambda package: "0.1")
     assert len({*keys, models[0].key(clip, "fake")}) == 3
 
 

@@ -8,11 +8,11 @@ import pytest
 from lightning import Trainer
 from running import QUIET, fit, make_material
 
-from merv.cli import main
-from merv.data import ChatData
+from merv.cli.main import main
+from merv.data.module import ChatData
 from merv.errors import TrainingError
-from merv.train import Training
-from merv.train_cli import check_keys, described
+from merv.training.module import Training
+from merv.training.recipes import check_keys, described
 
 pytestmark = QUIET
 

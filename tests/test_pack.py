@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny import build, count_readings, video
 
-from merv.chat import ask
 from merv.errors import PromptError
-from merv.llm import shares_rows
-from merv.pack import Tokens, pack
+from merv.models.chat import ask
+from merv.models.llm import shares_rows
+from merv.models.packing import Tokens, pack
 from merv.testing import tiny_llm
 
 
@@ -68,7 +68,7 @@ def test_attention_without_free_masks_gets_a_row_for_each_conversation(monkeypat
     packed, _ = model.pack(groups)
     assert packed.mask.ndim == 2
     assert len(packed.ids) == 3
-    monkeypatch.setattr("merv.video_llm.shares_rows", lambda llm: False)
+    monkeypatch.setattr("merv.models.video_llm.shares_rows", lambda llm: False)
     monkeypatch.setattr(model.llm.config, "_attn_implementation_internal", "sdpa")
     torch.testing.assert_close(model(groups), shared)
     assert model.would_say(groups) == said

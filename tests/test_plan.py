@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from merv.cli import main
-from merv.data import ChatData
-from merv.dry import Load, Meter, dry_step
+from merv.cli.fit import NOISE
+from merv.cli.main import main
+from merv.cli.plan import parser, setup_of
+from merv.data.module import ChatData
 from merv.errors import TrainingError, WeightsError
-from merv.llm import LoraOptions
-from merv.plan import Setup, make_plan, on_meta
-from merv.plan_cli import parser, setup_of
+from merv.models.llm import LoraOptions
 from merv.testing import tiny_llm
-from merv.train import Training
-from merv.train_cli import NOISE
+from merv.training.dry_run import Load, Meter, dry_step
+from merv.training.module import Training
+from merv.training.plan import Setup, make_plan, on_meta
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{re.escape(words)}.*") for words in NOISE]
 LOAD = Load(videos=2, rows=2, length=40, answers=5, visual=8)
@@ -246,7 +246,7 @@ def test_help_shows_what_is_its_own_and_examples(capsys):
 
 
 def test_an_unknown_gpu_names_the_nearest(llm):
-    from merv.plan_cli import run
+    from merv.cli.plan import run
 
     with pytest.raises(TrainingError, match="Did you mean 'h100'"):
         run(["--gpu=h10", f"--model.llm={llm}", "--model.encoders=[fake]", "--data.train=no.jsonl"])

@@ -7,11 +7,11 @@ import torch
 
 from merv.encoders.fake import Fake
 from merv.errors import ShapeError
-from merv.multi_encoder import MultiEncoder
-from merv.prepare import prepare
-from merv.preprocessing import normalise, resize
-from merv.sample import Sampling
+from merv.models.multi_encoder import MultiEncoder
 from merv.types import Frames, Preset
+from merv.video.clip import prepare
+from merv.video.sampling import Sampling
+from merv.video.transforms import normalise, resize
 
 
 class Boxed(Fake):
@@ -61,7 +61,7 @@ def test_one_resize_serves_all_encoders_of_equal_geometry(monkeypatch) -> None:
         resized.append((len(pixels), preset.fit))
         return resize(pixels, preset, resample)
 
-    monkeypatch.setattr("merv.prepare.resize", count)
+    monkeypatch.setattr("merv.video.clip.resize", count)
     other_numbers = replace(Fake.variants["image"].presets["merv"], mean=(0.1, 0.2, 0.3))
     encoders = {"a": Fake(), "b": Fake("video"), "c": Fake(), "d": Fake(preset="upstream")}
     encoders["c"].preset = other_numbers

@@ -7,8 +7,8 @@ from torch import Tensor
 from torchvision import transforms
 
 from merv.errors import ShapeError
-from merv.preprocessing import _two_passes, normalise, preprocess, resize
 from merv.types import Frames, Preset
+from merv.video.transforms import _two_passes, normalise, preprocess, resize
 
 MODES = {"bicubic": transforms.InterpolationMode.BICUBIC, "bilinear": transforms.InterpolationMode.BILINEAR}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

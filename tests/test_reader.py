@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from merv.errors import EncoderError, UnreadableVideo
-from merv.multi_encoder import MultiEncoder
-from merv.store import FeatureStore
+from merv.features.store import FeatureStore
+from merv.models.multi_encoder import MultiEncoder
 
 
 def video(frames: int = 20) -> torch.Tensor:
@@ -36,7 +36,7 @@ def test_only_what_the_store_lacks_is_read(vision, tmp_path, monkeypatch):
     assert list(first.found) == ["fake"]
     assert list(first.clip.frames) == ["fake_video"]
     made = vision.features(first, store=store)
-    monkeypatch.setattr("merv.reader.prepare", None)  # reading again would fail
+    monkeypatch.setattr("merv.features.reader.prepare", None)  # reading again would fail
     second = vision.reader(store)(clip)
     assert second.clip is None
     assert torch.equal(vision.features(second)["fake_video"].values, made["fake_video"].values)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from merv.errors import EncoderError, ShapeError
-from merv.multi_encoder import MultiEncoder
+from merv.models.multi_encoder import MultiEncoder
 
 
 def test_options_of_a_mixer_want_a_mixer():

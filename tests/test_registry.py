@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from merv.encode import Encoder
+from merv.encoding.base import Encoder
+from merv.encoding.registry import Listing, create_encoder, find_encoder, list_encoders
 from merv.errors import AmbiguousEncoder, BrokenEncoder, EncoderError, UnknownEncoder, WeightsError
-from merv.registry import Listing, create_encoder, find_encoder, list_encoders
 
 ROOT = Path(__file__).parent.parent
 GOOD = """
-from merv.encode import Encoder
+from merv.encoding.base import Encoder
 from merv.encoders.fake import Fake
 
 class Good(Fake):
@@ -89,7 +89,7 @@ def test_a_module_instead_of_a_class_is_refused(plant):
 
 
 def test_a_slow_import_is_told_with_its_distribution(plant, monkeypatch, caplog):
-    monkeypatch.setattr("merv.registry.SLOW_S", 0.01)
+    monkeypatch.setattr("merv.encoding.registry.SLOW_S", 0.01)
     plant(
         "sunny-encoders", {"sunny": "sunny_module:Good"}, sunny_module="import time; time.sleep(0.02)" + GOOD
     )
@@ -155,7 +155,7 @@ def test_what_was_made_for_another_contract_is_refused(plant, contract, fault):
 
 
 def test_what_was_made_for_an_earlier_minor_contract_fits(plant, monkeypatch):
-    monkeypatch.setattr("merv.encode.CONTRACT", "1.3")
+    monkeypatch.setattr("merv.encoding.base.CONTRACT", "1.3")
     plant("sunny-encoders", {"sunny": "sunny_module:Good"}, sunny_module=GOOD)
     assert find_encoder("sunny").contract == "1.0"
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from running import QUIET, difference, fit, make_material, weights
 
-from merv.multi_encoder import MultiEncoder
-from merv.resume import newest
-from merv.train import Training
-from merv.video_llm import VideoLLM
+from merv.models.multi_encoder import MultiEncoder
+from merv.models.video_llm import VideoLLM
+from merv.training.checkpointing import newest
+from merv.training.module import Training
 
 pytestmark = QUIET
 ALL = {"checkpoints__every": 1, "checkpoints__keep": -1}

@@ -11,13 +11,13 @@ import torch
 from lightning import Callback
 from running import QUIET, difference, fit, make_material, weights
 
-from merv import resume
-from merv.data import ChatData
+from merv.data.module import ChatData
 from merv.errors import CheckpointError, DataError, TrainingError
-from merv.resume import newest
-from merv.train import Training, compare
-from merv.video_llm import VideoLLM
-from merv.watch import Guard
+from merv.models.video_llm import VideoLLM
+from merv.training import checkpointing as resume
+from merv.training.callbacks import Guard
+from merv.training.checkpointing import newest
+from merv.training.module import Training, compare
 
 pytestmark = QUIET
 

@@ -5,8 +5,8 @@ import random
 import pytest
 
 from merv.errors import SamplingError
-from merv.sample import Sampling, fps_times, official_indices, on_screen, segment_times, uniform_times
 from merv.types import VideoInfo
+from merv.video.sampling import Sampling, fps_times, official_indices, on_screen, segment_times, uniform_times
 
 
 def clip(frames: int = 100, fps: float = 10.0) -> VideoInfo:

@@ -1,7 +1,7 @@
 import pytest
 
+from merv.data.samples import row_of, sample_of
 from merv.errors import DataError
-from merv.samples import row_of, sample_of
 
 ASKED = {"from": "human", "value": "What?"}
 SAID = {"from": "gpt", "value": "A square."}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from running import QUIET, difference, fit, make_material, weights
 
-from merv.scale import whole_state
+from merv.training.sharding import whole_state
 
 # The second is torch's own, of its distributed parts.
 pytestmark = [*QUIET, pytest.mark.usefixtures("alone"), pytest.mark.filterwarnings("ignore")]

@@ -12,12 +12,12 @@ import yaml
 from hub import cache_as_hub
 from huggingface_hub import HfApi, errors
 
-from merv.chat import ask
 from merv.errors import CheckpointError, WeightsError
-from merv.llm import LoraOptions, load_llm
-from merv.multi_encoder import MultiEncoder
+from merv.models.chat import ask
+from merv.models.llm import LoraOptions, load_llm
+from merv.models.multi_encoder import MultiEncoder
+from merv.models.video_llm import VideoLLM
 from merv.testing import tiny_llm
-from merv.video_llm import VideoLLM
 
 REPO = "someone/sees"
 VIDEO = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)

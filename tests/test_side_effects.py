@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from merv.side_effects import _note, of_import, put_back, settings
+from merv.testing.side_effects import _note, of_import, put_back, settings
 
 WORK = """
 import atexit, logging, os, random, socket, sys, warnings

@@ -7,10 +7,10 @@ import pytest
 from datasets import Dataset, Image, IterableDataset, Video, config
 from PIL import Image as Picture
 
-from merv.decode import probe
+from merv.data.sources import FilePart, expand, open_samples, stream_samples
 from merv.errors import DataError, UnreadableVideo
-from merv.sources import FilePart, expand, open_samples, stream_samples
 from merv.testing import make_video
+from merv.video.open import probe
 
 TALK = [{"from": "human", "value": "<image>\nWhät?"}, {"from": "gpt", "value": "A square."}]
 ROW = {"video": "a.mp4", "conversations": TALK}

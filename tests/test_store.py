@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from merv.errors import DataError, UnreadableVideo
-from merv.store import FeatureStore, video_key
+from merv.features.store import FeatureStore, video_key
 from merv.types import WHOLE_PICTURE, Grid
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from merv.encode import Encoder
 from merv.encoders.fake import Fake
-from merv.registry import find_encoder
+from merv.encoding.base import Encoder
+from merv.encoding.registry import find_encoder
 from merv.testing import CHECKS, check_encoder, contract_test, make_video, tiny_llm
 from merv.types import Frames, Grid
 
@@ -23,7 +23,7 @@ test_the_fake_keeps_the_contract = contract_test("fake")  # as a plug-in's own t
 def imports(monkeypatch):
     """What importing a module does, as if it had been seen: tests/test_side_effects.py really looks."""
     found = {}
-    monkeypatch.setattr("merv.conformance.of_import", lambda module: found.get(module, ()))
+    monkeypatch.setattr("merv.testing.conformance.of_import", lambda module: found.get(module, ()))
     return found
 
 

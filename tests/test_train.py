@@ -6,16 +6,17 @@ import torch
 from lightning import Trainer
 from PIL import Image
 
-from merv.cli import main
-from merv.data import ChatData
+from merv.cli.fit import NOISE
+from merv.cli.main import main
+from merv.data.module import ChatData
 from merv.errors import TrainingError
-from merv.llm import LoraOptions
-from merv.plot import draw_clip, draw_loss
-from merv.prepare import prepare
+from merv.models.llm import LoraOptions
+from merv.models.video_llm import VideoLLM
 from merv.testing import make_video, tiny_llm
-from merv.train import Training, save
-from merv.train_cli import NOISE, recipes, with_recipes
-from merv.video_llm import VideoLLM
+from merv.training.module import Training, save
+from merv.training.recipes import recipes, with_recipes
+from merv.utils.plot import draw_clip, draw_loss
+from merv.video.clip import prepare
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{re.escape(words)}.*") for words in NOISE]
 
@@ -95,7 +96,7 @@ def test_videos_are_encoded_once(folder, monkeypatch):
         read.append(video)
         return prepare(video, *args, **options)
 
-    monkeypatch.setattr("merv.reader.prepare", count)
+    monkeypatch.setattr("merv.features.reader.prepare", count)
     trainer(folder, max_epochs=3).fit(module, ChatData(str(folder / "data.jsonl"), batch_size=1))
     assert len(read) == 2
 

@@ -3,15 +3,15 @@ import torch
 from PIL import Image
 from tiny import build, count_readings, video
 
-from merv.chat import ask
-from merv.cli import main
+from merv.cli.main import main
 from merv.errors import CheckpointError, PromptError, ShapeError, TrainingError
-from merv.llm import LoraOptions, fingerprint, load_llm
-from merv.multi_encoder import MultiEncoder
-from merv.pack import Tokens, pack
-from merv.store import FeatureStore
+from merv.features.store import FeatureStore
+from merv.models.chat import ask
+from merv.models.llm import LoraOptions, fingerprint, load_llm
+from merv.models.multi_encoder import MultiEncoder
+from merv.models.packing import Tokens, pack
+from merv.models.video_llm import VideoLLM
 from merv.testing import make_video, tiny_llm
-from merv.video_llm import VideoLLM
 
 
 @pytest.fixture

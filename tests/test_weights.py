@@ -8,8 +8,18 @@ import torch
 from hub import write_hub, write_shards
 from torch import nn
 
+from merv.encoding.weights import (
+    BUILT_IN,
+    Source,
+    fill,
+    identity_of,
+    joined,
+    locate,
+    package_file,
+    renamed,
+    select,
+)
 from merv.errors import WeightsError
-from merv.weights import BUILT_IN, Source, fill, identity_of, joined, locate, package_file, renamed, select
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
 
@@ -244,7 +254,8 @@ def test_fill_takes_every_key_and_no_other():
 def test_a_prefix_that_is_too_much_is_named_with_what_takes_it_off():
     state = {f"module.{key}": tensor for key, tensor in STATE.items()}
     with pytest.raises(
-        WeightsError, match=r"all names begin with 'module.', which merv.weights.select\(state, prefix="
+        WeightsError,
+        match=r"all names begin with 'module.', which merv.encoding.weights.select\(state, prefix=",
     ):
         fill(nn.Linear(3, 2), state, "w", "Linear")
     fill(nn.Linear(3, 2), select(state, prefix="module."), "w", "Linear")
@@ -253,7 +264,8 @@ def test_a_prefix_that_is_too_much_is_named_with_what_takes_it_off():
 def test_a_prefix_that_lacks_is_named_with_what_puts_it_there():
     module = nn.Sequential(nn.Linear(3, 2))
     with pytest.raises(
-        WeightsError, match=r"all names lack '0\.', which merv.weights.renamed\(state, \{'\^': '0\.'\}\)"
+        WeightsError,
+        match=r"all names lack '0\.', which merv.encoding.weights.renamed\(state, \{'\^': '0\.'\}\)",
     ):
         fill(module, STATE, "w", "Sequential")
     fill(module, renamed(STATE, {"^": "0."}), "w", "Sequential")
@@ -289,7 +301,7 @@ def test_built_in_weights_have_a_stable_identity():
 
 def test_a_package_is_found_installed_or_in_the_cache_and_never_imported(tmp_path, monkeypatch):
     monkeypatch.setenv("MERV_CACHE", str(tmp_path))
-    with pytest.raises(WeightsError, match="Run `merv parts some-weights`"):
+    with pytest.raises(WeightsError, match="Run `merv download some-weights`"):
         package_file("some_weights", "*.pth")
     fetched = tmp_path / "parts" / "some_weights"
     write_hub(fetched, STATE, file="w.pth")

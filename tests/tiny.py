@@ -2,10 +2,10 @@
 
 import torch
 
-from merv.multi_encoder import MultiEncoder
-from merv.reader import Reader
+from merv.features.reader import Reader
+from merv.models.multi_encoder import MultiEncoder
+from merv.models.video_llm import VideoLLM
 from merv.testing import tiny_llm
-from merv.video_llm import VideoLLM
 
 
 def video(frames: int, height: int = 32, width: int = 32) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from merv.encode import Encoder
+from merv.encoding.base import Encoder
 from merv.types import EncoderSpec
 
 

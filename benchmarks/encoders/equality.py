@@ -31,7 +31,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from merv import Encoder, Frames, create_encoder
-from merv.preprocessing import preprocess
+from merv.video.transforms import preprocess
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "encoders.md"

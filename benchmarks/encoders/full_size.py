@@ -14,7 +14,7 @@ import time
 import torch
 
 from merv import Frames, find_encoder
-from merv.preprocessing import preprocess
+from merv.video.transforms import preprocess
 
 NAMES = ("languagebind", "dinov2", "vivit", "siglip", "clip")
 ROW = "{:14} {:18} {:>20} {:>13} {:>9} {:>13} {:>9}"

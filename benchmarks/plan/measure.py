@@ -121,9 +121,9 @@ def one(name: str) -> dict[str, Any]:
     import torch
     from lightning import Trainer
 
-    from merv.data import ChatData
-    from merv.plan import Setup, make_plan
-    from merv.train import Training
+    from merv.data.module import ChatData
+    from merv.training.module import Training
+    from merv.training.plan import Setup, make_plan
 
     torch.set_num_threads(1)
     setting = SETTINGS[name]

@@ -1,6 +1,6 @@
 """What `merv plan` says of the recipes for GPUs: memory of each and hours, written into their headers.
 
-    merv parts
+    merv download
     python benchmarks/plan/recipes.py [NAME ...] [--write]
 
 Nothing is measured. The language model is Llama-2-7B's published shape without its weights, with SmolLM2's
@@ -22,10 +22,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, LlamaConfig
 
-from merv.cli import main
-from merv.parts import smollm2_folder
-from merv.plan import GPUS
-from merv.train_cli import recipes
+from merv.cli.main import main
+from merv.training.plan import GPUS
+from merv.training.recipes import recipes
+from merv.utils.assets import smollm2_folder
 
 CAPTIONS, INSTRUCTIONS = 1_260_000, 765_000
 GPU_OF = {"48": "l40", "24": "4090"}  # by the memory that a header names

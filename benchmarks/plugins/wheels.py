@@ -54,8 +54,8 @@ import json, logging
 from pathlib import Path
 import merv
 from merv import MervError, MultiEncoder, create_encoder
-from merv.side_effects import of_import
-from merv.registry import list_encoders
+from merv.testing.side_effects import of_import
+from merv.encoding.registry import list_encoders
 from merv.testing import check_encoder, make_video
 
 logged = []

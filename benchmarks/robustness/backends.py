@@ -31,9 +31,10 @@ from burned import index_of
 from material import generate
 from torchcodec import ffmpeg_major_version
 
-from merv.decode import VideoReader, open_video
 from merv.errors import VideoError
-from merv.load import load_video
+from merv.video.load import load_video
+from merv.video.open import open_video
+from merv.video.reader import VideoReader
 
 ROW = "{:28} {:>6} {:>6} {:>8} {:>4} {:>6}  {}"
 TIMED = "{:28} {:>8} {:>10} {:>6}"

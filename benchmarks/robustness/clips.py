@@ -14,8 +14,8 @@ import av
 import torch
 from torch.nn.functional import interpolate
 
-from merv.decode import open_video
 from merv.errors import VideoError
+from merv.video.open import open_video
 
 ROW = "{:28} {:>6} {:>10} {:>8} {:>9} {:>9} {:>7}"
 

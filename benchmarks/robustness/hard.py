@@ -29,8 +29,8 @@ from material import Case, sound_videos
 from odd import odd_files
 from stills import pictures
 
-from merv.decode import open_video
 from merv.errors import VideoError
+from merv.video.open import open_video
 
 LIMIT_S = 30
 SLOW_S = 10.0

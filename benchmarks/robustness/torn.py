@@ -25,8 +25,9 @@ from confined import Outcome, confined
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from merv.decode import VideoReader, open_video
 from merv.errors import VideoError
+from merv.video.open import open_video
+from merv.video.reader import VideoReader
 
 LIMIT_S = 20
 FRAMES = 16

@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from merv.data_check import check_data
+from merv.data.check import check_data
 from merv.demo.run import machine
 from merv.testing import make_video
 

@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from merv import load_video
-from merv.preprocessing import _two_passes, resize
 from merv.types import Preset
+from merv.video.transforms import _two_passes, resize
 
 SIZES = ((240, 320), (256, 256), (640, 360), (720, 1280))
 ROW = "{:24} {:9} {:9} {:7} {:>4} {:>9} {:>9} {:>9} {:>7}"

@@ -1,6 +1,6 @@
 """Does fusing encoders pay? Each encoder alone against both, with and without the video.
 
-    merv parts
+    merv download
     python benchmarks/studies/fusion.py [--out outputs/fusion]
 
 Clips and questions are the demo's, more of them. An image encoder knows what is shown, a 3-D network
@@ -34,13 +34,15 @@ from report import report
 from tqdm import tqdm
 
 from merv import MultiEncoder
-from merv.data import ChatData, Sample, read_samples
+from merv.data.module import ChatData
+from merv.data.samples import Sample
+from merv.data.sources import read_samples
 from merv.demo.material import things
 from merv.demo.run import make_data, without_video
-from merv.fuse import Fusion
-from merv.load import load_video
-from merv.store import FeatureStore
+from merv.features.store import FeatureStore
+from merv.fusion.fusion import Fusion
 from merv.types import Grid
+from merv.video.load import load_video
 
 IMAGE, MOVING = ENCODERS = ("efficientnet_lite", "transnetv2")
 MOVING_FRAMES = 48  # of a clip of 3–5 s: twelve a second
@@ -156,8 +158,8 @@ def run_llm(
     """Train as `merv fit` does, then ask; which answers are exactly right."""
     from lightning import Trainer, seed_everything
 
-    from merv.llm import LoraOptions
-    from merv.train import Training
+    from merv.models.llm import LoraOptions
+    from merv.training.module import Training
 
     seed_everything(seed, verbose=False)
     training = Training(

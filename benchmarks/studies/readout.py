@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from merv.data import Sample
+from merv.data.samples import Sample
 from merv.demo.questions import NUMBERS
-from merv.fuse import Fusion
-from merv.train import warm_up_and_cosine
+from merv.fusion.fusion import Fusion
+from merv.training.module import warm_up_and_cosine
 from merv.types import Grid
 
 PLACES = ("start", "middle", "end")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from merv.data import Sample
+from merv.data.samples import Sample
 from merv.demo.questions import KINDS
 from merv.demo.run import machine
 

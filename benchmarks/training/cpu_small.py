@@ -1,6 +1,6 @@
 """The recipe cpu_small from beginning to end: minutes, curve, accuracy by kind.
 
-    merv parts
+    merv download
     python benchmarks/training/cpu_small.py [--out outputs/cpu_small] [--publish]
 
 Clips and questions are the demo's. What the run logged is drawn: loss, accuracy on held-out clips, and what
@@ -64,7 +64,7 @@ def main() -> None:
     out = args.out.resolve()
     shutil.rmtree(out / "logs", ignore_errors=True)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    merv = [sys.executable, "-m", "merv.cli"]
+    merv = [sys.executable, "-m", "merv.cli.main"]
     subprocess.run([*merv, "demo", "--only-data", "--out", out], check=True)
     began = time.monotonic()
     options = {

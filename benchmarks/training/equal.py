@@ -56,7 +56,13 @@ def main() -> None:
         out = base / f"{number}"
         shutil.rmtree(out, ignore_errors=True)
         steps = {"trainer__max_steps": args.steps, "data__batch_size": 4, "checkpoints__every": args.steps}
-        command = [sys.executable, "-m", "merv.cli", "fit", *options(base / "data", out, **{**steps, **more})]
+        command = [
+            sys.executable,
+            "-m",
+            "merv.cli.main",
+            "fit",
+            *options(base / "data", out, **{**steps, **more}),
+        ]
         print(f"{name} …", flush=True)
         done = subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600

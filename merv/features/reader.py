@@ -1,0 +1,135 @@
+"""Reader: all that is done to a video before a network sees it, away from the networks.
+
+A `Reader` is small and has no weights, so the workers of a data loader can have one each: they
+probe, sample, decode and preprocess, or fetch kept features, while the model trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from merv.encoding.base import Encoder, version_of
+from merv.encoding.weights import values_digest
+from merv.encoding.windows import place
+from merv.features.store import FeatureStore, video_key
+from merv.fusion.align import Aligner
+from merv.types import EncoderSpec, Grid, Preset
+from merv.video.clip import Clip, prepare
+from merv.video.reader import BACKENDS
+from merv.video.sampling import Sampling
+from merv.video.transforms import Resample
+
+VERSION = 2  # one more wherever the same options come to give other features
+DIGESTS: WeakKeyDictionary[Encoder, tuple[list[Any], str]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class View:
+    """What a reader knows of an encoder. recipe: all that its features depend on, but the video."""
+
+    spec: EncoderSpec
+    preset: Preset
+    recipe: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A video as a `Reader` leaves it; `MultiEncoder.features` takes it in a video's place.
+
+    clip: frames for the encoders whose features are not kept yet; None where all are.
+    found: encoder name → its kept Grid. keys: encoder name → where the store keeps its features.
+    """
+
+    clip: Clip | None
+    found: Mapping[str, Grid]
+    keys: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """`reader(video)`: the part of `MultiEncoder.features` that needs no network; see `MultiEncoder.reader`.
+
+    views: encoder name → what it is. frames: by name, how many frames an encoder gets, if not what
+        its spec says. sampling, backend, resample: as of the MultiEncoder. store: looked up, never
+        written. One in memory stays in its process: pickled, it arrives empty.
+
+    Raises the errors of decoding and sampling, which name the video, and those of `video_key`.
+
+    >>> from merv import MultiEncoder
+    >>> vision = MultiEncoder(["fake"], grid=(4, 2, 2))
+    >>> loaded = vision.reader()(torch.zeros(8, 3, 32, 32, dtype=torch.uint8))
+    >>> loaded.clip.frames["fake"].pixels.shape
+    torch.Size([1, 16, 3, 16, 16])
+    >>> vision.features(loaded)["fake"].values.shape
+    torch.Size([1, 4, 2, 2, 8])
+    """
+
+    views: Mapping[str, View]
+    sampling: Sampling
+    frames: Mapping[str, int]
+    backend: str = "pyav"
+    resample: Resample = "exact"
+    store: FeatureStore | None = None
+
+    def __call__(self, video: Any, seed: int | None = None) -> Loaded:
+        """Everything for one video, of anything that `load_video` reads. seed: for `segment` without one."""
+        if seed is not None and self.sampling.seed is None:
+            return replace(self, sampling=replace(self.sampling, seed=seed))(video)
+        if self.store is None:
+            return Loaded(self.read(video), {}, {})
+        keys = self.keys(video)
+        kept = {name: self.store.get(key) for name, key in keys.items()}
+        found = {name: grid for name, grid in kept.items() if grid is not None}
+        missing = [name for name in keys if name not in found]
+        return Loaded(self.read(video, missing) if missing else None, found, keys)
+
+    def keys(self, video: Any) -> dict[str, str]:
+        """Encoder name → where a store keeps this video's features."""
+        return {name: video_key(video, view.recipe) for name, view in self.views.items()}
+
+    def read(self, video: Any, only: Iterable[str] | None = None) -> Clip:
+        """Probe, sample, decode and preprocess, for all encoders or `only` some."""
+        views = self.views if only is None else {name: self.views[name] for name in only}
+        return prepare(video, views, self.sampling, self.frames, resample=self.resample, backend=self.backend)
+
+
+def recipe(
+    encoder: Encoder,
+    changed: bool,
+    frames: int | None,
+    sampling: Sampling,
+    aligner: Aligner,
+    backend: str,
+    resample: Resample,
+) -> str:
+    """All that an encoder's aligned features depend on, but the video: half of what `video_key` hashes.
+
+    changed: its weights are no longer those of its identity.
+    """
+    by_value = changed or encoder.identity.sha256 is None  # nothing else tells such weights apart
+    own = (
+        VERSION,
+        (type(encoder).__module__, type(encoder).__qualname__),
+        [(package, version(package)) for package in BACKENDS[backend]],
+        digest(encoder) if by_value else encoder.identity,
+        encoder.variant,
+        encoder.spec,
+        encoder.preset,
+        (resample, version("pillow")),  # whose resize is not the same in all versions
+        frames,
+        place(encoder)[1],
+    )
+    return repr((own, sampling, aligner.grid, aligner.mode))
+
+
+def digest(encoder: Encoder) -> str:
+    """Hash of an encoder's weights as they are; taken again only when they were written to or moved."""
+    tensors = encoder.state_dict(keep_vars=True).values()
+    state = [(t.data_ptr(), t.dtype, version_of(t)) for t in tensors]
+    if encoder not in DIGESTS or DIGESTS[encoder][0] != state:
+        DIGESTS[encoder] = state, values_digest(encoder)
+    return DIGESTS[encoder][1]

@@ -1,0 +1,1 @@
+"""Grids of several encoders to one sequence of tokens: align, project, mix."""

@@ -1,0 +1,375 @@
+"""MultiEncoder: several frozen encoders on one video, aligned and, with a width, fused."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from merv.checkpoints.folder import fill_exactly, load_folder
+from merv.checkpoints.sharing import Shared, find_model
+from merv.encoding.base import Encoder
+from merv.encoding.registry import create_encoder
+from merv.encoding.weights import PRETRAINED
+from merv.encoding.windows import encode_distinct, place
+from merv.errors import CheckpointError, EncoderError, ShapeError
+from merv.features.reader import Loaded, Reader, View, recipe
+from merv.features.store import FeatureStore
+from merv.fusion.align import Aligner
+from merv.fusion.fusion import Fusion
+from merv.fusion.mixers import cell_positions, check_mixer
+from merv.models.streams import by_name, check_names, check_stream, checked_frames, create_all, recreate
+from merv.types import Fused, Grid
+from merv.utils.suggest import nearest
+from merv.video.clip import Clip
+from merv.video.open import check_backend
+from merv.video.sampling import Mode, Sampling
+from merv.video.transforms import Resample, check_resample
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """What a MultiEncoder makes of a batch of videos.
+
+    features: encoder name → aligned Grid [B, t, h, w, D]. fused: the tokens made of them.
+    """
+
+    features: dict[str, Grid]
+    fused: Fused
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, N, L]; without a width the channels of all encoders side by side."""
+        return self.fused.tokens
+
+    @property
+    def weights(self) -> Tensor | None:
+        """[B, E, t, h, w], or None where nothing is weighed."""
+        return self.fused.weights
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, N], True for a real token."""
+        return self.fused.mask
+
+    @property
+    def times_s(self) -> Tensor:
+        """[B, N], the time of each token in seconds."""
+        return self.fused.positions[..., 0]
+
+
+class MultiEncoder(Shared, nn.Module):
+    """Any set of frozen encoders, on one grid of time, rows and columns.
+
+    encoders: names (`merv encoders` lists them; "dinov2/base" picks a variant), modules, or a
+        mapping of names of your own to either.
+    grid: the common (t, h, w); stills get one step of time.
+    width: L of the tokens, usually the LLM's. None: nothing is untrained here, and the tokens
+        are the encoders' channels side by side.
+    mixer, projector, norm, mixer_options: see `merv.fusion.fusion.Fusion`; only with a width.
+    weights: for encoders given by name: "pretrained", a folder, a hub id, None for random, or a
+        mapping from names to these.
+    presets: by name, how an encoder's pictures are preprocessed, if not as its spec's first preset says.
+    frames: by name, how many frames an encoder gets, if not what its spec says.
+    sampling: a mode of `merv.video.sampling.Sampling`, or a Sampling. align: see `merv.fusion.align.Aligner`.
+    backend: what decodes videos; see `merv.video.open.open_video`. resample: how frames are resized,
+        `exact` as PIL does it or `fast` by torch; see `merv.video.transforms.resize`.
+
+    Raises the errors of the encoders it is made of; ShapeError for impossible grids.
+
+    >>> video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+    >>> MultiEncoder(["fake"], grid=(4, 2, 2))(video).tokens.shape
+    torch.Size([1, 16, 8])
+    >>> MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2), width=32)(video).weights.shape
+    torch.Size([1, 2, 4, 2, 2])
+
+    Source: arXiv 2501.01426.
+    """
+
+    kind = "MultiEncoder"
+
+    def __init__(
+        self,
+        encoders: Sequence[str | Encoder] | Mapping[str, str | Encoder],
+        *,
+        grid: tuple[int, int, int] = (16, 8, 8),
+        width: int | None = None,
+        mixer: str = "cross_attention",
+        projector: Literal["linear", "mlp"] = "linear",
+        norm: bool = True,
+        mixer_options: Mapping[str, Any] | None = None,
+        weights: str | Mapping[str, str | None] | None = PRETRAINED,
+        presets: Mapping[str, str] | None = None,
+        frames: Mapping[str, int] | None = None,
+        sampling: str | Sampling = "uniform",
+        align: Literal["area", "official"] = "area",
+        backend: str = "pyav",
+        resample: Resample = "exact",
+    ) -> None:
+        super().__init__()
+        check_backend(backend)
+        check_resample(resample)
+        if not isinstance(mixer, str):
+            raise ShapeError(
+                "A MultiEncoder takes its mixer by name, with mixer_options, so that it can be saved."
+            )
+        check_mixer(mixer)
+        self.encoders = nn.ModuleDict(create_all(by_name(encoders), weights, presets or {}))
+        self.frames = checked_frames(frames or {}, dict(self.named()))
+        self.changed: set[str] = set()  # encoders that were trained: told by the model that this is part of
+        self.aligner = Aligner(grid, align)
+        self.sampling = Sampling(cast(Mode, sampling)) if isinstance(sampling, str) else sampling
+        self.fusion: Fusion | None = None
+        if width is None and mixer_options:
+            raise ShapeError("mixer_options= are for a mixer, and there is one only with width=.")
+        if width is not None:
+            widths = {name: encoder.spec.width for name, encoder in self.named()}
+            self.fusion = Fusion(
+                widths, width, mixer, projector=projector, norm=norm, mixer_options=mixer_options
+            )
+        self.options: dict[str, Any] = {
+            "grid": list(self.aligner.grid),
+            "width": None if width is None else int(width),
+            "mixer": mixer,
+            "projector": projector,
+            "norm": norm,
+            "mixer_options": dict(mixer_options or {}),
+            "align": align,
+            "frames": self.frames,
+            "backend": backend,
+            "resample": resample,
+        }
+
+    def forward(
+        self, videos: Any, question: Tensor | None = None, only: Sequence[str] | None = None
+    ) -> Encoded:
+        """Encode, align and fuse a video or a list of videos (anything `load_video` reads).
+
+        question: [B, L], for mixers conditioned on it. only: the encoders to use, a non-empty
+        subset; the others count as absent.
+        """
+        clips = [self.read(video, only) for video in as_batch(videos)]
+        grids = self.encode(clips)
+        features = self.align(grids, clips)
+        return self.fuse(features, question)
+
+    # The stages ---------------------------------------------------------------------------
+
+    def read(self, video: Any, only: Sequence[str] | None = None) -> Clip:
+        """Probe, sample, decode and preprocess one video for its encoders."""
+        return self.reader(only=only).read(video)
+
+    def encode(self, clips: Sequence[Clip]) -> dict[str, list[Grid]]:
+        """Each encoder's own features of each clip, on the encoder's own grid."""
+        made = {}
+        for name in clips[0].frames:
+            encoder, own = self.encoder(name), [clip.frames[name] for clip in clips]
+            made[name] = encode_distinct(encoder, own, [clip.indices[name] for clip in clips])
+            shape = list(made[name][0].values.shape)
+            if shape[-1] != encoder.spec.width:
+                raise EncoderError(
+                    f"{name} made features {shape}; by its spec they are [1, t, h, w, {encoder.spec.width}]."
+                )
+        return made
+
+    def align(self, grids: Mapping[str, Sequence[Grid]], clips: Sequence[Clip]) -> dict[str, Grid]:
+        """All of them on the common grid: encoder name → Grid [B, t, h, w, D]."""
+        device = next(iter(grids.values()))[0].values.device
+        spans = [torch.tensor([clip.span_s], dtype=torch.float64, device=device) for clip in clips]
+        aligned = {}
+        for name, own in grids.items():
+            shown = [clip.frames[name].times_s[:, [0, -1]].to(device) for clip in clips]
+            aligned[name] = Grid.batch(list(map(self.aligner, own, spans, shown)))
+            if not aligned[name].mask.any():
+                warnings.warn(
+                    f"{name} sees less than half of each cell of a grid of {self.aligner.grid} and so counts "
+                    "nowhere in these clips. Take a finer grid, or a preset that does not crop.",
+                    stacklevel=2,
+                )
+        return aligned
+
+    def fuse(self, features: Mapping[str, Grid], question: Tensor | None = None) -> Encoded:
+        """Aligned features to tokens; the part that is trained, and all that training needs."""
+        if self.fusion is not None:
+            return Encoded(dict(features), self.fusion(features, question))
+        if question is not None:
+            raise ShapeError("Without width= there is no mixer that a question could be for.")
+        values = torch.cat([grid.values for grid in features.values()], dim=-1)
+        mask = torch.stack([grid.mask for grid in features.values()]).any(dim=0)
+        grid = next(iter(features.values()))
+        fused = Fused(
+            rearrange(values, "b t h w d -> b (t h w) d"),
+            cell_positions(grid.times_s, *grid.shape[1:]),
+            rearrange(mask, "b t h w -> b (t h w)"),
+        )
+        return Encoded(dict(features), fused)
+
+    def features(
+        self, videos: Any, only: Sequence[str] | None = None, store: FeatureStore | None = None
+    ) -> dict[str, Grid]:
+        """Aligned features without fusing them: from `store` where it has them, else made and kept there.
+
+        videos: one, or a list, of anything `load_video` reads, or `Loaded` by a `reader`; features of
+        these are kept if the reader looked into a store.
+        """
+        names = [name for name, _ in self.named(only)]
+        reader = self.reader(store, only)
+        loaded = (v if isinstance(v, Loaded) else reader(v) for v in as_batch(videos))  # one at a time
+        batch = [self._features(video, store) for video in loaded]
+        if lacking := sorted({name for grids in batch for name in names if name not in grids}):
+            raise EncoderError(
+                f"A video was Loaded without {', '.join(lacking)}: its reader was made with only=. Make it "
+                "without, or pass the same only= here."
+            )
+        return {name: Grid.batch([grids[name] for grids in batch]).to(self.device) for name in names}
+
+    def _features(self, video: Loaded, store: FeatureStore | None) -> dict[str, Grid]:
+        grids = dict(video.found)
+        exact = torch.autocast(self.device.type, enabled=False)  # what is kept depends on no mixed precision
+        with nullcontext() if store is None else exact:
+            made = {} if video.clip is None else self.align(self.encode([video.clip]), [video.clip])
+        for name, grid in made.items():
+            grids[name] = store.put(video.keys[name], grid) if store and name in video.keys else grid
+        return grids
+
+    def reader(self, store: FeatureStore | None = None, only: Sequence[str] | None = None) -> Reader:
+        """What reads videos for `features` in another process: picklable, small, without weights.
+
+        Make it when the encoders have their final dtype and weights: kept features depend on them.
+        """
+        how = {option: self.options[option] for option in ("backend", "resample")}
+        if not isinstance(store, FeatureStore | None):
+            raise EncoderError(f"store= takes a FeatureStore, as FeatureStore({store!r}); got {store!r}.")
+        views = {}
+        for name, encoder in self.named(only):
+            key = ""
+            if store is not None:
+                altered = name in self.changed or encoder.changed
+                key = recipe(encoder, altered, self.frames.get(name), self.sampling, self.aligner, **how)
+            views[name] = View(encoder.spec, encoder.preset, key)
+        return Reader(views, self.sampling, self.frames, store=store, **how)
+
+    def join(self, name: str, encoder: str | Encoder) -> None:
+        """Take in another encoder, behind the others; in the mixer it hardly counts until it is trained.
+
+        Raises EncoderError where one has that name already, ShapeError where the mixer cannot grow.
+        """
+        if name in self.encoders:
+            raise EncoderError(f"This MultiEncoder has an encoder {name!r} already.")
+        check_stream(name)
+        made = create_encoder(encoder) if isinstance(encoder, str) else encoder
+        if self.fusion is not None:
+            self.fusion.join(name, made.spec.width)
+        self.encoders[name] = made
+
+    # Parts --------------------------------------------------------------------------------
+
+    def named(self, only: Sequence[str] | None = None) -> Iterator[tuple[str, Encoder]]:
+        """Names and encoders, in the order of the streams; `only` restricts them."""
+        if only is not None:
+            only = [only] if isinstance(only, str) else only
+            for name in only:
+                if name not in self.encoders:
+                    raise EncoderError(
+                        f"This MultiEncoder has no encoder {name!r}.{nearest(name, self.encoders)} "
+                        f"It has: {', '.join(self.encoders)}."
+                    )
+            if not only:
+                raise EncoderError("At least one encoder is needed; `only` is empty.")
+        return ((name, self.encoder(name)) for name in self.encoders if only is None or name in only)
+
+    def altered(self) -> set[str]:
+        """Encoders whose weights may be others than those of their identities."""
+        return self.changed | {name for name, encoder in self.named() if encoder.changed}
+
+    def encoder(self, name: str) -> Encoder:
+        """The encoder of that name."""
+        return cast(Encoder, self.encoders[name])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first encoder is."""
+        return place(next(iter(self.encoders.values())))[0]
+
+    def key(self, video: Any, name: str) -> str:
+        """Where a store keeps the features of `video` under encoder `name`."""
+        return self.reader(FeatureStore(), [name]).keys(video)[name]
+
+    # Saving -------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any]:
+        """All that `from_config` needs to make this again, as JSON; trained weights are not in it.
+
+        Raises CheckpointError where an encoder has random weights: nothing could load them again.
+        """
+        random = [name for name, encoder in self.named() if encoder.identity.sha256 is None]
+        if random:
+            raise CheckpointError(
+                f"{', '.join(random)} has random weights, which nothing could load again. "
+                "Save models whose encoders have weights from a file, folder, package or hub."
+            )
+        return {**self.options, "sampling": vars(self.sampling), "encoders": self.describe()}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], weights: Mapping[str, str | None]) -> MultiEncoder:
+        """The MultiEncoder that `config` describes, its fusion untrained."""
+        options = dict(config)
+        check_names("weights", weights, options["encoders"])
+        encoders = {name: recreate(name, saved, weights) for name, saved in options.pop("encoders").items()}
+        sampling = Sampling(**options.pop("sampling"))
+        return cls(encoders, sampling=sampling, **{**options, "grid": tuple(options["grid"])})
+
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: projectors and mixer. Frozen encoders are named, not copied.
+
+        Raises CheckpointError where an encoder was trained: only a VideoLLM keeps that.
+        """
+        if self.altered():
+            raise CheckpointError(
+                f"{', '.join(sorted(self.altered()))} has been trained or loaded anew and would be lost: "
+                "save a VideoLLM, or make the encoder from a file of these weights."
+            )
+        return {} if self.fusion is None else self.fusion.state_dict()
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, weights: Mapping[str, str | None] | None = None
+    ) -> MultiEncoder:
+        """Load what `save_pretrained` or `push_to_hub` wrote: a folder, or "owner/name@revision".
+
+        weights: by encoder, where its weights are now, if not where they were.
+        Raises CheckpointError where the folder, or the identity of an encoder, is not as saved;
+        WeightsError where the hub has no such model.
+        """
+        folder = find_model(folder)
+        config, state = load_folder(folder, cls.kind)
+        model = cls.from_config(config, weights or {})
+        fill_exactly(model.kept(), state, folder)
+        return model
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Of each encoder: how to make it again, and the identity of its weights."""
+        return {
+            name: {
+                "class": f"{type(encoder).__module__}:{type(encoder).__qualname__}",
+                "variant": encoder.variant,
+                "preset": encoder.preset_name,
+                "identity": vars(encoder.identity),
+            }
+            for name, encoder in self.named()
+        }
+
+
+def as_batch(videos: Any) -> list:
+    """A list of videos is a batch; anything else is one video."""
+    batch = list(videos) if isinstance(videos, (list, tuple)) else [videos]
+    if not batch:
+        raise ShapeError("There is no video in the list; give at least one.")
+    return batch

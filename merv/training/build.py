@@ -1,0 +1,120 @@
+"""Build: the VideoLLM that a recipe describes, from the options of `merv.training.module.Training`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from merv.checkpoints.folder import read_config
+from merv.checkpoints.sharing import find_model
+from merv.encoding.registry import create_encoder, find_encoder, name_and_variant
+from merv.errors import TrainingError
+from merv.fusion.mixers import MIXERS
+from merv.models.llm import load_llm
+from merv.models.multi_encoder import MultiEncoder
+from merv.models.streams import by_name, checked_frames
+from merv.models.video_llm import VideoLLM
+from merv.utils.suggest import nearest
+
+SAME = ("grid", "mixer", "projector", "norm", "align", "backend", "resample")  # in `start` and here
+
+
+def check_named(h: Any) -> None:
+    """Raise TrainingError for a part or a mixer that options name and there is not; UnknownEncoder."""
+    named = by_name(h.encoders)
+    for typed in named.values():  # by the user, so that the folder of `start` may name it too
+        find_encoder(name_and_variant(str(typed))[0])
+    names = list(named)
+    parts = ["projector", "mixer", "lora", "llm", *names]
+    parts += [f"{part}.{name}" for part in ("projector", "mixer") for name in names]
+    for option, given, known in (
+        ("train", h.train, parts),
+        ("lr_of", h.lr_of or (), h.train),
+        ("frames", h.frames or (), names),
+        ("presets", h.presets or (), names),
+        ("weights", h.weights or (), names),
+        ("mixer", [h.mixer], list(MIXERS)),
+    ):
+        for name in given:
+            if name not in known:
+                raise TrainingError(
+                    f"model.{option}: nothing here is called {name!r}.{nearest(name, known)} "
+                    f"There are: {', '.join(known)}."
+                )
+
+
+def fresh(h: Any) -> VideoLLM:
+    """A model whose fusion is untrained, tokens at the scale of the LLM's embeddings."""
+    llm, tokenizer = load_llm(h.llm, h.dtype, h.quantise)
+    vision = MultiEncoder(
+        h.encoders,
+        grid=tuple(h.grid),
+        width=llm.get_input_embeddings().embedding_dim,
+        mixer=h.mixer,
+        projector=h.projector,
+        norm=h.norm,
+        mixer_options=h.mixer_options,
+        weights=h.weights or {},
+        presets=h.presets,
+        frames=h.frames,
+        sampling=h.sampling,
+        align=h.align,
+        backend=h.backend,
+        resample=h.resample,
+    )
+    assert vision.fusion is not None
+    table = llm.get_input_embeddings().weight
+    vision.fusion.scale_to(h.token_rms or table.float().pow(2).mean().sqrt().item())
+    return VideoLLM(llm, tokenizer, vision)
+
+
+def started(h: Any) -> VideoLLM:
+    """The model in `start`, as it was but for encoders that join it.
+
+    Raises TrainingError where the recipe wants it otherwise, CheckpointError where nothing was saved there.
+    """
+    own: dict[str, Any] = by_name(h.encoders)
+    given = h.weights or {}
+    start = find_model(h.start)
+    kind, config = read_config(start)
+    if kind != VideoLLM.kind:
+        raise TrainingError(f"model.start, {h.start}, holds a {kind!r}; wanted a {VideoLLM.kind!r}.")
+    saved = config["vision"]["encoders"]
+    model = VideoLLM.from_pretrained(
+        start,
+        llm=h.llm,
+        dtype=None if h.dtype == "auto" else h.dtype,
+        quantise=h.quantise,
+        weights={name: path for name, path in given.items() if name in saved},
+    )
+    differ = _differences(model, h, own)
+    if differ:
+        there = {name: was for name, (was, _) in differ.items()}
+        here = {name: now for name, (_, now) in differ.items()}
+        raise TrainingError(f"model.start, {h.start}, has {there}; this recipe has {here}. Set them equal.")
+    for name, typed in own.items():
+        if name not in model.vision.encoders:
+            weights, preset = given.get(name, "pretrained"), (h.presets or {}).get(name)
+            model.join(name, create_encoder(typed, weights=weights, preset=preset))
+            frames = {name: h.frames[name]} if name in (h.frames or {}) else {}
+            model.vision.frames.update(checked_frames(frames, dict(model.vision.named())))
+    return model
+
+
+def _differences(model: VideoLLM, h: Any, own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What of a model to start from is not as the recipe has it: name → both values."""
+    vision, there = model.vision, list(model.vision.encoders)
+    pairs = {name: (vision.options[name], _plain(h[name])) for name in SAME}
+    pairs["mixer_options"] = (vision.options["mixer_options"], h.mixer_options or {})
+    pairs["sampling"] = (vision.sampling.mode, h.sampling)
+    pairs["encoders"] = (there, [name for name in own if name in there])
+    pairs["frames"] = (dict(vision.frames), {n: f for n, f in (h.frames or {}).items() if n in there})
+    for name, encoder in vision.named():
+        pairs[f"presets.{name}"] = (encoder.preset_name, (h.presets or {}).get(name, encoder.preset_name))
+    rms = model.fusion.token_rms
+    if h.token_rms is not None and rms is not None:
+        pairs["token_rms"] = (round(float(rms), 4), round(h.token_rms, 4))
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,1 @@
+"""A source to frames at chosen times, as an encoder wants them: open, sample, decode, transform."""
