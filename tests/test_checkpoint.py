@@ -1,11 +1,13 @@
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from merv.checkpoints.folder import fill_exactly, load_folder, save_folder
 from merv.errors import CheckpointError
+from merv.utils.files import _host, temporary_beside
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -22,40 +24,67 @@ def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def left(folder, name) -> None:
-    """A folder as a process leaves it that was killed; no process has a number so high."""
-    save_folder(folder / name, "Thing", {"of": name}, {})
+ENDED = 9999999  # no process has a number so high
+
+
+def left(folder, name, process=ENDED, host=None, old=False) -> Path:
+    """A folder as a process leaves it beside `name` when it is killed while it writes that."""
+    beside = folder / f".{name}.{host or _host()}.{process}.0123abcd{'.old' if old else ''}"
+    save_folder(beside, "Thing", {"of": beside.name}, {})
+    return beside
+
+
+def snapshot(folder) -> dict[str, int]:
+    """Names and times of change of all that is in a folder."""
+    return {str(path): path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
 
 
 def test_what_killed_processes_left_is_removed_when_the_folder_is_written(tmp_path):
-    for name in (
-        ".a.9999999",
-        ".a.9999999.old",
-        f".a.{os.getpid()}",
-        f".a.{os.getppid()}",
-        ".a.b.9999999",
-    ):
-        left(tmp_path, name)
+    left(tmp_path, "a")
+    left(tmp_path, "a", old=True)
+    running = left(tmp_path, "a", process=os.getppid())
+    other = left(tmp_path, "a.b")
     save_folder(tmp_path / "a", "Thing", {}, {})
-    assert {p.name for p in tmp_path.iterdir()} == {"a", f".a.{os.getppid()}", ".a.b.9999999"}
+    assert set(tmp_path.iterdir()) == {tmp_path / "a", running, other}
 
 
-def test_a_folder_that_was_about_to_be_replaced_is_put_back_when_it_is_looked_for(tmp_path):
-    left(tmp_path, ".a.9999999.old")
-    assert load_folder(tmp_path / "a", "Thing")[0] == {"of": ".a.9999999.old"}
-    left(tmp_path, ".b.9999999.old")
+@pytest.mark.parametrize("old", [True, False])
+def test_what_another_machine_may_be_writing_is_never_removed(tmp_path, old):
+    """Its process has a number that means nothing here."""
+    theirs = left(tmp_path, "a", host="elsewhere", old=old)
+    save_folder(tmp_path / "a", "Thing", {}, {})
+    assert theirs.is_dir()
+
+
+@pytest.mark.parametrize("host", [None, "elsewhere"])
+def test_a_folder_that_was_about_to_be_replaced_is_read_where_it_lies(tmp_path, host):
+    old = left(tmp_path, "a", host=host, old=True)
+    before = snapshot(tmp_path)
+    assert load_folder(tmp_path / "a", "Thing")[0] == {"of": old.name}
+    assert snapshot(tmp_path) == before
+
+
+def test_a_folder_that_was_about_to_be_replaced_is_put_back_when_writing_fails(tmp_path):
+    old = left(tmp_path, "b", old=True)
     with pytest.raises(TypeError):
         save_folder(tmp_path / "b", "Thing", {"x": object()}, {})
-    assert load_folder(tmp_path / "b", "Thing")[0] == {"of": ".b.9999999.old"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    assert load_folder(tmp_path / "b", "Thing")[0] == {"of": old.name}
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
-def test_looking_for_a_folder_removes_nothing(tmp_path):
-    """Another machine that shares the disk may be writing it."""
-    for name in ("a", ".a.9999999"):
-        left(tmp_path, name)
+def test_reading_changes_nothing(tmp_path):
+    save_folder(tmp_path / "a", "Thing", {}, {"w": torch.ones(2)})
+    left(tmp_path, "a")
+    left(tmp_path, "a", old=True)
+    before = snapshot(tmp_path)
     load_folder(tmp_path / "a", "Thing")
-    assert (tmp_path / ".a.9999999").is_dir()
+    with pytest.raises(CheckpointError):
+        load_folder(tmp_path / "none", "Thing")
+    assert snapshot(tmp_path) == before
+
+
+def test_two_temporary_names_are_never_the_same(tmp_path):
+    assert temporary_beside(tmp_path / "a") != temporary_beside(tmp_path / "a")
 
 
 def test_a_failed_save_keeps_the_old_one(tmp_path):

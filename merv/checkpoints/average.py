@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merv.checkpoints.folder import WEIGHTS, check_free, first_difference, read_config, replacing, write_model
+from merv.checkpoints.folder import (
+    WEIGHTS,
+    check_free,
+    find_folder,
+    first_difference,
+    read_config,
+    replacing,
+    write_model,
+)
 from merv.checkpoints.sharing import brought_llm
 from merv.errors import CheckpointError
 
@@ -33,7 +41,7 @@ def average(
     """
     shares = _shares(len(checkpoints), weights)
     check_free(out)
-    folders = [Path(checkpoint) for checkpoint in checkpoints]
+    folders = [find_folder(checkpoint) for checkpoint in checkpoints]
     kind, config = _same_config(folders)
     state = _mean(folders, shares)
     with replacing(out) as fresh:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from merv.errors import CheckpointError
+from merv.utils.files import is_abandoned, temporaries_beside, temporary_beside
 from merv.utils.suggest import nearest
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -61,7 +60,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     clear_up(folder)
     check_free(folder)
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
+    fresh = temporary_beside(folder)
     try:
         fresh.mkdir(parents=True)
         yield fresh
@@ -82,11 +81,12 @@ def load_folder(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    folder = find_folder(folder)
     found, config = read_config(folder)
     if found != kind:
         raise CheckpointError(f"{folder} holds a {found!r}; wanted a {kind!r}.")
     try:
-        return config, load_file(Path(folder) / WEIGHTS)
+        return config, load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from error
 
@@ -96,8 +96,7 @@ def read_config(folder: str | Path, beside: str = WEIGHTS) -> tuple[str, dict[st
 
     Raises CheckpointError where it is not such a folder.
     """
-    folder = Path(folder)
-    put_back(folder)
+    folder = find_folder(folder)
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {folder}.{_instead(folder.parent, folder.name)}")
     if not (folder / CONFIG).is_file() or not (folder / beside).is_file():
@@ -174,44 +173,35 @@ def check_free(folder: str | Path) -> None:
 
 def swap(fresh: Path, folder: Path) -> None:
     """Put `fresh` where `folder` is; the old one goes last."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    old = fresh.with_name(f"{fresh.name}.old")
     if folder.exists():
         os.replace(folder, old)
     os.replace(fresh, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def put_back(folder: str | Path) -> None:
-    """Give `folder` its old content where a process was killed in `swap`, before the new one was there."""
+def find_folder(folder: str | Path) -> Path:
+    """Where the content of `folder` is: there, or beside it where `swap` was stopped in the middle.
+
+    Only looks: nothing is moved or removed, so that reading needs no right to write.
+    """
     folder = Path(folder)
     if not folder.exists():
-        for left, old in _left(folder).items():
-            if old and not folder.exists():
-                with suppress(OSError):  # another process was quicker, or may not
-                    left.replace(folder)
+        for beside in temporaries_beside(folder):
+            if beside.name.endswith(".old"):
+                return beside
+    return folder
 
 
 def clear_up(folder: str | Path) -> None:
-    """Remove what processes left that were killed while they wrote `folder`; what is whole is put back."""
+    """Before `folder` is written: put back, or remove, what killed processes left of their writing it.
+
+    What another machine may still be writing stays.
+    """
     folder = Path(folder)
-    put_back(folder)
-    for left in _left(folder):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _left(folder: Path) -> dict[Path, bool]:
-    """What lies beside `folder` of its writing by processes that have ended, and whether it is an old one."""
-    beside = folder.absolute().parent.glob(f".{glob.escape(folder.name)}.*")
-    named = {path: re.fullmatch(r"\.(\d{1,7})(\.old)?", path.name[len(folder.name) + 1 :]) for path in beside}
-    return {path: bool(own[2]) for path, own in named.items() if own and not _is_running(int(own[1]))}
-
-
-def _is_running(process: int) -> bool:
-    """Whether another process of that number runs on this machine."""
-    if process == os.getpid():  # which is done with what it wrote: one folder after another
-        return False
-    try:
-        os.kill(process, 0)  # only asks
-    except OSError as error:
-        return isinstance(error, PermissionError)
-    return True
+    for left in filter(is_abandoned, temporaries_beside(folder)):
+        if left.name.endswith(".old") and not folder.exists():
+            with suppress(OSError):  # another process was quicker, or may not
+                left.replace(folder)
+        else:
+            shutil.rmtree(left, ignore_errors=True)

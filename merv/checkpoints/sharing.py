@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from merv.checkpoints.card import model_card
-from merv.checkpoints.folder import CONFIG, WEIGHTS, put_back, read_config, save_folder, write_model
+from merv.checkpoints.folder import CONFIG, WEIGHTS, find_folder, read_config, save_folder, write_model
 from merv.errors import CheckpointError, WeightsError
 from merv.utils.hub import download, find_on_hub, why
 from merv.utils.suggest import nearest
@@ -143,9 +143,9 @@ def find_model(name: str | Path) -> Path:
     Of the hub, a whole commit that is in the cache is taken from there; otherwise the hub is asked, and
     the cache where it does not answer. Raises WeightsError where neither has it.
     """
-    put_back(name)
-    if Path(name).is_dir() or not HUB_ID.fullmatch(str(name)):
-        return Path(name)
+    found_here = find_folder(name)
+    if found_here.is_dir() or not HUB_ID.fullmatch(str(name)):
+        return found_here
     repo, _, revision = str(name).partition("@")
     found = find_on_hub(repo, revision or None, [CONFIG], ADVICE)
     if found is None:

@@ -17,7 +17,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from merv.checkpoints.folder import load_folder, replacing, write_model
+from merv.checkpoints.folder import find_folder, load_folder, replacing, write_model
 from merv.errors import CheckpointError
 from merv.training.sharding import META
 
@@ -47,13 +47,14 @@ class Folders(CheckpointIO):
 
         Raises CheckpointError where it is no such folder.
         """
+        path = find_folder(path)
         config, state = load_folder(path, "VideoLLM")
-        if not (Path(path) / META).is_file():
+        if not (path / META).is_file():
             raise CheckpointError(
                 f"{path} is a trained model and no checkpoint to resume from: it has no {META}. "
                 "To begin a new run with it, set model.start."
             )
-        rest = torch.load(Path(path) / META, map_location="cpu", weights_only=True)
+        rest = torch.load(path / META, map_location="cpu", weights_only=True)
         return {**rest, "config": config, "state_dict": {PREFIX + name: t for name, t in state.items()}}
 
     def remove_checkpoint(self, path: Any) -> None:

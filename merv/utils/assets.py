@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from merv.errors import MissingDependency, WeightsError
-from merv.utils.files import cache_folder, fetched_folder, package_folders
+from merv.utils.files import cache_folder, fetched_folder, package_folders, temporary_beside
 from merv.utils.suggest import nearest
 
 log = logging.getLogger(__name__)
@@ -199,8 +199,8 @@ def _installer() -> list[str]:
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that becomes `folder` when all went well, and vanishes otherwise."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
+    new = temporary_beside(folder)
+    new.mkdir(parents=True)
     try:
         yield new
         if not folder.exists():  # else another process was faster

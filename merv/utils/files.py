@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import re
+import socket
 from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from uuid import uuid4
+from secrets import token_hex
 
 
 def cache_folder() -> Path:
@@ -44,9 +47,41 @@ def files_digest(paths: Iterable[Path]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
+def temporary_beside(path: Path) -> Path:
+    """A name beside `path` for what is not whole yet: of this machine, this process and no other call.
+
+    >>> temporary_beside(Path("out/model")).name.startswith(".model.")
+    True
+    """
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{token_hex(4)}")
+
+
+def temporaries_beside(path: Path) -> list[Path]:
+    """What lies beside `path` under such names, by whichever machine, or with `.old` behind them."""
+    own = re.compile(rf"\.{re.escape(path.name)}\.[\w-]+\.\d+\.[0-9a-f]{{8}}(\.old)?")
+    beside = path.absolute().parent.glob(f".{glob.escape(path.name)}.*")
+    return sorted(found for found in beside if own.fullmatch(found.name))
+
+
+def is_abandoned(temporary: Path) -> bool:
+    """Whether the process that a temporary name is of has ended: never known of another machine's."""
+    host, process, *_ = temporary.name.removesuffix(".old").rsplit(".", 3)[1:]
+    if host != _host() or int(process) == os.getpid():
+        return False
+    try:
+        os.kill(int(process), 0)  # only asks
+    except OSError as error:
+        return not isinstance(error, PermissionError)
+    return False
+
+
+def _host() -> str:
+    return re.sub(r"[^\w-]", "-", socket.gethostname()) or "localhost"
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that others see whole or not at all, whichever threads and machines write it too."""
-    fresh = path.with_name(f".{path.name}.{uuid4().hex}")
+    fresh = temporary_beside(path)
     try:
         fresh.write_bytes(data)
         os.replace(fresh, path)
