@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from merv.features.store import FeatureStore as FeatureStore
     from merv.fusion.align import Aligner as Aligner
     from merv.fusion.fusion import Fusion as Fusion
+    from merv.fusion.mixers import Mixer as Mixer
+    from merv.fusion.mixers import WeightingMixer as WeightingMixer
+    from merv.fusion.projectors import Projector as Projector
     from merv.models.chat import ask as ask
     from merv.models.multi_encoder import MultiEncoder as MultiEncoder
     from merv.models.video_llm import VideoLLM as VideoLLM
@@ -44,11 +47,14 @@ _HOME = {
     "Fusion": "merv.fusion.fusion",
     "Grid": "merv.types",
     "MervError": "merv.errors",
+    "Mixer": "merv.fusion.mixers",
     "MultiEncoder": "merv.models.multi_encoder",
     "Preset": "merv.types",
+    "Projector": "merv.fusion.projectors",
     "Sampling": "merv.video.sampling",
     "VideoInfo": "merv.types",
     "VideoLLM": "merv.models.video_llm",
+    "WeightingMixer": "merv.fusion.mixers",
     "ask": "merv.models.chat",
     "create_encoder": "merv.encoding.registry",
     "find_encoder": "merv.encoding.registry",

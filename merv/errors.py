@@ -6,10 +6,11 @@ MervError
 │   └── DamagedVideo      some frames could be decoded, not all that were wanted
 ├── SamplingError         the times asked for do not fit the clip
 ├── ShapeError            a tensor has another shape than its contract says
-├── EncoderError          an encoder cannot be found, loaded or trusted
-│   ├── UnknownEncoder    no encoder of that name; the nearest is suggested
-│   ├── AmbiguousEncoder  two distributions register that name
-│   └── BrokenEncoder     the plug-in is there but does not load or keep its contract
+├── PluginError           a plug-in cannot be found, loaded or trusted, or has no such option
+│   ├── UnknownPlugin     no encoder, mixer … of that name; the nearest is suggested
+│   ├── AmbiguousPlugin   two distributions register that name
+│   └── BrokenPlugin      it is there but does not load or keep its contract
+├── EncoderError          an encoder cannot do what it is asked, or makes what its spec does not say
 ├── WeightsError          weights are missing, or do not fit the module
 ├── CheckpointError       a saved folder does not fit what it is loaded into
 ├── PromptError           chat messages cannot be turned into a prompt
@@ -46,22 +47,26 @@ class ShapeError(MervError, ValueError):
     """A tensor has another shape than its contract says."""
 
 
-class EncoderError(MervError):
-    """An encoder cannot be found, loaded or trusted."""
+class PluginError(MervError):
+    """A plug-in cannot be found, loaded or trusted, or has no such option."""
 
 
-class UnknownEncoder(EncoderError, KeyError):
-    """No encoder of that name."""
+class UnknownPlugin(PluginError, KeyError):
+    """No plug-in of that name."""
 
     __str__ = Exception.__str__  # KeyError would print the message in quotes
 
 
-class AmbiguousEncoder(EncoderError):
+class AmbiguousPlugin(PluginError):
     """Two distributions register the same name."""
 
 
-class BrokenEncoder(EncoderError):
-    """A registered encoder does not load, or does not keep the contract."""
+class BrokenPlugin(PluginError):
+    """A registered plug-in does not load, or does not keep its contract."""
+
+
+class EncoderError(MervError):
+    """An encoder cannot do what it is asked, or makes what its spec does not say."""
 
 
 class WeightsError(MervError):

@@ -19,14 +19,16 @@ def seed() -> None:
 
 @pytest.fixture
 def plant(tmp_path, monkeypatch):
-    """Install a distribution and its modules, as pip would, with entries of `merv.encoders`."""
+    """Install a distribution and its modules, as pip would, with entries of a group."""
 
-    def install(distribution: str, entries: dict[str, str], **modules: str) -> None:
+    def install(
+        distribution: str, entries: dict[str, str], group: str = "merv.encoders", **modules: str
+    ) -> None:
         info = tmp_path / f"{distribution.replace('-', '_')}-1.2.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")
         lines = [f"{name} = {value}" for name, value in entries.items()]
-        (info / "entry_points.txt").write_text("\n".join(["[merv.encoders]", *lines]))
+        (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]))
         for name, source in modules.items():
             (tmp_path / f"{name}.py").write_text(source)
             monkeypatch.delitem(sys.modules, name, raising=False)

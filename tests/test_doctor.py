@@ -11,7 +11,7 @@ import torch
 
 from merv.cli import doctor as doctor_cli
 from merv.cli import main as cli
-from merv.errors import BrokenEncoder, MissingDependency
+from merv.errors import BrokenPlugin, MissingDependency
 
 
 @pytest.fixture
@@ -184,17 +184,18 @@ def test_parts_that_are_not_here_come_with_the_command(
 
 def test_a_broken_plug_in_is_a_note_a_broken_encoder_of_merv_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
-        raise BrokenEncoder("cannot be imported")
+        raise BrokenPlugin("cannot be imported")
 
     listings = [
         SimpleNamespace(name="one", distribution="merv", version="1", load=lambda: None),
         SimpleNamespace(name="two", distribution="merv", version="1", load=fail),
         SimpleNamespace(name="three", distribution="sunny", version="2", load=fail),
     ]
-    monkeypatch.setattr("merv.encoding.registry.list_encoders", lambda: listings)
-    found = list(doctor_cli.encoders())
-    assert states(found) == {"one": "ok", "two": "broken", "three": "note"}
-    assert text(found, "three") == "sunny 2: BrokenEncoder: cannot be imported"
+    registry = SimpleNamespace(kind="mixer", plugins=lambda: listings)
+    monkeypatch.setattr("merv.cli.plugins.REGISTRIES", {"mixers": registry})
+    found = list(doctor_cli.plugins())
+    assert states(found) == {"mixer one": "ok", "mixer two": "broken", "mixer three": "note"}
+    assert text(found, "mixer three") == "sunny 2: BrokenPlugin: cannot be imported"
 
 
 def test_tokens_and_home_are_not_shown(monkeypatch: pytest.MonkeyPatch, only: Callable) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from official import config_of
 
-from merv.fusion.mixers import create_mixer
+from merv.fusion.registry import create_mixer
 from merv.models.chat import VISUAL, ask, render
 from merv.models.released import LLMS, Released, read_config, translate_fusion
 from merv.testing import tiny_llm

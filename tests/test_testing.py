@@ -11,7 +11,8 @@ from torch import nn
 from merv.encoders.fake import Fake
 from merv.encoding.base import Encoder
 from merv.encoding.registry import find_encoder
-from merv.testing import CHECKS, check_encoder, contract_test, make_video, tiny_llm
+from merv.testing import check_encoder, contract_test, make_video, tiny_llm
+from merv.testing.encoders import ENCODER_CHECKS
 from merv.types import Frames, Grid
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +24,7 @@ test_the_fake_keeps_the_contract = contract_test("fake")  # as a plug-in's own t
 def imports(monkeypatch):
     """What importing a module does, as if it had been seen: tests/test_side_effects.py really looks."""
     found = {}
-    monkeypatch.setattr("merv.testing.conformance.of_import", lambda module: found.get(module, ()))
+    monkeypatch.setattr("merv.testing.encoders.of_import", lambda module: found.get(module, ()))
     return found
 
 
@@ -231,7 +232,7 @@ def test_work_at_import_is_found(imports):
 
 def test_every_check_is_shown_to_fail():
     shown = {name for _, name, _ in FAULTS} | {"import does no work"}
-    assert shown == {check.__name__.strip("_").replace("_", " ") for check in CHECKS}
+    assert shown == {check.__name__.strip("_").replace("_", " ") for check in ENCODER_CHECKS}
 
 
 def test_the_settings_that_an_encoder_changes_are_put_back():
@@ -243,8 +244,8 @@ def test_the_settings_that_an_encoder_changes_are_put_back():
 
 def test_what_cannot_be_told_here_is_no_fault():
     findings = {finding.name: str(finding) for finding in check_encoder(LookingEncoder)}
-    said, _, error = findings["moves between devices"].partition(" that is there, ")
-    assert said == "ok    moves between devices (not told: wants a GPU"
+    said, _, error = findings["moves between devices"].partition(", ")
+    assert said == "ok    moves between devices (skipped: needs a GPU"
     assert ": " in error  # its name, and what it says
     assert failed(LookingEncoder) == {}
 
@@ -290,7 +291,7 @@ def test_a_wrong_number_of_parameters_is_found():
 
 def test_findings_read_as_sentences():
     findings = check_encoder(ShiftedEncoder)
-    assert len(findings) == len(CHECKS)
+    assert len(findings) == len(ENCODER_CHECKS)
     assert str(findings[0]) == "ok    is created"
     assert str(next(f for f in findings if not f.passed)).startswith("FAIL  extent is carried: extent is [[0")
 
@@ -305,7 +306,7 @@ def test_the_examples_own_tests_pass_where_it_is_installed(plant):
     entry = {"colour_histogram": "colour_histogram:ColourHistogram"}
     plant("merv-colour-histogram", entry, colour_histogram=(folder / "colour_histogram.py").read_text())
     case = runpy.run_path(str(folder / "tests" / "test_contract.py"))["test_contract"]
-    for check in CHECKS:
+    for check in ENCODER_CHECKS:
         case(check)
 
 

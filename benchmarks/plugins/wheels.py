@@ -85,13 +85,13 @@ OWNER = r"Encoder '{0}' of stranger-{1} 1\.0 \(stranger_{2}:Plugin\) "
 # What is typed → what has to be said, as a regular expression for all of it.
 SAID = {
     "colour_histogram": "works: colour_histogram",
-    "import_error": "BrokenEncoder: {owner}cannot be imported: ModuleNotFoundError: .*that_nobody_has.*",
-    "exits": "BrokenEncoder: {owner}cannot be imported: SystemExit: good-bye.*",
-    "wrong_class": "BrokenEncoder: {owner}is <class .*>; wanted a subclass of merv.Encoder.*",
-    "broken": "BrokenEncoder: {owner}cannot be created: RuntimeError: no sun today.*",
-    "contract": "BrokenEncoder: {owner}was made for contract 2.0 of encoders; merv .* Upgrade merv.*",
+    "import_error": "BrokenPlugin: {owner}cannot be imported: ModuleNotFoundError: .*that_nobody_has.*",
+    "exits": "BrokenPlugin: {owner}cannot be imported: SystemExit: good-bye.*",
+    "wrong_class": "BrokenPlugin: {owner}is <class .*>; wanted a subclass of merv.Encoder.*",
+    "broken": "BrokenPlugin: {owner}cannot be created: RuntimeError: no sun today.*",
+    "contract": "BrokenPlugin: {owner}was made for contract 2.0 of encoders; merv .* Upgrade merv.*",
     "slow": "works: stranger_slow",
-    "fake": "AmbiguousEncoder: .* by merv [^ ]+ and stranger-collision 1.0. Type 'merv:fake' or '.*:fake'.",
+    "fake": "AmbiguousPlugin: .* by merv [^ ]+ and stranger-collision 1.0. Type 'merv:fake' or '.*:fake'.",
     "stranger-collision:fake": "works: stranger_collision",
     "merv:fake": "works: merv.encoders.fake",
 }

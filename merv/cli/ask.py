@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE:CLASS",
-        help="an encoder that the model may use though no installed package registers it: its code is run",
+        help="a plug-in that the model may use though no installed package registers it: its code is run",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: %(default)s)")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="of the LLM (default: as trained)")
@@ -49,10 +49,10 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging
 
     from merv.cli.main import look_here
-    from merv.encoding.registry import find_encoder
     from merv.features.store import FeatureStore
     from merv.models.chat import ask
     from merv.models.video_llm import VideoLLM
+    from merv.utils.plugins import trust
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("merv").setLevel(logging.WARNING)
@@ -60,12 +60,16 @@ def run(args: argparse.Namespace) -> int:
     if args.trust:
         look_here()
     for name in args.trust:
-        find_encoder(name)
+        trust(name)
     moved = dict(pair.partition("=")[::2] for pair in args.encoder)
     model = VideoLLM.from_pretrained(
-        args.model, llm=args.llm, weights=moved, dtype=args.dtype, quantise=args.quantise
+        args.model,
+        llm=args.llm,
+        weights=moved,
+        dtype=args.dtype,
+        quantise=args.quantise,
+        store=FeatureStore(),  # the encoders run once, for the answer and for the weights
     ).to(args.device)
-    model.store = FeatureStore()  # the encoders run once, for the answer and for the weights
     conversation = ask(args.question, *videos)
     for piece in model.stream(conversation, max_new_tokens=args.max_new_tokens):
         sys.stdout.write(piece)

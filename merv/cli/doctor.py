@@ -262,23 +262,21 @@ def parts() -> Found:
         )
 
 
-def encoders() -> Found:
-    """Every registered encoder, imported one by one."""
-    from merv.encoding.registry import list_encoders
-    from merv.errors import BrokenEncoder
+def plugins() -> Found:
+    """Every registered plug-in, imported one by one."""
+    from merv.cli.plugins import REGISTRIES
+    from merv.errors import BrokenPlugin
 
-    for listing in list_encoders():
-        owner = f"{listing.distribution} {listing.version}"
-        try:
-            listing.load()
-        except BrokenEncoder as error:
-            yield (
-                listing.name,
-                f"{owner}: {_said(error)}",
-                "broken" if listing.distribution == "merv" else "note",
-            )
-        else:
-            yield listing.name, owner
+    for registry in REGISTRIES.values():
+        for plugin in registry.plugins():
+            name, owner = f"{registry.kind} {plugin.name}", f"{plugin.distribution} {plugin.version}"
+            try:
+                plugin.load()
+            except BrokenPlugin as error:
+                state = "broken" if plugin.distribution == "merv" else "note"
+                yield name, f"{owner}: {_said(error)}", state
+            else:
+                yield name, owner
 
 
 def environment() -> Found:
@@ -294,7 +292,7 @@ CHECKS: dict[str, Callable[[], Found]] = {
     "devices": devices,
     "caches": caches,
     "parts": parts,
-    "encoders": encoders,
+    "plug-ins": plugins,
     "environment": environment,
 }
 

@@ -50,6 +50,7 @@ COMMANDS = (
     Command(
         "encoders", "List the installed encoders; check that one keeps its contract.", "merv.cli.encoders"
     ),
+    Command("plugins", "List encoders, mixers and projectors; check one of your own.", "merv.cli.plugins"),
     Command("doctor", "Tell what is installed, what works, what to do.", "merv.cli.doctor"),
     Command("download", "Fetch the trained parts that ship inside packages.", "merv.cli.download"),
     Command("ask", "Ask a question about a video.", "merv.cli.ask", here=False),

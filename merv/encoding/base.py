@@ -26,7 +26,7 @@ from merv.encoding.weights import (
     identity_of,
     locate,
 )
-from merv.errors import BrokenEncoder, EncoderError, ShapeError, WeightsError
+from merv.errors import BrokenPlugin, EncoderError, ShapeError, WeightsError
 from merv.types import EncoderSpec, Frames, Grid, Preset
 from merv.utils.suggest import nearest
 
@@ -46,7 +46,7 @@ class Encoder(nn.Module):
         saved in, they become float32; `.to(torch.bfloat16)` changes that. See docs/weights.md.
     preset: a key of the spec's presets; None takes the first.
 
-    Raises EncoderError for an unknown variant or preset, BrokenEncoder for a class that declares none,
+    Raises EncoderError for an unknown variant or preset, BrokenPlugin for a class that declares none,
     WeightsError for weights that cannot be had or do not fit.
 
     >>> from merv import create_encoder, Frames
@@ -70,7 +70,7 @@ class Encoder(nn.Module):
         # Goes where .to() takes an encoder that has no weights.
         self.register_buffer("here", torch.zeros(()), persistent=False)
         if fault := class_fault(type(self)):
-            raise BrokenEncoder(f"{type(self).__name__} {fault}.")
+            raise BrokenPlugin(f"{type(self).__name__} {fault}.")
         self.variant = variant or next(iter(self.variants))
         self.spec = _pick(self.variants, self.variant, f"{type(self).__name__} variant")
         self.preset_name = preset or next(iter(self.spec.presets))
@@ -127,6 +127,10 @@ class Encoder(nn.Module):
         What was written by way of a parameter's `.data` torch does not tell.
         """
         return self._rewritten() or any(parameter.requires_grad for parameter in self.parameters())
+
+    def mark_changed(self) -> None:
+        """Say that its weights are others now, where torch does not count what was written to them."""
+        self.written = True
 
     def _rewritten(self) -> bool:
         now = list(self.parameters())

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
 
 from merv.encoding.base import Encoder
 from merv.types import Frames, Grid
+from merv.utils.modules import device_and_dtype
 
 FRAMES_AT_ONCE = 8  # in one forward: more is no faster on a CPU, and costs memory
 
@@ -49,21 +49,13 @@ def encode_distinct(
     ]
 
 
-def place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and floating-point dtype of a module, by its first such parameter or buffer."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            return tensor.device, tensor.dtype
-    return torch.device("cpu"), torch.float32
-
-
 def _window(clip: Frames, start: int, size: int) -> Frames:
     part = slice(start, start + size)
     return Frames(clip.pixels[:, part], clip.times_s[:, part], clip.extent, clip.mask[:, part])
 
 
 def _encode(encoder: Encoder, windows: Sequence[Frames]) -> list[Grid]:
-    device, dtype = place(encoder)
+    device, dtype = device_and_dtype(encoder)
     grids: list[Grid] = []
     for group in _groups(windows):
         grid = encoder(Frames.cat(group).to(device=device, dtype=dtype))

@@ -12,12 +12,16 @@ from importlib.metadata import version
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch import nn
+
 from merv.encoding.base import Encoder, version_of
 from merv.encoding.weights import values_digest
-from merv.encoding.windows import place
+from merv.errors import EncoderError
 from merv.features.store import FeatureStore, video_key
 from merv.fusion.align import Aligner
 from merv.types import EncoderSpec, Grid, Preset
+from merv.utils.modules import device_and_dtype
+from merv.utils.plugins import class_path
 from merv.video.clip import Clip, prepare
 from merv.video.reader import BACKENDS
 from merv.video.sampling import Sampling
@@ -99,7 +103,6 @@ class Reader:
 
 def recipe(
     encoder: Encoder,
-    changed: bool,
     frames: int | None,
     sampling: Sampling,
     aligner: Aligner,
@@ -108,9 +111,9 @@ def recipe(
 ) -> str:
     """All that an encoder's aligned features depend on, but the video: half of what `video_key` hashes.
 
-    changed: its weights are no longer those of its identity.
+    Raises EncoderError where the aligner is trained: then what is aligned cannot be kept.
     """
-    by_value = changed or encoder.identity.sha256 is None  # nothing else tells such weights apart
+    by_value = encoder.changed or encoder.identity.sha256 is None  # nothing else tells such weights apart
     own = (
         VERSION,
         (type(encoder).__module__, type(encoder).__qualname__),
@@ -121,9 +124,25 @@ def recipe(
         encoder.preset,
         (resample, version("pillow")),  # whose resize is not the same in all versions
         frames,
-        place(encoder)[1],
+        device_and_dtype(encoder)[1],
     )
-    return repr((own, sampling, aligner.grid, aligner.mode))
+    return repr((own, sampling, *aligner_key(aligner)))
+
+
+def aligner_key(aligner: nn.Module) -> tuple[Any, ...]:
+    """What features depend on of an aligner; of one that was put in by hand, its class and all it holds.
+
+    Raises EncoderError where it is trained.
+    """
+    if type(aligner) is Aligner:
+        return aligner.grid, aligner.mode
+    if any(parameter.requires_grad for parameter in aligner.parameters()):
+        raise EncoderError(
+            f"The aligner, {type(aligner).__name__}, is trained, so that its results cannot be kept in a "
+            "store. What is learned belongs behind the store: make it a mixer."
+        )
+    plain = {name: value for name, value in vars(aligner).items() if not name.startswith("_")}
+    return class_path(type(aligner)), sorted(plain.items(), key=str), values_digest(aligner)
 
 
 def digest(encoder: Encoder) -> str:

@@ -9,53 +9,30 @@ matrix product over [a_1 p_1 | … | a_E p_E] with the stacked projections plus 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from merv.errors import ShapeError
-from merv.fusion.mixers import Concat, Mixer, WeightingMixer, cell_positions, create_mixer
+from merv.errors import CheckpointError, ShapeError
+from merv.fusion.mixers import Mixer, WeightingMixer, cell_positions
+from merv.fusion.projectors import Projector
+from merv.fusion.registry import create_mixer, create_projector
 from merv.types import Fused, Grid, is_count
-
-
-class Projector(nn.Module):
-    """Features of one encoder to the LLM's width: [..., D] → [..., L].
-
-    kind: `linear` (the released one) or `mlp` (Linear, GELU, Linear).
-    norm: first bring each feature vector to mean 0 and variance 1. The release does not;
-        encoders differ in scale by orders of magnitude, and without it the largest one
-        decides what is learned first.
-    """
-
-    def __init__(
-        self, features: int, width: int, kind: Literal["linear", "mlp"] = "linear", norm: bool = True
-    ) -> None:
-        super().__init__()
-        self.features = features
-        if kind not in ("linear", "mlp"):
-            raise ShapeError(f"Unknown projector {kind!r}: 'linear' or 'mlp'.")
-        self.norm: nn.Module = nn.LayerNorm(features, elementwise_affine=False) if norm else nn.Identity()
-        self.hidden: nn.Module = nn.Identity()
-        if kind == "mlp":
-            self.hidden = nn.Sequential(nn.Linear(features, width), nn.GELU())
-        self.linear = nn.Linear(width if kind == "mlp" else features, width)
-
-    def before(self, features: Tensor) -> Tensor:
-        """Everything but the last Linear, which the folded form applies after mixing."""
-        return self.hidden(self.norm(features))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.linear(self.before(features))
+from merv.utils.modules import class_of, device_and_dtype, first_unlike, without_weights
+from merv.utils.plugins import class_path, is_importable
 
 
 class Fusion(nn.Module):
     """Projectors and mixer: aligned grids by name → tokens for the LLM.
 
     widths: encoder name → its width D, in the order of the streams.
-    width: L. mixer: a name of `merv.fusion.mixers.MIXERS` or a Mixer; mixer_options go to its constructor.
+    width: L.
+    mixer, projector: names (`merv plugins mixers` lists them), `module:Class`, or subclasses of `Mixer` and
+        `Projector`; mixer_options, projector_options go to their constructors. A mixer may also be made
+        already; what `config` says then holds for none with options of its own.
     norm: normalise features before they are projected, and tokens after they are mixed, to the root
         mean square `token_rms`. Left to themselves, tokens soon are many times as large as the
         embeddings of the language model, whose layers then hardly change them. The release does neither.
@@ -72,27 +49,30 @@ class Fusion(nn.Module):
         self,
         widths: Mapping[str, int],
         width: int,
-        mixer: str | Mixer = "cross_attention",
+        mixer: str | type[Mixer] | Mixer = "cross_attention",
         *,
-        projector: Literal["linear", "mlp"] = "linear",
+        projector: str | type[Projector] = "linear",
         norm: bool = True,
         mixer_options: Mapping[str, Any] | None = None,
+        projector_options: Mapping[str, Any] | None = None,
         folded: bool | None = None,
     ) -> None:
         super().__init__()
         if not is_count(width):
             raise ShapeError(f"The width of the tokens is a whole number of at least 1; got {width!r}.")
-        self.names, self.width, self.folded = list(widths), width, folded
-        self.projector, self.norm = projector, norm
+        self.names, self.width, self.folded = list(widths), int(width), folded
+        self.norm = norm
+        self.mixer_options, self.projector_options = dict(mixer_options or {}), dict(projector_options or {})
+        self.projector = projector
         self.projectors = nn.ModuleDict(
-            {name: Projector(features, width, projector, norm) for name, features in widths.items()}
+            {name: self._new_projector(features) for name, features in widths.items()}
         )
         self.token_rms: Tensor | None
         self.register_buffer("token_rms", torch.ones(()) if norm else None)
         self.mixer = (
-            create_mixer(mixer, width, len(self.names), **(mixer_options or {}))
-            if isinstance(mixer, str)
-            else mixer
+            mixer
+            if isinstance(mixer, Mixer)
+            else create_mixer(mixer, width, len(self.names), **self.mixer_options)
         )
         if (self.mixer.width, self.mixer.encoders) != (width, len(self.names)):
             raise ShapeError(
@@ -112,7 +92,7 @@ class Fusion(nn.Module):
                 "This mixer is not conditioned on the question and would ignore it. `cross_attention` with "
                 "mixer_options={'conditioned': True} is."
             )
-        device = self._in_order()[0].linear.weight.device
+        device, _ = device_and_dtype(self._in_order()[0])
         grids = {name: grid.to(device) for name, grid in grids.items()}
         mask = self._mask(grids)  # [B, E, t, h, w]
         features = self._features(grids, mask.shape)
@@ -121,9 +101,7 @@ class Fusion(nn.Module):
         if self.token_rms is not None:
             tokens = self.token_rms.to(tokens) * rms_norm(tokens, (self.width,), eps=1e-6)
         grid = next(iter(grids.values()))
-        positions = cell_positions(grid.times_s, *grid.shape[1:])
-        if isinstance(self.mixer, Concat):
-            positions = positions.repeat(1, len(self.names), 1)
+        positions = self.mixer.positions(cell_positions(grid.times_s, *grid.shape[1:]))
         return Fused(tokens, positions, real, weights)
 
     def nothing(self) -> Tensor:
@@ -149,25 +127,54 @@ class Fusion(nn.Module):
         if self.token_rms is not None:
             self.token_rms.fill_(rms)
         for projector in self._in_order():
-            _start_at(projector, rms)
+            projector.scale_to(rms)
 
     def join(self, name: str, features: int) -> None:
         """One encoder more, behind the others: a fresh projector, and a mixer that hardly minds it yet.
 
         Raises ShapeError where the mixer cannot grow.
         """
-        some = self._in_order()[0].linear.weight
-        fresh = Projector(features, self.width, self.projector, self.norm).to(some)
+        device, dtype = device_and_dtype(self._in_order()[0])
+        fresh = self._new_projector(features).to(device, dtype)
         if self.token_rms is not None:
-            _start_at(fresh, float(self.token_rms))
+            fresh.scale_to(float(self.token_rms))
         self.mixer.join()
         self.projectors[name] = fresh
         self.names.append(name)
 
+    def config(self) -> dict[str, Any]:
+        """What its constructor needs, besides the widths of the encoders, to make this again; JSON.
+
+        Raises CheckpointError where that would make another one: parts that were put in by hand are lost.
+        """
+        mixer, projector = class_of(self.mixer), class_of(self._in_order()[0])
+        for own in (mixer, projector):
+            if not is_importable(own):
+                raise CheckpointError(
+                    f"{class_path(own)} could not be found again: define the class at the top of a module."
+                )
+        options: dict[str, Any] = {
+            "width": self.width,
+            "mixer": class_path(mixer),
+            "mixer_options": self.mixer_options,
+            "projector": class_path(projector),
+            "projector_options": self.projector_options,
+            "norm": self.norm,
+        }
+        widths = {name: p.features for name, p in zip(self.names, self._in_order(), strict=True)}
+        differs = first_unlike(self, without_weights(lambda: Fusion(widths, **options)))
+        if differs:
+            raise CheckpointError(
+                f"This fusion would be another one when it is loaded: {differs}. Only what is named when it "
+                "is made is saved: mixer=, projector= and their options, also by module:Class."
+            )
+        return options
+
     # The two forms ------------------------------------------------------------------------
 
     def _is_folded(self) -> bool:
-        can = isinstance(self.mixer, WeightingMixer)
+        can = isinstance(self.mixer, WeightingMixer) and self.mixer.foldable
+        can = can and all(projector.foldable for projector in self._in_order())
         return can and (not self.training if self.folded is None else self.folded)
 
     def _mix_plain(
@@ -212,9 +219,13 @@ class Fusion(nn.Module):
                 f"This fusion knows the encoders {', '.join(self.names)}; got features of "
                 f"{', '.join(grids) or 'none'}."
             )
-        shapes = {name: tuple(grid.mask.shape) for name, grid in grids.items()}
-        if len(set(shapes.values())) > 1:
-            raise ShapeError(f"Grids must be aligned before they are fused; got [B, t, h, w] {shapes}.")
+        shapes = {name: grid.mask.shape for name, grid in grids.items()}
+        first = next(iter(shapes.values()))
+        if any(shape != first for shape in shapes.values()):  # no set: sizes of an export do not hash
+            raise ShapeError(
+                f"Grids must be aligned before they are fused; got [B, t, h, w] "
+                f"{ {name: tuple(shape) for name, shape in shapes.items()} }."
+            )
 
     def _mask(self, grids: Mapping[str, Grid]) -> Tensor:
         some = next(iter(grids.values())).mask
@@ -225,17 +236,19 @@ class Fusion(nn.Module):
         """Of each stream [B, t, h, w, D] in the projector's dtype; zeros for an absent encoder."""
         features = []
         for name, projector in zip(self.names, self._in_order(), strict=True):
-            weight = projector.linear.weight
+            device, dtype = device_and_dtype(projector)
             absent = (shape[0], *shape[2:], projector.features)
-            features.append(grids[name].values.to(weight) if name in grids else weight.new_zeros(absent))
+            features.append(
+                grids[name].values.to(device, dtype)
+                if name in grids
+                else torch.zeros(absent, device=device, dtype=dtype)
+            )
         return features
+
+    def _new_projector(self, features: int) -> Projector:
+        options = {"norm": self.norm, **self.projector_options}
+        return create_projector(self.projector, features, self.width, **options)
 
     def _in_order(self) -> list[Projector]:
         """The projectors, one a stream."""
         return cast(list[Projector], list(self.projectors.values()))
-
-
-def _start_at(projector: Projector, rms: float) -> None:
-    """Random weights that turn features of variance 1 into tokens of that root mean square."""
-    nn.init.normal_(projector.linear.weight, std=rms / projector.linear.in_features**0.5)
-    nn.init.zeros_(projector.linear.bias)

@@ -3,15 +3,15 @@
 A weighting mixer reads every stream through a linear map (`reader`), turns what it reads
 into weights that are convex over the encoders present at a cell (`score`), and the stream
 of fused tokens is the weighted sum. Because reading is linear, a projector before it can be
-folded in: see fuse.py. The concatenating mixers have no weights.
+folded in: see `merv.fusion.fusion`. The concatenating mixers have no weights.
+
+A mixer is registered in the group `merv.mixers`, or named as `module:Class`; see docs/fusion.md.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
 from merv.errors import ShapeError
-from merv.utils.suggest import nearest
 
 JOINS = -4.0  # logit at which an encoder joins: a fiftieth of what another counts
 
@@ -29,6 +28,9 @@ class Mixer(nn.Module):
 
     width: L. encoders: E. Absent encoders, cells cropped away and padding are False in the
     mask, and may differ by sample. conditioned: whether it wants the question.
+
+    A subclass writes `forward`, and `num_tokens` and `positions` where tokens are not one a cell. Options of
+    its own follow `width` and `encoders` in its constructor; they come from `mixer_options`.
     """
 
     conditioned: bool = False
@@ -62,9 +64,13 @@ class Mixer(nn.Module):
             masks[name].chunk(self.encoders, dim=axis)[encoder].fill_(True)
         return masks
 
-    def tokens_per_cell(self) -> int:
-        """How many tokens each cell of the grid becomes."""
-        return 1
+    def num_tokens(self, cells: int) -> int:
+        """How many tokens N a grid of so many cells becomes: by default one a cell."""
+        return cells
+
+    def positions(self, cells: Tensor) -> Tensor:
+        """Where the tokens are, [B, N, 3], of the positions of the cells [B, t·h·w, 3]."""
+        return cells
 
     def forward(
         self, streams: Tensor, mask: Tensor, question: Tensor | None = None
@@ -78,6 +84,11 @@ class Mixer(nn.Module):
 
 class WeightingMixer(Mixer):
     """Base of the mixers that return weights; a subclass defines `reader` and `score`."""
+
+    @property
+    def foldable(self) -> bool:
+        """Whether the weighted sum is all that it does: then projectors may be applied after it."""
+        return type(self).forward is WeightingMixer.forward
 
     def reader(self) -> Tensor | None:
         """[R, L]: what the mixer reads of each stream; None: nothing."""
@@ -213,8 +224,11 @@ class CrossAttention(WeightingMixer):
 class Concat(Mixer):
     """Streams one after the other in the sequence: E times the tokens (an ablation of the paper)."""
 
-    def tokens_per_cell(self) -> int:
-        return self.encoders
+    def num_tokens(self, cells: int) -> int:
+        return cells * self.encoders
+
+    def positions(self, cells: Tensor) -> Tensor:
+        return cells.repeat(1, self.encoders, 1)
 
     def forward(
         self, streams: Tensor, mask: Tensor, question: Tensor | None = None
@@ -243,39 +257,6 @@ class ConcatChannels(Mixer):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         side_by_side = rearrange(streams * mask[..., None], "b e t h w l -> b (t h w) (e l)")
         return self.linear(self.norm(side_by_side)), _any_present(mask), None
-
-
-MIXERS: dict[str, type[Mixer]] = {
-    "gate": Gate,
-    "cross_attention": CrossAttention,
-    "mean": Mean,
-    "scalar": Scalar,
-    "concat": Concat,
-    "concat_channels": ConcatChannels,
-}
-
-
-def check_mixer(name: str) -> None:
-    """Raise ShapeError where there is no mixer of that name."""
-    if name not in MIXERS:
-        raise ShapeError(f"Unknown mixer {name!r}.{nearest(name, MIXERS)} There are: {', '.join(MIXERS)}.")
-
-
-def create_mixer(name: str, width: int, encoders: int, **options: Any) -> Mixer:
-    """A mixer by name: `gate`, `cross_attention`, `mean`, `scalar`, `concat`, `concat_channels`.
-
-    >>> create_mixer("gate", width=64, encoders=2, hidden=16).reader().shape
-    torch.Size([1, 64])
-    """
-    check_mixer(name)
-    known = list(inspect.signature(MIXERS[name]).parameters)[2:]  # behind width and encoders
-    for option in options:
-        if option not in known:
-            raise ShapeError(
-                f"Mixer {name!r} has no option {option!r}.{nearest(option, known)} "
-                f"It has: {', '.join(known) or 'none'}."
-            )
-    return MIXERS[name](width, encoders, **options)
 
 
 def cell_positions(times_s: Tensor, h: int, w: int) -> Tensor:

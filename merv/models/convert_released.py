@@ -295,7 +295,7 @@ def build_vision(
         grid=released.grid,
         width=width,
         mixer=fusion.mixer,
-        projector=released.projector,  # type: ignore[arg-type]
+        projector=released.projector,
         norm=False,
         mixer_options=fusion.options,
         frames=released.frames,

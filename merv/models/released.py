@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from merv.encoding.registry import list_encoders
-from merv.errors import CheckpointError, EncoderError
+from merv.errors import BrokenPlugin, CheckpointError
 from merv.models.chat import VISUAL
 from merv.utils.suggest import nearest
 
@@ -105,8 +105,8 @@ def find_encoders(ids: Sequence[str], counts: Sequence[int]) -> tuple[dict[str, 
     known = {}
     for listing in list_encoders():
         try:
-            encoder = listing.load()
-        except EncoderError:  # told by `merv encoders`
+            encoder: Any = listing.load()
+        except BrokenPlugin:  # told by `merv encoders`
             continue
         for released, variant in vars(encoder).get("released", {}).items():
             known[released] = (listing.name, variant, encoder.variants)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from merv.encoding.base import Encoder
-from merv.encoding.registry import create_encoder, is_trusted
+from merv.encoding.registry import ENCODERS, create_encoder
 from merv.encoding.weights import PRETRAINED
 from merv.errors import CheckpointError, EncoderError, WeightsError
 from merv.types import is_count
@@ -104,16 +104,11 @@ def checked_frames(frames: Mapping[str, int], encoders: Mapping[str, Encoder]) -
 def recreate(name: str, saved: Mapping[str, Any], weights: Mapping[str, str | None]) -> Encoder:
     """An encoder as it was saved, checked to be the same, of a class that is registered or imported already.
 
-    Raises EncoderError for another class, WeightsError where its weights cannot be had, CheckpointError for
+    Raises PluginError for another class, WeightsError where its weights cannot be had, CheckpointError for
     other ones.
     """
     path = saved["class"]
-    if not is_trusted(path):
-        raise EncoderError(
-            f"Encoder {name!r} was saved as {path}, which no installed distribution registers, and code is "
-            "not run on the word of a model's folder. Install the plug-in that it is of. Or, where you trust "
-            f"it: `import {path.partition(':')[0]}` before you load the model, or `merv ask --trust {path}`."
-        )
+    ENCODERS.check_trusted(path, f"Encoder {name!r}")
     was = saved["identity"]
     source = was["source"] if was["revision"] is None else f"{was['source']}@{was['revision']}"
     given = weights.get(name, source)

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from merv.encoding.registry import SLOW_S
+from merv.utils.plugins import SLOW_S
 
 TIMEOUT_S = 600.0  # only against what never ends: a busy machine may take minutes
 

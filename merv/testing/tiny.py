@@ -1,4 +1,4 @@
-"""Testing: a conformance suite for encoders, a tiny LLM and a tiny video.
+"""Tiny parts: a language model and a video.
 
 For tests, documentation and bug reports: everything here is small, offline and the same
 on every machine.
@@ -11,11 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-from merv.testing.conformance import CHECKS as CHECKS
-from merv.testing.conformance import Finding as Finding
-from merv.testing.conformance import check_encoder as check_encoder
-from merv.testing.conformance import contract_test as contract_test
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

@@ -1,0 +1,28 @@
+"""A projector of one's own: a gate decides which channels of the projection pass.
+
+    merv plugins projectors check gated:Gated
+    merv fit --config recipe.yaml --model.projector=gated:Gated
+
+Source: gated linear units, arXiv 1612.08083.
+"""
+
+from torch import Tensor, nn
+
+from merv import Projector
+
+
+class Gated(Projector):
+    """linear(x) · sigmoid(gate(x)), of features x that are normalised first.
+
+    bias: what the gate begins at: open, so that it begins as `linear`.
+    """
+
+    def __init__(self, features: int, width: int, norm: bool = True, bias: float = 2.0) -> None:
+        super().__init__(features, width, norm)
+        self.gate = nn.Linear(features, width)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.constant_(self.gate.bias, bias)
+
+    def forward(self, features: Tensor) -> Tensor:  # [..., D] → [..., L]
+        x = self.before(features)
+        return self.linear(x) * self.gate(x).sigmoid()

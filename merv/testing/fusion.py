@@ -1,0 +1,342 @@
+"""What holds of a mixer and of a projector that keep their contracts, check by check."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merv.fusion.fusion import Fusion
+from merv.fusion.mixers import Mixer, WeightingMixer, cell_positions
+from merv.fusion.projectors import Projector
+from merv.fusion.registry import MIXERS, PROJECTORS
+from merv.testing.conformance import CheckSkipped, far
+from merv.types import WHOLE_PICTURE, Grid
+
+WIDTH, ENCODERS, GRID = 16, 3, (4, 3, 2)  # L, E, and t, h, w
+FEATURES = 24  # D of a projector
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _with_random_weights(module: nn.Module) -> nn.Module:
+    """Its parameters drawn anew: what starts at zero would hide what it does."""
+    for number, parameter in enumerate(module.parameters()):
+        parameter.data = 0.3 * _random(*parameter.shape, seed=number)
+    return module.eval()
+
+
+def _without_gradient(module: nn.Module, out: Tensor) -> list[str]:
+    """Parameters that a sum over `out` gives no gradient; plain DDP stops at those."""
+    module.zero_grad()
+    out.float().square().sum().backward()
+    return [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+
+
+class MixerSubject:
+    """A mixer, streams of two clips for it, and what it makes of them.
+
+    In the first clip all is there; in the second the last encoder is absent, the first sees a half.
+    """
+
+    def __init__(self, mixer: type[Mixer], **options: Any) -> None:
+        self.type, self.options = mixer, options
+
+    def another(self) -> Mixer:
+        """One more, with the weights that it is created with."""
+        return MIXERS.create(self.type, WIDTH, ENCODERS, **self.options)
+
+    @cached_property
+    def mixer(self) -> Mixer:
+        return _with_random_weights(self.another())  # type: ignore[return-value]
+
+    @cached_property
+    def streams(self) -> Tensor:
+        return _random(2, ENCODERS, *GRID, WIDTH)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        mask = torch.ones(2, ENCODERS, *GRID, dtype=torch.bool)
+        mask[1, -1] = False
+        mask[1, 0, ..., 0] = False
+        return mask
+
+    def run(
+        self, mixer: Mixer | None = None, clips: slice = slice(None), streams: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the mixer, or another one, makes of clips."""
+        mixer = mixer or self.mixer
+        streams = self.streams if streams is None else streams
+        question = _random(2, WIDTH, seed=9)[clips].to(streams) if mixer.conditioned else None
+        return mixer(streams[clips], self.mask[clips], question)
+
+    @cached_property
+    def made(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        with torch.no_grad():
+            return self.run()
+
+    def compare(self, tokens: Tensor, clips: slice = slice(None)) -> str | None:
+        """How far tokens are from what was made first, where they are real."""
+        real = self.made[1][clips]
+        return far(tokens[real], self.made[0][clips][real])
+
+
+def _is_created(subject: MixerSubject) -> str | None:
+    _ = subject.mixer
+    return None
+
+
+def _makes_what_it_says(subject: MixerSubject) -> str | None:
+    tokens, mask, weights = subject.made
+    t, h, w = GRID
+    count = subject.mixer.num_tokens(t * h * w)
+    positions = subject.mixer.positions(cell_positions(torch.zeros(2, t), h, w))
+    wanted = {"tokens": [2, count, WIDTH], "mask": [2, count], "positions": [2, count, 3]}
+    came = {"tokens": list(tokens.shape), "mask": list(mask.shape), "positions": list(positions.shape)}
+    for name, shape in came.items():
+        if shape != wanted[name]:
+            return f"{name} of {t * h * w} cells are {shape}; wanted {wanted[name]} (num_tokens is {count})"
+    if mask.dtype != torch.bool:
+        return f"the mask is {mask.dtype}; wanted torch.bool, True for a real token"
+    if weights is not None and list(weights.shape) != [2, ENCODERS, *GRID]:
+        return f"weights are {list(weights.shape)}; wanted [B, E, t, h, w] {[2, ENCODERS, *GRID]}, or None"
+    return None
+
+
+def _takes_stills(subject: MixerSubject) -> str | None:
+    still = subject.streams[:1, :, :1]
+    question = _random(1, WIDTH) if subject.mixer.conditioned else None
+    tokens, _, _ = subject.mixer(still, torch.ones(still.shape[:-1], dtype=torch.bool), question)
+    wanted = subject.mixer.num_tokens(GRID[1] * GRID[2])
+    return None if tokens.shape[1] == wanted else f"a still has {tokens.shape[1]} tokens; wanted {wanted}"
+
+
+def _weights_sum_to_one_over_present_encoders(subject: MixerSubject) -> str | None:
+    weights = subject.made[2]
+    if weights is None:
+        raise CheckSkipped("it has no weights")
+    if weights[~subject.mask].any():
+        return "an encoder that is absent at a cell has a weight there"
+    total = weights.sum(dim=1)[subject.mask.any(dim=1)]
+    off = (total - 1).abs().max().item()
+    return None if off < 1e-4 else f"the weights of a cell sum to {1 + off:.4g} or {1 - off:.4g}; wanted 1"
+
+
+def _what_is_masked_does_not_count(subject: MixerSubject) -> str | None:
+    streams = torch.where(
+        subject.mask[..., None], subject.streams, 100 * _random(*subject.streams.shape, seed=5)
+    )
+    with torch.no_grad():
+        fault = subject.compare(subject.run(streams=streams)[0])
+    return fault and f"other features in masked cells change real tokens: {fault}"
+
+
+def _is_finite_where_nothing_is_seen(subject: MixerSubject) -> str | None:
+    nothing = torch.zeros_like(subject.mask[:1])
+    streams = subject.streams[:1].clone().requires_grad_()
+    question = _random(1, WIDTH) if subject.mixer.conditioned else None
+    tokens, _, _ = subject.mixer(streams, nothing, question)
+    tokens.sum().backward()
+    finite = tokens.isfinite().all() and streams.grad is not None and streams.grad.isfinite().all()
+    return None if finite else "tokens or gradients of a clip that no encoder sees are not finite"
+
+
+def _batch_equals_one_by_one(subject: MixerSubject) -> str | None:
+    with torch.no_grad():
+        ones = [subject.run(clips=slice(i, i + 1))[0] for i in range(2)]
+    return subject.compare(torch.cat(ones))
+
+
+def _is_deterministic(subject: MixerSubject) -> str | None:
+    with torch.no_grad():
+        return subject.compare(subject.run()[0])
+
+
+def _every_parameter_has_a_gradient(subject: MixerSubject) -> str | None:
+    mixer = copy.deepcopy(subject.mixer).train()
+    missing = _without_gradient(mixer, subject.run(mixer, streams=subject.streams.requires_grad_())[0])
+    return (
+        f"{missing[0]} gets no gradient, where plain DDP stops; leave it out or use it" if missing else None
+    )
+
+
+def _folded_equals_plain(subject: MixerSubject) -> str | None:
+    mixer = subject.mixer
+    if not isinstance(mixer, WeightingMixer) or not mixer.foldable:
+        raise CheckSkipped("it is more than a weighted sum, and so is never folded")
+    widths = {"a": 8, "b": 12, "c": 6}
+    fusion = Fusion(widths, WIDTH, mixer).eval()
+    grids = {
+        name: Grid(
+            _random(2, *GRID, width, seed=width),
+            torch.zeros(2, GRID[0]),
+            torch.tensor(WHOLE_PICTURE).expand(2, -1),
+            subject.mask[:, number],
+        )
+        for number, (name, width) in enumerate(widths.items())
+    }
+    question = _random(2, WIDTH) if mixer.conditioned else None
+    with torch.no_grad():
+        folded = fusion(grids, question)
+        fusion.folded = False
+        plain = fusion(grids, question)
+    return far(folded.tokens[plain.mask], plain.tokens[plain.mask])
+
+
+def _takes_in_another_encoder(subject: MixerSubject) -> str | None:
+    mixer = copy.deepcopy(subject.mixer)
+    if mixer.of_encoders is None:
+        raise CheckSkipped("it says that it cannot")
+    mixer.join()
+    absent = torch.zeros_like(subject.streams[:, :1])
+    mask = torch.cat([subject.mask, torch.zeros_like(subject.mask[:, :1])], dim=1)
+    question = _random(2, WIDTH, seed=9) if mixer.conditioned else None
+    with torch.no_grad():
+        tokens, real, _ = mixer(torch.cat([subject.streams, absent], dim=1), mask, question)
+    return far(tokens[real], subject.made[0][subject.made[1]])
+
+
+def _runs_in_bfloat16(subject: MixerSubject) -> str | None:
+    mixer = copy.deepcopy(subject.mixer).to(torch.bfloat16)
+    with torch.no_grad():
+        tokens = subject.run(mixer, streams=subject.streams.to(torch.bfloat16))[0]
+    return None if tokens.dtype == torch.bfloat16 else f"tokens of bfloat16 streams are {tokens.dtype}"
+
+
+def _pickles_and_copies(subject: MixerSubject) -> str | None:
+    with torch.no_grad():
+        return subject.compare(subject.run(copy.deepcopy(pickle.loads(pickle.dumps(subject.mixer))))[0])
+
+
+def _state_dict_holds_all(subject: MixerSubject) -> str | None:
+    other = subject.another().eval()
+    other.load_state_dict(subject.mixer.state_dict())
+    with torch.no_grad():
+        fault = subject.compare(subject.run(other)[0])
+    return fault and f"{fault} in another one that loaded its state dict"
+
+
+MIXER_CHECKS: tuple[Callable[[MixerSubject], str | None], ...] = (
+    _is_created,
+    _makes_what_it_says,
+    _takes_stills,
+    _weights_sum_to_one_over_present_encoders,
+    _what_is_masked_does_not_count,
+    _is_finite_where_nothing_is_seen,
+    _batch_equals_one_by_one,
+    _is_deterministic,
+    _every_parameter_has_a_gradient,
+    _folded_equals_plain,
+    _takes_in_another_encoder,
+    _runs_in_bfloat16,
+    _pickles_and_copies,
+    _state_dict_holds_all,
+)
+
+
+# Projectors -----------------------------------------------------------------------------------
+
+
+class ProjectorSubject:
+    """A projector, features for it, and what it makes of them."""
+
+    def __init__(self, projector: type[Projector], **options: Any) -> None:
+        self.type, self.options = projector, options
+
+    def another(self) -> Projector:
+        """One more, with the weights that it is created with."""
+        return PROJECTORS.create(self.type, FEATURES, WIDTH, **self.options)
+
+    @cached_property
+    def projector(self) -> Projector:
+        return _with_random_weights(self.another())  # type: ignore[return-value]
+
+    @cached_property
+    def features(self) -> Tensor:
+        return _random(2, *GRID, FEATURES)
+
+    @cached_property
+    def made(self) -> Tensor:
+        with torch.no_grad():
+            return self.projector(self.features)
+
+
+def _projector_is_created(subject: ProjectorSubject) -> str | None:
+    _ = subject.projector
+    return None
+
+
+def _shape_is_that_of_the_features(subject: ProjectorSubject) -> str | None:
+    came, wanted = list(subject.made.shape), [*subject.features.shape[:-1], WIDTH]
+    return (
+        None if came == wanted else f"features {list(subject.features.shape)} become {came}; wanted {wanted}"
+    )
+
+
+def _each_vector_is_projected_alone(subject: ProjectorSubject) -> str | None:
+    with torch.no_grad():
+        return far(subject.projector(subject.features[0, 0]), subject.made[0, 0])
+
+
+def _is_at_the_scale_asked_for(subject: ProjectorSubject) -> str | None:
+    other = subject.another()
+    other.scale_to(0.05)
+    with torch.no_grad():
+        rms = other(_random(4096, FEATURES)).square().mean().sqrt().item()
+    return None if 0.0125 < rms < 0.2 else f"scale_to(0.05) makes tokens of root mean square {rms:.2g}"
+
+
+def _all_its_parameters_have_a_gradient(subject: ProjectorSubject) -> str | None:
+    projector = copy.deepcopy(subject.projector).train()
+    missing = _without_gradient(projector, projector(subject.features))
+    return (
+        f"{missing[0]} gets no gradient, where plain DDP stops; leave it out or use it" if missing else None
+    )
+
+
+def _linear_is_the_last_layer(subject: ProjectorSubject) -> str | None:
+    projector = subject.projector
+    if not projector.foldable:
+        raise CheckSkipped("it has a forward of its own, and so is never folded")
+    with torch.no_grad():
+        return far(projector.linear(projector.before(subject.features)), subject.made)
+
+
+def _projects_bfloat16(subject: ProjectorSubject) -> str | None:
+    with torch.no_grad():
+        came = copy.deepcopy(subject.projector).to(torch.bfloat16)(subject.features.to(torch.bfloat16))
+    return None if came.dtype == torch.bfloat16 else f"tokens of bfloat16 features are {came.dtype}"
+
+
+def _is_pickled_and_copied(subject: ProjectorSubject) -> str | None:
+    other = copy.deepcopy(pickle.loads(pickle.dumps(subject.projector)))
+    with torch.no_grad():
+        return far(other(subject.features), subject.made)
+
+
+def _all_is_in_its_state_dict(subject: ProjectorSubject) -> str | None:
+    other = subject.another().eval()
+    other.load_state_dict(subject.projector.state_dict())
+    with torch.no_grad():
+        fault = far(other(subject.features), subject.made)
+    return fault and f"{fault} in another one that loaded its state dict"
+
+
+PROJECTOR_CHECKS: tuple[Callable[[ProjectorSubject], str | None], ...] = (
+    _projector_is_created,
+    _shape_is_that_of_the_features,
+    _each_vector_is_projected_alone,
+    _is_at_the_scale_asked_for,
+    _all_its_parameters_have_a_gradient,
+    _linear_is_the_last_layer,
+    _projects_bfloat16,
+    _is_pickled_and_copied,
+    _all_is_in_its_state_dict,
+)
