@@ -54,8 +54,8 @@ class Learner(nn.Module):
         self, groups: list[Group], labels: Tensor, num_items_in_batch: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The loss of these groups, as their part of the whole step's; outside of training their mean."""
-        total, tokens = self.model.loss_sum(groups)
-        return {"loss": total / (tokens if num_items_in_batch is None else num_items_in_batch)}
+        out = self.model(groups)
+        return {"loss": out.loss if num_items_in_batch is None else out.loss_sum / num_items_in_batch}
 
     def train(self, mode: bool = True) -> Learner:
         """A language model that is frozen stays without dropout."""

@@ -56,9 +56,9 @@ def train(
     for step in range(1, steps + 1):
         total, tokens = 0.0, 0
         for _ in range(accumulate):
-            loss, count = model.loss_sum(drawn.choices(groups, k=batch))
-            loss.backward()
-            total, tokens = total + loss.item(), tokens + count
+            out = model(drawn.choices(groups, k=batch))
+            out.loss_sum.backward()
+            total, tokens = total + out.loss_sum.item(), tokens + out.num_tokens
         for parameter in trained:
             if parameter.grad is not None:
                 parameter.grad /= tokens  # known only now, after the last pass

@@ -50,8 +50,8 @@ def convert_in(folder, name, **options) -> Path:
 
 def logits_of(model: VideoLLM, clip: Path) -> torch.Tensor:
     with torch.no_grad():
-        packed, visual = model.pack([[ask(QUESTION, str(clip))]])
-        return model.logits(packed, visual, torch.arange(packed.mask.shape[-1]))
+        packed, visual = model.prepare([[ask(QUESTION, str(clip))]])
+        return model.logits(packed, visual.tokens, torch.arange(packed.mask.shape[-1]))
 
 
 def expected(official: Official, model: VideoLLM, clip: Path) -> torch.Tensor:

@@ -63,7 +63,7 @@ def imports(path: Path) -> Iterator[str]:
 
 def package_of(name: str) -> str:
     """`merv.video.open` → `video`; the package itself for `merv`."""
-    return ([*name.split("."), "merv"])[1]
+    return [*name.split("."), "merv"][1]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -237,7 +237,7 @@ def test_the_backend_is_part_of_what_is_stored_and_saved(monkeypatch: pytest.Mon
     ours, theirs = (MultiEncoder(["fake"], weights=None, backend=b) for b in ("pyav", "torchcodec"))
     theirs.encoders = ours.encoders
     assert ours.key(video, "fake") != theirs.key(video, "fake")
-    assert theirs.options["backend"] == "torchcodec"
+    assert theirs.backend == "torchcodec"
 
 
 def test_a_multi_encoder_refuses_an_unknown_backend() -> None:

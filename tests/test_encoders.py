@@ -19,7 +19,7 @@ from merv.encoders.languagebind import LanguageBind
 from merv.encoders.siglip import SigLIP
 from merv.encoders.transnetv2 import TransNetV2
 from merv.encoders.vivit import ViViT
-from merv.errors import BrokenEncoder, EncoderError, ShapeError, WeightsError
+from merv.errors import BrokenPlugin, EncoderError, ShapeError, WeightsError
 from merv.types import Frames
 
 FIVE = [LanguageBind, DINOv2, ViViT, SigLIP, CLIP]
@@ -214,7 +214,7 @@ def test_an_encoder_takes_frames():
 @pytest.mark.parametrize("variants", [{}, Fake.variants["image"], [Fake.variants["image"]]])
 def test_variants_are_a_table(variants):
     with pytest.raises(
-        BrokenEncoder, match=r"Odd has variants = .*; wanted a dict of name → merv.EncoderSpec"
+        BrokenPlugin, match=r"Odd has variants = .*; wanted a dict of name → merv.EncoderSpec"
     ):
         type("Odd", (Fake,), {"variants": variants})()
 

@@ -12,7 +12,8 @@ from merv.errors import (
     TrainingError,
     WeightsError,
 )
-from merv.fusion.mixers import JOINS, ConcatChannels, create_mixer
+from merv.fusion.mixers import JOINS, ConcatChannels
+from merv.fusion.registry import create_mixer
 from merv.models.chat import ask
 from merv.models.llm import LoraOptions, check_same, checkpoint_layers, identity, load_llm
 from merv.models.multi_encoder import MultiEncoder
@@ -51,36 +52,27 @@ def gradients(model: VideoLLM) -> dict[str, torch.Tensor]:
 
 def test_losses_of_parts_add_up_to_that_of_the_whole():
     model, batch = build(), groups()
-    whole, tokens = model.loss_sum(batch)
-    parts = [model.loss_sum([group]) for group in batch]
-    assert tokens == sum(count for _, count in parts)
-    assert torch.allclose(whole, sum(loss for loss, _ in parts), rtol=1e-5)
-    assert torch.allclose(model(batch), whole / tokens)
+    whole = model(batch)
+    parts = [model([group]) for group in batch]
+    assert whole.num_tokens == sum(part.num_tokens for part in parts)
+    assert torch.allclose(whole.loss_sum, sum(part.loss_sum for part in parts), rtol=1e-5)
+    assert torch.allclose(whole.loss, whole.loss_sum / whole.num_tokens)
 
 
 @pytest.mark.parametrize("fill", [60, 130, 1000])
 def test_samples_in_one_row_do_not_see_each_other(fill):
     model, batch = build(), groups()
-    loss, tokens = model.loss_sum(batch)
-    rows = len(model.pack(batch)[0].ids)
-    model.fill = fill
-    packed = model.pack(batch)[0]
+    apart = model(batch)
+    rows = len(model.prepare(batch)[0].ids)
+    packed, _ = model.prepare(batch, packed_length=fill)
     assert len(packed.ids) < rows
-    together, count = model.loss_sum(batch)
-    assert count == tokens
-    assert torch.allclose(together, loss, rtol=1e-5)
+    together = model(batch, packed_length=fill)
+    assert together.num_tokens == apart.num_tokens
+    assert torch.allclose(together.loss_sum, apart.loss_sum, rtol=1e-5)
 
 
 def test_a_group_longer_than_a_row_has_one_of_its_own():
-    model = build()
-    model.fill = 8
-    assert len(model.pack(groups())[0].ids) == 4
-
-
-def test_rows_are_not_filled_where_answers_are_asked_for():
-    model = build().eval()
-    model.fill = 1000
-    assert len(model.would_say(groups())) == 4
+    assert len(build().prepare(groups(), packed_length=8)[0].ids) == 4
 
 
 @pytest.mark.parametrize("batch", [[], [[ask("Only text.", answer="yes")]]])
@@ -90,21 +82,21 @@ def test_a_batch_without_videos_gives_every_trained_parameter_a_gradient(batch, 
     model = build(**options)
     model.add_lora(LoraOptions(rank=2))
     model.train_only(["projector", "mixer", part])
-    model.loss_sum(batch)[0].backward()
+    model(batch).loss_sum.backward()
     assert all(gradient is not None for gradient in gradients(model).values())
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
 def test_gradients_with_checkpointed_layers_are_the_same():
     model, batch = build(), groups()
-    model.loss_sum(batch)[0].backward()
+    model(batch).loss_sum.backward()
     before = {name: gradient.clone() for name, gradient in gradients(model).items()}
     model.zero_grad()
     model.llm.eval()
     checkpoint_layers(model.llm, True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        loss = model.loss_sum(batch)[0]
+        loss = model(batch).loss_sum
     fewer, kept = sum(kept), []
     loss.backward()
     assert all(
@@ -112,7 +104,7 @@ def test_gradients_with_checkpointed_layers_are_the_same():
     )
     checkpoint_layers(model.llm, False)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        model.loss_sum(batch)
+        _ = model(batch).loss_sum
     assert fewer < sum(kept) / 2
     assert not any(module.training for module in model.llm.modules())
 
@@ -123,7 +115,7 @@ def test_gradients_with_checkpointed_layers_are_the_same():
 def test_an_encoder_by_its_name_is_trained():
     model = build()
     model.train_only(["fake", "projector"])
-    model.loss_sum([[ask("What?", video(), answer="a cat")]])[0].backward()
+    model([[ask("What?", video(), answer="a cat")]]).loss_sum.backward()
     learned = {name for name, gradient in gradients(model).items() if gradient.abs().sum() > 0}
     assert any(name.startswith("vision.encoders.fake.") for name in learned)
     assert not any(name.startswith("vision.encoders.fake_video.") for name in learned)
@@ -191,7 +183,7 @@ def test_only_what_is_the_new_encoders_own_is_trained():
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
     for _ in range(3):
-        model.loss_sum(groups())[0].backward()
+        model(groups()).loss_sum.backward()
         optimizer.step()
         optimizer.zero_grad()
     changed = {name: p.detach() != before[name] for name, p in model.named_parameters()}
@@ -249,7 +241,7 @@ def test_a_quantised_llm_learns_a_lora_and_is_known_again(tmp_path):
     assert llm.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
     model.add_lora(LoraOptions(rank=2))
     model.train_only(["projector", "mixer", "lora"])
-    model.loss_sum([[ask("What?", video(), answer="a cat")]])[0].backward()
+    model([[ask("What?", video(), answer="a cat")]]).loss_sum.backward()
     assert all(gradient is not None for gradient in gradients(model).values())
     model.save_pretrained(tmp_path / "model")
     for how in ("nf4", None):

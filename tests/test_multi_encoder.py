@@ -7,13 +7,14 @@ import torch
 
 from merv.encoders.fake import Fake
 from merv.encoding.registry import create_encoder
-from merv.encoding.windows import encode_distinct, place
-from merv.errors import CheckpointError, EncoderError, ShapeError, UnknownEncoder, WeightsError
+from merv.encoding.windows import encode_distinct
+from merv.errors import CheckpointError, EncoderError, ShapeError, UnknownPlugin, WeightsError
 from merv.features.store import FeatureStore
-from merv.fusion.mixers import create_mixer
+from merv.fusion.registry import create_mixer
 from merv.models.multi_encoder import MultiEncoder
 from merv.testing import make_video
 from merv.types import Frames, Grid
+from merv.utils.modules import device_and_dtype
 from merv.video.sampling import Sampling
 
 
@@ -206,7 +207,7 @@ def test_random_weights_are_not_saved(tmp_path):
 
 
 def test_a_misspelt_encoder_suggests_the_nearest():
-    with pytest.raises(UnknownEncoder, match="Did you mean 'fake'"):
+    with pytest.raises(UnknownPlugin, match="Did you mean 'fake'"):
         MultiEncoder(["fak"])
 
 
@@ -376,6 +377,6 @@ def test_features_of_another_width_than_the_spec_says_are_refused(monkeypatch):
 
 
 def test_an_encoder_without_weights_goes_where_the_others_go():
-    assert place(Bare().to("meta"))[0].type == "meta"
-    assert place(Bare().to(torch.bfloat16))[1] == torch.bfloat16
+    assert device_and_dtype(Bare().to("meta"))[0].type == "meta"
+    assert device_and_dtype(Bare().to(torch.bfloat16))[1] == torch.bfloat16
     assert not Bare().state_dict()

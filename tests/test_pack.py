@@ -18,26 +18,26 @@ def test_questions_that_share_a_video_cost_it_once_and_give_the_same_loss():
         ask("Who is it then?", clip, answer="a dog"),
         ask("Why?", clip, answer="x"),
     ]
-    packed, _ = model.pack([talks])
-    alone = [model.pack([[talk]])[0].ids.shape[1] for talk in talks]
+    packed, _ = model.prepare([talks])
+    alone = [model.prepare([[talk]])[0].ids.shape[1] for talk in talks]
     assert packed.ids.shape[1] < sum(alone) - 2 * 16
-    torch.testing.assert_close(model([talks]), model([[talk] for talk in talks]))
+    torch.testing.assert_close(model([talks]).loss, model([[talk] for talk in talks]).loss)
 
 
 @pytest.mark.parametrize("answers", [("cat", "dog"), ("cat", "cat"), ("cat", "cats")])
 def test_one_question_with_two_answers_gives_the_loss_of_separate_rows(answers):
     model, clip = build(), video(8)
     talks = [ask("What?", clip, answer=answer) for answer in answers]
-    torch.testing.assert_close(model([talks]), model([[talk] for talk in talks]))
+    torch.testing.assert_close(model([talks]).loss, model([[talk] for talk in talks]).loss)
 
 
 def test_questions_that_share_a_video_do_not_see_each_other():
     model, clip = build(), video(8)
     talks = [ask("What?", clip, answer="cat"), ask("Who?", clip, answer="dog")]
-    first, _, branches = model.predict([talks])
+    first = model([talks])
     talks[0] = ask("Whoever?", clip, answer="cats")
-    second, _, others = model.predict([talks])
-    torch.testing.assert_close(first[branches == 2], second[others == 2])
+    second = model([talks])
+    torch.testing.assert_close(first.logits[first.branches == 2], second.logits[second.branches == 2])
 
 
 def test_gradients_of_a_shared_video_add_up():
@@ -46,7 +46,7 @@ def test_gradients_of_a_shared_video_add_up():
     grads = []
     for groups in ([talks], [[talk] for talk in talks]):
         model.zero_grad()
-        model(groups).backward()
+        model(groups).loss.backward()
         grads.append([p.grad.clone() for p in model.vision.fusion.parameters()])
     torch.testing.assert_close(*grads)
 
@@ -56,22 +56,22 @@ def test_sharing_a_video_is_exact_with_either_attention(attention):
     model, clip = build(), video(8)
     model.llm.set_attn_implementation(attention)
     talks = [ask("What?", clip, answer="cat"), ask("Who is it then?", clip, answer="a dog")]
-    torch.testing.assert_close(model([talks]), model([[talk] for talk in talks]))
+    torch.testing.assert_close(model([talks]).loss, model([[talk] for talk in talks]).loss)
 
 
 def test_attention_without_free_masks_gets_a_row_for_each_conversation(monkeypatch):
     model, clip = build(), video(8)
     talks = [ask("What?", clip, answer="cat"), ask("Who?", clip, answer="a dog")]
     groups = [talks, talks[:1]]
-    shared, said = model(groups), model.would_say(groups)
+    shared, said = model(groups).loss, model.exact_match(groups)
     monkeypatch.setattr(model.llm.config, "_attn_implementation_internal", "flash_attention_2")
-    packed, _ = model.pack(groups)
+    packed, _ = model.prepare(groups)
     assert packed.mask.ndim == 2
     assert len(packed.ids) == 3
     monkeypatch.setattr("merv.models.video_llm.shares_rows", lambda llm: False)
     monkeypatch.setattr(model.llm.config, "_attn_implementation_internal", "sdpa")
-    torch.testing.assert_close(model(groups), shared)
-    assert model.would_say(groups) == said
+    torch.testing.assert_close(model(groups).loss, shared)
+    assert model.exact_match(groups) == said
 
 
 @pytest.mark.parametrize("change", [{"sliding_window": 8}, {"layer_types": ["conv", "full_attention"]}])

@@ -246,4 +246,4 @@ def test_a_repository_of_something_else_is_told(hub, monkeypatch):
 def test_a_folder_goes_before_a_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     MultiEncoder(["fake"], grid=(4, 2, 2)).save_pretrained("someone/sees")
-    assert MultiEncoder.from_pretrained("someone/sees").options["grid"] == [4, 2, 2]
+    assert MultiEncoder.from_pretrained("someone/sees").aligner.grid == (4, 2, 2)

@@ -64,7 +64,7 @@ def test_training_learns_to_tell_two_videos_apart(folder):
     assert fit.callback_metrics["loss"] < 0.1
     assert fit.callback_metrics["val/all"] == 1
     again = VideoLLM.from_pretrained(save(module, folder / "model"))
-    assert again.would_say([sample.conversations for sample in data.val]) == [[True], [True]]
+    assert again.exact_match([sample.conversations for sample in data.val]) == [[True], [True]]
 
 
 def test_only_the_trained_parts_change(folder):

@@ -65,7 +65,7 @@ def test_the_logits_are_those_of_the_llm_on_the_spliced_embeddings():
     )
 
 
-def test_would_say_is_true_for_what_greedy_decoding_says_and_for_nothing_else(monkeypatch):
+def test_exact_match_is_true_for_what_greedy_decoding_says_and_for_nothing_else(monkeypatch):
     """An LLM that says a, then b, then stops, whatever it is asked."""
     model, clip = build(), video(8)
     a, b = model.tokenizer("ab", add_special_tokens=False).input_ids
@@ -83,7 +83,7 @@ def test_would_say_is_true_for_what_greedy_decoding_says_and_for_nothing_else(mo
 
     monkeypatch.setattr(model.llm, "forward", says_ab)
     talks = [ask("What?", clip, answer=answer) for answer in ("ab", "a", "abb", "b", "aab")]
-    assert model.would_say([talks]) == [[True, False, False, False, False]]
+    assert model.exact_match([talks]) == [[True, False, False, False, False]]
 
 
 def test_streaming_gives_the_same_text():
@@ -139,7 +139,7 @@ def test_every_trained_parameter_gets_a_gradient():
     model = build()
     model.add_lora(LoraOptions(rank=2))
     model.train_only(["projector", "mixer", "lora"])
-    model([[ask("What?", video(4), answer="cat")]]).backward()
+    model([[ask("What?", video(4), answer="cat")]]).loss.backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
@@ -238,7 +238,7 @@ def test_a_llm_in_bf16_answers_and_trains_the_fusion_in_fp32():
     model.llm.bfloat16()
     talks = [ask("What?", clip, answer="cat"), ask("Who?", clip, answer="dog")]
     torch.testing.assert_close(model.log_probs(talks[:1])[0], exact, atol=0.2, rtol=0.1)
-    model([talks]).backward()
+    model([talks]).loss.backward()
     for parameter in model.vision.fusion.projectors.parameters():
         assert parameter.grad.dtype == torch.float32
         assert parameter.grad.abs().max() > 0
@@ -255,7 +255,7 @@ def test_a_lora_on_a_llm_in_bf16_is_fp32_and_keeps_small_steps(folder, tmp_path)
     for parameter in adapter.values():
         torch.nn.init.normal_(parameter)
     talk = ask("What?", video(8), answer="cat")
-    model([[talk]]).backward()
+    model([[talk]]).loss.backward()
     assert all(p.grad.abs().max() > 0 for p in adapter.values())
     torch.optim.SGD(adapter.values(), lr=1e-5).step()
     model.eval().save_pretrained(tmp_path / "saved")

@@ -214,7 +214,7 @@ def said(model: Any, samples: Sequence[Sample], way: Callable[[Sample], list]) -
     """Whether the model would give each answer, asked in that way."""
     right = []
     for i in tqdm(range(0, len(samples), 8), "Asking", unit="8 clips"):
-        hits = model.would_say([way(sample) for sample in samples[i : i + 8]])
+        hits = model.exact_match([way(sample) for sample in samples[i : i + 8]])
         right += [bool(hit) for of_clip in hits for hit in of_clip]
     return right
 

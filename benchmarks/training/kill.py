@@ -87,16 +87,16 @@ def arm(phase: str, count: int) -> None:
     elif phase == "forward":
         VideoLLM.logits = at(count, VideoLLM.logits)  # type: ignore[method-assign]
     elif phase == "backward":
-        forward, kill = VideoLLM.loss_sum, at(count, lambda gradient: None)
+        forward, kill = VideoLLM.forward, at(count, lambda gradient: None)
 
-        def hooked(self: VideoLLM, groups: Any) -> Any:
+        def hooked(self: VideoLLM, *args: Any, **options: Any) -> Any:
             weight = self.fusion.projectors["fake"].linear.weight
             if not getattr(weight, "hooked", False):
                 weight.register_hook(kill)
                 weight.hooked = True  # type: ignore[attr-defined]
-            return forward(self, groups)
+            return forward(self, *args, **options)
 
-        VideoLLM.loss_sum = hooked  # type: ignore[method-assign]
+        VideoLLM.forward = hooked  # type: ignore[method-assign]
     elif phase == "optimizer":
         torch.optim.AdamW.step = at(count, torch.optim.AdamW.step)  # type: ignore[method-assign]
     elif phase == "checkpoint":

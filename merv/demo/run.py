@@ -50,16 +50,15 @@ def evaluate(out: Path) -> tuple[Any, dict[str, Any]]:
     from merv.features.store import FeatureStore
     from merv.models.video_llm import VideoLLM
 
-    model = VideoLLM.from_pretrained(out / "model")
-    model.store = FeatureStore(out / "features")
+    model = VideoLLM.from_pretrained(out / "model", store=FeatureStore(out / "features"))
     results: dict[str, Any] = {}
     for split in ("held_out", "unseen"):
         samples = read_samples(out / f"{split}.jsonl")
         right: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
         batches = [samples[i : i + 8] for i in range(0, len(samples), 8)]
         for batch in tqdm(batches, f"Asking about {split} clips", unit="8 clips"):
-            seen = model.would_say([sample.conversations for sample in batch])
-            blind = model.would_say([without_video(sample.conversations) for sample in batch])
+            seen = model.exact_match([sample.conversations for sample in batch])
+            blind = model.exact_match([without_video(sample.conversations) for sample in batch])
             for sample, *hits in zip(batch, seen, blind, strict=True):
                 for kind, with_video, without in zip(sample.kinds, *hits, strict=True):
                     right[kind].append((with_video, without))

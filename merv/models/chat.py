@@ -22,6 +22,7 @@ VISUAL = "\ue000"  # stands for one video in rendered text: a private-use charac
 NOT_LEARNED = -100  # a label that the loss leaves out
 
 Message = Mapping[str, Any]
+Conversation = Sequence[Message]
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,19 @@ from merv.checkpoints.sharing import Shared, find_model
 from merv.encoding.base import Encoder
 from merv.encoding.registry import create_encoder
 from merv.encoding.weights import PRETRAINED
-from merv.encoding.windows import encode_distinct, place
+from merv.encoding.windows import encode_distinct
 from merv.errors import CheckpointError, EncoderError, ShapeError
 from merv.features.reader import Loaded, Reader, View, recipe
 from merv.features.store import FeatureStore
 from merv.fusion.align import Aligner
 from merv.fusion.fusion import Fusion
-from merv.fusion.mixers import cell_positions, check_mixer
+from merv.fusion.mixers import Mixer, cell_positions
+from merv.fusion.projectors import Projector
+from merv.fusion.registry import MIXERS, PROJECTORS
 from merv.models.streams import by_name, check_names, check_stream, checked_frames, create_all, recreate
 from merv.types import Fused, Grid
+from merv.utils.modules import device_and_dtype
+from merv.utils.plugins import class_path
 from merv.utils.suggest import nearest
 from merv.video.clip import Clip
 from merv.video.open import check_backend
@@ -73,7 +77,8 @@ class MultiEncoder(Shared, nn.Module):
     grid: the common (t, h, w); stills get one step of time.
     width: L of the tokens, usually the LLM's. None: nothing is untrained here, and the tokens
         are the encoders' channels side by side.
-    mixer, projector, norm, mixer_options: see `merv.fusion.fusion.Fusion`; only with a width.
+    mixer, projector, norm, mixer_options, projector_options: see `merv.fusion.fusion.Fusion`; only with a
+        width. Mixers and projectors of your own are classes, or names by `module:Class` or entry points.
     weights: for encoders given by name: "pretrained", a folder, a hub id, None for random, or a
         mapping from names to these.
     presets: by name, how an encoder's pictures are preprocessed, if not as its spec's first preset says.
@@ -101,10 +106,11 @@ class MultiEncoder(Shared, nn.Module):
         *,
         grid: tuple[int, int, int] = (16, 8, 8),
         width: int | None = None,
-        mixer: str = "cross_attention",
-        projector: Literal["linear", "mlp"] = "linear",
+        mixer: str | type[Mixer] = "cross_attention",
+        projector: str | type[Projector] = "linear",
         norm: bool = True,
         mixer_options: Mapping[str, Any] | None = None,
+        projector_options: Mapping[str, Any] | None = None,
         weights: str | Mapping[str, str | None] | None = PRETRAINED,
         presets: Mapping[str, str] | None = None,
         frames: Mapping[str, int] | None = None,
@@ -116,49 +122,50 @@ class MultiEncoder(Shared, nn.Module):
         super().__init__()
         check_backend(backend)
         check_resample(resample)
-        if not isinstance(mixer, str):
-            raise ShapeError(
-                "A MultiEncoder takes its mixer by name, with mixer_options, so that it can be saved."
-            )
-        check_mixer(mixer)
+        for option, given in (("mixer", mixer), ("projector", projector)):
+            if not isinstance(given, (str, type)):
+                raise ShapeError(
+                    f"A MultiEncoder takes its {option} by name or class, with {option}_options, so that it "
+                    "can be saved."
+                )
+        if isinstance(mixer, str):
+            MIXERS.find(mixer)  # a misspelt name is told before encoders are loaded
+        if isinstance(projector, str):
+            PROJECTORS.find(projector)
         self.encoders = nn.ModuleDict(create_all(by_name(encoders), weights, presets or {}))
         self.frames = checked_frames(frames or {}, dict(self.named()))
-        self.changed: set[str] = set()  # encoders that were trained: told by the model that this is part of
         self.aligner = Aligner(grid, align)
         self.sampling = Sampling(cast(Mode, sampling)) if isinstance(sampling, str) else sampling
         self.fusion: Fusion | None = None
-        if width is None and mixer_options:
-            raise ShapeError("mixer_options= are for a mixer, and there is one only with width=.")
+        if width is None and (mixer_options or projector_options):
+            raise ShapeError("mixer_options= and projector_options= are only for use with width=.")
         if width is not None:
             widths = {name: encoder.spec.width for name, encoder in self.named()}
             self.fusion = Fusion(
-                widths, width, mixer, projector=projector, norm=norm, mixer_options=mixer_options
+                widths,
+                width,
+                mixer,
+                projector=projector,
+                norm=norm,
+                mixer_options=mixer_options,
+                projector_options=projector_options,
             )
-        self.options: dict[str, Any] = {
-            "grid": list(self.aligner.grid),
-            "width": None if width is None else int(width),
-            "mixer": mixer,
-            "projector": projector,
-            "norm": norm,
-            "mixer_options": dict(mixer_options or {}),
-            "align": align,
-            "frames": self.frames,
-            "backend": backend,
-            "resample": resample,
-        }
+        self.backend, self.resample = backend, resample
 
     def forward(
-        self, videos: Any, question: Tensor | None = None, only: Sequence[str] | None = None
+        self,
+        videos: Any,
+        question: Tensor | None = None,
+        only: Sequence[str] | None = None,
+        store: FeatureStore | None = None,
     ) -> Encoded:
         """Encode, align and fuse a video or a list of videos (anything `load_video` reads).
 
         question: [B, L], for mixers conditioned on it. only: the encoders to use, a non-empty
-        subset; the others count as absent.
+        subset; the others count as absent. store: where their features are kept.
         """
-        clips = [self.read(video, only) for video in as_batch(videos)]
-        grids = self.encode(clips)
-        features = self.align(grids, clips)
-        return self.fuse(features, question)
+        features = self.features(videos, only, store)  # read, encode, align: frozen, each video once
+        return self.fuse(features, question)  # project and mix: what is trained
 
     # The stages ---------------------------------------------------------------------------
 
@@ -214,15 +221,19 @@ class MultiEncoder(Shared, nn.Module):
     def features(
         self, videos: Any, only: Sequence[str] | None = None, store: FeatureStore | None = None
     ) -> dict[str, Grid]:
-        """Aligned features without fusing them: from `store` where it has them, else made and kept there.
+        """Read, encode and align: from `store` where it has the features, else made and kept there.
 
         videos: one, or a list, of anything `load_video` reads, or `Loaded` by a `reader`; features of
-        these are kept if the reader looked into a store.
+        these are kept if the reader looked into a store. One that comes twice is read and encoded once;
+        each is encoded alone, so that its features do not depend on its neighbours.
         """
         names = [name for name, _ in self.named(only)]
         reader = self.reader(store, only)
-        loaded = (v if isinstance(v, Loaded) else reader(v) for v in as_batch(videos))  # one at a time
-        batch = [self._features(video, store) for video in loaded]
+        batch = as_batch(videos)
+        distinct = {source_key(video): video for video in batch}
+        loaded = ((key, v if isinstance(v, Loaded) else reader(v)) for key, v in distinct.items())
+        made = {key: self._features(video, store) for key, video in loaded}  # one at a time
+        batch = [made[source_key(video)] for video in batch]
         if lacking := sorted({name for grids in batch for name in names if name not in grids}):
             raise EncoderError(
                 f"A video was Loaded without {', '.join(lacking)}: its reader was made with only=. Make it "
@@ -244,30 +255,32 @@ class MultiEncoder(Shared, nn.Module):
 
         Make it when the encoders have their final dtype and weights: kept features depend on them.
         """
-        how = {option: self.options[option] for option in ("backend", "resample")}
+        how: dict[str, Any] = {"backend": self.backend, "resample": self.resample}
         if not isinstance(store, FeatureStore | None):
             raise EncoderError(f"store= takes a FeatureStore, as FeatureStore({store!r}); got {store!r}.")
         views = {}
         for name, encoder in self.named(only):
             key = ""
             if store is not None:
-                altered = name in self.changed or encoder.changed
-                key = recipe(encoder, altered, self.frames.get(name), self.sampling, self.aligner, **how)
+                key = recipe(encoder, self.frames.get(name), self.sampling, self.aligner, **how)
             views[name] = View(encoder.spec, encoder.preset, key)
         return Reader(views, self.sampling, self.frames, store=store, **how)
 
-    def join(self, name: str, encoder: str | Encoder) -> None:
+    def join(self, name: str, encoder: str | Encoder, frames: int | None = None) -> None:
         """Take in another encoder, behind the others; in the mixer it hardly counts until it is trained.
 
+        frames: how many it gets, if not what its spec says.
         Raises EncoderError where one has that name already, ShapeError where the mixer cannot grow.
         """
         if name in self.encoders:
             raise EncoderError(f"This MultiEncoder has an encoder {name!r} already.")
         check_stream(name)
         made = create_encoder(encoder) if isinstance(encoder, str) else encoder
+        counts = {} if frames is None else checked_frames({name: frames}, {name: made})
         if self.fusion is not None:
             self.fusion.join(name, made.spec.width)
         self.encoders[name] = made
+        self.frames.update(counts)
 
     # Parts --------------------------------------------------------------------------------
 
@@ -287,7 +300,7 @@ class MultiEncoder(Shared, nn.Module):
 
     def altered(self) -> set[str]:
         """Encoders whose weights may be others than those of their identities."""
-        return self.changed | {name for name, encoder in self.named() if encoder.changed}
+        return {name for name, encoder in self.named() if encoder.changed}
 
     def encoder(self, name: str) -> Encoder:
         """The encoder of that name."""
@@ -296,7 +309,7 @@ class MultiEncoder(Shared, nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the first encoder is."""
-        return place(next(iter(self.encoders.values())))[0]
+        return device_and_dtype(next(iter(self.encoders.values())))[0]
 
     def key(self, video: Any, name: str) -> str:
         """Where a store keeps the features of `video` under encoder `name`."""
@@ -307,7 +320,8 @@ class MultiEncoder(Shared, nn.Module):
     def config(self) -> dict[str, Any]:
         """All that `from_config` needs to make this again, as JSON; trained weights are not in it.
 
-        Raises CheckpointError where an encoder has random weights: nothing could load them again.
+        Raises CheckpointError where an encoder has random weights, which nothing could load again, or where
+        an aligner, mixer or projector was put in by hand.
         """
         random = [name for name, encoder in self.named() if encoder.identity.sha256 is None]
         if random:
@@ -315,12 +329,30 @@ class MultiEncoder(Shared, nn.Module):
                 f"{', '.join(random)} has random weights, which nothing could load again. "
                 "Save models whose encoders have weights from a file, folder, package or hub."
             )
-        return {**self.options, "sampling": vars(self.sampling), "encoders": self.describe()}
+        if type(self.aligner) is not Aligner:
+            raise CheckpointError(
+                f"The aligner is a {type(self.aligner).__name__}, put in by hand: it would be lost. Make "
+                "it a mixer, which is saved."
+            )
+        fusion = {"width": None} if self.fusion is None else self.fusion.config()
+        return {
+            "grid": list(self.aligner.grid),
+            **fusion,
+            "align": self.aligner.mode,
+            "frames": self.frames,
+            "backend": self.backend,
+            "resample": self.resample,
+            "sampling": vars(self.sampling),
+            "encoders": self.describe(),
+        }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], weights: Mapping[str, str | None]) -> MultiEncoder:
         """The MultiEncoder that `config` describes, its fusion untrained."""
         options = dict(config)
+        for registry, option in ((MIXERS, "mixer"), (PROJECTORS, "projector")):
+            if ":" in (path := options.get(option, "")):
+                registry.check_trusted(path, f"The {option}")
         check_names("weights", weights, options["encoders"])
         encoders = {name: recreate(name, saved, weights) for name, saved in options.pop("encoders").items()}
         sampling = Sampling(**options.pop("sampling"))
@@ -358,13 +390,18 @@ class MultiEncoder(Shared, nn.Module):
         """Of each encoder: how to make it again, and the identity of its weights."""
         return {
             name: {
-                "class": f"{type(encoder).__module__}:{type(encoder).__qualname__}",
+                "class": class_path(type(encoder)),
                 "variant": encoder.variant,
                 "preset": encoder.preset_name,
                 "identity": vars(encoder.identity),
             }
             for name, encoder in self.named()
         }
+
+
+def source_key(source: Any) -> Any:
+    """Equal for equal paths and for one and the same object."""
+    return str(source) if isinstance(source, (str, Path)) else id(source)
 
 
 def as_batch(videos: Any) -> list:

@@ -8,21 +8,24 @@ from merv.checkpoints.folder import read_config
 from merv.checkpoints.sharing import find_model
 from merv.encoding.registry import create_encoder, find_encoder, name_and_variant
 from merv.errors import TrainingError
-from merv.fusion.mixers import MIXERS
+from merv.features.store import FeatureStore
+from merv.fusion.registry import MIXERS, PROJECTORS
 from merv.models.llm import load_llm
 from merv.models.multi_encoder import MultiEncoder
-from merv.models.streams import by_name, checked_frames
+from merv.models.streams import by_name
 from merv.models.video_llm import VideoLLM
 from merv.utils.suggest import nearest
 
-SAME = ("grid", "mixer", "projector", "norm", "align", "backend", "resample")  # in `start` and here
+SAME = ("grid", "norm", "align", "backend", "resample")  # in `start` and here
 
 
 def check_named(h: Any) -> None:
-    """Raise TrainingError for a part or a mixer that options name and there is not; UnknownEncoder."""
+    """Raise TrainingError for a part that options name and there is not, UnknownPlugin for a plug-in."""
     named = by_name(h.encoders)
     for typed in named.values():  # by the user, so that the folder of `start` may name it too
         find_encoder(name_and_variant(str(typed))[0])
+    MIXERS.load(h.mixer)
+    PROJECTORS.load(h.projector)
     names = list(named)
     parts = ["projector", "mixer", "lora", "llm", *names]
     parts += [f"{part}.{name}" for part in ("projector", "mixer") for name in names]
@@ -32,7 +35,6 @@ def check_named(h: Any) -> None:
         ("frames", h.frames or (), names),
         ("presets", h.presets or (), names),
         ("weights", h.weights or (), names),
-        ("mixer", [h.mixer], list(MIXERS)),
     ):
         for name in given:
             if name not in known:
@@ -42,7 +44,7 @@ def check_named(h: Any) -> None:
                 )
 
 
-def fresh(h: Any) -> VideoLLM:
+def fresh(h: Any, store: FeatureStore | None = None) -> VideoLLM:
     """A model whose fusion is untrained, tokens at the scale of the LLM's embeddings."""
     llm, tokenizer = load_llm(h.llm, h.dtype, h.quantise)
     vision = MultiEncoder(
@@ -53,6 +55,7 @@ def fresh(h: Any) -> VideoLLM:
         projector=h.projector,
         norm=h.norm,
         mixer_options=h.mixer_options,
+        projector_options=h.projector_options,
         weights=h.weights or {},
         presets=h.presets,
         frames=h.frames,
@@ -64,10 +67,10 @@ def fresh(h: Any) -> VideoLLM:
     assert vision.fusion is not None
     table = llm.get_input_embeddings().weight
     vision.fusion.scale_to(h.token_rms or table.float().pow(2).mean().sqrt().item())
-    return VideoLLM(llm, tokenizer, vision)
+    return VideoLLM(llm, tokenizer, vision, store)
 
 
-def started(h: Any) -> VideoLLM:
+def started(h: Any, store: FeatureStore | None = None) -> VideoLLM:
     """The model in `start`, as it was but for encoders that join it.
 
     Raises TrainingError where the recipe wants it otherwise, CheckpointError where nothing was saved there.
@@ -85,6 +88,7 @@ def started(h: Any) -> VideoLLM:
         dtype=None if h.dtype == "auto" else h.dtype,
         quantise=h.quantise,
         weights={name: path for name, path in given.items() if name in saved},
+        store=store,
     )
     differ = _differences(model, h, own)
     if differ:
@@ -94,17 +98,20 @@ def started(h: Any) -> VideoLLM:
     for name, typed in own.items():
         if name not in model.vision.encoders:
             weights, preset = given.get(name, "pretrained"), (h.presets or {}).get(name)
-            model.join(name, create_encoder(typed, weights=weights, preset=preset))
-            frames = {name: h.frames[name]} if name in (h.frames or {}) else {}
-            model.vision.frames.update(checked_frames(frames, dict(model.vision.named())))
+            encoder = create_encoder(typed, weights=weights, preset=preset)
+            model.join(name, encoder, (h.frames or {}).get(name))
     return model
 
 
 def _differences(model: VideoLLM, h: Any, own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What of a model to start from is not as the recipe has it: name → both values."""
     vision, there = model.vision, list(model.vision.encoders)
-    pairs = {name: (vision.options[name], _plain(h[name])) for name in SAME}
-    pairs["mixer_options"] = (vision.options["mixer_options"], h.mixer_options or {})
+    config = vision.config()
+    pairs = {name: (config[name], _plain(h[name])) for name in SAME}
+    pairs["mixer"] = (config["mixer"], MIXERS.path(h.mixer))
+    pairs["projector"] = (config["projector"], PROJECTORS.path(h.projector))
+    pairs["mixer_options"] = (config["mixer_options"], h.mixer_options or {})
+    pairs["projector_options"] = (config["projector_options"], h.projector_options or {})
     pairs["sampling"] = (vision.sampling.mode, h.sampling)
     pairs["encoders"] = (there, [name for name in own if name in there])
     pairs["frames"] = (dict(vision.frames), {n: f for n, f in (h.frames or {}).items() if n in there})

@@ -195,7 +195,7 @@ class CleanStop(Callback):
         def ask(*_: Any) -> None:
             if module.asked:
                 raise KeyboardInterrupt
-            module.asked = True
+            module.request_stop()
             print("\nStopping after this step, with a checkpoint. Once more to stop at once.", flush=True)
 
         if threading.current_thread() is threading.main_thread():

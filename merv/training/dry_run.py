@@ -24,9 +24,10 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from merv.encoding.base import Encoder
-from merv.encoding.windows import FRAMES_AT_ONCE, place
+from merv.encoding.windows import FRAMES_AT_ONCE
 from merv.models.packing import Packed
 from merv.types import WHOLE_PICTURE, Grid
+from merv.utils.modules import device_and_dtype
 
 OPTIMIZER = "optimizer"
 FORWARD, BACKWARD, ENCODE = "forward", "backward", "encode"
@@ -195,7 +196,7 @@ def _features(model: Any, load: Load, meter: Meter, encode: bool) -> list[dict[s
             continue
         own = {}
         for name, encoder in model.vision.named():
-            values = torch.empty(count, steps, h, w, encoder.spec.width, dtype=place(encoder)[1])
+            values = torch.empty(count, steps, h, w, encoder.spec.width, dtype=device_and_dtype(encoder)[1])
             if encode:
                 frames = model.vision.frames.get(name, encoder.spec.frames) if steps > 1 else 1
                 made = _encoded(encoder, frames, count, meter)
@@ -218,7 +219,7 @@ def _encoded(encoder: Encoder, frames: int, clips: int, meter: Meter) -> Tensor:
     window = encoder.spec.window or max(frames, encoder.spec.tubelet)
     windows = -(-frames // window)
     at_once = min(windows, max(1, FRAMES_AT_ONCE // window))
-    pixels = torch.empty(at_once, window, 3, *encoder.preset.size, dtype=place(encoder)[1])
+    pixels = torch.empty(at_once, window, 3, *encoder.preset.size, dtype=device_and_dtype(encoder)[1])
     if any(p.requires_grad for p in encoder.parameters()):
         runs = -(-windows * clips // at_once)
         return torch.cat([encoder.encode(pixels) for _ in range(runs)])
@@ -236,7 +237,7 @@ def _resampled(made: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _loss(model: Any, features: list[dict[str, Grid]], load: Load) -> Tensor:
-    """The summed loss of one batch, as `VideoLLM.loss_sum` has it."""
+    """The summed loss of one batch, as `VideoLLM` has it."""
     tokens = []
     for own in features:
         clips = len(next(iter(own.values())).values)

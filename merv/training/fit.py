@@ -17,6 +17,7 @@ from merv.errors import CheckpointError, MervError, TrainingError
 from merv.training.callbacks import CleanStop, LossPlot, Pace, SampleAnswers
 from merv.training.checkpointing import CHECKPOINTS, Best, Checkpoints, Folders, newest
 from merv.training.module import Training, save
+from merv.training.sharding import register
 
 
 class Fit(LightningCLI):
@@ -25,6 +26,7 @@ class Fit(LightningCLI):
     @classmethod
     def command(cls) -> int:
         """Run what sys.argv says; the exit status."""
+        register()
         done = cls(
             Training,
             ChatData,

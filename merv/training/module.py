@@ -23,6 +23,7 @@ from merv.data.module import ChatData
 from merv.errors import BadLoss, CheckpointError, TrainingError
 from merv.features.store import FeatureStore
 from merv.models.llm import LoraOptions, checkpoint_layers, shares_rows
+from merv.models.streams import by_name
 from merv.models.video_llm import VideoLLM
 from merv.training.build import check_named, fresh, started
 from merv.training.callbacks import Guard, print_parts
@@ -44,8 +45,8 @@ OPTIMIZER = ("lr", "lr_of", "betas", "weight_decay", "warmup")
 class Training(LightningModule):
     """What `merv fit` trains: a VideoLLM built from names.
 
-    llm: folder or hub id. encoders, grid, mixer, mixer_options, projector, norm, presets, frames, sampling,
-        align, resample, backend: of the MultiEncoder. weights: of encoders, by name.
+    llm: folder or hub id. encoders, grid, mixer, mixer_options, projector, projector_options, norm, presets,
+        frames, sampling, align, resample, backend: of the MultiEncoder. weights: of encoders, by name.
     start: a trained model to begin with: what `save_pretrained` or a checkpoint wrote. Encoders that it
         does not have join it.
     train: the parts to train: projector, mixer, lora, llm, an encoder by its name; `projector.NAME` and
@@ -73,6 +74,7 @@ class Training(LightningModule):
         projector: str = "linear",
         norm: bool = True,
         mixer_options: dict[str, Any] | None = None,
+        projector_options: dict[str, Any] | None = None,
         weights: dict[str, str] | None = None,
         presets: dict[str, str] | None = None,
         frames: dict[str, int] | None = None,
@@ -119,7 +121,8 @@ class Training(LightningModule):
                 f"precision {self.trainer.precision} would round what is trained after each step. Set "
                 "trainer.precision: bf16-mixed, and model.dtype for what is frozen."
             )
-        self.model = fresh(h) if h.start is None else started(h)
+        store = self._store()
+        self.model = fresh(h, store) if h.start is None else started(h, store)
         if "lora" in h.train and self.model.lora is None:
             self.model.add_lora(self.lora or LoraOptions())
         elif self.lora is not None and self.model.lora != self.lora:
@@ -127,37 +130,49 @@ class Training(LightningModule):
                 f"model.start has {self.model.lora}; this recipe has {self.lora}. Set them equal."
             )
         self.model.train_only(h.train)
-        self.model.fill = h.fill
-        if h.fill and not shares_rows(self.model.llm):
-            raise TrainingError(
-                "This LLM's attention takes no masks that keep samples in a row apart: no fill."
-            )
-        if processes() > 1 and self.model.changed & set(h.train) - {"llm"}:
-            raise TrainingError("An encoder can be trained by one process only; leave it out of model.train.")
-        if processes() > 1 and h.store == "memory":
-            raise TrainingError(
-                "Several processes keep features in a folder, not in memory: set model.store."
-            )
-        if h.store is not None:
-            trained = [name for name in self.model.vision.encoders if name in h.train]
-            if trained:
-                raise TrainingError(
-                    f"Features of {', '.join(trained)} change while it is trained and cannot be kept: "
-                    "leave out `store`."
-                )
-            self.model.store = FeatureStore(None if h.store == "memory" else h.store)
-        if "llm" in h.train and self.model.llm.dtype != torch.float32:
-            raise TrainingError(
-                f"The LLM is in {str(self.model.llm.dtype).removeprefix('torch.')}, where small steps of its "
-                "weights are lost. Set dtype: fp32 (with trainer.precision: bf16-mixed for speed), or train "
-                "a lora."
-            )
+        self._check_model(self.model)
         if h.checkpoint_llm:
             checkpoint_layers(self.model.llm, True)
         for part in h.compile:
             self._compile(part)
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh)
+
+    def use_model(self, model: VideoLLM) -> None:
+        """Train this one instead of building the one that the options describe."""
+        self.model = model
+
+    def _store(self) -> FeatureStore | None:
+        h: Any = self.hparams
+        if h.store is None:
+            return None
+        trained = [name for name in by_name(h.encoders) if name in h.train]
+        if trained:
+            raise TrainingError(
+                f"Features of {', '.join(trained)} change while it is trained and cannot be kept: "
+                "leave out `store`."
+            )
+        if h.store == "memory" and processes() > 1:
+            raise TrainingError(
+                "Several processes keep features in a folder, not in memory: set model.store."
+            )
+        return FeatureStore(None if h.store == "memory" else h.store)
+
+    def _check_model(self, model: VideoLLM) -> None:
+        """Raise TrainingError where the options do not fit the model that was built."""
+        h: Any = self.hparams
+        if h.fill and not shares_rows(model.llm):
+            raise TrainingError(
+                "This LLM's attention takes no masks that keep samples in a row apart: no fill."
+            )
+        if processes() > 1 and set(h.train) & set(model.vision.encoders):
+            raise TrainingError("An encoder can be trained by one process only; leave it out of model.train.")
+        if "llm" in h.train and model.llm.dtype != torch.float32:
+            raise TrainingError(
+                f"The LLM is in {str(model.llm.dtype).removeprefix('torch.')}, where small steps of its "
+                "weights are lost. Set dtype: fp32 (with trainer.precision: bf16-mixed for speed), or train "
+                "a lora."
+            )
 
     def _compile(self, part: str) -> None:
         assert self.model is not None
@@ -226,12 +241,13 @@ class Training(LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Loss summed over the answers' tokens of a few groups of conversations."""
         assert self.model is not None
-        total, tokens = self.model.loss_sum(batch.groups)
+        out = self.model(batch.groups, packed_length=self.hparams["fill"])
+        total, tokens = out.loss_sum, out.num_tokens
         self.tokens, self.last_tokens = self.tokens + tokens, tokens
         mean = total.detach() / max(tokens, 1)
         self.guard.see(mean, tokens, batch.origins)
         self.log("loss", mean, prog_bar=True, batch_size=max(tokens, 1))
-        for name, share in self.model.shares.items():
+        for name, share in out.mix_weights.items():
             self.log(f"weight/{name}", share, batch_size=1)
         return total
 
@@ -262,10 +278,10 @@ class Training(LightningModule):
         """The loss, and which answers greedy decoding would get exactly right, by kind."""
         assert self.model is not None
         if not batch.groups:
-            self.model.loss_sum([])  # other processes may wait for this one's part of the model
+            self.model([])  # other processes may wait for this one's part of the model
             return
-        said, loss, tokens = self.model.judge(batch.groups)
-        self.missed, self.asked_tokens = self.missed + float(loss), self.asked_tokens + tokens
+        said, out = self.model.score_batch(batch.groups)
+        self.missed, self.asked_tokens = self.missed + float(out.loss_sum), self.asked_tokens + out.num_tokens
         for kinds, hits in zip(batch.kinds, said, strict=True):
             for kind, hit in zip(kinds, hits, strict=True):
                 self.right[kind].append(hit)
@@ -294,6 +310,10 @@ class Training(LightningModule):
             if self.hparams["checkpoint_llm"]:
                 checkpoint_layers(self.model.llm, mode)
         return self
+
+    def request_stop(self) -> None:
+        """End the run after this step, in all processes."""
+        self.asked = True
 
     # Checkpoints --------------------------------------------------------------------------
 

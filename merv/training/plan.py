@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from merv.encoding.windows import place
-from merv.errors import BrokenEncoder, WeightsError
+from merv.errors import BrokenPlugin, WeightsError
 from merv.models.llm import DTYPES, SMOLLM2, LoraOptions
 from merv.models.multi_encoder import MultiEncoder
 from merv.models.video_llm import VideoLLM
 from merv.training.dry_run import ENCODE, OPTIMIZER, Cost, Load, dry_step
 from merv.training.plan_batches import Batches, measure
 from merv.utils.assets import smollm2_folder
+from merv.utils.modules import device_and_dtype, without_weights
 
 BYTES_OF = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # a weight, with its share of the scale of its block
 
@@ -115,7 +114,7 @@ def make_plan(training: Any, data: Any, setup: Setup, *, gpu: bool = True, probe
     """
     h: Any = training.hparams
     model = on_meta(training, setup.precision)
-    visual = math.prod(h.grid) * model.fusion.mixer.tokens_per_cell()
+    visual = model.fusion.mixer.num_tokens(math.prod(h.grid))
     batches = measure(data, model, h.fill, probe, setup.devices)
     parts = {
         name: (sum(p.numel() for p in own.values()), name in model.trained)
@@ -131,7 +130,7 @@ def make_plan(training: Any, data: Any, setup: Setup, *, gpu: bool = True, probe
         "autocast": setup.precision in ("bf16-mixed", "16-mixed"),
         "gpu": gpu,
     }
-    training.model = model
+    training.use_model(model)
     largest = dry_step(training, batches.largest, **options)
     typical = largest
     if batches.typical != batches.largest:
@@ -177,7 +176,6 @@ def on_meta(training: Any, precision: str = "32-true") -> VideoLLM:
     if "lora" in h.train:
         model.add_lora(training.lora or LoraOptions())
     model.train_only(h.train)
-    model.fill = h.fill
     if precision == "bf16-true":
         model.to(torch.bfloat16)
     return model
@@ -208,15 +206,22 @@ def llm_on_meta(source: str | Path, dtype: str) -> tuple[Any, Any]:
 
 def _vision(h: Any, width: int) -> MultiEncoder:
     options: dict[str, Any] = {
-        option: h[option] for option in ("mixer", "projector", "norm", "mixer_options", "presets", "frames")
+        option: h[option]
+        for option in (
+            "mixer",
+            "projector",
+            "norm",
+            "mixer_options",
+            "projector_options",
+            "presets",
+            "frames",
+        )
     }
 
-    def build() -> MultiEncoder:
-        return MultiEncoder(h.encoders, grid=tuple(h.grid), width=width, weights=None, **options)
-
-    with suppress(NotImplementedError, RuntimeError, BrokenEncoder), torch.device("meta"):
-        return build()
-    return build()  # one of them computes with its weights while it is built: then with random numbers
+    return without_weights(
+        lambda: MultiEncoder(h.encoders, grid=tuple(h.grid), width=width, weights=None, **options),
+        BrokenPlugin,
+    )
 
 
 # Arithmetic -------------------------------------------------------------------------------------
@@ -282,7 +287,7 @@ def _store_bytes(model: VideoLLM, grid: Sequence[int]) -> float:
     """Of the kept features of one video: values, masks and times of each encoder."""
     cells = math.prod(grid)
     return sum(
-        cells * (encoder.spec.width * place(encoder)[1].itemsize + 1) + grid[0] * 8 + 400
+        cells * (encoder.spec.width * device_and_dtype(encoder)[1].itemsize + 1) + grid[0] * 8 + 400
         for _, encoder in model.vision.named()
     )
 

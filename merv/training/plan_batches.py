@@ -97,7 +97,7 @@ class _Sample:
 def _rows(conversations: Sequence[Any], model: VideoLLM, most: int) -> _Sample:
     """The conversations of a sample as token ids, their videos as that many places."""
     t, h, w = model.vision.aligner.grid
-    cell = model.fusion.mixer.tokens_per_cell()
+    mixer = model.fusion.mixer
     stills = {
         str(part["image"])
         for talk in conversations
@@ -112,7 +112,7 @@ def _rows(conversations: Sequence[Any], model: VideoLLM, most: int) -> _Sample:
         prompt = render(talk, model.tokenizer)
         names = [str(visual.source) for visual in prompt.visuals]
         seen |= set(names)
-        sizes = [h * w * cell * (1 if name in stills else t) for name in names]
+        sizes = [mixer.num_tokens(h * w * (1 if name in stills else t)) for name in names]
         sequences.append(tokens_of(prompt, iter([range(size) for size in sizes])))
     groups = [sequences] if shares_rows(model.llm) else [[one] for one in sequences]
     lengths = [len(pack([group], 0).ids[0]) for group in groups]

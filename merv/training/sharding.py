@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
-from merv.checkpoints.folder import clear_up, read_config, save_folder, swap, write_config
+from merv.checkpoints.folder import clear_up, find_folder, read_config, save_folder, swap, write_config
 from merv.errors import CheckpointError, TrainingError
+from merv.utils.files import temporary_beside
 
 META = "training.pt"  # of a checkpoint: all but tensors of the model
 
@@ -37,7 +38,7 @@ def shard(model: Any, mesh: Any) -> None:
         raise TrainingError(
             "A quantised LLM cannot be sharded; use strategy ddp, each process with all of it."
         )
-    if model.own_gradients:
+    if any(name.startswith("mixer.") for name in model.trained):
         raise TrainingError("Parts of a mixer (mixer.NAME) cannot be trained sharded; use strategy ddp.")
     mesh = mesh["data_parallel"]
     frozen = {p for _, encoder in model.vision.named() for p in encoder.parameters()}
@@ -52,8 +53,7 @@ def shard(model: Any, mesh: Any) -> None:
             fully_shard(module, mesh=mesh)
     fully_shard(model.fusion, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=frozen)
-    for method in ("loss_sum", "judge", "generate"):
-        register_fsdp_forward_method(model, method)
+    register_fsdp_forward_method(model, "generate")
 
 
 class Sharded(ModelParallelStrategy):
@@ -85,11 +85,9 @@ class Sharded(ModelParallelStrategy):
         """Write a folder, whole or not at all."""
         import torch.distributed.checkpoint as dcp
 
-        path = Path(self.broadcast(filepath))
-        fresh = path.with_name(f".{path.name}.fresh")
+        path, fresh = self.broadcast((Path(filepath), temporary_beside(Path(filepath))))
         if self.is_global_zero:
             clear_up(path)
-            shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
         self.barrier()
         states = {"state_dict": checkpoint.pop("state_dict")}
@@ -125,7 +123,10 @@ class Sharded(ModelParallelStrategy):
             shutil.rmtree(filepath, ignore_errors=True)
 
 
-StrategyRegistry.register("sharded", Sharded, description="FSDP2 over all processes")
+def register() -> None:
+    """Let Lightning know the strategy by its name; once is enough."""
+    if "sharded" not in StrategyRegistry:
+        StrategyRegistry.register("sharded", Sharded, description="FSDP2 over all processes")
 
 
 def is_sharded(path: str | Path) -> bool:
@@ -159,6 +160,7 @@ def consolidate(folder: str | Path, out: str | Path) -> None:
     The model has to fit into this machine's memory. Optimizers are left out.
     Raises CheckpointError where `folder` is no sharded checkpoint, or `out` is not merv's to replace.
     """
+    folder = find_folder(folder)
     state = whole_state(folder)
     kind, config = read_config(folder, beside=META)
     save_folder(out, kind, config, state)
