@@ -91,3 +91,53 @@ def exit_status(main, arguments: list[str]) -> int:
         return main(arguments)
     except SystemExit as ended:
         return ended.code or 0
+
+
+# Where things are -----------------------------------------------------------------------------
+
+
+def packages() -> dict[str, set[str]]:
+    """Each package of merv/, and the modules in it; those of merv/ itself under ""."""
+    modules = [path.relative_to(ROOT / "merv") for path in (ROOT / "merv").rglob("*.py")]
+    found: dict[str, set[str]] = {}
+    for path in modules:
+        if path.parts[0] not in ("encoders", "recipes"):  # links to the folders at the top
+            found.setdefault("/".join(path.parts[:-1]), set()).add(path.stem)
+    return found
+
+
+def test_the_tree_of_the_readme_is_the_one_on_disk():
+    text = (ROOT / "README.md").read_text()
+    tree = re.search(r"```text\nmerv/ .*?```", text, re.DOTALL)[0]
+    inside = re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)
+    top = re.findall(r"^(\w+)/ ", tree, re.MULTILINE)
+    assert sorted(inside) == sorted(name for name in packages() if name)
+    assert {"merv", "encoders", "recipes", "benchmarks", "examples", "docs", "tests"} == set(top)
+
+
+def test_the_packages_of_the_design_are_those_on_disk_with_all_their_files():
+    rows = re.findall(r"^\| `merv/` .*|^\| `\w+/` \| .*", (ROOT / "docs/design.md").read_text(), re.MULTILINE)
+    told = {}
+    for row in rows:
+        name, _, files = (cell.strip() for cell in row.strip("|").split("|"))
+        own = name.strip("`").removesuffix("/").removeprefix("merv")
+        told[own] = set(re.findall(r"`(\w+)`", files)) - ({"__init__"} if own else set())
+    on_disk = {name: own - ({"__init__"} if name else set()) for name, own in packages().items()}
+    assert told == on_disk
+
+
+def test_the_packages_of_the_design_stand_in_the_order_of_their_imports():
+    text = (ROOT / "docs/design.md").read_text()
+    order = re.findall(r"^\| `(\w+)/` \| ", text, re.MULTILINE)
+    tree = re.search(r"```text\nmerv/ .*?```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    assert order[1:] == re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)
+
+
+def test_every_file_that_the_docs_name_is_there():
+    roots = "merv|tests|benchmarks|examples|docs|encoders|recipes"
+    inside = "|".join(name for name in packages() if name)
+    for page in PAGES:
+        text = page.read_text()
+        named = [ROOT / path for path in re.findall(rf"`((?:{roots})/[\w/.-]+\.\w+)`", text)]
+        named += [ROOT / "merv" / path for path in re.findall(rf"[` ]((?:{inside})/\w+\.py)", text)]
+        assert all(path.exists() for path in named), [str(path) for path in named if not path.exists()]

@@ -5,7 +5,7 @@
 NAME is a file of benchmarks/encoders/references. Run it with a Python that has the library of that reference;
 merv is not needed. Each file holds slices of the pixels of each preset, of what goes into the first block
 and of the tokens, and the names and shapes of the checkpoint, from which its numbers follow. In
-tests/test_golden.py merv's encoders are compared with them.
+tests/encoding/test_golden.py merv's encoders are compared with them.
 """
 
 from __future__ import annotations

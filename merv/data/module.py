@@ -107,6 +107,12 @@ class ChatData(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Open the files; what is wrong with them comes now, before anything slow."""
+        self.open_files()
+        if self.group and self.known is None:
+            self.known = kinds_and_lengths(self.train, self.on_error)
+
+    def open_files(self) -> None:
+        """Open the files, and read no more of them than their index."""
         if not self.train and not self.stream:
             source = self.train_source
             sources = source if isinstance(source, Mapping) else [source]
@@ -114,7 +120,6 @@ class ChatData(LightningDataModule):
             self.sizes = [len(samples) for samples in sets]
             self.train = Samples([file for samples in sets for file in samples.files])
             self.content = content_of([file.path for samples in sets for file in samples.files])
-            self.known = kinds_and_lengths(self.train, self.on_error) if self.group else None
         if self.val_source is not None:
             self.val = self.val or open_samples(self.val_source, self.root)
 

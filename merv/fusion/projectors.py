@@ -47,7 +47,7 @@ class Projector(nn.Module):
         return self.linear(self.before(features))
 
     def scale_to(self, rms: float) -> None:
-        """Random weights that turn features of variance 1 into tokens of that root mean square."""
+        """Random weights of `linear` that make tokens of that root mean square of inputs of variance 1."""
         nn.init.normal_(self.linear.weight, std=rms / self.linear.in_features**0.5)
         nn.init.zeros_(self.linear.bias)
 

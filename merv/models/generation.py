@@ -11,10 +11,8 @@ from torch import Tensor
 from merv.errors import PromptError
 from merv.models.chat import Conversation, check_messages
 from merv.models.llm import stream_tokens
-
-if TYPE_CHECKING:
-    from merv.models.packing import Packed
-    from merv.models.video_llm import VisualTokens
+from merv.models.outputs import VisualTokens
+from merv.models.packing import Packed
 
 
 class GenerationMixin:

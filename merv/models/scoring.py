@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from merv.models.chat import NOT_LEARNED, Conversation
-
-if TYPE_CHECKING:
-    from merv.models.video_llm import VideoLLMOutput
+from merv.models.outputs import VideoLLMOutput
 
 
 class ScoringMixin:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from merv.checkpoints.folder import fill_exactly, load_folder
 from merv.checkpoints.sharing import Shared, brought_llm, find_model
@@ -20,54 +18,10 @@ from merv.models.chat import NOT_LEARNED, Conversation, Prompt, Visual, check_me
 from merv.models.generation import GenerationMixin
 from merv.models.llm import LoraOptions, check_same, identity, load_llm, shares_rows
 from merv.models.multi_encoder import Encoded, MultiEncoder, source_key
+from merv.models.outputs import VideoLLMOutput, VisualTokens
 from merv.models.packing import Packed, pack, tokens_of
 from merv.models.scoring import ScoringMixin
 from merv.models.trainable import TrainablePartsMixin
-
-
-@dataclass(frozen=True, eq=False)
-class VisualTokens:
-    """The videos of a batch as the LLM gets them.
-
-    tokens: [V, L], of all videos, each distinct one once. ranges: for each video in the prompts, in order,
-    which of the tokens are its own. mix_weights: what each encoder counted, on average over all cells,
-    0-dim; empty where the mixer has no weights.
-    """
-
-    tokens: Tensor
-    ranges: list[range]
-    mix_weights: dict[str, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class VideoLLMOutput:
-    """What a VideoLLM makes of a batch of conversations.
-
-    logits: [B, K, vocabulary], fp32, where any row has an answer's token. labels: [B, K], those tokens,
-    NOT_LEARNED where the row has none. branches: [B, K], which conversation of its row a token is of, 1 … n.
-    conversations: how many each row has. mix_weights: as of VisualTokens.
-    """
-
-    logits: Tensor
-    labels: Tensor
-    branches: Tensor
-    conversations: list[int]
-    mix_weights: dict[str, Tensor]
-
-    @property
-    def loss_sum(self) -> Tensor:
-        """Negative log-likelihood summed over the answers' tokens: what adds up over batches."""
-        return cross_entropy(self.logits.flatten(0, 1), self.labels.flatten(), reduction="sum")
-
-    @property
-    def num_tokens(self) -> int:
-        """How many tokens the answers have."""
-        return int((self.labels != NOT_LEARNED).sum())
-
-    @property
-    def loss(self) -> Tensor:
-        """Mean negative log-likelihood of the answers' tokens."""
-        return self.loss_sum / max(self.num_tokens, 1)
 
 
 class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, Shared):

@@ -285,12 +285,17 @@ def _each_vector_is_projected_alone(subject: ProjectorSubject) -> str | None:
         return far(subject.projector(subject.features[0, 0]), subject.made[0, 0])
 
 
-def _is_at_the_scale_asked_for(subject: ProjectorSubject) -> str | None:
-    other = subject.another()
-    other.scale_to(0.05)
-    with torch.no_grad():
-        rms = other(_random(4096, FEATURES)).square().mean().sqrt().item()
-    return None if 0.0125 < rms < 0.2 else f"scale_to(0.05) makes tokens of root mean square {rms:.2g}"
+def _follows_the_scale_asked_for(subject: ProjectorSubject) -> str | None:
+    other, sizes = subject.another(), []
+    for rms in (0.05, 0.1):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.default_generator.manual_seed(0)
+            other.scale_to(rms)
+            sizes.append(other(subject.features).square().mean().sqrt().item())
+    ratio = sizes[1] / sizes[0] if sizes[0] else 0.0
+    return (
+        None if 1.8 < ratio < 2.2 else f"scale_to(0.1) makes tokens {ratio:.2g} times those of scale_to(0.05)"
+    )
 
 
 def _all_its_parameters_have_a_gradient(subject: ProjectorSubject) -> str | None:
@@ -333,7 +338,7 @@ PROJECTOR_CHECKS: tuple[Callable[[ProjectorSubject], str | None], ...] = (
     _projector_is_created,
     _shape_is_that_of_the_features,
     _each_vector_is_projected_alone,
-    _is_at_the_scale_asked_for,
+    _follows_the_scale_asked_for,
     _all_its_parameters_have_a_gradient,
     _linear_is_the_last_layer,
     _projects_bfloat16,

@@ -72,9 +72,7 @@ def _samples(data: Any, probe: int, devices: int) -> tuple[int, list[Any]]:
         if data.stream:
             samples = list(islice(stream_samples(data.train_source, data.root), probe))
             return data.length * data.batch_size * devices, samples  # each has batches of its own
-        grouped, data.group = data.group, False  # else all of them would be read
-        data.setup("fit")
-        data.group = grouped
+        data.open_files()  # not set up, which reads all samples where they are grouped
     except DataError as error:
         log.warning("%s", error)
         return 0, []

@@ -15,14 +15,14 @@ from merv.testing import check_encoder, contract_test, make_video, tiny_llm
 from merv.testing.encoders import ENCODER_CHECKS
 from merv.types import Frames, Grid
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 test_the_fake_keeps_the_contract = contract_test("fake")  # as a plug-in's own tests would say it
 
 
 @pytest.fixture(autouse=True)
 def imports(monkeypatch):
-    """What importing a module does, as if it had been seen: tests/test_side_effects.py really looks."""
+    """What importing a module does, as if it had been seen: test_side_effects.py really looks."""
     found = {}
     monkeypatch.setattr("merv.testing.encoders.of_import", lambda module: found.get(module, ()))
     return found

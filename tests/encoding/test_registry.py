@@ -19,7 +19,7 @@ from merv.errors import (
 )
 from merv.utils.plugins import Plugin
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GOOD = """
 from merv.encoding.base import Encoder
 from merv.encoders.fake import Fake

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -143,15 +144,15 @@ def test_rates_that_the_optimizer_would_not_take_are_refused(material, tmp_path,
 
 
 def test_a_loss_that_is_no_number_is_not_learned_from(material, tmp_path, capsys, monkeypatch):
-    loss_sum = VideoLLM.loss_sum
+    forward = VideoLLM.forward
 
-    def poisoned(self, groups):
-        total, tokens = loss_sum(self, groups)
+    def poisoned(self, *args, **options):
+        out = forward(self, *args, **options)
         poisoned.calls += 1
-        return (total * float("nan") if poisoned.calls == 3 else total), tokens
+        return replace(out, logits=out.logits * float("nan")) if poisoned.calls == 3 else out
 
     poisoned.calls = 0
-    monkeypatch.setattr(VideoLLM, "loss_sum", poisoned)
+    monkeypatch.setattr(VideoLLM, "forward", poisoned)
     assert fit(material, tmp_path, trainer__max_epochs=1) == 2
     said = capsys.readouterr()
     assert re.search(r"The loss is nan in the batch of .*data\.jsonl:\d", said.err)
@@ -293,6 +294,6 @@ def test_the_module_alone_takes_batches_of_another_loader(material):
     data = ChatData(str(material / "data.jsonl"), batch_size=3, workers=0)
     data.setup()
     batch = next(iter(data.train_dataloader()))
-    total, tokens = training.model.loss_sum(batch.groups)
-    assert tokens > 0
-    assert total.requires_grad
+    out = training.model(batch.groups)
+    assert out.num_tokens > 0
+    assert out.loss_sum.requires_grad

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,13 +72,13 @@ def test_after_a_loss_that_was_no_number_a_run_goes_on_behind_its_step(material,
     }
     options |= {"trainer__max_epochs": 1, "trainer__num_sanity_val_steps": 0}
     seen = recorded(monkeypatch, of=lambda module, batch: (module.global_step, batch.origins[0]))
-    loss_sum, validated = VideoLLM.loss_sum, []
+    forward, validated = VideoLLM.forward, []
 
-    def poisoned(self, groups):
-        total, tokens = loss_sum(self, groups)
-        return (total * float("nan") if len(seen) == 3 else total), tokens
+    def poisoned(self, *args, **options):
+        out = forward(self, *args, **options)
+        return replace(out, logits=out.logits * float("nan")) if len(seen) == 3 else out
 
-    monkeypatch.setattr(VideoLLM, "loss_sum", poisoned)
+    monkeypatch.setattr(VideoLLM, "forward", poisoned)
     monkeypatch.setattr(
         Training, "on_validation_epoch_start", lambda self: validated.append(self.global_step)
     )
@@ -147,13 +148,13 @@ def test_kinds_of_questions_may_have_the_names_of_what_is_logged(material, tmp_p
 
 
 def test_a_bad_loss_right_after_a_checkpoint_is_not_met_again(material, tmp_path, monkeypatch):
-    seen, loss_sum = recorded(monkeypatch), VideoLLM.loss_sum
+    seen, forward = recorded(monkeypatch), VideoLLM.forward
 
-    def poisoned(self, groups):
-        total, tokens = loss_sum(self, groups)
-        return (total * float("nan") if len(seen) == 3 else total), tokens
+    def poisoned(self, *args, **options):
+        out = forward(self, *args, **options)
+        return replace(out, logits=out.logits * float("nan")) if len(seen) == 3 else out
 
-    monkeypatch.setattr(VideoLLM, "loss_sum", poisoned)
+    monkeypatch.setattr(VideoLLM, "forward", poisoned)
     options = {"data__batch_size": 1, "trainer__max_epochs": 1, **ALL}
     assert fit(material, tmp_path, **options) == 2
     assert fit(material, tmp_path, **options, ckpt_path="last") == 0

@@ -20,7 +20,7 @@ from merv.models.video_llm import VideoLLM
 from merv.testing import check_mixer, check_projector, contract_test, make_video
 
 pytestmark = QUIET
-EXAMPLE = Path(__file__).parent.parent / "examples/custom_fusion"
+EXAMPLE = Path(__file__).parents[2] / "examples/custom_fusion"
 MODULES = ("perceiver", "gated")
 OWN = """
 from merv.fusion.mixers import Mean
@@ -271,6 +271,11 @@ class Batchy(Projector):
         return out - out.mean(dim=0, keepdim=True)
 
 
+class Stubborn(Projector):
+    def scale_to(self, rms):
+        """Stays as it is."""
+
+
 class Loose(Projector):
     """Keeps a number that is in no state dict."""
 
@@ -291,6 +296,7 @@ class Loose(Projector):
         (check_mixer, Unequal, "weights sum to one over present encoders"),
         (check_projector, Batchy, "each vector is projected alone"),
         (check_projector, Loose, "all is in its state dict"),
+        (check_projector, Stubborn, "follows the scale asked for"),
     ],
 )
 def test_a_fault_is_found(check, plugin, found):
