@@ -96,6 +96,11 @@ def test_every_exported_name_is_there():
     assert all(getattr(merv, name) is not None for name in merv.__all__)
 
 
+def test_a_worker_that_reads_data_imports_no_lightning():
+    code = "import merv.data.loader, sys; assert not {'lightning', 'pytorch_lightning'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_importing_merv_loads_nothing_heavy():
     heavy = "torch", "lightning", "transformers", "timm", "av"
     code = f"import merv, sys; print([name for name in {heavy} if name in sys.modules])"

@@ -57,7 +57,7 @@ def status(key: str) -> float:
 
 def child(folder: Path) -> None:
     """Convert, and print what it took as JSON."""
-    from merv.models.convert_released import convert
+    from merv.models.convert_released_merv import convert
 
     tiny = make(folder / "tiny", 0.001)  # once before, for all that is imported on the way
     convert(tiny, folder / "tiny" / "config.json", folder / "tiny_out", llm=folder / "tiny" / "base")

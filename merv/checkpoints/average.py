@@ -24,7 +24,7 @@ from merv.checkpoints.folder import (
     replacing,
     write_model,
 )
-from merv.checkpoints.sharing import brought_llm
+from merv.checkpoints.pretrained import brought_llm
 from merv.errors import CheckpointError
 
 

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and tell what was left out."""
-    from merv.models.convert_released import convert
+    from merv.models.convert_released_merv import convert
 
     convert(
         args.checkpoint,

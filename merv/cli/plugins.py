@@ -103,7 +103,7 @@ def _described(spec: Any) -> Sequence[str]:
 
 
 def _check(kind: str, name: str) -> int:
-    from merv.testing.checks import check_plugin
+    from merv.testing.conformance import check_plugin
 
     bare, variant = name_and_variant(name) if kind == "encoders" else (name, None)
     plugin = REGISTRIES[kind].find(bare)

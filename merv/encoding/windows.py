@@ -13,7 +13,7 @@ import torch
 
 from merv.encoding.base import Encoder
 from merv.types import Frames, Grid
-from merv.utils.modules import device_and_dtype
+from merv.utils.torch_modules import device_and_dtype
 
 FRAMES_AT_ONCE = 8  # in one forward: more is no faster on a CPU, and costs memory
 

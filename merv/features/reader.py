@@ -20,8 +20,8 @@ from merv.errors import EncoderError
 from merv.features.store import FeatureStore, video_key
 from merv.fusion.align import Aligner
 from merv.types import EncoderSpec, Grid, Preset
-from merv.utils.modules import device_and_dtype
 from merv.utils.plugins import class_path
+from merv.utils.torch_modules import device_and_dtype
 from merv.video.clip import Clip, prepare
 from merv.video.reader import BACKENDS
 from merv.video.sampling import Sampling

@@ -21,8 +21,8 @@ from merv.fusion.mixers import Mixer, WeightingMixer, cell_positions
 from merv.fusion.projectors import Projector
 from merv.fusion.registry import create_mixer, create_projector
 from merv.types import Fused, Grid, is_count
-from merv.utils.modules import class_of, device_and_dtype, first_unlike, without_weights
 from merv.utils.plugins import class_path, is_importable
+from merv.utils.torch_modules import class_of, device_and_dtype, first_unlike, without_weights
 
 
 class Fusion(nn.Module):

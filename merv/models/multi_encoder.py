@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from merv.checkpoints.folder import fill_exactly, load_folder
-from merv.checkpoints.sharing import Shared, find_model
+from merv.checkpoints.pretrained import Shared, find_model
 from merv.encoding.base import Encoder
 from merv.encoding.registry import create_encoder
 from merv.encoding.weights import PRETRAINED
@@ -27,11 +27,18 @@ from merv.fusion.fusion import Fusion
 from merv.fusion.mixers import Mixer, cell_positions
 from merv.fusion.projectors import Projector
 from merv.fusion.registry import MIXERS, PROJECTORS
-from merv.models.streams import by_name, check_names, check_stream, checked_frames, create_all, recreate
+from merv.models.named_encoders import (
+    by_name,
+    check_names,
+    check_stream,
+    checked_frames,
+    create_all,
+    recreate,
+)
 from merv.types import Fused, Grid
-from merv.utils.modules import device_and_dtype
 from merv.utils.plugins import class_path
 from merv.utils.suggest import nearest
+from merv.utils.torch_modules import device_and_dtype
 from merv.video.clip import Clip
 from merv.video.open import check_backend
 from merv.video.sampling import Mode, Sampling

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from merv.checkpoints.folder import fill_exactly, load_folder
-from merv.checkpoints.sharing import Shared, brought_llm, find_model
+from merv.checkpoints.pretrained import Shared, brought_llm, find_model
 from merv.errors import PromptError, ShapeError
 from merv.features.store import FeatureStore
 from merv.fusion.fusion import Fusion

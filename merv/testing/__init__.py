@@ -11,20 +11,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from merv.testing.checks import check_encoder as check_encoder
-    from merv.testing.checks import check_mixer as check_mixer
-    from merv.testing.checks import check_projector as check_projector
-    from merv.testing.checks import contract_test as contract_test
-    from merv.testing.conformance import Finding as Finding
+    from merv.testing.conformance import check_encoder as check_encoder
+    from merv.testing.conformance import check_mixer as check_mixer
+    from merv.testing.conformance import check_projector as check_projector
+    from merv.testing.conformance import contract_test as contract_test
+    from merv.testing.findings import Finding as Finding
     from merv.testing.tiny import make_video as make_video
     from merv.testing.tiny import tiny_llm as tiny_llm
 
 _HOME = {
-    "Finding": "merv.testing.conformance",
-    "check_encoder": "merv.testing.checks",
-    "check_mixer": "merv.testing.checks",
-    "check_projector": "merv.testing.checks",
-    "contract_test": "merv.testing.checks",
+    "Finding": "merv.testing.findings",
+    "check_encoder": "merv.testing.conformance",
+    "check_mixer": "merv.testing.conformance",
+    "check_projector": "merv.testing.conformance",
+    "contract_test": "merv.testing.conformance",
     "make_video": "merv.testing.tiny",
     "tiny_llm": "merv.testing.tiny",
 }

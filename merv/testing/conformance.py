@@ -1,70 +1,99 @@
-"""Conformance: whether a plug-in keeps the contract of its kind, check by check.
-
-Used by `merv plugins KIND check`, by `merv.testing.check_encoder` and its like, and in the tests of a
-plug-in by `merv.testing.contract_test`. That authors of plug-ins run the suite is pandas' idea.
-"""
+"""The suites of all kinds of plug-ins, and a test of them for pytest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
+from merv.encoding.base import Encoder
+from merv.encoding.registry import ENCODERS
+from merv.fusion.mixers import Mixer
+from merv.fusion.projectors import Projector
+from merv.fusion.registry import MIXERS, PROJECTORS
+from merv.testing.encoder_checks import ENCODER_CHECKS, EncoderSubject
+from merv.testing.findings import Check, Finding, name_of, run_check, run_checks
+from merv.testing.fusion_checks import MIXER_CHECKS, PROJECTOR_CHECKS, MixerSubject, ProjectorSubject
+from merv.utils.plugins import Registry
 
-TOLERANCE = 1e-3  # of the values' own spread: batched kernels may sum in another order
+# Kind → its registry, its base class, its checks, and what they share.
+SUITES: dict[str, tuple[Registry, type, tuple[Check, ...], Callable[..., Any]]] = {
+    "encoder": (ENCODERS, Encoder, ENCODER_CHECKS, EncoderSubject),
+    "mixer": (MIXERS, Mixer, MIXER_CHECKS, MixerSubject),
+    "projector": (PROJECTORS, Projector, PROJECTOR_CHECKS, ProjectorSubject),
+}
 
-Check = Callable[[Any], "str | None"]  # a fault of the subject, in words
 
+def check_encoder(encoder: Encoder | type[Encoder] | str, *, variant: str | None = None) -> list[Finding]:
+    """Check that an encoder keeps its contract; a class is created with random weights first.
 
-@dataclass(frozen=True)
-class Finding:
-    """What one check found.
+    encoder: a class, an encoder, or what `find_encoder` takes.
 
-    `message` says what came and what was wanted if it failed; or why, if it could not be made here.
+    Costs about ten passes over one window of frames (two frames of an image encoder) and one more
+    interpreter, in which its module is imported. A check that raises has failed, and the others still run.
+
+    >>> all(finding.passed for finding in check_encoder("fake"))
+    True
     """
-
-    name: str
-    passed: bool
-    message: str = ""
-
-    def __str__(self) -> str:
-        if not self.passed:
-            return f"FAIL  {self.name}: {self.message}"
-        return f"ok    {self.name} ({self.message})" if self.message else f"ok    {self.name}"
+    return check_plugin("encoder", encoder, variant=variant)
 
 
-class CheckSkipped(Exception):
-    """Raised by a check that cannot be made here: not a fault of the plug-in."""
+def check_mixer(mixer: type[Mixer] | str, **options: Any) -> list[Finding]:
+    """Check that a mixer keeps its contract; options: of its constructor.
+
+    >>> [finding.name for finding in check_mixer("gate", hidden=8) if not finding.passed]
+    []
+    """
+    return check_plugin("mixer", mixer, **options)
 
 
-def run_checks(checks: Sequence[Check], subject: Any) -> list[Finding]:
-    """What each check finds; the others need the first one, that the subject can be created, to pass."""
-    created = run_check(checks[0], subject)
-    return [created, *(run_check(check, subject) for check in checks[1:])] if created.passed else [created]
+def check_projector(projector: type[Projector] | str, **options: Any) -> list[Finding]:
+    """Check that a projector keeps its contract; options: of its constructor.
+
+    >>> [finding.name for finding in check_projector("mlp") if not finding.passed]
+    []
+    """
+    return check_plugin("projector", projector, **options)
 
 
-def run_check(check: Check, subject: Any) -> Finding:
-    """What one check finds. A check that raises has failed."""
-    try:
-        with torch.enable_grad():  # or nobody would notice a graph
-            fault = check(subject)
-    except CheckSkipped as reason:
-        return Finding(name_of(check), True, f"skipped: {reason}")
-    except Exception as error:
-        fault = f"{type(error).__name__}: {error}"
-    return Finding(name_of(check), not fault, fault or "")
+def check_plugin(kind: str, plugin: Any, **options: Any) -> list[Finding]:
+    """Check a plug-in of a kind of SUITES, by class or name."""
+    registry, _, checks, subject = SUITES[kind]
+    return run_checks(
+        checks, subject(registry.load(plugin) if isinstance(plugin, str) else plugin, **options)
+    )
 
 
-def name_of(check: Check) -> str:
-    """`_is_frozen` → "is frozen"."""
-    return check.__name__.strip("_").replace("_", " ")
+def contract_test(plugin: Any, *, kind: str | None = None, **options: Any) -> Callable:
+    """A test for pytest, of one case for each check: all that the tests of a plug-in need.
+
+        from merv.testing import contract_test
+        test_contract = contract_test("fake", variant="video")
+
+    plugin: a class or an encoder; or a name, of an encoder unless `kind` says "mixer" or "projector".
+    options: a variant of an encoder, what the constructor of a mixer or projector takes.
+
+    >>> contract_test("fake", variant="video").__name__
+    'test_contract'
+    """
+    import pytest
+
+    kind = kind or _kind_of(plugin)
+    registry, _, checks, make = SUITES[kind]
+
+    @functools.cache
+    def subject() -> Any:  # made when the first test runs, not when pytest collects
+        return make(registry.load(plugin) if isinstance(plugin, str) else plugin, **options)
+
+    @pytest.mark.parametrize("check", checks, ids=name_of)
+    def test_contract(check: Check) -> None:
+        finding = run_check(check, subject())
+        if not finding.passed:
+            pytest.fail(finding.message, pytrace=False)
+
+    return test_contract
 
 
-def far(one: Tensor, other: Tensor) -> str | None:
-    """How far two tensors are from each other, if further than rounding takes them."""
-    if one.shape != other.shape:
-        return f"shapes {list(one.shape)} and {list(other.shape)} differ"
-    distance = ((one - other).abs().max() / other.std().clamp_min(1e-6)).item() if one.numel() else 0.0
-    return None if distance <= TOLERANCE else f"they differ by {distance:.2g} standard deviations"
+def _kind_of(plugin: Any) -> str:
+    given = plugin if isinstance(plugin, type) else type(plugin)
+    return next((kind for kind, (_, base, *_) in SUITES.items() if issubclass(given, base)), "encoder")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from merv.checkpoints.folder import read_config
-from merv.checkpoints.sharing import find_model
+from merv.checkpoints.pretrained import find_model
 from merv.encoding.registry import create_encoder, find_encoder, name_and_variant
 from merv.errors import TrainingError
 from merv.features.store import FeatureStore
 from merv.fusion.registry import MIXERS, PROJECTORS
 from merv.models.llm import load_llm
 from merv.models.multi_encoder import MultiEncoder
-from merv.models.streams import by_name
+from merv.models.named_encoders import by_name
 from merv.models.video_llm import VideoLLM
 from merv.utils.suggest import nearest
 

@@ -27,7 +27,7 @@ from merv.encoding.base import Encoder
 from merv.encoding.windows import FRAMES_AT_ONCE
 from merv.models.packing import Packed
 from merv.types import WHOLE_PICTURE, Grid
-from merv.utils.modules import device_and_dtype
+from merv.utils.torch_modules import device_and_dtype
 
 OPTIMIZER = "optimizer"
 FORWARD, BACKWARD, ENCODE = "forward", "backward", "encode"

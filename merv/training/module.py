@@ -23,7 +23,7 @@ from merv.data.module import ChatData
 from merv.errors import BadLoss, CheckpointError, TrainingError
 from merv.features.store import FeatureStore
 from merv.models.llm import LoraOptions, checkpoint_layers, shares_rows
-from merv.models.streams import by_name
+from merv.models.named_encoders import by_name
 from merv.models.video_llm import VideoLLM
 from merv.training.build import check_named, fresh, started
 from merv.training.callbacks import Guard, print_parts

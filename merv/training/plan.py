@@ -22,7 +22,7 @@ from merv.models.video_llm import VideoLLM
 from merv.training.dry_run import ENCODE, OPTIMIZER, Cost, Load, dry_step
 from merv.training.plan_batches import Batches, measure
 from merv.utils.assets import smollm2_folder
-from merv.utils.modules import device_and_dtype, without_weights
+from merv.utils.torch_modules import device_and_dtype, without_weights
 
 BYTES_OF = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # a weight, with its share of the scale of its block
 

@@ -14,7 +14,7 @@ from merv.fusion.registry import create_mixer
 from merv.models.multi_encoder import MultiEncoder
 from merv.testing import make_video
 from merv.types import Frames, Grid
-from merv.utils.modules import device_and_dtype
+from merv.utils.torch_modules import device_and_dtype
 from merv.video.sampling import Sampling
 
 

@@ -12,7 +12,7 @@ from merv.encoders.fake import Fake
 from merv.encoding.base import Encoder
 from merv.encoding.registry import find_encoder
 from merv.testing import check_encoder, contract_test, make_video, tiny_llm
-from merv.testing.encoders import ENCODER_CHECKS
+from merv.testing.encoder_checks import ENCODER_CHECKS
 from merv.types import Frames, Grid
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ test_the_fake_keeps_the_contract = contract_test("fake")  # as a plug-in's own t
 def imports(monkeypatch):
     """What importing a module does, as if it had been seen: test_side_effects.py really looks."""
     found = {}
-    monkeypatch.setattr("merv.testing.encoders.of_import", lambda module: found.get(module, ()))
+    monkeypatch.setattr("merv.testing.encoder_checks.of_import", lambda module: found.get(module, ()))
     return found
 
 

@@ -6,7 +6,7 @@ from official import config_of
 
 from merv.fusion.registry import create_mixer
 from merv.models.chat import VISUAL, ask, render
-from merv.models.released import LLMS, Released, read_config, translate_fusion
+from merv.models.released_merv import LLMS, Released, read_config, translate_fusion
 from merv.testing import tiny_llm
 
 

@@ -15,7 +15,7 @@ from merv.fusion.fusion import Fusion
 from merv.fusion.mixers import Mixer, WeightingMixer, cell_positions
 from merv.fusion.projectors import Projector
 from merv.fusion.registry import MIXERS, PROJECTORS
-from merv.testing.conformance import CheckSkipped, far
+from merv.testing.findings import CheckSkipped, far
 from merv.types import WHOLE_PICTURE, Grid
 
 WIDTH, ENCODERS, GRID = 16, 3, (4, 3, 2)  # L, E, and t, h, w

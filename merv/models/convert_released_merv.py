@@ -22,7 +22,7 @@ from merv.encoding.registry import create_encoder
 from merv.encoding.weights import PRETRAINED
 from merv.errors import CheckpointError, WeightsError
 from merv.models.multi_encoder import MultiEncoder
-from merv.models.released import (
+from merv.models.released_merv import (
     LLMS,
     MULTIPLE,
     PAD,

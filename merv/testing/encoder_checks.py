@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from merv.encoding.base import Encoder, class_fault
-from merv.testing.conformance import CheckSkipped, far
+from merv.testing.findings import CheckSkipped, far
 from merv.testing.side_effects import of_import, put_back, settings
 from merv.types import Frames, Grid
 

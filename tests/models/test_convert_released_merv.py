@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from merv.cli.main import main
 from merv.errors import CheckpointError, WeightsError
 from merv.models.chat import ask, render
-from merv.models.convert_released import convert
-from merv.models.released import read_config
+from merv.models.convert_released_merv import convert
+from merv.models.released_merv import read_config
 from merv.models.video_llm import VideoLLM
 from merv.testing import make_video, tiny_llm
 from merv.types import VideoInfo
