@@ -105,8 +105,14 @@ def parts(llm: Mapping[str, Any] | None, saved: Mapping[str, Any]) -> list[str]:
     grid = "×".join(map(str, saved["grid"]))
     if saved["width"] is None:
         return [*lines, f"Common grid {grid} (time, rows, columns); nothing is fused."]
-    fusion = f"mixer `{saved['mixer']}`, {saved['projector']} projectors, tokens {saved['width']} wide"
+    mixer, projector = (_class_name(saved[part]) for part in ("mixer", "projector"))
+    fusion = f"mixer `{mixer}`, projectors `{projector}`, tokens {saved['width']} wide"
     return [*lines, f"Common grid {grid} (time, rows, columns), {fusion}."]
+
+
+def _class_name(path: str) -> str:
+    """`Gate` of merv's own, the whole path of anybody else's."""
+    return path.rpartition(":")[2] if path.startswith("merv.") else path
 
 
 def row(encoder: Any, saved: Mapping[str, Any], name: str) -> str:

@@ -60,17 +60,15 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     clear_up(folder)
     check_free(folder)
-    fresh = temporary_beside(folder)
     try:
-        fresh.mkdir(parents=True)
-        yield fresh
-        swap(fresh, folder)
+        with temporary_beside(folder) as fresh:
+            fresh.mkdir(parents=True)
+            yield fresh
+            swap(fresh, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} could not be written: {error}. What was there before is untouched."
         ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def load_folder(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -81,14 +79,16 @@ def load_folder(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = find_folder(folder)
-    found, config = read_config(folder)
+    where = find_folder(folder)
+    found, config = read_config(where)
     if found != kind:
-        raise CheckpointError(f"{folder} holds a {found!r}; wanted a {kind!r}.")
+        raise CheckpointError(f"{where} holds a {found!r}; wanted a {kind!r}.")
     try:
-        return config, load_file(folder / WEIGHTS)
+        return config, load_file(where / WEIGHTS)
     except SafetensorError as error:
-        raise CheckpointError(f"{folder} is damaged: {error}") from error
+        raise CheckpointError(f"{where} is damaged: {error}") from error
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{where} was replaced while it was read: load it again.") from error
 
 
 def read_config(folder: str | Path, beside: str = WEIGHTS) -> tuple[str, dict[str, Any]]:
@@ -109,6 +109,8 @@ def read_config(folder: str | Path, beside: str = WEIGHTS) -> tuple[str, dict[st
         config = json.loads((folder / CONFIG).read_text())
     except ValueError as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from error
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} was replaced while it was read: load it again.") from error
     if config.pop("merv", None) != FORMAT:
         raise CheckpointError(f"{folder} was not written by merv, or by another version of it.")
     return config.pop("kind"), config
@@ -176,7 +178,12 @@ def swap(fresh: Path, folder: Path) -> None:
     old = fresh.with_name(f"{fresh.name}.old")
     if folder.exists():
         os.replace(folder, old)
-    os.replace(fresh, folder)
+    try:
+        os.replace(fresh, folder)
+    except OSError:
+        if old.exists():
+            os.replace(old, folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -186,11 +193,10 @@ def find_folder(folder: str | Path) -> Path:
     Only looks: nothing is moved or removed, so that reading needs no right to write.
     """
     folder = Path(folder)
-    if not folder.exists():
-        for beside in temporaries_beside(folder):
-            if beside.name.endswith(".old"):
-                return beside
-    return folder
+    if folder.exists():
+        return folder
+    old = [beside for beside in temporaries_beside(folder) if beside.name.endswith(".old")]
+    return max(old, key=lambda beside: beside.stat().st_mtime, default=folder)
 
 
 def clear_up(folder: str | Path) -> None:

@@ -92,8 +92,12 @@ def _long(kind: str, plugin: Plugin) -> Iterable[Sequence[str]]:
             for variant, spec in loaded.variants.items()
         ]
     options = list(inspect.signature(loaded).parameters.values())[2:]  # behind what the kind gives
-    first_line = (inspect.getdoc(loaded) or "").partition("\n")[0]
-    return [(*_short(plugin), "ok", ", ".join(f"{o.name}={o.default}" for o in options) or "-", first_line)]
+    first_line = (vars(loaded).get("__doc__") or "").strip().partition("\n")[0]
+    return [(*_short(plugin), "ok", ", ".join(map(_option, options)) or "-", first_line)]
+
+
+def _option(parameter: inspect.Parameter) -> str:
+    return parameter.name if parameter.default is parameter.empty else f"{parameter.name}={parameter.default}"
 
 
 def _described(spec: Any) -> Sequence[str]:

@@ -1,7 +1,7 @@
 """Data: training and validation samples from files, as batches for `merv fit`.
 
-What a file may hold is in merv/samples.py and merv/sources.py, which samples come when in
-merv/batches.py, how batches are made and resumed in merv/loader.py.
+What a file may hold is in samples.py and sources.py, which samples come when in order.py, how batches
+are made and resumed in loader.py.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from merv.encoding.base import Encoder, version_of
@@ -130,9 +131,9 @@ def recipe(
 
 
 def aligner_key(aligner: nn.Module) -> tuple[Any, ...]:
-    """What features depend on of an aligner; of one that was put in by hand, its class and all it holds.
+    """What features depend on of an aligner; of one put in by hand, its class and all that it holds.
 
-    Raises EncoderError where it is trained.
+    Raises EncoderError where it is trained, or holds what has no value to compare.
     """
     if type(aligner) is Aligner:
         return aligner.grid, aligner.mode
@@ -141,8 +142,32 @@ def aligner_key(aligner: nn.Module) -> tuple[Any, ...]:
             f"The aligner, {type(aligner).__name__}, is trained, so that its results cannot be kept in a "
             "store. What is learned belongs behind the store: make it a mixer."
         )
-    plain = {name: value for name, value in vars(aligner).items() if not name.startswith("_")}
-    return class_path(type(aligner)), sorted(plain.items(), key=str), values_digest(aligner)
+    own = vars(nn.Module())  # what torch keeps on every module
+    parts = [
+        (
+            name,
+            class_path(type(module)),
+            [(k, _fact(v)) for k, v in sorted(vars(module).items()) if k not in own],
+        )
+        for name, module in aligner.named_modules()
+    ]
+    return *parts, values_digest(aligner)
+
+
+def _fact(value: Any) -> Any:
+    """A value of a module as something whose repr is equal for equal values only."""
+    if isinstance(value, torch.Tensor):
+        return values_digest(nn.ParameterList([nn.Parameter(value, requires_grad=False)]))
+    if isinstance(value, (list, tuple)):
+        return [_fact(item) for item in value]
+    if isinstance(value, dict):
+        return [(key, _fact(item)) for key, item in sorted(value.items(), key=str)]
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return value
+    raise EncoderError(
+        f"The aligner holds a {type(value).__name__}, by which a store cannot tell features apart. Let it "
+        "hold numbers, texts and tensors, or use no store."
+    )
 
 
 def digest(encoder: Encoder) -> str:

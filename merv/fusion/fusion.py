@@ -16,13 +16,15 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from merv.errors import CheckpointError, ShapeError
+from merv.errors import BrokenPlugin, CheckpointError, ShapeError
 from merv.fusion.mixers import Mixer, WeightingMixer, cell_positions
 from merv.fusion.projectors import Projector
 from merv.fusion.registry import create_mixer, create_projector
 from merv.types import Fused, Grid, is_count
 from merv.utils.plugins import class_path, is_importable
 from merv.utils.torch_modules import class_of, device_and_dtype, first_unlike, without_weights
+
+NAMED_ONLY = "Only what is named when it is made is saved: mixer=, projector= and their options."
 
 
 class Fusion(nn.Module):
@@ -32,7 +34,7 @@ class Fusion(nn.Module):
     width: L.
     mixer, projector: names (`merv plugins mixers` lists them), `module:Class`, or subclasses of `Mixer` and
         `Projector`; mixer_options, projector_options go to their constructors. A mixer may also be made
-        already; what `config` says then holds for none with options of its own.
+        already; such a fusion cannot be saved, because its options are not known.
     norm: normalise features before they are projected, and tokens after they are mixed, to the root
         mean square `token_rms`. Left to themselves, tokens soon are many times as large as the
         embeddings of the language model, whose layers then hardly change them. The release does neither.
@@ -80,6 +82,8 @@ class Fusion(nn.Module):
                 f"this fusion has {len(self.names)} of width {width}."
             )
 
+        self._built = [None if isinstance(mixer, Mixer) else self.mixer, *self.projectors.values()]
+
     def forward(self, grids: Mapping[str, Grid], question: Tensor | None = None) -> Fused:
         """Aligned grids [B, t, h, w, D_e] → Fused; an encoder that is left out counts as absent.
 
@@ -92,7 +96,7 @@ class Fusion(nn.Module):
                 "This mixer is not conditioned on the question and would ignore it. `cross_attention` with "
                 "mixer_options={'conditioned': True} is."
             )
-        device, _ = device_and_dtype(self._in_order()[0])
+        device, _ = device_and_dtype(self)
         grids = {name: grid.to(device) for name, grid in grids.items()}
         mask = self._mask(grids)  # [B, E, t, h, w]
         features = self._features(grids, mask.shape)
@@ -134,12 +138,13 @@ class Fusion(nn.Module):
 
         Raises ShapeError where the mixer cannot grow.
         """
-        device, dtype = device_and_dtype(self._in_order()[0])
+        device, dtype = device_and_dtype(self)
         fresh = self._new_projector(features).to(device, dtype)
         if self.token_rms is not None:
             fresh.scale_to(float(self.token_rms))
         self.mixer.join()
         self.projectors[name] = fresh
+        self._built.append(fresh)
         self.names.append(name)
 
     def config(self) -> dict[str, Any]:
@@ -147,11 +152,14 @@ class Fusion(nn.Module):
 
         Raises CheckpointError where that would make another one: parts that were put in by hand are lost.
         """
+        own = [self.mixer, *self.projectors.values()]
+        if len(own) != len(self._built) or any(a is not b for a, b in zip(own, self._built, strict=True)):
+            raise CheckpointError(f"A mixer or projector of this fusion was put in by hand. {NAMED_ONLY}")
         mixer, projector = class_of(self.mixer), class_of(self._in_order()[0])
-        for own in (mixer, projector):
-            if not is_importable(own):
+        for one in (mixer, projector):
+            if not is_importable(one):
                 raise CheckpointError(
-                    f"{class_path(own)} could not be found again: define the class at the top of a module."
+                    f"{class_path(one)} could not be found again: define the class at the top of a module."
                 )
         options: dict[str, Any] = {
             "width": self.width,
@@ -162,11 +170,10 @@ class Fusion(nn.Module):
             "norm": self.norm,
         }
         widths = {name: p.features for name, p in zip(self.names, self._in_order(), strict=True)}
-        differs = first_unlike(self, without_weights(lambda: Fusion(widths, **options)))
-        if differs:
+        alike = without_weights(lambda: Fusion(widths, **options), BrokenPlugin)
+        if differs := first_unlike(self, alike):
             raise CheckpointError(
-                f"This fusion would be another one when it is loaded: {differs}. Only what is named when it "
-                "is made is saved: mixer=, projector= and their options, also by module:Class."
+                f"This fusion would be another one when it is loaded: {differs}. {NAMED_ONLY}"
             )
         return options
 
@@ -234,9 +241,10 @@ class Fusion(nn.Module):
 
     def _features(self, grids: Mapping[str, Grid], shape: torch.Size) -> list[Tensor]:
         """Of each stream [B, t, h, w, D] in the projector's dtype; zeros for an absent encoder."""
+        device, _ = device_and_dtype(self)
         features = []
         for name, projector in zip(self.names, self._in_order(), strict=True):
-            device, dtype = device_and_dtype(projector)
+            dtype = device_and_dtype(projector)[1]
             absent = (shape[0], *shape[2:], projector.features)
             features.append(
                 grids[name].values.to(device, dtype)

@@ -37,7 +37,8 @@ class Projector(nn.Module):
     @property
     def foldable(self) -> bool:
         """Whether the last Linear may be applied after mixing instead of before."""
-        return type(self).forward is Projector.forward
+        plain = type(self.linear) is nn.Linear and self.linear.bias is not None
+        return plain and type(self).forward is Projector.forward
 
     def before(self, features: Tensor) -> Tensor:
         """Everything but the last Linear."""

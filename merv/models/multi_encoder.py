@@ -358,7 +358,10 @@ class MultiEncoder(Shared, nn.Module):
         """The MultiEncoder that `config` describes, its fusion untrained."""
         options = dict(config)
         for registry, option in ((MIXERS, "mixer"), (PROJECTORS, "projector")):
-            if ":" in (path := options.get(option, "")):
+            path = options.get(option, "")
+            if not isinstance(path, str):
+                raise CheckpointError(f"config.json has {option} {path!r}; wanted a name or module:Class.")
+            if ":" in path:
                 registry.check_trusted(path, f"The {option}")
         check_names("weights", weights, options["encoders"])
         encoders = {name: recreate(name, saved, weights) for name, saved in options.pop("encoders").items()}

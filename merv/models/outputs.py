@@ -29,14 +29,13 @@ class VideoLLMOutput:
     """What a VideoLLM makes of a batch of conversations.
 
     logits: [B, K, vocabulary], fp32, where any row has an answer's token. labels: [B, K], those tokens,
-    NOT_LEARNED where the row has none. branches: [B, K], which conversation of its row a token is of, 1 … n.
-    conversations: how many each row has. mix_weights: as of VisualTokens.
+    NOT_LEARNED where the row has none. branches: [B, K], which conversation of its group a token is of, from
+    1. mix_weights: as of VisualTokens.
     """
 
     logits: Tensor
     labels: Tensor
     branches: Tensor
-    conversations: list[int]
     mix_weights: dict[str, Tensor]
 
     @property

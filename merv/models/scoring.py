@@ -20,10 +20,13 @@ class ScoringMixin:
         def __call__(
             self, groups: Sequence[Sequence[Conversation]], packed_length: int | None = None
         ) -> VideoLLMOutput: ...
+        def rows(self, groups: Sequence[Sequence[Conversation]]) -> list[Sequence[Conversation]]: ...
 
     @torch.no_grad()
     def log_probs(self, conversations: Sequence[Conversation]) -> list[Tensor]:
         """Log-probability of each token of the assistant's turns, a float tensor a conversation."""
+        if not conversations:
+            return []
         out = self([[conversation] for conversation in conversations])
         chosen = out.logits.log_softmax(dim=-1).gather(2, out.labels.clamp(min=0)[..., None])[..., 0]
         return [row[own != NOT_LEARNED] for row, own in zip(chosen, out.labels, strict=True)]
@@ -45,8 +48,8 @@ class ScoringMixin:
         exact = iter(
             [
                 not wrong[i, out.branches[i] == number].any()
-                for i, count in enumerate(out.conversations)
-                for number in range(1, count + 1)
+                for i, row in enumerate(self.rows(groups))
+                for number in range(1, len(row) + 1)
             ]
         )
         return [[next(exact) for _ in group] for group in groups], out

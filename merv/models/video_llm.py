@@ -86,15 +86,16 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, Shared):
             logits.float(),
             packed.labels[:, keep + 1],
             packed.branches[:, keep + 1],
-            [len(row) for row in prompts],
             visual.mix_weights,
         )
 
+    def rows(self, groups: Sequence[Sequence[Conversation]]) -> list[Sequence[Conversation]]:
+        """The groups as rows of a batch; each conversation has its own where the LLM cannot share one."""
+        return list(groups) if shares_rows(self.llm) else [[talk] for group in groups for talk in group]
+
     def render(self, groups: Sequence[Sequence[Conversation]]) -> list[list[Prompt]]:
-        """The prompts of each row of the batch: a group has one, or each conversation its own where
-        the LLM's attention cannot share one."""
-        rows = groups if shares_rows(self.llm) else [[talk] for group in groups for talk in group]
-        return [[render(messages, self.tokenizer) for messages in row] for row in rows]
+        """The prompts of the conversations in each row."""
+        return [[render(messages, self.tokenizer) for messages in row] for row in self.rows(groups)]
 
     def encode_visuals(self, prompts: Sequence[Sequence[Prompt]]) -> VisualTokens:
         """The tokens of all videos in the prompts."""
@@ -169,7 +170,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, Shared):
         embeddings = torch.cat([words, visual[None, :1].to(words)], dim=1)
         logits = self.llm(inputs_embeds=embeddings, use_cache=False).logits.float()
         none = torch.full(logits.shape[:2], NOT_LEARNED, device=logits.device)
-        return VideoLLMOutput(logits, none, torch.full_like(none, -1), [], {})
+        return VideoLLMOutput(logits, none, torch.full_like(none, -1), {})
 
     @property
     def pad_id(self) -> int:  # type: ignore[override]

@@ -6,11 +6,12 @@ import copy
 import pickle
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from merv.errors import CheckpointError
 from merv.fusion.fusion import Fusion
 from merv.fusion.mixers import Mixer, WeightingMixer, cell_positions
 from merv.fusion.projectors import Projector
@@ -18,12 +19,13 @@ from merv.fusion.registry import MIXERS, PROJECTORS
 from merv.testing.findings import CheckSkipped, far
 from merv.types import WHOLE_PICTURE, Grid
 
-WIDTH, ENCODERS, GRID = 16, 3, (4, 3, 2)  # L, E, and t, h, w
+WIDTH, ENCODERS, GRID = 64, 3, (4, 3, 2)  # L, E, and t, h, w
 FEATURES = 24  # D of a projector
+BFLOAT16_TOLERANCE = 0.1  # the mean distance, of the tokens' spread
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _with_random_weights(module: nn.Module) -> nn.Module:
@@ -103,6 +105,8 @@ def _makes_what_it_says(subject: MixerSubject) -> str | None:
     for name, shape in came.items():
         if shape != wanted[name]:
             return f"{name} of {t * h * w} cells are {shape}; wanted {wanted[name]} (num_tokens is {count})"
+    if not mask.any(dim=1).all():
+        return "no token of a clip with features is real: the mask is False everywhere"
     if mask.dtype != torch.bool:
         return f"the mask is {mask.dtype}; wanted torch.bool, True for a real token"
     if weights is not None and list(weights.shape) != [2, ENCODERS, *GRID]:
@@ -138,14 +142,22 @@ def _what_is_masked_does_not_count(subject: MixerSubject) -> str | None:
     return fault and f"other features in masked cells change real tokens: {fault}"
 
 
-def _is_finite_where_nothing_is_seen(subject: MixerSubject) -> str | None:
-    nothing = torch.zeros_like(subject.mask[:1])
-    streams = subject.streams[:1].clone().requires_grad_()
-    question = _random(1, WIDTH) if subject.mixer.conditioned else None
-    tokens, _, _ = subject.mixer(streams, nothing, question)
-    tokens.sum().backward()
-    finite = tokens.isfinite().all() and streams.grad is not None and streams.grad.isfinite().all()
-    return None if finite else "tokens or gradients of a clip that no encoder sees are not finite"
+def _learns_nothing_where_nothing_is_seen(subject: MixerSubject) -> str | None:
+    """As in a training step without a video, which runs the fusion on a cell that no encoder sees."""
+    mixer = copy.deepcopy(subject.mixer).train()
+    mixer.zero_grad()
+    streams = _random(1, ENCODERS, 1, 1, 1, WIDTH).requires_grad_()
+    question = _random(1, WIDTH) if mixer.conditioned else None
+    tokens, _, _ = mixer(streams, torch.zeros(1, ENCODERS, 1, 1, 1, dtype=torch.bool), question)
+    (0.0 * tokens.float().sum()).backward()
+    if not tokens.isfinite().all():
+        return "tokens of a clip that no encoder sees are not finite"
+    for name, parameter in mixer.named_parameters():
+        if parameter.grad is None:
+            return f"{name} gets no gradient from a clip that no encoder sees, where plain DDP stops"
+        if not parameter.grad.isfinite().all():
+            return f"the gradient of {name} from a clip that no encoder sees is not finite"
+    return None
 
 
 def _batch_equals_one_by_one(subject: MixerSubject) -> str | None:
@@ -161,7 +173,9 @@ def _is_deterministic(subject: MixerSubject) -> str | None:
 
 def _every_parameter_has_a_gradient(subject: MixerSubject) -> str | None:
     mixer = copy.deepcopy(subject.mixer).train()
-    missing = _without_gradient(mixer, subject.run(mixer, streams=subject.streams.requires_grad_())[0])
+    missing = _without_gradient(
+        mixer, subject.run(mixer, streams=subject.streams.clone().requires_grad_())[0]
+    )
     return (
         f"{missing[0]} gets no gradient, where plain DDP stops; leave it out or use it" if missing else None
     )
@@ -171,18 +185,22 @@ def _folded_equals_plain(subject: MixerSubject) -> str | None:
     mixer = subject.mixer
     if not isinstance(mixer, WeightingMixer) or not mixer.foldable:
         raise CheckSkipped("it is more than a weighted sum, and so is never folded")
-    widths = {"a": 8, "b": 12, "c": 6}
-    fusion = Fusion(widths, WIDTH, mixer).eval()
+    return _folding_fault(Fusion({"a": 8, "b": 12, "c": 6}, WIDTH, mixer), subject.mask)
+
+
+def _folding_fault(fusion: Fusion, mask: Tensor) -> str | None:
+    """How far a fusion's folded tokens are from its plain ones; mask: [B, E, t, h, w]."""
+    fusion.eval()
     grids = {
         name: Grid(
-            _random(2, *GRID, width, seed=width),
+            _random(2, *GRID, cast(Projector, projector).features, seed=number),
             torch.zeros(2, GRID[0]),
             torch.tensor(WHOLE_PICTURE).expand(2, -1),
-            subject.mask[:, number],
+            mask[:, number],
         )
-        for number, (name, width) in enumerate(widths.items())
+        for number, (name, projector) in enumerate(fusion.projectors.items())
     }
-    question = _random(2, WIDTH) if mixer.conditioned else None
+    question = _random(2, WIDTH) if fusion.mixer.conditioned else None
     with torch.no_grad():
         folded = fusion(grids, question)
         fusion.folded = False
@@ -207,7 +225,28 @@ def _runs_in_bfloat16(subject: MixerSubject) -> str | None:
     mixer = copy.deepcopy(subject.mixer).to(torch.bfloat16)
     with torch.no_grad():
         tokens = subject.run(mixer, streams=subject.streams.to(torch.bfloat16))[0]
-    return None if tokens.dtype == torch.bfloat16 else f"tokens of bfloat16 streams are {tokens.dtype}"
+    real = subject.made[1]
+    return _bfloat16_fault(tokens[real], subject.made[0][real])
+
+
+def _bfloat16_fault(tokens: Tensor, wanted: Tensor) -> str | None:
+    if tokens.dtype != torch.bfloat16:
+        return f"tokens of bfloat16 features are {tokens.dtype}"
+    off = ((tokens.float() - wanted).abs().mean() / wanted.std().clamp_min(1e-6)).item()
+    return None if off <= BFLOAT16_TOLERANCE else f"off by {off:.2g} standard deviations on average"
+
+
+def _is_saved(subject: MixerSubject) -> str | None:
+    """What a checkpoint says of it makes it again."""
+    return _saving_fault(Fusion({"a": 8, "b": 12}, WIDTH, subject.type, mixer_options=subject.options))
+
+
+def _saving_fault(fusion: Fusion) -> str | None:
+    try:
+        fusion.config()
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _pickles_and_copies(subject: MixerSubject) -> str | None:
@@ -229,13 +268,14 @@ MIXER_CHECKS: tuple[Callable[[MixerSubject], str | None], ...] = (
     _takes_stills,
     _weights_sum_to_one_over_present_encoders,
     _what_is_masked_does_not_count,
-    _is_finite_where_nothing_is_seen,
+    _learns_nothing_where_nothing_is_seen,
     _batch_equals_one_by_one,
     _is_deterministic,
     _every_parameter_has_a_gradient,
     _folded_equals_plain,
     _takes_in_another_encoder,
     _runs_in_bfloat16,
+    _is_saved,
     _pickles_and_copies,
     _state_dict_holds_all,
 )
@@ -252,7 +292,12 @@ class ProjectorSubject:
 
     def another(self) -> Projector:
         """One more, with the weights that it is created with."""
-        return PROJECTORS.create(self.type, FEATURES, WIDTH, **self.options)
+        return PROJECTORS.create(self.type, FEATURES, WIDTH, **{"norm": True, **self.options})
+
+    def fusion(self) -> Fusion:
+        """The mean of two encoders, each with such a projector."""
+        widths = {"a": 8, "b": 12}
+        return Fusion(widths, WIDTH, "mean", projector=self.type, projector_options=self.options)
 
     @cached_property
     def projector(self) -> Projector:
@@ -270,6 +315,7 @@ class ProjectorSubject:
 
 def _projector_is_created(subject: ProjectorSubject) -> str | None:
     _ = subject.projector
+    PROJECTORS.create(subject.type, FEATURES, WIDTH, **{**subject.options, "norm": False})
     return None
 
 
@@ -300,24 +346,29 @@ def _follows_the_scale_asked_for(subject: ProjectorSubject) -> str | None:
 
 def _all_its_parameters_have_a_gradient(subject: ProjectorSubject) -> str | None:
     projector = copy.deepcopy(subject.projector).train()
-    missing = _without_gradient(projector, projector(subject.features))
+    missing = _without_gradient(projector, projector(subject.features.clone().requires_grad_()))
     return (
         f"{missing[0]} gets no gradient, where plain DDP stops; leave it out or use it" if missing else None
     )
 
 
-def _linear_is_the_last_layer(subject: ProjectorSubject) -> str | None:
-    projector = subject.projector
-    if not projector.foldable:
-        raise CheckSkipped("it has a forward of its own, and so is never folded")
-    with torch.no_grad():
-        return far(projector.linear(projector.before(subject.features)), subject.made)
+def _folded_projections_equal_plain_ones(subject: ProjectorSubject) -> str | None:
+    if not subject.projector.foldable:
+        raise CheckSkipped("it has a forward or a last layer of its own, and so is never folded")
+    fusion = subject.fusion()
+    _with_random_weights(fusion)
+    return _folding_fault(fusion, torch.ones(2, 2, *GRID, dtype=torch.bool))
 
 
 def _projects_bfloat16(subject: ProjectorSubject) -> str | None:
     with torch.no_grad():
         came = copy.deepcopy(subject.projector).to(torch.bfloat16)(subject.features.to(torch.bfloat16))
-    return None if came.dtype == torch.bfloat16 else f"tokens of bfloat16 features are {came.dtype}"
+    return _bfloat16_fault(came, subject.made)
+
+
+def _can_be_saved(subject: ProjectorSubject) -> str | None:
+    """What a checkpoint says of it makes it again."""
+    return _saving_fault(subject.fusion())
 
 
 def _is_pickled_and_copied(subject: ProjectorSubject) -> str | None:
@@ -340,8 +391,9 @@ PROJECTOR_CHECKS: tuple[Callable[[ProjectorSubject], str | None], ...] = (
     _each_vector_is_projected_alone,
     _follows_the_scale_asked_for,
     _all_its_parameters_have_a_gradient,
-    _linear_is_the_last_layer,
+    _folded_projections_equal_plain_ones,
     _projects_bfloat16,
+    _can_be_saved,
     _is_pickled_and_copied,
     _all_is_in_its_state_dict,
 )

@@ -85,20 +85,21 @@ class Sharded(ModelParallelStrategy):
         """Write a folder, whole or not at all."""
         import torch.distributed.checkpoint as dcp
 
-        path, fresh = self.broadcast((Path(filepath), temporary_beside(Path(filepath))))
-        if self.is_global_zero:
-            clear_up(path)
-            fresh.mkdir(parents=True)
-        self.barrier()
-        states = {"state_dict": checkpoint.pop("state_dict")}
-        for number, state in enumerate(checkpoint.pop("optimizer_states", [])):
-            states[f"optimizer_{number}"] = state
-        dcp.save(states, checkpoint_id=fresh)
-        if self.is_global_zero:
-            write_config(fresh, "VideoLLM", checkpoint["config"])
-            torch.save(checkpoint, fresh / META)
-            swap(fresh, path)
-        self.barrier()
+        with temporary_beside(Path(filepath)) as own:
+            path, fresh = self.broadcast((Path(filepath), own))
+            if self.is_global_zero:
+                clear_up(path)
+                fresh.mkdir(parents=True)
+            self.barrier()
+            states = {"state_dict": checkpoint.pop("state_dict")}
+            for number, state in enumerate(checkpoint.pop("optimizer_states", [])):
+                states[f"optimizer_{number}"] = state
+            dcp.save(states, checkpoint_id=fresh)
+            if self.is_global_zero:
+                write_config(fresh, "VideoLLM", checkpoint["config"])
+                torch.save(checkpoint, fresh / META)
+                swap(fresh, path)
+            self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Fill the model and the optimizers; returns the rest."""

@@ -199,11 +199,8 @@ def _installer() -> list[str]:
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that becomes `folder` when all went well, and vanishes otherwise."""
-    new = temporary_beside(folder)
-    new.mkdir(parents=True)
-    try:
+    with temporary_beside(folder) as new:
+        new.mkdir(parents=True)
         yield new
         if not folder.exists():  # else another process was faster
             os.replace(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)

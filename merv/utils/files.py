@@ -6,12 +6,16 @@ import glob
 import hashlib
 import os
 import re
+import shutil
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
+
+IN_USE: set[str] = set()  # temporary names of this process
 
 
 def cache_folder() -> Path:
@@ -47,13 +51,26 @@ def files_digest(paths: Iterable[Path]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def temporary_beside(path: Path) -> Path:
+@contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
     """A name beside `path` for what is not whole yet: of this machine, this process and no other call.
 
-    >>> temporary_beside(Path("out/model")).name.startswith(".model.")
+    A file or folder that still has it afterwards is removed.
+
+    >>> with temporary_beside(Path("out/model")) as fresh:
+    ...     fresh.name.startswith(".model.")
     True
     """
-    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{token_hex(4)}")
+    fresh = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{token_hex(4)}")
+    IN_USE.add(fresh.name)
+    try:
+        yield fresh
+    finally:
+        IN_USE.discard(fresh.name)
+        if fresh.is_dir():
+            shutil.rmtree(fresh, ignore_errors=True)
+        else:
+            fresh.unlink(missing_ok=True)
 
 
 def temporaries_beside(path: Path) -> list[Path]:
@@ -64,10 +81,12 @@ def temporaries_beside(path: Path) -> list[Path]:
 
 
 def is_abandoned(temporary: Path) -> bool:
-    """Whether the process that a temporary name is of has ended: never known of another machine's."""
+    """Whether nobody uses a temporary name any more, which is never known of another machine's."""
     host, process, *_ = temporary.name.removesuffix(".old").rsplit(".", 3)[1:]
-    if host != _host() or int(process) == os.getpid():
+    if host != _host():
         return False
+    if int(process) == os.getpid():  # a container may give every process the same number
+        return temporary.name.removesuffix(".old") not in IN_USE
     try:
         os.kill(int(process), 0)  # only asks
     except OSError as error:
@@ -81,12 +100,9 @@ def _host() -> str:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that others see whole or not at all, whichever threads and machines write it too."""
-    fresh = temporary_beside(path)
-    try:
+    with temporary_beside(path) as fresh:
         fresh.write_bytes(data)
         os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 @cache

@@ -115,6 +115,10 @@ class Registry:
         """`module:Class` of the plug-in of that name: what a saved model says of it."""
         return class_path(self.load(name))
 
+    def name(self, path: str) -> str:
+        """The name that `module:Class` is registered by, or the path itself."""
+        return next((plugin.name for plugin in self.plugins() if plugin.value == path), path)
+
     def check_trusted(self, path: str, what: str) -> None:
         """Raise PluginError unless the class `module:Class` may be loaded because a saved model names it.
 
@@ -263,7 +267,7 @@ def trust(path: str) -> None:
     module, colon, name = path.partition(":")
     try:
         found = attrgetter(name)(import_module(module)) if colon else None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     if not isinstance(found, type):
         raise PluginError(f"{path!r} is no class; wanted module:Class.")
@@ -279,7 +283,9 @@ def class_path(of: type) -> str:
 
 
 def is_importable(of: type) -> bool:
-    """Whether a class is found by its path: one that is defined inside a function is not."""
+    """Whether a later process finds a class by its path: none of a function, a script or a notebook."""
+    if of.__module__ == "__main__":
+        return False
     with suppress(KeyError, AttributeError):
         return attrgetter(of.__qualname__)(sys.modules[of.__module__]) is of
     return False

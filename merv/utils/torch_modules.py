@@ -25,13 +25,14 @@ def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
 def without_weights(build: Callable[[], M], *but: type[Exception]) -> M:
     """What `build` makes, on the meta device: shapes without numbers, in no time and no memory.
 
-    Where a part computes with its weights while it is built, it gets random ones, on the CPU; the global
+    Where a part computes with its weights while it is built, it gets random ones, on the CPU; torch's
     random state is left as it was. but: further errors of `build` that mean the same.
     """
-    with suppress(NotImplementedError, RuntimeError, *but), torch.device("meta"):
-        return build()
     with torch.random.fork_rng(devices=[]):
-        return build()
+        with suppress(NotImplementedError, RuntimeError, *but), torch.device("meta"):
+            return build()
+        with torch.device("cpu"):
+            return build()
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:

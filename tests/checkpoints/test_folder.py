@@ -84,7 +84,42 @@ def test_reading_changes_nothing(tmp_path):
 
 
 def test_two_temporary_names_are_never_the_same(tmp_path):
-    assert temporary_beside(tmp_path / "a") != temporary_beside(tmp_path / "a")
+    with temporary_beside(tmp_path / "a") as one, temporary_beside(tmp_path / "a") as other:
+        assert one != other
+
+
+def test_what_an_earlier_process_of_the_same_number_left_is_removed(tmp_path):
+    """As in a container, where every process may be number 1."""
+    left(tmp_path, "a", process=os.getpid())
+    with temporary_beside(tmp_path / "a") as mine:
+        mine.mkdir()
+        save_folder(tmp_path / "a", "Thing", {}, {})
+        assert set(tmp_path.iterdir()) == {tmp_path / "a", mine}
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_whose_replacement_fails_is_put_back(tmp_path, monkeypatch):
+    save_folder(tmp_path / "a", "Thing", {"x": 1}, {})
+    replace, calls = os.replace, []
+
+    def second_fails(*paths):
+        calls.append(paths)
+        if len(calls) == 2:
+            raise OSError("no room")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(CheckpointError, match="no room"):
+        save_folder(tmp_path / "a", "Thing", {"x": 2}, {})
+    assert load_folder(tmp_path / "a", "Thing")[0] == {"x": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_of_several_old_folders_the_newest_is_read(tmp_path):
+    one, other = left(tmp_path, "a", old=True), left(tmp_path, "a", host="elsewhere", old=True)
+    for path, time_s in ((one, 2_000_000_000), (other, 1_000_000_000)):
+        os.utime(path, (time_s, time_s))
+    assert load_folder(tmp_path / "a", "Thing")[0] == {"of": one.name}
 
 
 def test_a_failed_save_keeps_the_old_one(tmp_path):

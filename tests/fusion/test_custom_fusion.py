@@ -14,7 +14,7 @@ from merv.cli.main import main
 from merv.errors import BrokenPlugin, CheckpointError, EncoderError, PluginError, ShapeError
 from merv.features.store import FeatureStore
 from merv.fusion.align import Aligner
-from merv.fusion.mixers import CrossAttention, Mean
+from merv.fusion.mixers import CrossAttention, Mean, Scalar
 from merv.fusion.registry import MIXERS, PROJECTORS
 from merv.models.video_llm import VideoLLM
 from merv.testing import check_mixer, check_projector, contract_test, make_video
@@ -188,7 +188,6 @@ def with_projector(vision: MultiEncoder) -> None:
 
 def with_mixer(vision: MultiEncoder) -> None:
     vision.fusion.mixer = Mean(8, 2)
-    vision.fusion.mixer.extra = nn.Linear(2, 2)
 
 
 def with_aligner(vision: MultiEncoder) -> None:
@@ -207,7 +206,19 @@ class Learned(Aligner):
         return type(out)(out.values * self.scale, out.times_s, out.extent, out.mask)
 
 
-@pytest.mark.parametrize("by_hand", [with_projector, with_mixer, with_aligner])
+def with_another_of_its_kind(vision: MultiEncoder) -> None:
+    """Options that leave no trace in names and shapes would be lost."""
+    vision.fusion.mixer = CrossAttention(8, 2)
+
+
+def with_a_layer_more(vision: MultiEncoder) -> None:
+    vision.fusion.mixer.extra = nn.Linear(2, 2)
+
+
+BY_HAND = [with_projector, with_mixer, with_aligner, with_another_of_its_kind, with_a_layer_more]
+
+
+@pytest.mark.parametrize("by_hand", BY_HAND)
 def test_what_loading_could_not_make_again_is_not_saved(by_hand, tmp_path):
     vision = build()
     by_hand(vision)
@@ -225,6 +236,32 @@ def test_an_aligner_that_is_put_in_by_hand_is_in_the_key_of_the_store():
         keys.add(vision.key(clip, "fake"))
     assert len(keys) == 3
     torch.testing.assert_close(vision.features(clip, store=store)["fake"].values, 2 * before)
+
+
+class Pooled(Aligner):
+    """An aligner whose settings are in a submodule, an attribute and a large plain tensor."""
+
+    def __init__(self, size=2, shift=0.0, table=0.0):
+        super().__init__((2, 2, 2))
+        self.pool = nn.AvgPool3d(size)
+        self._shift = shift
+        self.table = torch.zeros(2000)
+        self.table[1000] = table
+
+
+def test_all_that_an_aligner_holds_is_in_the_key():
+    vision, clip = build(), video()
+    keys = []
+    for options in ({}, {"size": 4}, {"shift": 1.0}, {"table": 1.0}, {}):
+        vision.aligner = Pooled(**options)
+        keys.append(vision.key(clip, "fake"))
+    assert len(set(keys)) == 4
+    assert keys[0] == keys[-1]
+    vision.aligner.train()
+    assert vision.key(clip, "fake") == keys[0]
+    vision.aligner.function = lambda grid: grid
+    with pytest.raises(EncoderError, match="holds a function"):
+        vision.key(clip, "fake")
 
 
 def test_what_a_trained_aligner_makes_is_not_kept():
@@ -265,6 +302,61 @@ class Unequal(Mean):
         return 2 * super().weigh(reads, mask, question)
 
 
+class Undefined(Scalar):
+    """Its gradient is no number where nothing is seen."""
+
+    def weigh(self, reads, mask, question=None):
+        grown = self.score(reads, mask).exp().expand(mask.shape) * mask
+        return torch.where(mask, grown / grown.sum(dim=1, keepdim=True), 0.0)
+
+
+class Early(Scalar):
+    """Returns early where nothing is seen."""
+
+    def weigh(self, reads, mask, question=None):
+        return super().weigh(reads, mask, question) if mask.any() else mask.float()
+
+
+class Silent(Mean):
+    """Says that no token is real."""
+
+    def forward(self, streams, mask, question=None):
+        tokens, real, weights = super().forward(streams, mask, question)
+        return tokens * 1.0, real & False, weights
+
+
+class Tempered(Mean):
+    """Correct, with a parameter that is one number, and a constructor that looks at numbers."""
+
+    def __init__(self, width, encoders):
+        super().__init__(width, encoders)
+        self.temperature = nn.Parameter(torch.tensor(torch.ones(()).item()))
+
+    def forward(self, streams, mask, question=None):
+        tokens, real, weights = super().forward(streams, mask, question)
+        return tokens * self.temperature, real, weights
+
+
+class Unbiased(Projector):
+    """Correct, with a last layer that has no bias."""
+
+    def build(self):
+        self.hidden = nn.Identity()
+        self.linear = nn.Linear(self.features, self.width, bias=False)
+
+    def scale_to(self, rms):
+        nn.init.normal_(self.linear.weight, std=rms / self.features**0.5)
+
+
+class Normless(Projector):
+    def __init__(self, features, width):
+        super().__init__(features, width)
+
+
+test_tempered_keeps_the_contract = contract_test(Tempered)
+test_unbiased_keeps_the_contract = contract_test(Unbiased)
+
+
 class Batchy(Projector):
     def forward(self, features):
         out = super().forward(features)
@@ -293,6 +385,10 @@ class Loose(Projector):
         (check_mixer, Wide, "makes what it says"),
         (check_mixer, Nosy, "what is masked does not count"),
         (check_mixer, Idle, "every parameter has a gradient"),
+        (check_mixer, Undefined, "learns nothing where nothing is seen"),
+        (check_mixer, Early, "learns nothing where nothing is seen"),
+        (check_mixer, Silent, "makes what it says"),
+        (check_projector, Normless, "projector is created"),
         (check_mixer, Unequal, "weights sum to one over present encoders"),
         (check_projector, Batchy, "each vector is projected alone"),
         (check_projector, Loose, "all is in its state dict"),

@@ -215,6 +215,10 @@ def test_log_probs_of_a_batch_are_those_of_one_by_one(conditioned):
         torch.testing.assert_close(together, model.log_probs([talk])[0])
 
 
+def test_no_conversation_has_no_probabilities():
+    assert build().log_probs([]) == []
+
+
 def test_a_file_its_bytes_and_the_open_file_give_the_same(tmp_path):
     model, path = build(), make_video(tmp_path / "clip.mp4")
     with path.open("rb") as file:
