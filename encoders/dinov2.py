@@ -71,7 +71,7 @@ class DINOv2(Encoder):
         )
         for variant, (name, width, parameters) in SIZES.items()
     }
-    released: ClassVar = {"dinov2-video-all-tokens": "large"}
+    released_names: ClassVar = {"dinov2-video-all-tokens": "large"}
 
     def build(self) -> None:
         import timm

@@ -52,7 +52,7 @@ class Fake(Encoder):
             parameters=4620,
         ),
     }
-    released: ClassVar = {"fake": "image", "fake-video": "video"}  # in files made for tests
+    released_names: ClassVar = {"fake": "image", "fake-video": "video"}  # in files made for tests
 
     def build(self) -> None:
         spec = self.spec

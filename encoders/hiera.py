@@ -59,7 +59,7 @@ class Hiera(Encoder):
         )
         for variant, (name, width, parameters) in SIZES.items()
     }
-    released: ClassVar = {"hiera-base-plus-video": "base-plus", "hiera-large-video": "large"}
+    released_names: ClassVar = {"hiera-base-plus-video": "base-plus", "hiera-large-video": "large"}
 
     def build(self) -> None:
         try:

@@ -58,7 +58,7 @@ class LanguageBind(Encoder):
         )
         for variant, (source, width, _, _, parameters) in SIZES.items()
     }
-    released: ClassVar = {"languagebind-video-noclass": "large"}
+    released_names: ClassVar = {"languagebind-video-noclass": "large"}
 
     def build(self) -> None:
         config: dict[str, Any] = {"hidden_act": "gelu", "num_frames": 8}

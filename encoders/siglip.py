@@ -70,7 +70,7 @@ class SigLIP(Encoder):
     """
 
     variants: ClassVar = specs("siglip", SIZES)
-    released: ClassVar = {"siglip-vit-b16-224px-all-no-cls": "base"}
+    released_names: ClassVar = {"siglip-vit-b16-224px-all-no-cls": "base"}
 
     def build(self) -> None:
         import timm

@@ -56,7 +56,7 @@ class ViViT(Encoder):
         )
         for variant in ("b-16x2-kinetics400", "b-16x2")
     }
-    released: ClassVar = {"vivit-google-b-all-no-cls-16frames": "b-16x2-kinetics400"}
+    released_names: ClassVar = {"vivit-google-b-all-no-cls-16frames": "b-16x2-kinetics400"}
 
     def build(self) -> None:
         from transformers import VivitConfig, VivitModel

@@ -66,7 +66,9 @@ class Learner(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What was trained: the Trainer's checkpoints need nothing that is frozen."""
-        return {f"model.{name}": tensor.detach() for name, tensor in self.model.kept().items()}
+        return {
+            f"model.{name}": tensor.detach() for name, tensor in self.model.trainable_state_dict().items()
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load what `state_dict` gave; what is frozen stays as it is."""

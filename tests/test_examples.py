@@ -28,7 +28,7 @@ def tiny(example, tmp_path):
 
 
 def weights(model: VideoLLM) -> torch.Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in model.kept().values()])
+    return torch.cat([tensor.detach().flatten() for tensor in model.trainable_state_dict().values()])
 
 
 def hf(example, tiny, folder, steps=3, **options) -> torch.Tensor:

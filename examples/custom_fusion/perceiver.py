@@ -20,7 +20,8 @@ class Perceiver(Mixer):
     tokens: how many. heads: of the attention.
     """
 
-    of_encoders = {"key_of_encoder": (0, 0.0)}  # a block an encoder: one that joins gets a block of its own
+    # One block per encoder along axis 0; an encoder that joins gets a block of zeros.
+    per_encoder_parameters = {"key_of_encoder": (0, 0.0)}
 
     def __init__(self, width: int, encoders: int, tokens: int = 16, heads: int = 4) -> None:
         super().__init__(width, encoders)

@@ -24,7 +24,7 @@ from merv.checkpoints.folder import (
     replacing,
     write_model,
 )
-from merv.checkpoints.pretrained import brought_llm
+from merv.checkpoints.pretrained import bundled_llm
 from merv.errors import CheckpointError
 
 
@@ -47,7 +47,7 @@ def average(
     with replacing(out) as fresh:
         write_model(fresh, kind, config, state)
         source = config.get("llm", {}).get("source", "")
-        if (llm := brought_llm(folders[0], source)) is not None:
+        if (llm := bundled_llm(folders[0], source)) is not None:
             shutil.copytree(llm, fresh / source)
 
 

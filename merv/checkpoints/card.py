@@ -133,7 +133,7 @@ def row(encoder: Any, saved: Mapping[str, Any], name: str) -> str:
 
 def trained(model: Any, config: Mapping[str, Any]) -> list[str]:
     """Lines on what the folder holds, with numbers of parameters."""
-    tensors = model.kept()
+    tensors = model.trainable_state_dict()
     total = f"{sum(tensor.numel() for tensor in tensors.values()):,} values are saved."
     if "trained" not in config:
         return [f"Projectors and mixer. {total}" if tensors else "Nothing."]

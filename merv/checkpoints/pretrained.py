@@ -14,15 +14,15 @@ from torch import Tensor
 from merv.checkpoints.card import model_card
 from merv.checkpoints.folder import CONFIG, WEIGHTS, find_folder, read_config, save_folder, write_model
 from merv.errors import CheckpointError, WeightsError
-from merv.utils.hub import download, find_on_hub, why
+from merv.utils.hub import download, explain_hub_error, find_on_hub
 from merv.utils.suggest import nearest
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@\S+)?")
-BROUGHT = re.compile(r"[\w-][\w.-]*")  # the folder of a language model inside that of the model
+BUNDLED = re.compile(r"[\w-][\w.-]*")  # the folder of a language model inside that of the model
 ADVICE = "There is no folder of that name here either; pass the path of one that save_pretrained wrote."
 
 
-class Shared:
+class PretrainedMixin:
     """A model that is saved in a folder, and pushed to a hub; `from_pretrained` takes both.
 
     kind: what its folders say they hold.
@@ -34,7 +34,7 @@ class Shared:
         """All that `from_pretrained` needs besides tensors, as JSON."""
         raise NotImplementedError
 
-    def kept(self) -> dict[str, Tensor]:
+    def trainable_state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint holds, by name."""
         raise NotImplementedError
 
@@ -44,14 +44,14 @@ class Shared:
         Frozen parts are named, not copied. Raises CheckpointError where an encoder has random weights, which
         nothing could load again, or where `folder` is not merv's to replace.
         """
-        save_folder(folder, self.kind, self.config(), self.kept())
+        save_folder(folder, self.kind, self.config(), self.trainable_state_dict())
 
     def card(self, repo_id: str, sources: Mapping[str, str] | None = None) -> str:
         """The README.md that `push_to_hub` gives a repository that has none: what is known of the model.
 
         What is not known, data and results among it, is marked "to be filled in". sources: see there.
         """
-        return model_card(self, repo_id, findable(self.config(), sources or {}))
+        return model_card(self, repo_id, portable_config(self.config(), sources or {}))
 
     def push_to_hub(
         self,
@@ -77,11 +77,11 @@ class Shared:
         """
         from huggingface_hub import HfApi
 
-        config = findable(self.config(), sources or {})
+        config = portable_config(self.config(), sources or {})
         text = model_card(self, repo_id, config) if card is None else card
         api = HfApi(token=token)
         with TemporaryDirectory() as folder:
-            write_model(folder, self.kind, config, self.kept())
+            write_model(folder, self.kind, config, self.trainable_state_dict())
             try:
                 api.create_repo(repo_id, private=private, exist_ok=True)
                 if revision is not None and not revision.startswith("refs/"):
@@ -96,23 +96,25 @@ class Shared:
                     create_pr=create_pr,
                 )
             except Exception as error:  # the library's errors and those of its HTTP client have no other base
-                raise CheckpointError(f"{repo_id} cannot be pushed to the hub: {why(error)}.") from error
+                raise CheckpointError(
+                    f"{repo_id} cannot be pushed to the hub: {explain_hub_error(error)}."
+                ) from error
 
 
-def places(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def part_sources(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """By part, `llm` and each encoder, the entry of a config that says where it is."""
     llm = {"llm": config["llm"]} if "llm" in config else {}
     encoders = config.get("vision", config)["encoders"]
     return {**llm, **{str(name): saved["identity"] for name, saved in encoders.items()}}
 
 
-def findable(config: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
+def portable_config(config: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
     """A config whose parts are where `sources` says, by part, and else where they were.
 
     Raises CheckpointError for a part that is not there, and where one would be known by a path alone.
     """
     changed = deepcopy(dict(config))
-    parts = places(changed)
+    parts = part_sources(changed)
     for name, source in sources.items():
         if name not in parts:
             raise CheckpointError(
@@ -156,10 +158,10 @@ def find_model(name: str | Path) -> Path:
     return folder
 
 
-def brought_llm(folder: Path, source: str) -> Path | None:
+def bundled_llm(folder: Path, source: str) -> Path | None:
     """The folder of a language model that a model brings along in its own, or None."""
     within = folder / source
-    return within if BROUGHT.fullmatch(source) and within.is_dir() else None
+    return within if BUNDLED.fullmatch(source) and within.is_dir() else None
 
 
 def _fetch_llm(repo: str, folder: Path) -> None:
@@ -168,8 +170,10 @@ def _fetch_llm(repo: str, folder: Path) -> None:
 
     _, config = read_config(folder)
     source = config.get("llm", {}).get("source", "/")
-    if BROUGHT.fullmatch(source):
+    if BUNDLED.fullmatch(source):
         try:
             snapshot_download(repo, revision=folder.name, allow_patterns=f"{source}/*")
         except Exception as error:  # as above
-            raise WeightsError(f"{repo}/{source} cannot be had from the hub: {why(error)}.") from error
+            raise WeightsError(
+                f"{repo}/{source} cannot be had from the hub: {explain_hub_error(error)}."
+            ) from error

@@ -80,7 +80,7 @@ def examine() -> Iterator[Finding]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 for name, text, *state in check():
-                    yield Finding(section, name, _homeless(text), *state)
+                    yield Finding(section, name, _redact_home(text), *state)
         except Exception as error:
             yield Finding(section, section, f"could not be looked at: {_said(error)}", "broken")
 
@@ -251,9 +251,9 @@ def _size_gb(folder: Path) -> float:
 
 def parts() -> Found:
     """Trained parts out of packages."""
-    from merv.utils.assets import PARTS, installed_folder
+    from merv.utils.assets import ASSETS, installed_folder
 
-    for part in PARTS:
+    for part in ASSETS:
         folder = installed_folder(part.module)
         yield (
             part.package,
@@ -312,6 +312,6 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__
 
 
-def _homeless(text: str) -> str:
+def _redact_home(text: str) -> str:
     """Without the name of the user."""
     return text.replace(str(Path.home()), "~") if len(Path.home().parts) > 1 else text

@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from merv.data.order import Order
+from merv.data.order import EpochOrder
 from merv.data.samples import Group, Sample
 from merv.errors import DataError, PromptError, SamplingError, ShapeError, VideoError
-from merv.features.reader import Loaded, Reader
+from merv.features.reader import LoadedVideo, Reader
 from merv.models.chat import render
 from merv.utils.distributed import gathered
 
-BAD = (VideoError, SamplingError, ShapeError, PromptError, DataError)  # what a sample can be at fault for
+# What a sample can be at fault for.
+SAMPLE_ERRORS = (VideoError, SamplingError, ShapeError, PromptError, DataError)
 OnError = Literal["raise", "skip"]
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 class Batch:
     """What one process trains on at once.
 
-    groups: conversations that share their videos, these as the reader has `Loaded` them (as they came,
+    groups: conversations that share their videos, these as `LoadedVideo` (as they came,
         without a reader). kinds, origins: of each group, the kinds of its conversations; its row.
     skipped: origin and reason of each sample that could not be used; nothing stands in for it, so that
         a batch may have fewer groups than asked for, or none.
@@ -74,7 +75,7 @@ class BatchReader(Dataset):
     def batch(self, found: Any, epoch: int) -> Batch:
         """A batch of samples: pairs of a number and what gives the sample, or raises what is wrong."""
         batch = Batch([], [], [], [])
-        loaded: dict[Any, Loaded | Exception] = {}  # each video is read once
+        loaded: dict[Any, LoadedVideo | Exception] = {}  # each video is read once
         for number, sample_of in found:
             origin = ""
             try:
@@ -85,7 +86,7 @@ class BatchReader(Dataset):
                 for i in chosen if self.tokenizer is not None else ():
                     render(sample.conversations[i], self.tokenizer)
                 group = [self._read(sample.conversations[i], loaded, seed) for i in chosen]
-            except BAD as error:
+            except SAMPLE_ERRORS as error:
                 # What is wrong with a row begins with its origin
                 origin, reason = (origin, f"{type(error).__name__}: {error}") if origin else _split(error)
                 batch.skipped.append((origin, reason))
@@ -107,7 +108,7 @@ class BatchReader(Dataset):
         return int(np.random.default_rng([self.seed, when, 5, number]).integers(2**32))
 
     def _read(
-        self, talk: list[dict[str, Any]], loaded: dict[Any, Loaded | Exception], seed: int
+        self, talk: list[dict[str, Any]], loaded: dict[Any, LoadedVideo | Exception], seed: int
     ) -> list[dict[str, Any]]:
         """The conversation with its videos read."""
         if self.reader is None:
@@ -120,7 +121,7 @@ class BatchReader(Dataset):
         ]
 
     def _read_part(
-        self, part: dict[str, Any], loaded: dict[Any, Loaded | Exception], seed: int
+        self, part: dict[str, Any], loaded: dict[Any, LoadedVideo | Exception], seed: int
     ) -> dict[str, Any]:
         if part["type"] == "text":
             return part
@@ -130,7 +131,7 @@ class BatchReader(Dataset):
             assert self.reader is not None
             try:
                 loaded[name] = self.reader(video, seed)
-            except BAD as error:
+            except SAMPLE_ERRORS as error:
                 loaded[name] = error
         result = loaded[name]
         if isinstance(result, Exception):
@@ -146,7 +147,7 @@ def bad_sample(origin: str, reason: str) -> DataError:
     )
 
 
-class Skips:
+class BadSamplePolicy:
     """What to do about samples that cannot be used: stop at once, or note them, up to a limit.
 
     most: so many distinct samples may be skipped. folder: `skipped.jsonl` in it gets a line for each.
@@ -195,17 +196,17 @@ class Loader:
     def __init__(
         self,
         batches: Dataset,
-        order: Order,
+        order: EpochOrder,
         *,
         process: int = 0,
         workers: int = 0,
-        skips: Skips | None = None,
+        skips: BadSamplePolicy | None = None,
         limit: Callable[[], float] | None = None,
         epoch: int = 0,
         content: str = "",
     ) -> None:
         self.content = content
-        self.order, self.process, self.skips, self.limit = order, process, skips or Skips(), limit
+        self.order, self.process, self.skips, self.limit = order, process, skips or BadSamplePolicy(), limit
         self.epoch, self.position = epoch, 0  # of the next batch
         self.begun = False  # whether `epoch` is
         self.wanted: list[tuple[int, list[int]]] = []  # what its torch loader has to do next
@@ -253,14 +254,14 @@ class Loader:
         at_end = self.position >= min(len(self), self.limit() if self.limit else len(self))
         epoch, position = (self.epoch + 1, 0) if at_end else (self.epoch, self.position)
         skipped = dict(gathered((self.process, [list(each) for each in self.skips.reasons.items()])))
-        return {"epoch": epoch, "position": position, "of": self.about(), "skipped": skipped}
+        return {"epoch": epoch, "position": position, "of": self.order_fingerprint(), "skipped": skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on there at the next `iter`.
 
         Raises DataError where the order is another than that of the state.
         """
-        was, now = state["of"], self.about()
+        was, now = state["of"], self.order_fingerprint()
         differ = [
             f"{name} was {was.get(name)} and is {now[name]}" for name in now if was.get(name) != now[name]
         ]
@@ -272,7 +273,7 @@ class Loader:
         self.epoch, self.position, self.begun = state["epoch"], state["position"], False
         self.skips.reasons = dict(state["skipped"][self.process])
 
-    def about(self) -> dict[str, Any]:
+    def order_fingerprint(self) -> dict[str, Any]:
         """What the order depends on."""
         order = self.order
         return {

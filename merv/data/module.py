@@ -18,8 +18,8 @@ from weakref import WeakSet
 import numpy as np
 from lightning import LightningDataModule
 
-from merv.data.loader import BatchReader, Loader, OnError, Skips
-from merv.data.order import KINDS, Order
+from merv.data.loader import BadSamplePolicy, BatchReader, Loader, OnError
+from merv.data.order import KINDS, EpochOrder
 from merv.data.samples import Sample, media_parts
 from merv.data.sources import Samples, open_samples
 from merv.errors import DataError
@@ -39,7 +39,7 @@ class ChatData(LightningDataModule):
 
     train: a file or several, all of which an epoch has once; or a mapping of files to weights, by
         which they are mixed: an epoch is then as long as it can be without a sample that comes twice
-        (`merv.data.order.Order`). val: a file or several, or None.
+        (`merv.data.order.EpochOrder`). val: a file or several, or None.
     batch_size: samples a step, of each process. questions: at most so many conversations of a sample in
         one epoch, drawn anew in each.
     seed: of the order of samples and of which conversations are drawn; nothing else decides them.
@@ -167,7 +167,7 @@ class ChatData(LightningDataModule):
             return StreamLoader(stream, length=self.length or 1, **options)
         weights = list(self.train_source.values()) if isinstance(self.train_source, Mapping) else None
         kinds, lengths = self.known or (None, None)
-        order = Order(
+        order = EpochOrder(
             self.sizes,
             self.batch_size,
             processes,
@@ -187,7 +187,7 @@ class ChatData(LightningDataModule):
         """Batches in the order of the file, dealt to the processes, with all conversations."""
         reader = self.reader()
         process, processes = self.place()
-        order = Order([len(self.val)], self.batch_size, processes, shuffle=False)
+        order = EpochOrder([len(self.val)], self.batch_size, processes, shuffle=False)
         workers, skips = self.worker_count(reader), self.skips(len(self.val))
         batches = BatchReader(self.val, reader, tokenizer=self.tokenizer())
         loader = Loader(batches, order, process=process, workers=workers, skips=skips)
@@ -241,11 +241,11 @@ class ChatData(LightningDataModule):
         together = 1 if self.trainer is None else self.trainer.num_devices  # processes on this machine
         return max(0, min(8, cores // together - 1))
 
-    def skips(self, samples: int) -> Skips:
+    def skips(self, samples: int) -> BadSamplePolicy:
         """What to do about bad ones."""
         most = max(10, samples // 100) if self.max_skipped is None else self.max_skipped
         folder = None if self.trainer is None else self.trainer.default_root_dir
-        return Skips(self.on_error, most, folder)
+        return BadSamplePolicy(self.on_error, most, folder)
 
     def videos(self) -> Iterator[tuple[str, Any]]:
         """Each distinct video of both files once, with the first row that has it; a stream's are not known.

@@ -20,11 +20,11 @@ from merv.errors import DataError
 
 Indices = NDArray[np.int64]
 KINDS = ("video", "image", "text")  # of a sample, by what is most work in it
-MEGA = 50  # steps whose samples are sorted by length together: more pad less and are less random
+MEGABATCH_STEPS = 50  # steps whose samples are sorted by length together: more pad less and are less random
 
 
 @dataclass(frozen=True, eq=False)
-class Order:
+class EpochOrder:
     """The steps of every epoch.
 
     sizes: samples in each set; they are numbered through, the second set after the first.
@@ -36,7 +36,7 @@ class Order:
         step is of one kind and of like lengths (the rest of each kind shares the last steps), and the longest
         step of each kind comes first, so that memory runs out at once or not at all.
 
-    >>> order = Order([5], batch_size=2)
+    >>> order = EpochOrder([5], batch_size=2)
     >>> len(order), sorted(index for step in order.epoch(0) for index in step.tolist())
     (3, [0, 1, 2, 3, 4])
 
@@ -100,7 +100,7 @@ class Order:
         for kind in range(len(KINDS)):
             own = chosen[self.kinds[chosen] == kind]
             whole = len(own) // self.step_size * self.step_size
-            stretch = self.step_size * max(1, min(MEGA, whole // self.step_size // 4))
+            stretch = self.step_size * max(1, min(MEGABATCH_STEPS, whole // self.step_size // 4))
             for start in range(0, whole, stretch):
                 stretched = own[start : min(start + stretch, whole)]
                 steps += _cut(self._longest_first(stretched), self.step_size)

@@ -15,7 +15,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from merv.data.loader import Batch, BatchReader, Loader
-from merv.data.order import Order
+from merv.data.order import EpochOrder
 from merv.data.samples import Sample
 from merv.data.sources import SampleStream
 from merv.errors import DataError
@@ -85,7 +85,7 @@ class StreamLoader(Loader):
     """
 
     def __init__(self, reader: StreamReader, *, length: int, **options: Any) -> None:
-        order = Order([length * reader.batch_size], reader.batch_size, seed=reader.reader.seed)
+        order = EpochOrder([length * reader.batch_size], reader.batch_size, seed=reader.reader.seed)
         super().__init__(reader, order, process=reader.process, **options)
         self.reader = reader
         self.part = 0  # whose turn it is
@@ -118,7 +118,7 @@ class StreamLoader(Loader):
         self.part = self.reader.first = state["part"]
         self.running = None
 
-    def about(self) -> dict[str, Any]:
+    def order_fingerprint(self) -> dict[str, Any]:
         """What the order depends on."""
         reader = self.reader
         return {
@@ -137,22 +137,22 @@ class _Rows:
     def __init__(self, stream: SampleStream) -> None:
         self.stream, self.rows = stream, iter(stream)
 
-    def take(self, most: int) -> list[_Given]:
+    def take(self, most: int) -> list[_Deferred]:
         """The next ones, up to so many."""
-        block: list[_Given] = []
+        block: list[_Deferred] = []
         while len(block) < most:
             try:
-                block.append(_Given(next(self.rows)))
+                block.append(_Deferred(next(self.rows)))
             except StopIteration:
                 break
             except DataError as error:
-                block.append(_Given(error))
+                block.append(_Deferred(error))
                 self.stream.load_state_dict(self.stream.state_dict())  # the iterator ended with its error
                 self.rows = iter(self.stream)
         return block
 
 
-class _Given:
+class _Deferred:
     """`given()` is the sample, or raises the error, that it was made with."""
 
     def __init__(self, what: Sample | DataError) -> None:

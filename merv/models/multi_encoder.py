@@ -14,13 +14,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from merv.checkpoints.folder import fill_exactly, load_folder
-from merv.checkpoints.pretrained import Shared, find_model
+from merv.checkpoints.pretrained import PretrainedMixin, find_model
 from merv.encoding.base import Encoder
 from merv.encoding.registry import create_encoder
 from merv.encoding.weights import PRETRAINED
 from merv.encoding.windows import encode_distinct
 from merv.errors import CheckpointError, EncoderError, ShapeError
-from merv.features.reader import Loaded, Reader, View, recipe
+from merv.features.reader import EncoderRequest, LoadedVideo, Reader, feature_cache_key
 from merv.features.store import FeatureStore
 from merv.fusion.align import Aligner
 from merv.fusion.fusion import Fusion
@@ -76,7 +76,7 @@ class Encoded:
         return self.fused.positions[..., 0]
 
 
-class MultiEncoder(Shared, nn.Module):
+class MultiEncoder(PretrainedMixin, nn.Module):
     """Any set of frozen encoders, on one grid of time, rows and columns.
 
     encoders: names (`merv encoders` lists them; "dinov2/base" picks a variant), modules, or a
@@ -230,25 +230,25 @@ class MultiEncoder(Shared, nn.Module):
     ) -> dict[str, Grid]:
         """Read, encode and align: from `store` where it has the features, else made and kept there.
 
-        videos: one, or a list, of anything `load_video` reads, or `Loaded` by a `reader`; features of
-        these are kept if the reader looked into a store. One that comes twice is read and encoded once;
+        videos: one, or a list, of anything `load_video` reads, or of what a `reader` gave (`LoadedVideo`),
+        whose features are stored if that reader had a store. One that comes twice is read and encoded once;
         each is encoded alone, so that its features do not depend on its neighbours.
         """
         names = [name for name, _ in self.named(only)]
         reader = self.reader(store, only)
         batch = as_batch(videos)
         distinct = {source_key(video): video for video in batch}
-        loaded = ((key, v if isinstance(v, Loaded) else reader(v)) for key, v in distinct.items())
+        loaded = ((key, v if isinstance(v, LoadedVideo) else reader(v)) for key, v in distinct.items())
         made = {key: self._features(video, store) for key, video in loaded}  # one at a time
         batch = [made[source_key(video)] for video in batch]
         if lacking := sorted({name for grids in batch for name in names if name not in grids}):
             raise EncoderError(
-                f"A video was Loaded without {', '.join(lacking)}: its reader was made with only=. Make it "
+                f"A video was loaded without {', '.join(lacking)}: its reader was made with only=. Make it "
                 "without, or pass the same only= here."
             )
         return {name: Grid.batch([grids[name] for grids in batch]).to(self.device) for name in names}
 
-    def _features(self, video: Loaded, store: FeatureStore | None) -> dict[str, Grid]:
+    def _features(self, video: LoadedVideo, store: FeatureStore | None) -> dict[str, Grid]:
         grids = dict(video.found)
         exact = torch.autocast(self.device.type, enabled=False)  # what is kept depends on no mixed precision
         with nullcontext() if store is None else exact:
@@ -265,13 +265,13 @@ class MultiEncoder(Shared, nn.Module):
         how: dict[str, Any] = {"backend": self.backend, "resample": self.resample}
         if not isinstance(store, FeatureStore | None):
             raise EncoderError(f"store= takes a FeatureStore, as FeatureStore({store!r}); got {store!r}.")
-        views = {}
+        requests = {}
         for name, encoder in self.named(only):
             key = ""
             if store is not None:
-                key = recipe(encoder, self.frames.get(name), self.sampling, self.aligner, **how)
-            views[name] = View(encoder.spec, encoder.preset, key)
-        return Reader(views, self.sampling, self.frames, store=store, **how)
+                key = feature_cache_key(encoder, self.frames.get(name), self.sampling, self.aligner, **how)
+            requests[name] = EncoderRequest(encoder.spec, encoder.preset, key)
+        return Reader(requests, self.sampling, self.frames, store=store, **how)
 
     def join(self, name: str, encoder: str | Encoder, frames: int | None = None) -> None:
         """Take in another encoder, behind the others; in the mixer it hardly counts until it is trained.
@@ -305,9 +305,9 @@ class MultiEncoder(Shared, nn.Module):
                 raise EncoderError("At least one encoder is needed; `only` is empty.")
         return ((name, self.encoder(name)) for name in self.encoders if only is None or name in only)
 
-    def altered(self) -> set[str]:
+    def modified_parts(self) -> set[str]:
         """Encoders whose weights may be others than those of their identities."""
-        return {name for name, encoder in self.named() if encoder.changed}
+        return {name for name, encoder in self.named() if encoder.modified}
 
     def encoder(self, name: str) -> Encoder:
         """The encoder of that name."""
@@ -368,15 +368,15 @@ class MultiEncoder(Shared, nn.Module):
         sampling = Sampling(**options.pop("sampling"))
         return cls(encoders, sampling=sampling, **{**options, "grid": tuple(options["grid"])})
 
-    def kept(self) -> dict[str, Tensor]:
+    def trainable_state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint holds: projectors and mixer. Frozen encoders are named, not copied.
 
         Raises CheckpointError where an encoder was trained: only a VideoLLM keeps that.
         """
-        if self.altered():
+        if self.modified_parts():
             raise CheckpointError(
-                f"{', '.join(sorted(self.altered()))} has been trained or loaded anew and would be lost: "
-                "save a VideoLLM, or make the encoder from a file of these weights."
+                f"{', '.join(sorted(self.modified_parts()))} has been trained or loaded anew and would be "
+                "lost: save a VideoLLM, or make the encoder from a file of these weights."
             )
         return {} if self.fusion is None else self.fusion.state_dict()
 
@@ -393,7 +393,7 @@ class MultiEncoder(Shared, nn.Module):
         folder = find_model(folder)
         config, state = load_folder(folder, cls.kind)
         model = cls.from_config(config, weights or {})
-        fill_exactly(model.kept(), state, folder)
+        fill_exactly(model.trainable_state_dict(), state, folder)
         return model
 
     def describe(self) -> dict[str, dict[str, Any]]:

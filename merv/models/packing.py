@@ -83,7 +83,7 @@ def pack(
     """
     rows = [_row(group) for group in groups]
     if fill is not None:
-        rows = _together(rows, fill)
+        rows = _bin_pack(rows, fill)
     length = max(len(row[0]) for row in rows)
 
     def padded(column: int, blank: int) -> Tensor:
@@ -96,7 +96,7 @@ def pack(
     branches, parts = padded(3, -1), padded(4, -1)
     mask = branches >= 0
     if any(len(group) > 1 for group in groups) or len(rows) < len(groups):
-        mask = _who_sees_whom(branches, parts)
+        mask = _attention_mask(branches, parts)
     return Packed(padded(0, pad_id), mask, padded(2, 0), padded(1, NOT_LEARNED), branches)
 
 
@@ -115,7 +115,7 @@ def _row(group: Sequence[Tokens]) -> tuple[Tensor, ...]:
     return *columns, torch.zeros_like(columns[0])
 
 
-def _together(rows: Sequence[tuple[Tensor, ...]], most: int) -> list[tuple[Tensor, ...]]:
+def _bin_pack(rows: Sequence[tuple[Tensor, ...]], most: int) -> list[tuple[Tensor, ...]]:
     """Rows put one behind the other into fewer: the longest first, each where it still has room."""
     fuller: list[list[tuple[Tensor, ...]]] = []
     for row in sorted(rows, key=lambda row: -len(row[0])):
@@ -144,7 +144,7 @@ def _common(group: Sequence[Tokens]) -> int:
     return max(first - 1, 0) if learned[:, first].any() else first
 
 
-def _who_sees_whom(branches: Tensor, parts: Tensor) -> Tensor:
+def _attention_mask(branches: Tensor, parts: Tensor) -> Tensor:
     """[B, S] branches and group in the row → [B, 1, S, S]: causal, of one's own group the common
     beginning and one's own branch."""
     length = branches.shape[1]

@@ -108,7 +108,7 @@ def find_encoders(ids: Sequence[str], counts: Sequence[int]) -> tuple[dict[str, 
             encoder: Any = listing.load()
         except BrokenPlugin:  # told by `merv encoders`
             continue
-        for released, variant in vars(encoder).get("released", {}).items():
+        for released, variant in vars(encoder).get("released_names", {}).items():
             known[released] = (listing.name, variant, encoder.variants)
     encoders, steps = {}, []
     for name, frames in zip(ids, counts, strict=True):

@@ -50,7 +50,7 @@ class TrainablePartsMixin(nn.Module):
             "lora": {name: p for name, p in llm.items() if "lora_" in name},
             "llm": {name: p for name, p in llm.items() if "lora_" not in name},
         }
-        shared = [f"vision.fusion.mixer.{name}" for name in self.fusion.mixer.of_encoders or ()]
+        shared = [f"vision.fusion.mixer.{name}" for name in self.fusion.mixer.per_encoder_parameters or ()]
         for name, encoder in self.vision.named():
             before = f"vision.encoders.{name}."
             parts[name] = {before + own: p for own, p in encoder.named_parameters()}
@@ -88,7 +88,7 @@ class TrainablePartsMixin(nn.Module):
         own: dict[str, Tensor] = {}
         for number, name in enumerate(self.vision.encoders):
             if f"mixer.{name}" in trained:
-                for parameter, mask in self.fusion.mixer.own(number).items():
+                for parameter, mask in self.fusion.mixer.encoder_mask(number).items():
                     own[parameter] = mask | own.get(parameter, mask)
         of_mixer = self.fusion.mixer.get_parameter
         return [of_mixer(name).register_hook(partial(torch.mul, mask)) for name, mask in own.items()]
@@ -108,17 +108,17 @@ class TrainablePartsMixin(nn.Module):
         self.vision.join(name, encoder, frames)
         self.train_only(self.trained)
 
-    def altered(self) -> set[str]:
+    def modified_parts(self) -> set[str]:
         """Frozen parts, `llm` or encoders, that are no longer as their source has them."""
-        return self.vision.altered() | ({"llm"} if self._llm_changed else set())
+        return self.vision.modified_parts() | ({"llm"} if self._llm_changed else set())
 
-    def kept(self, altered: Collection[str] | None = None) -> dict[str, Tensor]:
+    def trainable_state_dict(self, modified: Collection[str] | None = None) -> dict[str, Tensor]:
         """What a checkpoint holds: all of the fusion, the LoRA, and whatever else was ever trained.
 
-        altered: which frozen parts those are, if not what `altered` says.
+        modified: which frozen parts those are, if not what `modified_parts` says.
         """
         parts = self.parts()
         fusion = {f"vision.fusion.{name}": t for name, t in self.fusion.state_dict().items()}
-        others = {"lora", *(self.altered() if altered is None else altered)}
+        others = {"lora", *(self.modified_parts() if modified is None else modified)}
         own = {name: p for part, named in parts.items() if part in others for name, p in named.items()}
         return {**fusion, **own}

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from merv.checkpoints.folder import fill_exactly, load_folder
-from merv.checkpoints.pretrained import Shared, brought_llm, find_model
+from merv.checkpoints.pretrained import PretrainedMixin, bundled_llm, find_model
 from merv.errors import PromptError, ShapeError
 from merv.features.store import FeatureStore
 from merv.fusion.fusion import Fusion
 from merv.models.chat import NOT_LEARNED, Conversation, Prompt, Visual, check_messages, render
 from merv.models.generation import GenerationMixin
-from merv.models.llm import LoraOptions, check_same, identity, load_llm, shares_rows
+from merv.models.llm import LoraOptions, check_same, identity, load_llm, supports_shared_prefix
 from merv.models.multi_encoder import Encoded, MultiEncoder, source_key
 from merv.models.outputs import VideoLLMOutput, VisualTokens
 from merv.models.packing import Packed, pack, tokens_of
@@ -24,7 +24,7 @@ from merv.models.scoring import ScoringMixin
 from merv.models.trainable import TrainablePartsMixin
 
 
-class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, Shared):
+class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMixin):
     """Any causal LM, any encoders: chat messages with videos in, answers out.
 
     llm, tokenizer: of transformers. vision: a MultiEncoder whose width is the LLM's.
@@ -68,7 +68,8 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, Shared):
         """What the LLM expects where the answers are; `.loss` of it is the training loss.
 
         groups: conversations that end in an answer; those of a group share their video, which
-            the LLM then reads once for all of them (if its attention can: `merv.models.llm.shares_rows`).
+            the LLM then reads once for all of them, if its attention can
+            (`merv.models.llm.supports_shared_prefix`).
             Without any, the result has nothing to learn, and still a gradient, zero, for all that is trained.
         packed_length: put groups together in rows of up to so many tokens.
 
@@ -91,7 +92,9 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, Shared):
 
     def rows(self, groups: Sequence[Sequence[Conversation]]) -> list[Sequence[Conversation]]:
         """The groups as rows of a batch; each conversation has its own where the LLM cannot share one."""
-        return list(groups) if shares_rows(self.llm) else [[talk] for group in groups for talk in group]
+        if supports_shared_prefix(self.llm):
+            return list(groups)
+        return [[conversation] for group in groups for conversation in group]
 
     def render(self, groups: Sequence[Sequence[Conversation]]) -> list[list[Prompt]]:
         """The prompts of the conversations in each row."""
@@ -201,7 +204,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, Shared):
             "llm": {**self.identity, "dtype": str(self.llm.dtype).removeprefix("torch.")},
             "lora": None if self.lora is None else {**vars(self.lora), "targets": list(self.lora.targets)},
             "trained": list(self.trained),
-            "changed": sorted(self.altered()),
+            "changed": sorted(self.modified_parts()),
             "vision": self.vision.config(),
         }
 
@@ -227,7 +230,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, Shared):
         config, state = load_folder(folder, cls.kind)
         was = config["llm"]
         names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-        source = llm or brought_llm(folder, was["source"]) or was["source"]
+        source = llm or bundled_llm(folder, was["source"]) or was["source"]
         loaded, tokenizer = load_llm(source, dtype or names.get(was["dtype"], "auto"), quantise)
         model = cls(loaded, tokenizer, MultiEncoder.from_config(config["vision"], weights or {}), store)
         check_same(was, model.identity, folder)
@@ -237,13 +240,13 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, Shared):
         model._fill(state, config["changed"], folder)
         return model.eval()
 
-    def _fill(self, state: Mapping[str, Tensor], altered: Sequence[str], folder: Path) -> None:
-        """Copy in what was saved; altered: the frozen parts that are in it."""
-        fill_exactly(self.kept(altered), state, folder)
-        self._llm_changed |= "llm" in altered
+    def _fill(self, state: Mapping[str, Tensor], modified: Sequence[str], folder: Path) -> None:
+        """Copy in what was saved; modified: the frozen parts that are in it."""
+        fill_exactly(self.trainable_state_dict(modified), state, folder)
+        self._llm_changed |= "llm" in modified
         for name, encoder in self.vision.named():
-            if name in altered:
-                encoder.mark_changed()
+            if name in modified:
+                encoder.mark_modified()
 
 
 def _before_answers(packed: Packed) -> Tensor:

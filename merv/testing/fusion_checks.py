@@ -210,7 +210,7 @@ def _folding_fault(fusion: Fusion, mask: Tensor) -> str | None:
 
 def _takes_in_another_encoder(subject: MixerSubject) -> str | None:
     mixer = copy.deepcopy(subject.mixer)
-    if mixer.of_encoders is None:
+    if mixer.per_encoder_parameters is None:
         raise CheckSkipped("it says that it cannot")
     mixer.join()
     absent = torch.zeros_like(subject.streams[:, :1])

@@ -44,7 +44,7 @@ def check_named(h: Any) -> None:
                 )
 
 
-def fresh(h: Any, store: FeatureStore | None = None) -> VideoLLM:
+def from_scratch(h: Any, store: FeatureStore | None = None) -> VideoLLM:
     """A model whose fusion is untrained, tokens at the scale of the LLM's embeddings."""
     llm, tokenizer = load_llm(h.llm, h.dtype, h.quantise)
     vision = MultiEncoder(
@@ -70,7 +70,7 @@ def fresh(h: Any, store: FeatureStore | None = None) -> VideoLLM:
     return VideoLLM(llm, tokenizer, vision, store)
 
 
-def started(h: Any, store: FeatureStore | None = None) -> VideoLLM:
+def from_checkpoint(h: Any, store: FeatureStore | None = None) -> VideoLLM:
     """The model in `start`, as it was but for encoders that join it.
 
     Raises TrainingError where the recipe wants it otherwise, CheckpointError where nothing was saved there.

@@ -17,7 +17,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from merv.data.loader import BAD
+from merv.data.loader import SAMPLE_ERRORS
 from merv.errors import BadLoss
 from merv.training.checkpointing import CHECKPOINTS, Checkpoints
 from merv.utils.plot import draw_loss
@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 PAST = 100  # losses that a spike is held against
 
 
-class Guard:
+class LossMonitor:
     """Sees every loss and tells where one is not to be learned from: not a number, or a spike.
 
     spike: how many times the largest of the last hundred, and above 1; None: any finite loss is good.
 
-    >>> guard = Guard(spike=5)
-    >>> guard.see(torch.tensor(float("nan")), 12, ["train.jsonl:7"])
-    >>> guard.alarms(), guard.report()
+    >>> monitor = LossMonitor(spike=5)
+    >>> monitor.see(torch.tensor(float("nan")), 12, ["train.jsonl:7"])
+    >>> monitor.alarms(), monitor.report()
     (1, 'The loss is nan in the batch of train.jsonl:7. Nothing was learned from it.')
     """
 
@@ -77,7 +77,7 @@ class Guard:
         return " ".join([*said, "Nothing was learned from it."])
 
 
-class Pace(Callback):
+class Throughput(Callback):
     """Answer tokens a second, share of the time spent waiting for data, memory, minutes left.
 
     In the progress bar and the logs: tokens/s, wait, GB, min_left. Over the last 20 steps.
@@ -140,7 +140,7 @@ class SampleAnswers(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         try:
             self._ask(trainer, module, data.val or data.train)
-        except BAD as error:  # training tells about bad samples, or passes over them
+        except SAMPLE_ERRORS as error:  # training tells about bad samples, or passes over them
             log.warning("No answers were sampled at step %s: %s", step, error)
 
     def _ask(self, trainer: Trainer, module: LightningModule, samples: Any) -> None:
@@ -175,7 +175,7 @@ def _words(content: Any) -> str:
     return " ".join(part["text"] for part in content if part["type"] == "text")
 
 
-class CleanStop(Callback):
+class GracefulShutdown(Callback):
     """Ctrl-C, a scheduler's SIGTERM, a bad loss: a checkpoint first, and how to go on.
 
     The first signal lets the step end, the same in all processes; the second does not wait.
@@ -193,7 +193,7 @@ class CleanStop(Callback):
 
     def _listen(self, module: Any) -> None:
         def ask(*_: Any) -> None:
-            if module.asked:
+            if module.stop_requested:
                 raise KeyboardInterrupt
             module.request_stop()
             print("\nStopping after this step, with a checkpoint. Once more to stop at once.", flush=True)
@@ -206,7 +206,7 @@ class CleanStop(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        if module.stop:
+        if module.stop_agreed:
             self._save(trainer)
             trainer.limit_val_batches = 0  # who asked does not wait for a validation
             trainer.should_stop = True

@@ -34,7 +34,7 @@ FORWARD, BACKWARD, ENCODE = "forward", "backward", "encode"
 
 
 @dataclass(frozen=True)
-class Load:
+class BatchShape:
     """What one pass through the model is fed: the sizes of a batch.
 
     videos: with a full grid; stills: with one step of time. rows, length: of what the language model
@@ -109,7 +109,7 @@ class Meter(TorchDispatchMode):
         self.now -= size
 
 
-def without_numbers(module: nn.Module) -> None:
+def to_fake_tensors(module: nn.Module) -> None:
     """Replace all parameters and buffers by fake ones on the CPU, in place; inside a FakeTensorMode.
 
     What was shared by two modules stays shared.
@@ -127,7 +127,13 @@ def without_numbers(module: nn.Module) -> None:
 
 
 def dry_step(
-    training: Any, load: Load, *, encode: bool, accumulate: int = 1, autocast: bool = False, gpu: bool = False
+    training: Any,
+    shape: BatchShape,
+    *,
+    encode: bool,
+    accumulate: int = 1,
+    autocast: bool = False,
+    gpu: bool = False,
 ) -> Cost:
     """One micro-batch of `training`, and the optimizer's step; its model becomes one without numbers.
 
@@ -139,7 +145,7 @@ def dry_step(
     model = training.model
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about devices that fake tensors do not have
-        without_numbers(model)
+        to_fake_tensors(model)
         training.train()
         for tensor in (*model.parameters(), *model.buffers()):
             meter.add(tensor)
@@ -151,9 +157,9 @@ def dry_step(
             optimizer.step()
         with cast:
             with _phase(cost, meter, ENCODE):
-                features = _features(model, load, meter, encode)
+                features = _features(model, shape, meter, encode)
             with _phase(cost, meter, FORWARD):
-                loss = _loss(model, features, load)
+                loss = _loss(model, features, shape)
         del features
         with _phase(cost, meter, BACKWARD):
             if accumulate == 1:
@@ -187,11 +193,11 @@ def _set_gradients(parameters: list[nn.Parameter]) -> None:
 # The path ---------------------------------------------------------------------------------------
 
 
-def _features(model: Any, load: Load, meter: Meter, encode: bool) -> list[dict[str, Grid]]:
+def _features(model: Any, shape: BatchShape, meter: Meter, encode: bool) -> list[dict[str, Grid]]:
     """Aligned features of the videos, and of the stills, of a batch: a dictionary each."""
     grids = []
     t, h, w = model.vision.aligner.grid
-    for count, steps in ((load.videos, t), (load.stills, 1)):
+    for count, steps in ((shape.videos, t), (shape.stills, 1)):
         if not count:
             continue
         own = {}
@@ -236,7 +242,7 @@ def _resampled(made: Tensor, shape: torch.Size) -> Tensor:
     return values + made.mean() if made.requires_grad else values
 
 
-def _loss(model: Any, features: list[dict[str, Grid]], load: Load) -> Tensor:
+def _loss(model: Any, features: list[dict[str, Grid]], shape: BatchShape) -> Tensor:
     """The summed loss of one batch, as `VideoLLM` has it."""
     tokens = []
     for own in features:
@@ -245,8 +251,8 @@ def _loss(model: Any, features: list[dict[str, Grid]], load: Load) -> Tensor:
         tokens.append(model.vision.fuse(own, question).tokens.flatten(0, 1))
     visual = torch.cat(tokens) if tokens else model.fusion.nothing()[:0]
     with _no_packing_found():
-        logits = model.logits(_Sized.of(load), visual, torch.zeros(load.answers, dtype=torch.long)).float()
-    labels = torch.zeros(load.rows * load.answers, dtype=torch.long)
+        logits = model.logits(_Sized.of(shape), visual, torch.zeros(shape.answers, dtype=torch.long)).float()
+    labels = torch.zeros(shape.rows * shape.answers, dtype=torch.long)
     return cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
 
 
@@ -272,12 +278,12 @@ class _Sized(Packed):
     padded: bool = True
 
     @classmethod
-    def of(cls, load: Load) -> _Sized:
-        size = (load.rows, load.length)
+    def of(cls, shape: BatchShape) -> _Sized:
+        size = (shape.rows, shape.length)
         ids, positions, labels, branches = (torch.zeros(size, dtype=torch.long) for _ in range(4))
-        length = load.length
-        mask = torch.ones(load.rows, 1, length, length, dtype=torch.bool) if load.shared else ids == 0
-        return cls(ids, mask, positions, labels, branches, load.visual, load.padded)
+        length = shape.length
+        mask = torch.ones(shape.rows, 1, length, length, dtype=torch.bool) if shape.shared else ids == 0
+        return cls(ids, mask, positions, labels, branches, shape.visual, shape.padded)
 
     def embed(self, table: nn.Module, visual: Tensor) -> Tensor:
         words = table(self.ids)

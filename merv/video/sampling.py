@@ -88,12 +88,12 @@ def official_indices(n_frames: int, frames: int, total: int = OFFICIAL_FRAMES) -
     return every[:: total // frames].tolist()
 
 
-def on_screen(times_s: Sequence[float], wanted_s: Sequence[float]) -> list[int]:
+def frame_indices_at(times_s: Sequence[float], wanted_s: Sequence[float]) -> list[int]:
     """Index of the frame on screen at each wanted time: the latest that has begun by then.
 
     Before the first frame that is the first. `times_s` must ascend.
 
-    >>> on_screen([0.0, 0.5, 1.0], [0.1, 0.5, 0.99, 7.0])
+    >>> frame_indices_at([0.0, 0.5, 1.0], [0.1, 0.5, 0.99, 7.0])
     [0, 1, 1, 2]
     """
     return [max(bisect_right(times_s, wanted + NOISE_S) - 1, 0) for wanted in wanted_s]
@@ -184,7 +184,7 @@ class Sampling:
         return info.duration_s if self.end_s is None else min(self.end_s, info.duration_s)
 
     def _official(self, info: VideoInfo, frames: int, end_s: float) -> list[float]:
-        first = on_screen(info.times_s, [self.start_s])[0]
+        first = frame_indices_at(info.times_s, [self.start_s])[0]
         inside = [time_s for time_s in info.times_s[first:] if time_s < end_s - NOISE_S]
         return [inside[i] for i in official_indices(len(inside), frames, self.total)]
 

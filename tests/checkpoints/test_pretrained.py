@@ -162,7 +162,7 @@ def test_the_card_says_what_is_known(model):
     assert f'VideoLLM.from_pretrained("{REPO}")' in card
     assert "projector, mixer, lora. " in card
     assert "rank 2, alpha 16, on q_proj, v_proj" in card
-    assert f"{sum(tensor.numel() for tensor in model.kept().values()):,} values" in card
+    assert f"{sum(tensor.numel() for tensor in model.trainable_state_dict().values()):,} values" in card
 
 
 def test_the_card_marks_what_is_not_known(model):

@@ -42,8 +42,11 @@ def test_the_mean_of_multi_encoders_is_loaded(tmp_path):
         main(["average", str(tmp_path / "one"), str(tmp_path / "other"), "--out", str(tmp_path / "mean")])
         == 0
     )
-    mean = MultiEncoder.from_pretrained(tmp_path / "mean").kept()
-    wanted = {name: (tensor + other.kept()[name]) / 2 for name, tensor in one.kept().items()}
+    mean = MultiEncoder.from_pretrained(tmp_path / "mean").trainable_state_dict()
+    wanted = {
+        name: (tensor + other.trainable_state_dict()[name]) / 2
+        for name, tensor in one.trainable_state_dict().items()
+    }
     assert all(torch.allclose(mean[name], wanted[name]) for name in wanted)
     assert mean.keys() == wanted.keys()
 
@@ -168,7 +171,9 @@ def sharded(tmp_path):
     tiny_llm(tmp_path / "llm")
     llm, tokenizer = load_llm(tmp_path / "llm")
     model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], grid=(4, 2, 2), width=llm.config.hidden_size))
-    state = {f"model.{name}": torch.randn_like(tensor) for name, tensor in model.kept().items()}
+    state = {
+        f"model.{name}": torch.randn_like(tensor) for name, tensor in model.trainable_state_dict().items()
+    }
     alone = SimpleNamespace(broadcast=lambda path: path, barrier=lambda: None, is_global_zero=True)
     checkpoint = {
         "state_dict": dict(state),
@@ -183,7 +188,7 @@ def sharded(tmp_path):
 def test_a_sharded_checkpoint_becomes_a_model(sharded, tmp_path):
     folder, state = sharded
     assert main(["consolidate", str(folder), str(tmp_path / "model")]) == 0
-    kept = VideoLLM.from_pretrained(tmp_path / "model").kept()
+    kept = VideoLLM.from_pretrained(tmp_path / "model").trainable_state_dict()
     assert all(torch.equal(kept[name.removeprefix("model.")], tensor) for name, tensor in state.items())
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
 

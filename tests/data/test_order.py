@@ -5,11 +5,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from merv.data.order import Order, portions
+from merv.data.order import EpochOrder, portions
 from merv.errors import DataError
 
 
-def dealt(order: Order, epoch: int) -> list[list[list[int]]]:
+def dealt(order: EpochOrder, epoch: int) -> list[list[list[int]]]:
     """By process, its batches in that epoch."""
     return [[b.tolist() for b in order.batches(epoch, p)] for p in range(order.processes)]
 
@@ -22,24 +22,24 @@ def flat(batches) -> list[int]:
 @pytest.mark.parametrize("group", [False, True])
 def test_an_epoch_has_every_sample_once(processes, group):
     kinds = np.arange(37, dtype=np.int8) % 3 if group else None
-    order = Order([20, 17], 3, processes, kinds=kinds, lengths=np.arange(37))
+    order = EpochOrder([20, 17], 3, processes, kinds=kinds, lengths=np.arange(37))
     for epoch in range(3):
         assert sorted(flat(flat(dealt(order, epoch)))) == list(range(37))
 
 
 @pytest.mark.parametrize("samples", [1, 7, 12, 13])
 def test_all_processes_have_equally_many_batches(samples):
-    order = Order([samples], 2, 3)
+    order = EpochOrder([samples], 2, 3)
     assert {len(own) for own in dealt(order, 0)} == {len(order)}
 
 
 def test_where_samples_run_out_the_last_processes_get_empty_batches():
-    assert dealt(Order([7], 2, 3, shuffle=False), 0) == [[[0, 3], [6]], [[1, 4], []], [[2, 5], []]]
+    assert dealt(EpochOrder([7], 2, 3, shuffle=False), 0) == [[[0, 3], [6]], [[1, 4], []], [[2, 5], []]]
 
 
 def test_the_order_is_that_of_the_seed_and_the_epoch():
     def run(seed, epoch):
-        return dealt(Order([50], 4, 2, seed), epoch)
+        return dealt(EpochOrder([50], 4, 2, seed), epoch)
 
     assert run(1, 3) == run(1, 3)
     assert run(1, 3) != run(2, 3)
@@ -47,7 +47,7 @@ def test_the_order_is_that_of_the_seed_and_the_epoch():
 
 
 def test_weights_are_the_shares_of_an_epoch_in_which_nothing_comes_twice():
-    order = Order([10, 100], 4, weights=[1, 2])
+    order = EpochOrder([10, 100], 4, weights=[1, 2])
     epochs = [flat(dealt(order, epoch)[0]) for epoch in range(5)]
     for chosen in epochs:
         assert sorted(i for i in chosen if i < 10) == list(range(10))
@@ -58,7 +58,7 @@ def test_weights_are_the_shares_of_an_epoch_in_which_nothing_comes_twice():
 
 
 def test_what_a_set_has_over_the_parts_waits_for_another_turn():
-    order = Order([2, 5], 2, weights=[1, 1])
+    order = EpochOrder([2, 5], 2, weights=[1, 1])
     turns = [
         {i for epoch in (t, t + 1) for i in flat(dealt(order, epoch)[0]) if i >= 2} for t in (0, 2, 4, 6)
     ]
@@ -75,10 +75,10 @@ def test_weights_that_mean_nothing_are_refused():
 
 
 @pytest.fixture
-def grouped() -> Order:
+def grouped() -> EpochOrder:
     random = np.random.default_rng(0)
     kinds = np.sort(random.integers(0, 3, 1000)).astype(np.int8)
-    return Order([1000], 4, 2, kinds=kinds, lengths=random.integers(1, 1000, 1000))
+    return EpochOrder([1000], 4, 2, kinds=kinds, lengths=random.integers(1, 1000, 1000))
 
 
 def test_grouped_steps_are_of_one_kind_but_for_the_rest(grouped):
@@ -92,7 +92,7 @@ def test_grouped_steps_are_of_like_lengths(grouped):
     def padding(steps):
         return sum(len(s) * grouped.lengths[s].max() for s in steps) / grouped.lengths.sum()
 
-    plain = Order([1000], 4, 2).epoch(0)
+    plain = EpochOrder([1000], 4, 2).epoch(0)
     assert padding(grouped.epoch(0)) < 1.15 < 1.7 < padding(plain)
 
 
@@ -109,7 +109,7 @@ def test_the_largest_step_of_each_kind_comes_first(grouped):
 
 
 def test_grouped_epochs_differ_and_have_equal_lengths_under_weights(grouped):
-    order = Order([400, 600], 4, 2, weights=[1, 1], kinds=grouped.kinds, lengths=grouped.lengths)
+    order = EpochOrder([400, 600], 4, 2, weights=[1, 1], kinds=grouped.kinds, lengths=grouped.lengths)
     epochs = [order.epoch(epoch) for epoch in range(6)]
     assert {len(steps) for steps in epochs} == {len(order)}
     assert epochs[0][5].tolist() != epochs[1][5].tolist()

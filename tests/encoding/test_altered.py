@@ -26,7 +26,7 @@ def test_weights_from_a_state_dict_have_features_of_their_own(tmp_path):
 def test_an_encoder_without_storage_has_weights_of_its_own_once_they_are_loaded():
     encoder = Fake().to("meta")
     encoder.load_state_dict(Fake().state_dict(), assign=True)
-    assert encoder.changed
+    assert encoder.modified
 
 
 def load_inner(encoder):
@@ -79,7 +79,7 @@ def to_double_and_back(model):
 def test_what_moves_or_copies_an_encoder_changes_nothing(move):
     model, video = MultiEncoder(["fake"], grid=(2, 2, 2)), torch.ones(4, 3, 16, 16, dtype=torch.uint8)
     moved = move(model)
-    assert not moved.altered()
+    assert not moved.modified_parts()
     assert moved.key(video, "fake") == MultiEncoder(["fake"], grid=(2, 2, 2)).key(video, "fake")
 
 

@@ -11,9 +11,9 @@ from torch import nn
 from merv.encoding.weights import (
     BUILT_IN,
     Source,
-    fill,
     identity_of,
     joined,
+    load_exactly,
     locate,
     package_file,
     renamed,
@@ -217,7 +217,7 @@ def test_what_holds_no_single_set_of_weights_says_what_it_holds(tmp_path, held, 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_another_floating_dtype_is_converted_value_by_value(tmp_path, dtype, file):
     module, kept = nn.Linear(3, 2), {key: torch.rand_like(value).to(dtype) for key, value in STATE.items()}
-    fill(module, locate(write_hub(tmp_path, kept, file=file)).state(), "w", "Linear")
+    load_exactly(module, locate(write_hub(tmp_path, kept, file=file)).state(), "w", "Linear")
     assert module.weight.dtype == torch.float32
     assert torch.equal(module.weight, kept["weight"].float())
 
@@ -225,25 +225,25 @@ def test_another_floating_dtype_is_converted_value_by_value(tmp_path, dtype, fil
 def test_quantised_weights_are_not_taken_for_values():
     quantised = {**STATE, "weight": STATE["weight"].to(torch.int8)}
     with pytest.raises(WeightsError, match=r"1 not floating-point \(weight torch.int8\)"):
-        fill(nn.Linear(3, 2), quantised, "w", "Linear")
+        load_exactly(nn.Linear(3, 2), quantised, "w", "Linear")
 
 
 def test_tensors_that_share_memory_are_each_filled(tmp_path):
     shared = torch.rand(2, 2)
     torch.save({"0.weight": shared, "1.weight": shared}, tmp_path / "tied.bin")
     module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
-    fill(module, locate(str(tmp_path / "tied.bin")).state(), "w", "Sequential")
+    load_exactly(module, locate(str(tmp_path / "tied.bin")).state(), "w", "Sequential")
     assert torch.equal(module[0].weight, shared)
     assert torch.equal(module[1].weight, shared)
 
 
 def test_fill_takes_every_key_and_no_other():
     module = nn.Linear(3, 2)
-    fill(module, STATE, "w", "Linear")
+    load_exactly(module, STATE, "w", "Linear")
     assert same(module.state_dict())
     wrong = {"weight": torch.zeros(3, 3), "scale": torch.zeros(1)}
     with pytest.raises(WeightsError) as error:
-        fill(module, wrong, "w", "Linear")
+        load_exactly(module, wrong, "w", "Linear")
     assert str(error.value) == (
         "The weights w do not fit Linear: 1 missing (bias); 1 unexpected (scale); 1 of another shape "
         "(weight [3, 3], wanted [2, 3]). Are they those of another variant or model?"
@@ -257,8 +257,8 @@ def test_a_prefix_that_is_too_much_is_named_with_what_takes_it_off():
         WeightsError,
         match=r"all names begin with 'module.', which merv.encoding.weights.select\(state, prefix=",
     ):
-        fill(nn.Linear(3, 2), state, "w", "Linear")
-    fill(nn.Linear(3, 2), select(state, prefix="module."), "w", "Linear")
+        load_exactly(nn.Linear(3, 2), state, "w", "Linear")
+    load_exactly(nn.Linear(3, 2), select(state, prefix="module."), "w", "Linear")
 
 
 def test_a_prefix_that_lacks_is_named_with_what_puts_it_there():
@@ -267,13 +267,13 @@ def test_a_prefix_that_lacks_is_named_with_what_puts_it_there():
         WeightsError,
         match=r"all names lack '0\.', which merv.encoding.weights.renamed\(state, \{'\^': '0\.'\}\)",
     ):
-        fill(module, STATE, "w", "Sequential")
-    fill(module, renamed(STATE, {"^": "0."}), "w", "Sequential")
+        load_exactly(module, STATE, "w", "Sequential")
+    load_exactly(module, renamed(STATE, {"^": "0."}), "w", "Sequential")
 
 
 def test_many_wrong_keys_are_counted_and_the_first_named():
     with pytest.raises(WeightsError, match=r"9 unexpected \(k0, k1, k2, k3, …\)"):
-        fill(nn.ReLU(), {f"k{i}": torch.zeros(1) for i in range(9)}, "w", "ReLU")
+        load_exactly(nn.ReLU(), {f"k{i}": torch.zeros(1) for i in range(9)}, "w", "ReLU")
 
 
 def test_select_leaves_out_only_what_is_named():

@@ -6,7 +6,7 @@ from tiny import build, count_readings, video
 
 from merv.errors import PromptError
 from merv.models.chat import ask
-from merv.models.llm import shares_rows
+from merv.models.llm import supports_shared_prefix
 from merv.models.packing import Tokens, pack
 from merv.testing import tiny_llm
 
@@ -68,7 +68,7 @@ def test_attention_without_free_masks_gets_a_row_for_each_conversation(monkeypat
     packed, _ = model.prepare(groups)
     assert packed.mask.ndim == 2
     assert len(packed.ids) == 3
-    monkeypatch.setattr("merv.models.video_llm.shares_rows", lambda llm: False)
+    monkeypatch.setattr("merv.models.video_llm.supports_shared_prefix", lambda llm: False)
     monkeypatch.setattr(model.llm.config, "_attn_implementation_internal", "sdpa")
     torch.testing.assert_close(model(groups).loss, shared)
     assert model.exact_match(groups) == said
@@ -77,10 +77,10 @@ def test_attention_without_free_masks_gets_a_row_for_each_conversation(monkeypat
 @pytest.mark.parametrize("change", [{"sliding_window": 8}, {"layer_types": ["conv", "full_attention"]}])
 def test_layers_that_do_not_attend_freely_share_no_rows(change):
     llm = tiny_llm()[0]
-    assert shares_rows(llm)
+    assert supports_shared_prefix(llm)
     for name, value in change.items():
         setattr(llm.config, name, value)
-    assert not shares_rows(llm)
+    assert not supports_shared_prefix(llm)
 
 
 def test_several_questions_about_a_video_encode_it_once(monkeypatch):

@@ -12,7 +12,7 @@ from merv.errors import (
     TrainingError,
     WeightsError,
 )
-from merv.fusion.mixers import JOINS, ConcatChannels
+from merv.fusion.mixers import NEW_ENCODER_LOGIT, ConcatChannels
 from merv.fusion.registry import create_mixer
 from merv.models.chat import ask
 from merv.models.llm import LoraOptions, check_same, checkpoint_layers, identity, load_llm
@@ -171,7 +171,7 @@ def test_an_encoder_that_joins_hardly_changes_the_tokens(mixer):
     after = model.vision(clip).tokens
     assert (after - before).norm() / before.norm() < 0.1
     if mixer != "concat_channels":
-        share = float(torch.tensor(JOINS).exp())
+        share = float(torch.tensor(NEW_ENCODER_LOGIT).exp())
         assert model.vision(clip).weights[:, 2].max() < 1.1 * share / 2
 
 
@@ -246,7 +246,10 @@ def test_a_quantised_llm_learns_a_lora_and_is_known_again(tmp_path):
     model.save_pretrained(tmp_path / "model")
     for how in ("nf4", None):
         again = VideoLLM.from_pretrained(tmp_path / "model", quantise=how)
-        assert all(torch.equal(tensor, again.kept()[name]) for name, tensor in model.kept().items())
+        assert all(
+            torch.equal(tensor, again.trainable_state_dict()[name])
+            for name, tensor in model.trainable_state_dict().items()
+        )
 
 
 def test_another_llm_is_told_by_what_quantising_leaves_alone(tmp_path):

@@ -14,12 +14,12 @@ from merv.data.module import ChatData
 from merv.errors import TrainingError, WeightsError
 from merv.models.llm import LoraOptions
 from merv.testing import tiny_llm
-from merv.training.dry_run import Load, Meter, dry_step
+from merv.training.dry_run import BatchShape, Meter, dry_step
 from merv.training.module import Training
 from merv.training.plan import Setup, make_plan, on_meta
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{re.escape(words)}.*") for words in NOISE]
-LOAD = Load(videos=2, rows=2, length=40, answers=5, visual=8)
+LOAD = BatchShape(videos=2, rows=2, length=40, answers=5, visual=8)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_trained_llm_takes_three_times_its_forward(llm):
 
 
 def test_checkpointing_computes_the_layers_twice_and_keeps_less(llm):
-    load = Load(videos=2, rows=2, length=400, answers=5, visual=8)
+    load = BatchShape(videos=2, rows=2, length=400, answers=5, visual=8)
     plain, checkpointed = dry(llm, load), dry(llm, load, checkpoint_llm=True)
     assert checkpointed.flops["backward"] > 1.4 * plain.flops["backward"]
     assert checkpointed.peaks["forward"] < 0.5 * plain.peaks["forward"]
@@ -86,7 +86,7 @@ def test_checkpointing_computes_the_layers_twice_and_keeps_less(llm):
 
 def test_encoders_count_once_for_each_video(llm):
     one, three = (
-        dry(llm, Load(videos=n, rows=1, length=9, answers=1, visual=4), encode=True).flops["encode"]
+        dry(llm, BatchShape(videos=n, rows=1, length=9, answers=1, visual=4), encode=True).flops["encode"]
         for n in (1, 3)
     )
     assert three == 3 * one > 0
@@ -132,7 +132,7 @@ def test_on_a_gpu_the_optimizers_step_needs_a_copy_of_a_part_more(llm):
     own = training(llm, train=["llm"])
     own.model = on_meta(own)
     trained = sum(p.nbytes for p in own.model.parameters() if p.requires_grad)
-    cost = dry_step(own, Load(videos=1, rows=1, length=2, answers=1, visual=1), encode=False, gpu=True)
+    cost = dry_step(own, BatchShape(videos=1, rows=1, length=2, answers=1, visual=1), encode=False, gpu=True)
     assert cost.peaks["optimizer"] - cost.held > 0.9 * trained
 
 
@@ -187,8 +187,8 @@ def test_a_step_of_a_stream_is_a_batch_of_each_device(llm, tmp_path, monkeypatch
 
 
 def test_a_batch_without_a_video_trains_what_takes_videos(llm):
-    cost = dry(llm, Load(videos=0, rows=2, length=40, answers=5, visual=0))
-    seeing = dry(llm, Load(videos=2, rows=2, length=40, answers=5, visual=8))
+    cost = dry(llm, BatchShape(videos=0, rows=2, length=40, answers=5, visual=0))
+    seeing = dry(llm, BatchShape(videos=2, rows=2, length=40, answers=5, visual=8))
     assert 0 < cost.flops["backward"] < seeing.flops["backward"]
     assert cost.held == seeing.held
 

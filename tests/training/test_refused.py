@@ -40,7 +40,7 @@ def test_a_video_that_was_loaded_for_fewer_encoders_names_the_others():
         torch.ones(4, 3, 16, 16, dtype=torch.uint8),
     )
     loaded = model.reader(only=["fake"])(video)
-    with pytest.raises(EncoderError, match=r"Loaded without fake_video: its reader was made with only="):
+    with pytest.raises(EncoderError, match=r"loaded without fake_video: its reader was made with only="):
         model.features(loaded)
     assert list(model.features(loaded, only=["fake"])) == ["fake"]
 

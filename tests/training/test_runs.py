@@ -16,7 +16,7 @@ from merv.data.module import ChatData
 from merv.errors import CheckpointError, DataError, TrainingError
 from merv.models.video_llm import VideoLLM
 from merv.training import checkpointing as resume
-from merv.training.callbacks import Guard
+from merv.training.callbacks import LossMonitor
 from merv.training.checkpointing import newest
 from merv.training.module import Training, compare
 
@@ -77,7 +77,7 @@ def test_a_checkpoint_is_a_model_and_older_ones_go(material, tmp_path):
     assert fit(material, tmp_path, checkpoints__every=1, checkpoints__keep=2) == 0
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step=5", "step=6"]
     model = VideoLLM.from_pretrained(tmp_path / "checkpoints/step=6")
-    assert all(torch.equal(t, weights(tmp_path)[name]) for name, t in model.kept().items())
+    assert all(torch.equal(t, weights(tmp_path)[name]) for name, t in model.trainable_state_dict().items())
 
 
 def test_the_best_checkpoint_is_kept_by_its_accuracy(material, tmp_path):
@@ -157,11 +157,11 @@ def test_a_loss_that_is_no_number_is_not_learned_from(material, tmp_path, capsys
     said = capsys.readouterr()
     assert re.search(r"The loss is nan in the batch of .*data\.jsonl:\d", said.err)
     model = VideoLLM.from_pretrained(tmp_path / "checkpoints/step=2")
-    assert all(tensor.isfinite().all() for tensor in model.kept().values())
+    assert all(tensor.isfinite().all() for tensor in model.trainable_state_dict().values())
 
 
 def test_a_spike_is_told_by_the_losses_before_it():
-    guard = Guard(spike=3)
+    guard = LossMonitor(spike=3)
     for loss in (2.0, 1.0) * 50:
         guard.see(torch.tensor(loss), 1, ["a:1"])
     assert guard.alarms() == 0

@@ -10,16 +10,16 @@ import torch
 from merv.cli import download
 from merv.errors import MissingDependency, WeightsError
 from merv.testing import tiny_llm
-from merv.utils import assets as parts
+from merv.utils import assets
 
-PART = parts.Part("a-part", "1.0", "0" * 64, "a_part", "models/*.pth", "A part (MIT), 1 MB")
+ASSET = assets.Asset("a-part", "1.0", "0" * 64, "a_part", "models/*.pth", "A part (MIT), 1 MB")
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     """An empty cache, and a table of one part that no index has."""
     monkeypatch.setenv("MERV_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(parts, "PARTS", (PART,))
+    monkeypatch.setattr(assets, "ASSETS", (ASSET,))
     return tmp_path / "cache"
 
 
@@ -41,16 +41,16 @@ def installer(monkeypatch) -> list[list[str]]:
 
 
 def test_only_the_wanted_files_are_kept(cache, installer):
-    folder = parts.fetch_part(PART)
-    assert folder == cache / "parts" / "a_part" == parts.part_folder("a_part")
+    folder = assets.fetch_asset(ASSET)
+    assert folder == cache / "parts" / "a_part" == assets.asset_folder("a_part")
     assert sorted(file.name for file in folder.rglob("*.*")) == ["net.pth"]
     assert sorted(file.name for file in folder.parent.iterdir()) == ["a_part"]  # nothing half done beside it
 
 
 def test_the_hash_is_checked_by_the_installer(cache, installer):
-    parts.fetch_part(PART)
+    assets.fetch_asset(ASSET)
     assert {"--require-hashes", "--no-deps"} <= set(installer[0])
-    assert PART.requirement == "a-part==1.0 --hash=sha256:" + "0" * 64
+    assert ASSET.requirement == "a-part==1.0 --hash=sha256:" + "0" * 64
 
 
 def test_what_is_there_is_not_fetched_again(cache, installer, capsys):
@@ -62,12 +62,12 @@ def test_what_is_there_is_not_fetched_again(cache, installer, capsys):
 
 
 def test_another_version_is_fetched_again(cache, installer, monkeypatch):
-    parts.fetch_part(PART)
-    newer = parts.Part("a-part", "2.0", "1" * 64, "a_part", "models/*.pth", "A part")
-    monkeypatch.setattr(parts, "PARTS", (newer,))
-    assert parts.installed_folder("a_part") is None
-    parts.fetch_part(newer)
-    assert parts.installed_folder("a_part") is not None
+    assets.fetch_asset(ASSET)
+    newer = assets.Asset("a-part", "2.0", "1" * 64, "a_part", "models/*.pth", "A part")
+    monkeypatch.setattr(assets, "ASSETS", (newer,))
+    assert assets.installed_folder("a_part") is None
+    assets.fetch_asset(newer)
+    assert assets.installed_folder("a_part") is not None
 
 
 def test_a_failed_fetch_leaves_nothing_and_shows_why(cache, monkeypatch):
@@ -76,7 +76,7 @@ def test_a_failed_fetch_leaves_nothing_and_shows_why(cache, monkeypatch):
     with pytest.raises(
         WeightsError, match=r"(?s)a-part==1.0 could not be .*hashes do not match.*`merv download a-part`"
     ):
-        parts.fetch_part(PART)
+        assets.fetch_asset(ASSET)
     assert list((cache / "parts").iterdir()) == []
 
 
@@ -84,39 +84,39 @@ def test_a_missing_part_says_what_to_type(cache):
     with pytest.raises(
         WeightsError, match=r"A part \(MIT\) is not on this machine. Type `merv download a-part`"
     ):
-        parts.part_folder("a_part")
+        assets.asset_folder("a_part")
 
 
 def test_an_unknown_part_suggests_the_nearest(cache):
     with pytest.raises(
-        WeightsError, match=r"Unknown part 'a-prt'. Did you mean 'a-part'\? There are: a-part."
+        WeightsError, match=r"Unknown asset 'a-prt'. Did you mean 'a-part'\? There are: a-part."
     ):
-        parts.find_part("a-prt")
+        assets.find_asset("a-prt")
 
 
 def test_an_installed_package_is_found_without_being_imported(cache, tmp_path, monkeypatch):
     (tmp_path / "a_part").mkdir()
     (tmp_path / "a_part" / "__init__.py").write_text("raise ImportError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert parts.part_folder("a_part") == tmp_path / "a_part"
+    assert assets.asset_folder("a_part") == tmp_path / "a_part"
 
 
 def test_uv_is_taken_where_pip_is_not(monkeypatch, tmp_path):
-    monkeypatch.setattr(parts, "find_spec", lambda name: None)
-    monkeypatch.setattr(parts.sys, "executable", str(tmp_path / "python"))
-    monkeypatch.setattr(parts.shutil, "which", lambda name: None)
+    monkeypatch.setattr(assets, "find_spec", lambda name: None)
+    monkeypatch.setattr(assets.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(assets.shutil, "which", lambda name: None)
     with pytest.raises(MissingDependency, match="pip install uv"):
-        parts._installer()
+        assets._installer()
     (tmp_path / "uv").touch()
-    assert parts._installer()[:3] == [str(tmp_path / "uv"), "pip", "install"]
+    assert assets._installer()[:3] == [str(tmp_path / "uv"), "pip", "install"]
 
 
 def test_the_language_model_is_converted_once(cache, tmp_path, monkeypatch):
     (tmp_path / "model.gguf").touch()
-    monkeypatch.setattr(parts, "part_folder", lambda module: tmp_path)
+    monkeypatch.setattr(assets, "asset_folder", lambda module: tmp_path)
     converted = []
-    monkeypatch.setattr(parts, "_convert_gguf", lambda gguf, folder: converted.append(gguf))
-    assert parts.smollm2_folder() == parts.smollm2_folder() == cache / "smollm2-135m-instruct"
+    monkeypatch.setattr(assets, "_convert_gguf", lambda gguf, folder: converted.append(gguf))
+    assert assets.smollm2_folder() == assets.smollm2_folder() == cache / "smollm2-135m-instruct"
     assert converted == [tmp_path / "model.gguf"]
 
 
@@ -127,7 +127,7 @@ def test_a_packed_model_is_saved_plain_and_in_bfloat16(cache, tmp_path, monkeypa
     llm.config.quantization_config = {"quant_method": "gguf"}
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: llm)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
-    parts._convert_gguf(tmp_path / "model.gguf", tmp_path / "plain")
+    assets._convert_gguf(tmp_path / "model.gguf", tmp_path / "plain")
     saved = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "plain")
     assert saved.dtype == torch.bfloat16
     assert not hasattr(saved.config, "quantization_config")
@@ -137,14 +137,14 @@ def test_a_packed_model_is_saved_plain_and_in_bfloat16(cache, tmp_path, monkeypa
 
 def test_a_conversion_that_fails_leaves_nothing(cache, tmp_path, monkeypatch):
     (tmp_path / "model.gguf").touch()
-    monkeypatch.setattr(parts, "part_folder", lambda module: tmp_path)
-    monkeypatch.setattr(parts, "find_spec", lambda name: None)
+    monkeypatch.setattr(assets, "asset_folder", lambda module: tmp_path)
+    monkeypatch.setattr(assets, "find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match=r"merv\[demo\]"):
-        parts.smollm2_folder()
+        assets.smollm2_folder()
     assert list(cache.iterdir()) == []
 
 
 def test_every_part_is_pinned():
-    for part in parts.PARTS:
+    for part in assets.ASSETS:
         assert len(part.sha256) == 64
         assert part.version[0].isdigit()

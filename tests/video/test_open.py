@@ -16,7 +16,7 @@ from merv.errors import DamagedVideo, DataError, ShapeError, UnreadableVideo, Vi
 from merv.features.store import video_key
 from merv.video.load import load_video
 from merv.video.open import open_video, probe
-from merv.video.sampling import on_screen
+from merv.video.sampling import frame_indices_at
 
 
 def test_frames_come_in_the_order_asked(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_variable_frame_rate_keeps_its_true_times(tmp_path: Path) -> None:
     times_ms = [0, 40, 500, 540, 2000, 2040]
     with open_video(make_video(tmp_path / "a.mp4", times_ms=times_ms)) as video:
         assert video.info.times_s == pytest.approx([ms / 1000 for ms in times_ms])
-        at = on_screen(video.info.times_s, [0.45, 1.9, 2.01])
+        at = frame_indices_at(video.info.times_s, [0.45, 1.9, 2.01])
         assert indices_of(video.read(at)) == [1, 3, 4]
 
 

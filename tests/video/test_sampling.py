@@ -6,7 +6,14 @@ import pytest
 
 from merv.errors import SamplingError
 from merv.types import VideoInfo
-from merv.video.sampling import Sampling, fps_times, official_indices, on_screen, segment_times, uniform_times
+from merv.video.sampling import (
+    Sampling,
+    fps_times,
+    frame_indices_at,
+    official_indices,
+    segment_times,
+    uniform_times,
+)
 
 
 def clip(frames: int = 100, fps: float = 10.0) -> VideoInfo:
@@ -65,11 +72,11 @@ def test_official_refuses_what_the_release_gets_wrong() -> None:
 
 def test_on_screen_is_the_latest_frame_that_has_begun() -> None:
     uneven = [0.0, 0.04, 2.0, 2.04]
-    assert on_screen(uneven, [0.03, 0.04, 1.99, 2.0, 9.0, -1.0]) == [0, 1, 1, 2, 3, 0]
+    assert frame_indices_at(uneven, [0.03, 0.04, 1.99, 2.0, 9.0, -1.0]) == [0, 1, 1, 2, 3, 0]
 
 
 def test_on_screen_forgives_float_noise() -> None:
-    assert on_screen([0.0, 0.1 + 0.2], [0.3]) == [1]
+    assert frame_indices_at([0.0, 0.1 + 0.2], [0.3]) == [1]
 
 
 def test_range_limits_the_times() -> None:
