@@ -103,7 +103,7 @@ class _ColorHistograms(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         eighths = (pixels * 255).round().clamp(0, 255).long() >> 5  # 8 levels a channel
         r, g, b = rearrange(eighths, "b c t h w -> c b t (h w)")
-        bins = (r << 6) + (g << 3) + b  # one of 512 colours for each pixel
+        bins = (r << 6) + (g << 3) + b  # one of 512 colors for each pixel
         counts = pixels.new_zeros(*bins.shape[:2], 512)
         counts = counts.scatter_add(2, bins, torch.ones_like(bins, dtype=counts.dtype))
         return F.relu(self.fc(_around(counts)))

@@ -29,23 +29,23 @@ SIZES = {
 class CLIP(Encoder):
     """The output of the last block but one, without the class token: 16×16 a frame.
 
-    >>> CLIP.variants["large"].grid, CLIP.variants["large"].width
+    >>> CLIP.variants["large"].grid, CLIP.variants["large"].embed_dim
     ((16, 16, 16), 1024)
     """
 
     variants: ClassVar = {
         variant: EncoderSpec(
             "clip",
-            frames=16,
+            num_frames=16,
             grid=(16, size // patch, size // patch),
-            width=width,
+            embed_dim=width,
             presets=dict.fromkeys(
                 ("merv", "upstream"), Preset("crop", (size, size), "bicubic", None, MEAN, STD)
             ),
             patch=patch,
             layer="last block but one",
             source=source,
-            licence="MIT",
+            weights_license="MIT",
             parameters=parameters,
         )
         for variant, (source, size, patch, width, _, _, parameters) in SIZES.items()

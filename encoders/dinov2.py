@@ -49,16 +49,16 @@ TRANSFORMERS = {
 class DINOv2(Encoder):
     """The output of the last block but one, without norm, class and register tokens: 16×16 a frame.
 
-    >>> DINOv2.variants["large"].grid, DINOv2.variants["large"].width
+    >>> DINOv2.variants["large"].grid, DINOv2.variants["large"].embed_dim
     ((16, 16, 16), 1024)
     """
 
     variants: ClassVar = {
         variant: EncoderSpec(
             "dinov2",
-            frames=16,
+            num_frames=16,
             grid=(16, SIZE // PATCH, SIZE // PATCH),
-            width=width,
+            embed_dim=width,
             presets={
                 "merv": Preset("squash", (SIZE, SIZE), "bicubic", None, MEAN, STD),
                 "upstream": Preset("crop", (SIZE, SIZE), "bicubic", None, MEAN, STD),
@@ -66,7 +66,7 @@ class DINOv2(Encoder):
             patch=PATCH,
             layer="last block but one, no norm",
             source=f"timm/{name}.lvd142m",
-            licence="Apache-2.0",
+            weights_license="Apache-2.0",
             parameters=parameters,
         )
         for variant, (name, width, parameters) in SIZES.items()

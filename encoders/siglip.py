@@ -45,9 +45,9 @@ def specs(family: str, sizes: Mapping[str, tuple[str, int, int, int, int, int]])
     return {
         variant: EncoderSpec(
             family,
-            frames=16,
+            num_frames=16,
             grid=(16, size // patch, size // patch),
-            width=width,
+            embed_dim=width,
             presets={
                 "merv": Preset("squash", (size, size), "bicubic"),
                 "upstream": Preset("crop", (size, size), "bicubic", resize),
@@ -55,7 +55,7 @@ def specs(family: str, sizes: Mapping[str, tuple[str, int, int, int, int, int]])
             patch=patch,
             layer="last block but one, no norm",
             source=f"timm/{name}",
-            licence="Apache-2.0",
+            weights_license="Apache-2.0",
             parameters=parameters,
         )
         for variant, (name, size, patch, width, resize, parameters) in sizes.items()
@@ -65,7 +65,7 @@ def specs(family: str, sizes: Mapping[str, tuple[str, int, int, int, int, int]])
 class SigLIP(Encoder):
     """The output of the last block but one, without norm: 14×14 a frame.
 
-    >>> SigLIP.variants["base"].grid, SigLIP.variants["base"].width
+    >>> SigLIP.variants["base"].grid, SigLIP.variants["base"].embed_dim
     ((16, 14, 14), 768)
     """
 

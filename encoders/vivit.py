@@ -35,23 +35,23 @@ NEWER_NAMES = {
 class ViViT(Encoder):
     """The last hidden state after the final norm, without the class token: 16×14×14 of 32 frames.
 
-    >>> ViViT.variants["b-16x2-kinetics400"].window
+    >>> ViViT.variants["b-16x2-kinetics400"].window_size
     32
     """
 
     variants: ClassVar = {
         variant: EncoderSpec(
             "vivit",
-            frames=FRAMES,
+            num_frames=FRAMES,
             grid=(FRAMES // TUBELET, SIZE // PATCH, SIZE // PATCH),
-            width=768,
+            embed_dim=768,
             presets=PRESETS,
-            window=FRAMES,
-            tubelet=TUBELET,
+            window_size=FRAMES,
+            tubelet_size=TUBELET,
             patch=PATCH,
             layer="last, after the final norm",
             source=f"google/vivit-{variant}",
-            licence="MIT",
+            weights_license="MIT",
             parameters=88_646_400,
         )
         for variant in ("b-16x2-kinetics400", "b-16x2")

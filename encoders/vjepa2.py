@@ -34,26 +34,26 @@ SIZES = {
 class VJEPA2(Encoder):
     """The encoder's output after its final norm, on which its authors train probes: 8×16×16 of 16 frames.
 
-    >>> VJEPA2.variants["large"].grid, VJEPA2.variants["large"].width
+    >>> VJEPA2.variants["large"].grid, VJEPA2.variants["large"].embed_dim
     ((8, 16, 16), 1024)
     """
 
     variants: ClassVar = {
         variant: EncoderSpec(
             "vjepa2",
-            frames=frames,
+            num_frames=frames,
             grid=(frames // TUBELET, size // PATCH, size // PATCH),
-            width=width,
+            embed_dim=width,
             presets={
                 "merv": Preset("squash", (size, size), "bilinear", None, MEAN, STD),
                 "upstream": Preset("crop", (size, size), "bilinear", resize, MEAN, STD, "down"),
             },
-            window=frames,
-            tubelet=TUBELET,
+            window_size=frames,
+            tubelet_size=TUBELET,
             patch=PATCH,
             layer="last, after the final norm",
             source=f"facebook/vjepa2-{name}",
-            licence=licence,
+            weights_license=licence,
             parameters=parameters,
         )
         for variant, (name, frames, size, resize, width, _, _, _, licence, parameters) in SIZES.items()
@@ -76,6 +76,6 @@ class VJEPA2(Encoder):
 
     def encode(self, pixels: Tensor) -> Tensor:
         t, h, w = self.spec.grid
-        windows = rearrange(pixels, "b (n t) c h w -> (b n) t c h w", t=self.spec.window)
+        windows = rearrange(pixels, "b (n t) c h w -> (b n) t c h w", t=self.spec.window_size)
         tokens = self.net(windows).last_hidden_state
         return rearrange(tokens, "(b n) (t h w) d -> b (n t) h w d", b=pixels.shape[0], t=t, h=h, w=w)

@@ -3,7 +3,7 @@
     python examples/hf_trainer.py
     python examples/hf_trainer.py --llm FOLDER --encoders dinov2 siglip --data train.jsonl --out model
 
-Needs accelerate, as the Trainer does. Without options it takes tiny random parts and clips of one colour,
+Needs accelerate, as the Trainer does. Without options it takes tiny random parts and clips of one color,
 and ends within a minute in what the saved model says of a clip that it was not trained on. The Trainer
 counts the answers' tokens of a whole step, over all passes and processes, before it begins, and hands
 their number to the model, which divides its summed loss by it: so each token counts the same.
@@ -19,7 +19,7 @@ from plain_torch import Group, answer, clip, parser, prepared
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from merv import VideoLLM, ask
+from merv import VideoLLM, user_message
 from merv.models.chat import render
 
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logging_steps=10,
     )
     model.cpu().save_pretrained(args.out)
-    answer(args.out, groups if args.data else [[ask("Which colour?", clip((200, 50, 45)))]])
+    answer(args.out, groups if args.data else [[user_message("Which color?", clip((200, 50, 45)))]])
 
 
 class Learner(nn.Module):

@@ -3,7 +3,7 @@
     python examples/plain_torch.py
     python examples/plain_torch.py --llm FOLDER --encoders dinov2 siglip --data train.jsonl --out model
 
-Without options it takes tiny random parts and clips of one colour, and ends within a minute in what the
+Without options it takes tiny random parts and clips of one color, and ends within a minute in what the
 saved model says of a clip that it was not trained on. The loss is summed over the answers' tokens, and
 the gradient divided by their number in the whole step, so that each token counts the same, however many
 passes a step has and however long its answers are.
@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merv import MultiEncoder, VideoLLM, ask
+from merv import MultiEncoder, VideoLLM, user_message
 from merv.data.sources import open_samples
 from merv.models.llm import load_llm
 from merv.testing import tiny_llm
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "navy blue": (20, 30, 140)}
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "navy blue": (20, 30, 140)}
 Group = Sequence[list[dict[str, Any]]]  # conversations about one video, which share it
 
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     train(model, groups, steps=args.steps, batch=args.batch, accumulate=args.accumulate, lr=args.lr)
     model.save_pretrained(args.out)
-    answer(args.out, groups if args.data else [[ask("Which colour?", clip((200, 50, 45)))]])
+    answer(args.out, groups if args.data else [[user_message("Which color?", clip((200, 50, 45)))]])
 
 
 def train(
@@ -81,7 +81,7 @@ def prepared(args: argparse.Namespace) -> tuple[VideoLLM, list[Group]]:
         parts.append("llm")  # a random one has no words yet
     model = build(llm, args.encoders)
     model.train_only(args.train or parts)
-    groups = [sample.conversations for sample in open_samples(args.data)] if args.data else colours()
+    groups = [sample.conversations for sample in open_samples(args.data)] if args.data else colors()
     return model, groups
 
 
@@ -89,20 +89,20 @@ def build(llm: str | Path, encoders: Sequence[str]) -> VideoLLM:
     """A language model that sees through encoders."""
     loaded, tokenizer = load_llm(llm)
     table = loaded.get_input_embeddings().weight
-    vision = MultiEncoder(encoders, grid=(4, 4, 4), width=table.shape[1])
+    vision = MultiEncoder(encoders, grid=(4, 4, 4), output_dim=table.shape[1])
     model = VideoLLM(loaded, tokenizer, vision)
     model.fusion.scale_to(table.float().pow(2).mean().sqrt().item())  # visual tokens as large as words
     return model
 
 
-def colours() -> list[Group]:
+def colors() -> list[Group]:
     """A question about each of three clips; the answers differ in length."""
-    return [[ask("Which colour?", clip(colour), answer=name)] for name, colour in COLOURS.items()]
+    return [[user_message("Which color?", clip(color), answer=name)] for name, color in COLORS.items()]
 
 
-def clip(colour: tuple[int, int, int]) -> Tensor:
-    """A video of one colour, uint8 [8, 3, 32, 32]; a path would do as well."""
-    return torch.tensor(colour, dtype=torch.uint8)[None, :, None, None].expand(8, 3, 32, 32)
+def clip(color: tuple[int, int, int]) -> Tensor:
+    """A video of one color, uint8 [8, 3, 32, 32]; a path would do as well."""
+    return torch.tensor(color, dtype=torch.uint8)[None, :, None, None].expand(8, 3, 32, 32)
 
 
 def answer(folder: Path, groups: Sequence[Group]) -> None:
@@ -117,7 +117,7 @@ def parser(text: str | None, out: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--llm", help="folder or hub id of a causal language model; default: a tiny random one")
     made.add_argument("--encoders", nargs="+", default=["fake", "fake/video"], help="see `merv encoders`")
-    made.add_argument("--data", help="train.jsonl, or whatever `merv fit` reads; default: three colours")
+    made.add_argument("--data", help="train.jsonl, or whatever `merv fit` reads; default: three colors")
     made.add_argument("--train", nargs="+", help="parts; default: projector mixer, and llm if it is random")
     made.add_argument("--out", type=Path, default=Path(out), help=f"where the model is saved; default: {out}")
     made.add_argument("--steps", type=int, default=30)

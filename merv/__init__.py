@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from merv.fusion.mixers import Mixer as Mixer
     from merv.fusion.mixers import WeightingMixer as WeightingMixer
     from merv.fusion.projectors import Projector as Projector
-    from merv.models.chat import ask as ask
+    from merv.models.chat import user_message as user_message
     from merv.models.multi_encoder import MultiEncoder as MultiEncoder
     from merv.models.video_llm import VideoLLM as VideoLLM
     from merv.types import EncoderSpec as EncoderSpec
@@ -55,7 +55,7 @@ _HOME = {
     "VideoInfo": "merv.types",
     "VideoLLM": "merv.models.video_llm",
     "WeightingMixer": "merv.fusion.mixers",
-    "ask": "merv.models.chat",
+    "user_message": "merv.models.chat",
     "create_encoder": "merv.encoding.registry",
     "find_encoder": "merv.encoding.registry",
     "list_encoders": "merv.encoding.registry",

@@ -27,9 +27,9 @@ from merv.errors import ShapeError
 
 WHOLE_PICTURE = (0.0, 0.0, 1.0, 1.0)
 
-Fit = Literal["squash", "crop", "letterbox"]
+CropMode = Literal["squash", "crop", "letterbox"]
 Interpolation = Literal["bicubic", "bilinear", "bilinear_plain"]
-Centre = Literal["nearest", "down"]
+Center = Literal["nearest", "down"]
 
 Self = TypeVar("Self", bound="_Tensors")
 
@@ -219,14 +219,14 @@ class Fused(_Tensors):
     tokens: [B, N, L].
     positions: [B, N, 3], float: time in seconds, row, column of the token's cell.
     mask: [B, N], True for a real token, False for padding.
-    weights: [B, E, t, h, w], what each encoder contributed to each cell (sums to 1
+    mix_weights: [B, E, t, h, w], what each encoder contributed to each cell (sums to 1
         over the encoders present there, 0 where none is), or None where the mixer has none.
     """
 
     tokens: Tensor
     positions: Tensor
     mask: Tensor
-    weights: Tensor | None = None
+    mix_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         batch, tokens = self.mask.shape
@@ -238,44 +238,46 @@ class Fused(_Tensors):
 class Preset:
     """How an encoder wants its pictures: geometry first, then numbers.
 
-    fit: `squash` to `size` whatever the aspect; `crop`: short side to `resize`, then the
-        centre `size`; `letterbox`: long side to `size`, the rest filled with the mean.
-    size: (height, width) in pixels.
-    resize: short side before a crop, no less than the long side of `size`, so that it fits into upright
-        and wide pictures; None: the short side of `size`, which will do where that is a square.
+    crop_mode: `squash` to `input_size` whatever the aspect; `crop`: short side to `resize_short_side`,
+        then the center `input_size`; `letterbox`: long side to `input_size`, the rest filled with the mean.
+    input_size: (height, width) in pixels.
+    resize_short_side: short side before a crop, no less than the long side of `input_size`, so that it fits
+        into upright and wide pictures; None: the short side of `input_size`, enough where that is a square.
     interpolation: `bicubic` or `bilinear`, antialiased as PIL does it; `bilinear_plain`
         is torch's, on floats, without antialiasing.
     mean, std: per RGB channel, from 0 to 1 as pixels are; after it (pixel − mean) / std.
-    centre: where a crop lies that leaves an odd number of pixels: half of them rounded to the
+    center: where a crop lies that leaves an odd number of pixels: half of them rounded to the
         nearest, as torchvision does, or down, as transformers does.
 
     Raises ShapeError for anything else.
     """
 
-    fit: Fit
-    size: tuple[int, int]
+    crop_mode: CropMode
+    input_size: tuple[int, int]
     interpolation: Interpolation = "bicubic"
-    resize: int | None = None
+    resize_short_side: int | None = None
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    centre: Centre = "nearest"
+    center: Center = "nearest"
 
     def __post_init__(self) -> None:
-        for name, of in (("fit", Fit), ("interpolation", Interpolation), ("centre", Centre)):
+        for name, of in (("crop_mode", CropMode), ("interpolation", Interpolation), ("center", Center)):
             if getattr(self, name) not in get_args(of):
                 raise ShapeError(
                     f"A preset's {name} is one of {', '.join(get_args(of))}; got {getattr(self, name)!r}."
                 )
-        if not _whole(self.size, 2) or not (self.resize is None or _whole((self.resize,), 1)):
+        if not _whole(self.input_size, 2) or not (
+            self.resize_short_side is None or _whole((self.resize_short_side,), 1)
+        ):
             raise ShapeError(
-                "A preset's size is (height, width) and its resize a short side, in pixels; got "
-                f"{self.size} and {self.resize}."
+                "A preset's input_size is (height, width) and its resize_short_side one side, in pixels; got "
+                f"{self.input_size} and {self.resize_short_side}."
             )
-        short = self.resize or min(self.size)
-        if self.fit == "crop" and short < max(self.size):
+        short = self.resize_short_side or min(self.input_size)
+        if self.crop_mode == "crop" and short < max(self.input_size):
             raise ShapeError(
-                f"A crop to {self.size} does not fit into all pictures whose short side is {short}; give "
-                f"resize={max(self.size)} or more."
+                f"A crop to {self.input_size} does not fit into all pictures whose short side is {short}; "
+                f"give resize_short_side={max(self.input_size)} or more."
             )
         for name in ("mean", "std"):
             values = getattr(self, name)
@@ -298,41 +300,45 @@ class Preset:
 class EncoderSpec:
     """All that the rest of merv needs to know of an encoder, before it is built.
 
-    frames: how many it wants of a clip; fps: instead, a rate (`frames` is then the cap).
-    window: frames that see each other. Windows are independent, so equal ones are encoded
+    num_frames: how many it wants of a clip; fps: instead, a rate (`num_frames` is then the cap).
+    window_size: frames that see each other. Windows are independent, so equal ones are encoded
         once; a clip is sampled to a multiple of it. 1 for an image encoder; 0 where all frames
         of a clip, however many, are one window.
-    tubelet: frames per cell of its time axis.
-    grid: (t, h, w) for `frames` frames.
-    width: D. layer: which output is taken, in words. source, revision: the hub id of the
+    tubelet_size: frames per cell of its time axis.
+    grid: (t, h, w) for `num_frames` frames.
+    embed_dim: D. layer: which output is taken, in words. source, revision: the hub id of the
         default weights. parameters: how many, all told, as loaded.
     presets: named ways to preprocess; the first is the default.
     """
 
     name: str
-    frames: int
+    num_frames: int
     grid: tuple[int, int, int]
-    width: int
+    embed_dim: int
     presets: Mapping[str, Preset] = field(hash=False)
     fps: float | None = None
-    window: int = 1
-    tubelet: int = 1
+    window_size: int = 1
+    tubelet_size: int = 1
     patch: int | None = None
     layer: str = "last"
     source: str = ""
     revision: str | None = None
-    licence: str = "unknown"
+    weights_license: str = "unknown"
     parameters: int | None = None
 
     def __post_init__(self) -> None:
-        if not (_whole(self.grid, 3) and _whole((self.frames, self.width, self.tubelet), 3)):
+        if not (_whole(self.grid, 3) and _whole((self.num_frames, self.embed_dim, self.tubelet_size), 3)):
             raise ShapeError(
-                f"{self.name}: frames, width, tubelet and each of the grid (t, h, w) are whole numbers from "
-                f"1; got {self.frames}, {self.width}, {self.tubelet} and {self.grid}."
+                f"{self.name}: num_frames, embed_dim, tubelet_size and each of the grid (t, h, w) are whole "
+                f"numbers from 1; got {self.num_frames}, {self.embed_dim}, {self.tubelet_size}, {self.grid}."
             )
         if self.fps is not None and not (isinstance(self.fps, Real) and 0 < self.fps < math.inf):
             raise ShapeError(f"{self.name}: fps is a rate, in frames a second; got {self.fps!r}.")
-        counts = {"window": self.window, "patch": self.patch or 0, "parameters": self.parameters or 0}
+        counts = {
+            "window_size": self.window_size,
+            "patch": self.patch or 0,
+            "parameters": self.parameters or 0,
+        }
         for name, value in counts.items():
             if not isinstance(value, Integral) or int(value) < 0:
                 raise ShapeError(f"{self.name}: {name} is a whole number from 0; got {value!r}.")
@@ -340,12 +346,15 @@ class EncoderSpec:
             isinstance(preset, Preset) for preset in self.presets.values()
         ):
             raise ShapeError(f"{self.name}: presets are a mapping of names to Presets; got {self.presets!r}.")
-        window = self.window or self.frames
-        if self.frames % window:
+        window = self.window_size or self.num_frames
+        if self.num_frames % window:
             raise ShapeError(
-                f"{self.name}: frames={self.frames} must be a positive multiple of window={self.window}."
+                f"{self.name}: num_frames={self.num_frames} must be a positive multiple of "
+                f"window_size={self.window_size}."
             )
-        if window % self.tubelet:
-            raise ShapeError(f"{self.name}: window={window} must be a multiple of tubelet={self.tubelet}.")
+        if window % self.tubelet_size:
+            raise ShapeError(
+                f"{self.name}: window_size={window} must be a multiple of tubelet_size={self.tubelet_size}."
+            )
         if not self.presets:
             raise ShapeError(f"{self.name}: an encoder declares at least one preset of preprocessing.")

@@ -16,7 +16,7 @@ def build(conditioned: bool = False, **llm) -> VideoLLM:
     model, tokenizer = tiny_llm(**llm)
     options = {"conditioned": True} if conditioned else {}
     vision = MultiEncoder(
-        ["fake", "fake/video"], grid=(4, 2, 2), width=model.config.hidden_size, mixer_options=options
+        ["fake", "fake/video"], grid=(4, 2, 2), output_dim=model.config.hidden_size, mixer_options=options
     )
     torch.nn.init.normal_(vision.fusion.mixer.gain)
     return VideoLLM(model, tokenizer, vision).eval()

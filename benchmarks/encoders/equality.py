@@ -127,7 +127,7 @@ def compare(name: str, folder: Path, depth: int) -> dict[tuple[str, ...], str]:
 def compiled(name: str, folder: Path, depth: int) -> str:
     """What torch.compile makes of `encode`, on one window of frames."""
     encoder, frames = ours(name, folder, depth)
-    pixels = frames["merv"].pixels[:, : max(encoder.spec.window, 2)]
+    pixels = frames["merv"].pixels[:, : max(encoder.spec.window_size, 2)]
     quick = torch.compile(encoder.encode, fullgraph=True)
     _, first_s = timed(lambda: quick(pixels))
     values, quick_s = timed(lambda: quick(pixels))

@@ -42,12 +42,12 @@ def measure(name: str, weights: str | None) -> str:
     built = time.perf_counter()
     spec = encoder.spec
     noise = torch.randint(0, 256, (1, 32, 3, 240, 320), dtype=torch.uint8)
-    frames = preprocess(Frames.of(noise[:, :: 32 // spec.frames]), spec.presets["merv"])
+    frames = preprocess(Frames.of(noise[:, :: 32 // spec.num_frames]), spec.presets["merv"])
     preprocessed = time.perf_counter()
     values = encoder(frames).values
     encoded = time.perf_counter()
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
-    if values.shape != (1, *spec.grid, spec.width) or parameters != spec.parameters:
+    if values.shape != (1, *spec.grid, spec.embed_dim) or parameters != spec.parameters:
         raise SystemExit(f"{name}: {list(values.shape)}, {parameters} parameters; the spec says {spec}")
     tokens = "×".join(map(str, values.shape[1:]))
     seconds = (built - started, preprocessed - built, encoded - preprocessed)

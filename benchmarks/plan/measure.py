@@ -49,26 +49,31 @@ class Setting:
 SETTINGS = {
     "projector": Setting(("llama", LLAMA), {**FAKES, "grid": [8, 4, 4]}),
     "projector, checkpointed": Setting(
-        ("llama", LLAMA), {**FAKES, "grid": [8, 8, 8], "checkpoint_llm": True}
+        ("llama", LLAMA), {**FAKES, "grid": [8, 8, 8], "gradient_checkpointing": True}
     ),
     "lora, bf16, questions share rows": Setting(
         ("qwen2", QWEN),
-        {**FAKES, "grid": [16, 4, 4], "dtype": "bf16", "train": ["projector", "mixer", "lora"]},
+        {**FAKES, "grid": [16, 4, 4], "dtype": "bf16", "trainable": ["projector", "mixer", "lora"]},
         questions=4,
         characters=120,
     ),
     "full": Setting(
-        ("llama", BIG), {**FAKES, "grid": [4, 4, 4], "train": ["projector", "mixer", "llm"]}, batch_size=2
+        ("llama", BIG), {**FAKES, "grid": [4, 4, 4], "trainable": ["projector", "mixer", "llm"]}, batch_size=2
     ),
     "full, bf16-mixed": Setting(
         ("llama", BIG),
-        {**FAKES, "grid": [8, 4, 4], "train": ["projector", "mixer", "llm"]},
+        {**FAKES, "grid": [8, 4, 4], "trainable": ["projector", "mixer", "llm"]},
         {"precision": "bf16-mixed"},
         batch_size=2,
     ),
     "full, two micro-batches, checkpointed": Setting(
         ("qwen2", QWEN),
-        {**FAKES, "grid": [8, 4, 4], "train": ["projector", "mixer", "llm"], "checkpoint_llm": True},
+        {
+            **FAKES,
+            "grid": [8, 4, 4],
+            "trainable": ["projector", "mixer", "llm"],
+            "gradient_checkpointing": True,
+        },
         {"accumulate_grad_batches": 2},
     ),
     "projector, bf16, EfficientNet in each step": Setting(
@@ -84,7 +89,7 @@ SETTINGS = {
             "frames": {"ShallowSigLIP": 8},
             "grid": [8, 7, 7],
             "mixer": "concat",
-            "train": ["projector", "mixer", "lora"],
+            "trainable": ["projector", "mixer", "lora"],
         },
         batch_size=2,
     ),
@@ -132,7 +137,7 @@ def one(name: str) -> dict[str, Any]:
         write(setting, folder)
 
         def parts() -> tuple[Any, Any]:
-            data = ChatData(str(folder / "train.jsonl"), batch_size=setting.batch_size, workers=0)
+            data = ChatData(str(folder / "train.jsonl"), batch_size=setting.batch_size, num_workers=0)
             return Training(str(folder / "llm"), **setting.model), data
 
         precision = setting.trainer.get("precision", "32-true")

@@ -9,8 +9,8 @@ Then the time for 16 frames of each file of FOLDER, uniformly spread: opening, s
 the quickest of 7 runs that take turns.
 
 Why pixels differ, where they do: both convert by libswscale, and equally where it has a direct way.
-Where it has none (more than 8 bits, 4:1:0, 4:1:1, odd sizes) PyAV enlarges the colour planes
-bilinearly and heeds where a frame says that its colours are sampled; torchcodec does it bicubically
+Where it has none (more than 8 bits, 4:1:0, 4:1:1, odd sizes) PyAV enlarges the color planes
+bilinearly and heeds where a frame says that its colors are sampled; torchcodec does it bicubically
 and heeds nothing. Of interlaced frames PyAV's FFmpeg converts the two fields apart, FFmpeg 5 the
 frame as one. Without these marks of a frame, and asked for bicubic, PyAV gives torchcodec's pixels.
 """
@@ -79,12 +79,12 @@ def compared(name: str, ours: VideoReader, theirs: VideoReader, carries: bool, g
         f"{same}/{len(chosen)}" if carries else "",
         difference.max().item(),
         f"{difference.float().mean().item():.3f}",
-        "" if not difference.any() else colour(ours),
+        "" if not difference.any() else color(ours),
     )
     return Outcome(line, equal=same_times and same == len(chosen))
 
 
-def colour(reader: VideoReader) -> str:
+def color(reader: VideoReader) -> str:
     """How the pictures of a video are stored."""
     first = reader._first  # type: ignore[attr-defined]
     return f"{first.format.name}, range {first.color_range}, matrix {first.colorspace}, {first.width} wide"
@@ -96,7 +96,7 @@ def seconds(path: Path, repeats: int = 7) -> dict[str, float]:
     for _ in range(repeats):
         for backend, times in took.items():
             begin = time.perf_counter()
-            load_video(path, frames=16, backend=backend)
+            load_video(path, num_frames=16, backend=backend)
             times.append(time.perf_counter() - begin)
     return {backend: min(times) for backend, times in took.items()}
 

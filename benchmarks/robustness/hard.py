@@ -4,7 +4,7 @@
 
 Each case is made and read in a process of its own with a time limit. A case that is read must
 give the frames asked for, told by the index in their pixels, whatever the order; the right times,
-size and colours. An error must be the one expected, name the file and tell a way out; of a damaged
+size and colors. An error must be the one expected, name the file and tell a way out; of a damaged
 file, the frames that come with on_error="partial" must carry their own indices and times, and
 nothing that a file points to may be opened. Prints a table; NAMEs (parts of them) choose cases.
 """
@@ -86,8 +86,8 @@ def misplaced(case: Case, times_s: list[float], pixels: torch.Tensor) -> list[st
         if not case.gray and rgb.shape[1:] == case.size[::-1]:
             burned = picture(index, *case.size).transpose(2, 0, 1)[:, ::7, ::5]
             error = np.quantile(np.abs(rgb[:, ::7, ::5] - burned.astype(int)).max(0), 0.8)
-            if error > case.colour:
-                wrong.append(f"colours off by {error:.0f}")
+            if error > case.color:
+                wrong.append(f"colors off by {error:.0f}")
     if lags and (max(lags) - min(lags) > 0.0022 or (case.whole and abs(lags[0]) > 0.0011)):
         wrong.append("frames at wrong times")
     return wrong

@@ -34,7 +34,7 @@ class Case:
     times_s, indices: when its frames are shown and what they carry; of a damaged file, those of
     the sound one. whole: whether all of them have to come. error: names of the classes that
     reading may raise ("" for none), None where it must not. size: (width, height) as displayed.
-    gray: it has no colours; pixels: it is large enough to carry an index. colour: how far levels
+    gray: it has no colors; pixels: it is large enough to carry an index. color: how far levels
     may be off. reading: options of `open_video`. sound: a video file with nothing broken.
     """
 
@@ -48,14 +48,14 @@ class Case:
     size: tuple[int, int] = SIZE
     gray: bool = False
     pixels: bool = True
-    colour: float = 80.0
+    color: float = 80.0
     reading: tuple[tuple[str, Any], ...] = ()
     sound: bool = False
 
 
 def clip(name: str, kind: str, frames: int = 12, fps: float = 25, **details: Any) -> Case:
     """A case that `burned.video` writes; `shown` is its size where that is not the stored one."""
-    fields = ("times_s", "indices", "gray", "pixels", "reading", "colour", "error", "whole", "sound")
+    fields = ("times_s", "indices", "gray", "pixels", "reading", "color", "error", "whole", "sound")
     own: dict[str, Any] = {"sound": True} | {key: details.pop(key) for key in fields if key in details}
     size = details.pop("shown", details.get("size", SIZE))
     indices = own.pop("indices", tuple(range(frames)))
@@ -154,11 +154,11 @@ def tagged(space: int, full: bool = False) -> dict[str, Any]:
     }
 
 
-def colours() -> list[Case]:
+def colors() -> list[Case]:
     """Depths, subsamplings, RGB, gray, alpha, ranges and matrices."""
 
     def of(name: str, codec: str, pix_fmt: str, **details: Any) -> Case:
-        return clip(name, "colour", codec=codec, pix_fmt=pix_fmt, **details)
+        return clip(name, "color", codec=codec, pix_fmt=pix_fmt, **details)
 
     return [
         of("10_bit.mp4", "libx264", "yuv420p10le"),
@@ -170,23 +170,23 @@ def colours() -> list[Case]:
         of("444_12_bit.mkv", "libx265", "yuv444p12le"),
         of("gray.mp4", "libx264", "gray", gray=True),
         of("gray_16_bit.avi", "ffvhuff", "gray16le", gray=True),
-        of("rgb_hevc.mkv", "libx265", "gbrp", colour=24),
-        of("rgb_ffv1.mkv", "ffv1", "bgr0", colour=0),
-        of("16_bit_ffv1.mkv", "ffv1", "yuv444p16le", colour=8),
-        of("rgb_huffyuv.avi", "huffyuv", "rgb24", colour=0),
-        of("rgb_utvideo.avi", "utvideo", "gbrp", colour=0),
+        of("rgb_hevc.mkv", "libx265", "gbrp", color=24),
+        of("rgb_ffv1.mkv", "ffv1", "bgr0", color=0),
+        of("16_bit_ffv1.mkv", "ffv1", "yuv444p16le", color=8),
+        of("rgb_huffyuv.avi", "huffyuv", "rgb24", color=0),
+        of("rgb_utvideo.avi", "utvideo", "gbrp", color=0),
         of("410_svq1.mov", "svq1", "yuv410p", size=(192, 128)),
         of("411_ffv1.mkv", "ffv1", "yuv411p"),
         of("alpha_vp9.webm", "libvpx-vp9", "yuva420p"),
         of("alpha_prores_4444.mov", "prores_ks", "yuva444p10le"),
-        of("alpha_qtrle.mov", "qtrle", "argb", colour=0),
-        of("alpha_png.mov", "png", "rgba", colour=0),
-        of("alpha_ffv1.mkv", "ffv1", "bgra", colour=0),
-        of("full_range.avi", "mjpeg", "yuvj444p", colour=16),
-        of("full_range.mp4", "libx264", "yuvj444p", **tagged(5, full=True), colour=24),
-        of("bt601.mkv", "ffv1", "yuv444p", **tagged(5), colour=8),
-        of("bt709.mkv", "ffv1", "yuv444p", **tagged(1), colour=8),
-        of("bt709_full_range.mkv", "ffv1", "yuv444p", **tagged(1, full=True), colour=8),
+        of("alpha_qtrle.mov", "qtrle", "argb", color=0),
+        of("alpha_png.mov", "png", "rgba", color=0),
+        of("alpha_ffv1.mkv", "ffv1", "bgra", color=0),
+        of("full_range.avi", "mjpeg", "yuvj444p", color=16),
+        of("full_range.mp4", "libx264", "yuvj444p", **tagged(5, full=True), color=24),
+        of("bt601.mkv", "ffv1", "yuv444p", **tagged(5), color=8),
+        of("bt709.mkv", "ffv1", "yuv444p", **tagged(1), color=8),
+        of("bt709_full_range.mkv", "ffv1", "yuv444p", **tagged(1, full=True), color=8),
     ]
 
 
@@ -311,7 +311,7 @@ def containers() -> list[Case]:
         of("prores.mov", "prores_ks", pix_fmt="yuv422p10le"),
         of("cinepak.avi", "cinepak", pix_fmt="rgb24"),
         of("ffv1.nut", "ffv1"),
-        of("raw.avi", "rawvideo", pix_fmt="bgr24", colour=0),
+        of("raw.avi", "rawvideo", pix_fmt="bgr24", color=0),
         of("raw.y4m", "wrapped_avframe"),
         of("dv.dv", "dvvideo", **pal),
         of("raw_stream.h264", options={"bf": "2", "preset": "veryfast", "g": "10"}, frames=30),
@@ -333,7 +333,7 @@ def containers() -> list[Case]:
 
 def sound_videos() -> list[Case]:
     """Every case that is a sound video file."""
-    return [*timing(), *colours(), *shapes(), *containers()]
+    return [*timing(), *colors(), *shapes(), *containers()]
 
 
 def generate(folder: Path) -> list[tuple[Case, Path]]:

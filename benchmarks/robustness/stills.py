@@ -64,7 +64,7 @@ def pictures() -> list[Case]:
         still("gray_16_bit.png", sixteen_bit, gray=True),
         still("gray_alpha.png", lambda image, path: image.convert("LA").save(path), gray=True),
         still("palette_transparent.png", see_through),
-        still("alpha.png", lambda image, path: image.convert("RGBA").save(path), colour=0),
+        still("alpha.png", lambda image, path: image.convert("RGBA").save(path), color=0),
         still("cmyk.jpg", lambda image, path: image.convert("CMYK").save(path, quality=95)),
         still("exif_turned.jpg", sideways),
         still("progressive.jpg", lambda image, path: image.save(path, progressive=True, quality=95)),

@@ -57,7 +57,7 @@ def main() -> None:
 def material(videos: list[str], frames: int):
     """Names and uint8 [T, 3, H, W]."""
     for video in videos:
-        loaded = load_video(video, frames=frames)
+        loaded = load_video(video, num_frames=frames)
         assert loaded is not None
         yield video.rpartition("/")[2], loaded.pixels[0]
     if not videos:
@@ -66,7 +66,7 @@ def material(videos: list[str], frames: int):
 
 
 def made(frames: int, height: int, width: int) -> Tensor:
-    """Smooth waves, hard edges and a little noise, different in each frame and colour."""
+    """Smooth waves, hard edges and a little noise, different in each frame and color."""
     seed = torch.Generator().manual_seed(0)
     waves = interpolate(torch.rand(frames, 3, 9, 16, generator=seed), (height, width), mode="bicubic")
     edges = torch.rand(frames, 3, height // 16, width // 16, generator=seed).round()
@@ -77,12 +77,12 @@ def made(frames: int, height: int, width: int) -> Tensor:
 
 def compare(pixels: Tensor, preset: Preset):
     """Way, largest and mean difference, percent that differ, milliseconds, exact's time over this."""
-    columns = replace(preset, size=(pixels.shape[2], preset.size[1]))
+    columns = replace(preset, input_size=(pixels.shape[2], preset.input_size[1]))
     ways: dict[str, Callable[[], Tensor]] = {
         "exact": lambda: resize(pixels, preset)[0],
         "bytes": lambda: resize(pixels, preset, "fast")[0],
         "columns": lambda: resize(resize(pixels, columns)[0], preset)[0],
-        "floats": lambda: _two_passes(pixels, preset.size, preset),
+        "floats": lambda: _two_passes(pixels, preset.input_size, preset),
     }
     seconds = {way: float("inf") for way in ways}
     results = {}

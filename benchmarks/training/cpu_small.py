@@ -42,7 +42,7 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
     names = sorted(name for name in rows[0] if name.startswith("val/") and name != "val/loss")
     for name in names:
         steps, values = column(rows, name)
-        wide = 3 if name == "val/all" else 1.5
+        wide = 3 if name == "val/exact_match" else 1.5
         middle.plot(steps, [100 * v for v in values], marker="o", linewidth=wide, label=name[4:])
     middle.set(title="Held-out questions answered exactly (%)", xlabel="step", ylim=(0, 102))
     middle.legend(fontsize=8)
@@ -68,7 +68,7 @@ def main() -> None:
     subprocess.run([*merv, "demo", "--only-data", "--out", out], check=True)
     began = time.monotonic()
     options = {
-        "model.store": out / "features",
+        "model.feature_store": out / "features",
         "data.train": out / "train.jsonl",
         "data.val": out / "held_out.jsonl",
         "trainer.default_root_dir": out,
@@ -85,7 +85,7 @@ def main() -> None:
         if name.startswith("val/") and name != "val/loss"
     }
     size = (out / "model/model.safetensors").stat().st_size / 1e6
-    steps = column(rows, "val/all")[0][-1] + 1  # of the last epoch
+    steps = column(rows, "val/exact_match")[0][-1] + 1  # of the last epoch
     peak = max(column(rows, "GB")[1])
     lines = [
         f"`python benchmarks/training/cpu_small.py`, {machine()}: {steps} steps in {minutes:.1f} minutes,",

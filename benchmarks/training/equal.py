@@ -27,8 +27,8 @@ ARRANGEMENTS: dict[str, dict[str, object]] = {
     "one process, batch 4": {},
     "accumulated, 2 × 2": {"data__batch_size": 2, "trainer__accumulate_grad_batches": 2},
     "accumulated, 4 × 1": {"data__batch_size": 1, "trainer__accumulate_grad_batches": 4},
-    "two rows packed into one": {"model__fill": 200},
-    "gradient checkpointing": {"model__checkpoint_llm": "true"},
+    "two rows packed into one": {"model__packed_length": 200},
+    "gradient checkpointing": {"model__gradient_checkpointing": "true"},
     "DDP, 2 processes × 2": {"data__batch_size": 2, "trainer__devices": 2, "trainer__strategy": "ddp"},
     "DDP, 2 × 1, accumulated 2": {
         "data__batch_size": 1,
@@ -55,7 +55,11 @@ def main() -> None:
     ):
         out = base / f"{number}"
         shutil.rmtree(out, ignore_errors=True)
-        steps = {"trainer__max_steps": args.steps, "data__batch_size": 4, "checkpoints__every": args.steps}
+        steps = {
+            "trainer__max_steps": args.steps,
+            "data__batch_size": 4,
+            "checkpoints__every_n_steps": args.steps,
+        }
         command = [
             sys.executable,
             "-m",

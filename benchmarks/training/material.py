@@ -34,7 +34,7 @@ def options(folder: Path, out: Path, **more: object) -> list[str]:
         "model__llm": folder / "llm",
         "model__encoders": "[fake,fake/video]",
         "model__grid": "[2,1,1]",
-        "model__train": "[projector,mixer,lora]",
+        "model__trainable": "[projector,mixer,lora]",
         "model__lr": 1e-2,
         "data__train": folder / "data.jsonl",
         "trainer__default_root_dir": out,

@@ -12,7 +12,7 @@ from merv import Projector
 
 
 class Gated(Projector):
-    """linear(x) · sigmoid(gate(x)), of features x that are normalised first.
+    """linear(x) · sigmoid(gate(x)), of features x that are normalized first.
 
     bias: what the gate begins at: open, so that it begins as `linear`.
     """

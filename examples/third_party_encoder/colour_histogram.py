@@ -14,19 +14,19 @@ CELL = 16  # pixels
 
 
 class ColourHistogram(Encoder):
-    """A soft histogram of each colour over cells of 16×16 pixels. It has no weights to load."""
+    """A soft histogram of each color over cells of 16×16 pixels. It has no weights to load."""
 
     variants = {
         "base": EncoderSpec(
             "colour_histogram",
-            frames=16,
+            num_frames=16,
             grid=(16, 7, 7),
-            width=3 * BINS,
+            embed_dim=3 * BINS,
             presets={"squash": Preset("squash", (112, 112), "bilinear", mean=(0, 0, 0), std=(1, 1, 1))},
             patch=CELL,
             layer="histogram",
             source="built-in",  # build() makes all there is
-            licence="Apache-2.0",
+            weights_license="Apache-2.0",
             parameters=0,
         )
     }

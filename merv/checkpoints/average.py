@@ -29,17 +29,17 @@ from merv.errors import CheckpointError
 
 
 def average(
-    checkpoints: Sequence[str | Path], out: str | Path, weights: Sequence[float] | None = None
+    checkpoints: Sequence[str | Path], out: str | Path, coefficients: Sequence[float] | None = None
 ) -> None:
     """Write the mean of checkpoints as a folder that `from_pretrained` loads; whole or not at all.
 
     checkpoints: folders of `save_pretrained`, or of a run, of one model; state of optimizers is left out.
-    weights: one number for each; None: equal. Only their ratios count.
+    coefficients: one number for each; None: equal. Only their ratios count.
 
     Sums are in fp32, results in the dtype of the first. Memory holds one model and a tensor of another.
     Raises CheckpointError for what is no checkpoint, and names what differs between two.
     """
-    shares = _shares(len(checkpoints), weights)
+    shares = _normalized(len(checkpoints), coefficients)
     check_free(out)
     folders = [find_folder(checkpoint) for checkpoint in checkpoints]
     kind, config = _same_config(folders)
@@ -51,7 +51,7 @@ def average(
             shutil.copytree(llm, fresh / source)
 
 
-def _shares(count: int, weights: Sequence[float] | None) -> list[float]:
+def _normalized(count: int, weights: Sequence[float] | None) -> list[float]:
     """What each counts, summing to 1."""
     given = [1.0] * count if weights is None else list(weights)
     if count < 2 or len(given) != count:

@@ -48,10 +48,10 @@ The licence of an encoder's weights is what merv knows of it; that of the langua
 
 LOAD = {
     "VideoLLM": """\
-from merv import VideoLLM, ask
+from merv import VideoLLM, user_message
 
 model = VideoLLM.from_pretrained("{repo}")
-print(*model.generate([ask("What happens?", "clip.mp4")]))""",
+print(*model.generate([user_message("What happens?", "clip.mp4")]))""",
     "MultiEncoder": """\
 from merv import MultiEncoder
 
@@ -103,10 +103,10 @@ def parts(llm: Mapping[str, Any] | None, saved: Mapping[str, Any]) -> list[str]:
     """Lines on the language model and on what lies before it."""
     lines = [] if llm is None else [f"Language model: `{llm['source']}`, {llm['dtype']}."]
     grid = "×".join(map(str, saved["grid"]))
-    if saved["width"] is None:
+    if saved["output_dim"] is None:
         return [*lines, f"Common grid {grid} (time, rows, columns); nothing is fused."]
     mixer, projector = (_class_name(saved[part]) for part in ("mixer", "projector"))
-    fusion = f"mixer `{mixer}`, projectors `{projector}`, tokens {saved['width']} wide"
+    fusion = f"mixer `{mixer}`, projectors `{projector}`, tokens {saved['output_dim']} wide"
     return [*lines, f"Common grid {grid} (time, rows, columns), {fusion}."]
 
 
@@ -126,7 +126,7 @@ def row(encoder: Any, saved: Mapping[str, Any], name: str) -> str:
         saved["preset"],
         f"`{identity['source']}{revision}`",
         f"`{identity['sha256'][:16]}…`",
-        spec.licence or UNKNOWN,
+        spec.weights_license or UNKNOWN,
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -140,6 +140,6 @@ def trained(model: Any, config: Mapping[str, Any]) -> list[str]:
     lines = [f"{', '.join(config['trained']) or 'Nothing'}. {total}"]
     lora = config["lora"]
     if lora is not None:
-        targets = ", ".join(lora["targets"])
-        lines.append(f"LoRA of rank {lora['rank']}, alpha {lora['alpha']}, on {targets}.")
+        targets = ", ".join(lora["target_modules"])
+        lines.append(f"LoRA of rank {lora['r']}, alpha {lora['lora_alpha']}, on {targets}.")
     return lines

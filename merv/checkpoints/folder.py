@@ -17,7 +17,7 @@ from merv.utils.files import is_abandoned, temporaries_beside, temporary_beside
 from merv.utils.suggest import nearest
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-FORMAT = 1
+FORMAT = 2  # one more wherever a config.json of before would be misread
 
 
 def save_folder(
@@ -111,8 +111,12 @@ def read_config(folder: str | Path, beside: str = WEIGHTS) -> tuple[str, dict[st
         raise CheckpointError(f"{folder} is damaged: {error}") from error
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} was replaced while it was read: load it again.") from error
-    if config.pop("merv", None) != FORMAT:
-        raise CheckpointError(f"{folder} was not written by merv, or by another version of it.")
+    written = config.pop("merv", None)
+    if written != FORMAT:
+        by = "not by merv" if written is None else f"by another version of merv (format {written})"
+        raise CheckpointError(
+            f"{folder} was written {by}; this version reads format {FORMAT}. Train or convert it again."
+        )
     return config.pop("kind"), config
 
 

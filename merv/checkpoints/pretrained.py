@@ -175,5 +175,5 @@ def _fetch_llm(repo: str, folder: Path) -> None:
             snapshot_download(repo, revision=folder.name, allow_patterns=f"{source}/*")
         except Exception as error:  # as above
             raise WeightsError(
-                f"{repo}/{source} cannot be had from the hub: {explain_hub_error(error)}."
+                f"{repo}/{source} could not be downloaded from the hub: {explain_hub_error(error)}."
             ) from error

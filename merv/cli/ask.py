@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: %(default)s)")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="of the LLM (default: as trained)")
-    parser.add_argument("--quantise", choices=["nf4", "int8"], help="its weights, by bitsandbytes")
+    parser.add_argument("--quantize", choices=["nf4", "int8"], help="its weights, by bitsandbytes")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="length limit (default: %(default)s)")
     parser.add_argument("--weights", action="store_true", help="also print how much each encoder counted")
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     from merv.cli.main import look_here
     from merv.features.store import FeatureStore
-    from merv.models.chat import ask
+    from merv.models.chat import user_message
     from merv.models.video_llm import VideoLLM
     from merv.utils.plugins import trust
 
@@ -67,16 +67,16 @@ def run(args: argparse.Namespace) -> int:
         llm=args.llm,
         weights=moved,
         dtype=args.dtype,
-        quantise=args.quantise,
-        store=FeatureStore(),  # the encoders run once, for the answer and for the weights
+        quantize=args.quantize,
+        feature_store=FeatureStore(),  # the encoders run once, for the answer and for the weights
     ).to(args.device)
-    conversation = ask(args.question, *videos)
+    conversation = user_message(args.question, *videos)
     for piece in model.stream(conversation, max_new_tokens=args.max_new_tokens):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
     if args.weights and videos:
-        weights = model.encode(conversation).weights  # [videos, E, t, h, w]
+        weights = model.encode(conversation).mix_weights  # [videos, E, t, h, w]
         if weights is None:
             sys.stdout.write("weights: this mixer has none\n")
         else:

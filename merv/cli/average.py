@@ -7,7 +7,7 @@ import argparse
 EXAMPLES = """\
 examples:
   merv average outputs/mine/checkpoints/step=* --out outputs/mine/mean
-  merv average a b --weights 3 1 --out c
+  merv average a b --coefficients 3 1 --out c
   merv ask clip.mp4 "What happens?" --model outputs/mine/mean
 """
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoints", nargs="+", help="folders of trained models, or of a run's checkpoints")
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument(
-        "--weights", nargs="+", type=float, help="a number for each, in order; default: equal"
+        "--coefficients", nargs="+", type=float, help="a number for each, in order; default: equal"
     )
 
 
@@ -26,6 +26,6 @@ def run(args: argparse.Namespace) -> int:
     """Average, and say where the mean is."""
     from merv.checkpoints.average import average
 
-    average(args.checkpoints, args.out, args.weights)
+    average(args.checkpoints, args.out, args.coefficients)
     print(f"The mean of {len(args.checkpoints)} checkpoints is in {args.out}")
     return 0

@@ -62,7 +62,7 @@ def train(out: Path, steps: int | None, seed: int, further: Sequence[str] = ()) 
         f"--seed_everything={seed}",
         f"--trainer.default_root_dir={out}",
         f"--trainer.logger.init_args.save_dir={out}",
-        f"--model.store={out / 'features'}",
+        f"--model.feature_store={out / 'features'}",
         f"--data.train={out / 'train.jsonl'}",
     ]
     if steps is not None:

@@ -68,7 +68,7 @@ def help_text() -> str:
         "Train by a recipe: a file, or one of",
         *(f"  {name:28} {first_line(path)}" for name, path in recipes().items()),
     ]
-    for part in ("model", "data", "checkpoints", "answers"):
+    for part in ("model", "data", "checkpoints", "sample_answers"):
         said, own = described(part)
         lines += ["", f"--{part}. and one of", *(f"  {option}" for option in own.values()), "", said]
     lines += [

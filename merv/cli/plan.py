@@ -22,10 +22,10 @@ tensors that have shapes and no numbers. Where the data file is not there yet, i
 EXAMPLES = """\
 examples:
   merv plan --config demo --gpu 4090
-  merv plan --config mine.yaml --data.batch_size=8 --model.checkpoint_llm=true --trainer.devices=8
-  merv plan --config mine.yaml --gpu a100 --utilisation 0.35 --json
+  merv plan --config mine.yaml --data.batch_size=8 --model.gradient_checkpointing=true --trainer.devices=8
+  merv plan --config mine.yaml --gpu a100 --utilization 0.35 --json
 
-Hours are FLOPs over the GPU's peak in bf16 times the utilisation; decoding videos is not in them, nor is
+Hours are FLOPs over the GPU's peak in bf16 times the utilization; decoding videos is not in them, nor is
 validation. What large runs reach is 0.3 to 0.5; small models and small batches reach less.
 """
 
@@ -49,7 +49,7 @@ def parser(recipe: bool = True) -> Any:
     made.add_argument("-c", "--config", action=ActionConfigFile, help="a recipe, by name or path")
     made.add_argument("--gpu", default=GPU, help=f"one of {', '.join(GPUS)}, or cpu (default: {GPU})")
     made.add_argument(
-        "--utilisation", type=float, default=UTILISATION, help="share of the GPU's peak that is reached"
+        "--utilization", type=float, default=UTILISATION, help="share of the GPU's peak that is reached"
     )
     made.add_argument("--tflops", type=float, help="peak of a device that is not in the list")
     made.add_argument("--memory", type=float, help="memory of a device that is not in the list, in GB")
@@ -81,7 +81,7 @@ def run(argv: Sequence[str]) -> int:
     from merv.training.plan import GPUS, make_plan
 
     typed = with_recipes(argv)
-    check_keys(typed, also=("gpu", "utilisation", "tflops", "memory", "samples", "json"))
+    check_keys(typed, also=("gpu", "utilization", "tflops", "memory", "samples", "json"))
     config = (made := parser()).parse_args(typed)
     if config.gpu not in (*GPUS, "cpu"):
         raise TrainingError(
@@ -92,10 +92,10 @@ def run(argv: Sequence[str]) -> int:
     tflops = config.tflops or (device.tflops if device else None)
     memory = (config.memory or (device.memory if device else math.inf)) * 1e9
     started = made.instantiate_classes(config)
-    setup = setup_of(config.trainer, config.checkpoints.keep + (config.data.val is not None))
+    setup = setup_of(config.trainer, config.checkpoints.save_total_limit + (config.data.val is not None))
     plan = make_plan(started.model, started.data, setup, gpu=config.gpu != "cpu", probe=config.samples)
     fits = plan.peak <= FULL * memory
-    seconds = None if tflops is None else plan.seconds(tflops, config.utilisation)
+    seconds = None if tflops is None else plan.seconds(tflops, config.utilization)
     advice = [] if fits else list(advise(config, plan, memory))
     if config.json:
         known = {"peak_bytes": plan.peak, "fits": fits, "hours": seconds and seconds / 3600, "advice": advice}
@@ -126,25 +126,25 @@ def setup_of(trainer: Any, checkpoints: int = 2) -> Any:
 def advise(config: Any, plan: Any, memory: float) -> Iterator[str]:
     """What to change, the cheapest first; what each would come to is one more run of the command."""
     model, data, setup = config.model, config.data, plan.setup
-    trained = set(model.train)
+    trained = set(model.trainable)
     if data.batch_size > 1:
         half = math.ceil(data.batch_size / 2)
         yield (
             f"--data.batch_size={half} --trainer.accumulate_grad_batches={2 * setup.accumulate}: the same "
             "steps in smaller pieces"
         )
-    if not model["checkpoint_llm"]:
-        yield "--model.checkpoint_llm=true: activations of one layer at a time, a third more time"
+    if not model["gradient_checkpointing"]:
+        yield "--model.gradient_checkpointing=true: activations of one layer at a time, a third more time"
     if setup.precision == "32-true" and "llm" in trained:
         yield "--trainer.precision=bf16-mixed: half the activations"
     if "llm" not in trained and model.dtype not in ("bf16", "fp16"):
         yield "--model.dtype=bf16: a frozen language model needs no more"
     if "llm" in trained:
-        yield "--model.train='[projector,mixer,lora]': no gradients and states of the LLM"
-    elif model["quantise"] is None and plan.memory["weights of LLM"] > 0.25 * memory:
-        yield "--model.quantise=nf4: a quarter of the language model's weights (QLoRA with lora trained)"
+        yield "--model.trainable='[projector,mixer,lora]': no gradients and states of the LLM"
+    elif model["quantize"] is None and plan.memory["weights of LLM"] > 0.25 * memory:
+        yield "--model.quantize=nf4: a quarter of the language model's weights (QLoRA with lora trained)"
     if not plan.kept and plan.memory["weights of encoders"] > 0.1 * memory:
-        yield "--model.store=FOLDER: features are made before training"
+        yield "--model.feature_store=FOLDER: features are made before training"
     if not setup.sharded:
         yield "--trainer.strategy=sharded --trainer.devices=N: the LLM and its training split over N"
     yield "--model.grid='[t,h,w]' with fewer cells: fewer visual tokens"
@@ -210,7 +210,7 @@ def lines(plan: Any, config: Any, memory: float, seconds: float | None) -> Itera
     yield "global batch", str(plan.global_batch), "samples a step"
     yield "steps", "?" if plan.steps is None else f"{plan.steps:,}", ""
     if seconds is not None:
-        assumed = f"on {config.gpu} at {config.utilisation:.0%} of its peak (assumed)"
+        assumed = f"on {config.gpu} at {config.utilization:.0%} of its peak (assumed)"
         yield (
             "hours",
             f"{seconds / 3600:,.2g}" if seconds > 60 else "under a minute",

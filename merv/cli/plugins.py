@@ -17,7 +17,7 @@ from merv.utils.plugins import Plugin, Registry
 REGISTRIES: dict[str, Registry] = {"encoders": ENCODERS, "mixers": MIXERS, "projectors": PROJECTORS}
 SHORT = ("name", "distribution", "version")
 LONG = {
-    "encoders": ("frames", "grid", "width", "parameters", "licence"),
+    "encoders": ("frames", "grid", "width", "parameters", "license"),
     "mixers": ("options", "what it is"),
     "projectors": ("options", "what it is"),
 }
@@ -101,9 +101,9 @@ def _option(parameter: inspect.Parameter) -> str:
 
 
 def _described(spec: Any) -> Sequence[str]:
-    frames = f"{spec.frames}" if spec.fps is None else f"{spec.fps:g}/s, at most {spec.frames}"
+    frames = f"{spec.num_frames}" if spec.fps is None else f"{spec.fps:g}/s, at most {spec.num_frames}"
     parameters = "?" if spec.parameters is None else f"{spec.parameters / 1e6:.1f} M"
-    return frames, "×".join(map(str, spec.grid)), str(spec.width), parameters, spec.licence
+    return frames, "×".join(map(str, spec.grid)), str(spec.embed_dim), parameters, spec.weights_license
 
 
 def _check(kind: str, name: str) -> int:

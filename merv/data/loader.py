@@ -267,7 +267,7 @@ class Loader:
         ]
         if differ:
             raise DataError(
-                f"The checkpoint's place in the data means nothing here: {'; '.join(differ)}. Resume with "
+                f"Cannot resume: the data order has changed: {'; '.join(differ)}. Resume with "
                 "the same data and options, or begin a new run with what was trained."
             )
         self.epoch, self.position, self.begun = state["epoch"], state["position"], False

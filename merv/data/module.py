@@ -40,20 +40,21 @@ class ChatData(LightningDataModule):
     train: a file or several, all of which an epoch has once; or a mapping of files to weights, by
         which they are mixed: an epoch is then as long as it can be without a sample that comes twice
         (`merv.data.order.EpochOrder`). val: a file or several, or None.
-    batch_size: samples a step, of each process. questions: at most so many conversations of a sample in
+    batch_size: samples a step, of each process. max_questions: at most so many conversations of a sample in
         one epoch, drawn anew in each.
     seed: of the order of samples and of which conversations are drawn; nothing else decides them.
-    group: batches of one kind (video, image, text) and of like length, the largest first. Reads all
+    group_by_length: batches of one kind (video, image, text) and of like length, the largest first. Reads all
         samples once at the start.
-    workers: processes that read videos ahead of training, each on one thread. None: as many as this
+    num_workers: processes that read videos ahead of training, each on one thread. None: as many as this
         process has cores to itself, less one for the training, at most 8; so 1 on two cores, 0 on one.
         Where features are kept in memory there are none, as only this process has that memory.
     on_error: what to do about a sample that cannot be used: `raise`, or `skip` it, with a line in
         the log and in `skipped.jsonl` in the run's folder. Nothing stands in for it.
     max_skipped: stop when a process has skipped more distinct samples; None: 1 % of the samples, or 10.
     root: the folder that paths in rows begin at; None: that of their file.
-    stream: read `train` once through and hold nothing, for what is too large to index; then `length` is
-        how many batches an epoch has, and `block` how many samples are shuffled together.
+    stream: read `train` once through and hold nothing, for what is too large to index; then
+        `batches_per_epoch` says how many batches an epoch has, and `shuffle_buffer_size` how many samples are
+        shuffled together.
 
     Raises DataError for options and files that cannot be meant.
     """
@@ -63,37 +64,34 @@ class ChatData(LightningDataModule):
         train: str | list[str] | dict[str, float],
         val: str | list[str] | None = None,
         batch_size: int = 4,
-        questions: int = 8,
+        max_questions: int = 8,
         seed: int = 0,
-        group: bool = False,
-        workers: int | None = None,
+        group_by_length: bool = False,
+        num_workers: int | None = None,
         on_error: OnError = "raise",
         max_skipped: int | None = None,
         stream: bool = False,
-        length: int | None = None,
-        block: int = 256,
+        batches_per_epoch: int | None = None,
+        shuffle_buffer_size: int = 256,
         root: str | None = None,
     ) -> None:
         super().__init__()
-        if min(batch_size, questions, block) < 1 or on_error not in get_args(OnError):
+        if min(batch_size, max_questions, shuffle_buffer_size) < 1 or on_error not in get_args(OnError):
             raise DataError(
-                "batch_size, questions and block are 1 or more, on_error is raise or skip; got "
-                f"{batch_size}, {questions}, {block} and {on_error!r}."
+                "batch_size, max_questions and shuffle_buffer_size must be at least 1, on_error raise or "
+                f"skip; got {batch_size}, {max_questions}, {shuffle_buffer_size} and {on_error!r}."
             )
-        if stream and (length is None or group or isinstance(train, Mapping)):
+        if stream and (batches_per_epoch is None or group_by_length or isinstance(train, Mapping)):
             raise DataError(
-                "A stream (stream: true) has no length of its own: set data.length, batches an epoch. It can "
-                "be neither grouped nor mixed by weight, because samples are only known when they come."
+                "A stream has no length of its own: set data.batches_per_epoch. It cannot be grouped by "
+                "length or mixed by weight, because samples are only known when they come."
             )
-        self.train_source, self.val_source, self.batch_size, self.questions = (
-            train,
-            val,
-            batch_size,
-            questions,
-        )
-        self.seed, self.group, self.workers, self.on_error = seed, group, workers, on_error
-        self.max_skipped, self.stream, self.length, self.block = max_skipped, stream, length, block
-        self.root = root
+        self.train_source, self.val_source, self.root = train, val, root
+        self.batch_size, self.max_questions, self.seed = batch_size, max_questions, seed
+        self.group_by_length, self.num_workers = group_by_length, num_workers
+        self.on_error, self.max_skipped = on_error, max_skipped
+        self.stream, self.batches_per_epoch = stream, batches_per_epoch
+        self.shuffle_buffer_size = shuffle_buffer_size
         self.train: Sequence[Sample] = ()
         self.content = ""  # a hash of it
         self.val: Sequence[Sample] = ()
@@ -108,7 +106,7 @@ class ChatData(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Open the files; what is wrong with them comes now, before anything slow."""
         self.open_files()
-        if self.group and self.known is None:
+        if self.group_by_length and self.known is None:
             self.known = kinds_and_lengths(self.train, self.on_error)
 
     def open_files(self) -> None:
@@ -150,21 +148,23 @@ class ChatData(LightningDataModule):
 
     def _train_loader(self) -> Loader:
         reader = self.reader()
-        process, processes = self.place()
+        process, processes = self.rank_and_world_size()
         options: dict[str, Any] = {
             "workers": self.worker_count(reader),
-            "skips": self.skips(len(self.train) or (self.length or 0) * self.batch_size),
+            "skips": self.skips(len(self.train) or (self.batches_per_epoch or 0) * self.batch_size),
             "epoch": 0 if self.trainer is None else self.trainer.current_epoch,
             "limit": None if self.trainer is None else lambda: self.trainer.num_training_batches,
         }
-        batches = BatchReader(self.train, reader, self.questions, self.seed, self.tokenizer())
+        batches = BatchReader(self.train, reader, self.max_questions, self.seed, self.tokenizer())
         if self.stream:
             from merv.data.sources import stream_samples
             from merv.data.stream_loader import StreamLoader, StreamReader
 
             source = stream_samples(self.train_source, self.root)
-            stream = StreamReader(source, batches, self.batch_size, self.block, process, processes)
-            return StreamLoader(stream, length=self.length or 1, **options)
+            stream = StreamReader(
+                source, batches, self.batch_size, self.shuffle_buffer_size, process, processes
+            )
+            return StreamLoader(stream, length=self.batches_per_epoch or 1, **options)
         weights = list(self.train_source.values()) if isinstance(self.train_source, Mapping) else None
         kinds, lengths = self.known or (None, None)
         order = EpochOrder(
@@ -186,7 +186,7 @@ class ChatData(LightningDataModule):
     def _val_dataloader(self) -> Loader:
         """Batches in the order of the file, dealt to the processes, with all conversations."""
         reader = self.reader()
-        process, processes = self.place()
+        process, processes = self.rank_and_world_size()
         order = EpochOrder([len(self.val)], self.batch_size, processes, shuffle=False)
         workers, skips = self.worker_count(reader), self.skips(len(self.val))
         batches = BatchReader(self.val, reader, tokenizer=self.tokenizer())
@@ -220,14 +220,14 @@ class ChatData(LightningDataModule):
     def reader(self) -> Reader | None:
         """That of the model which is trained; None, and videos stay as they are, where there is none."""
         model = self.model()
-        return None if model is None else model.vision.reader(model.store)
+        return None if model is None else model.vision.reader(model.feature_store)
 
     def tokenizer(self) -> Any:
         """That of the model which is trained, or None."""
         model = self.model()
         return None if model is None else model.tokenizer
 
-    def place(self) -> tuple[int, int]:
+    def rank_and_world_size(self) -> tuple[int, int]:
         """Which of how many processes that share the data this is."""
         several = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return (several["rank"], several["num_replicas"]) if several else (0, 1)
@@ -235,8 +235,8 @@ class ChatData(LightningDataModule):
     def worker_count(self, reader: Reader | None) -> int:
         """How many processes read for this one."""
         in_memory = reader is not None and reader.store is not None and reader.store.folder is None
-        if in_memory or self.workers is not None:
-            return 0 if in_memory else self.workers or 0
+        if in_memory or self.num_workers is not None:
+            return 0 if in_memory else self.num_workers or 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         together = 1 if self.trainer is None else self.trainer.num_devices  # processes on this machine
         return max(0, min(8, cores // together - 1))

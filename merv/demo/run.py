@@ -50,7 +50,7 @@ def evaluate(out: Path) -> tuple[Any, dict[str, Any]]:
     from merv.features.store import FeatureStore
     from merv.models.video_llm import VideoLLM
 
-    model = VideoLLM.from_pretrained(out / "model", store=FeatureStore(out / "features"))
+    model = VideoLLM.from_pretrained(out / "model", feature_store=FeatureStore(out / "features"))
     results: dict[str, Any] = {}
     for split in ("held_out", "unseen"):
         samples = read_samples(out / f"{split}.jsonl")
@@ -91,7 +91,7 @@ def without_video(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[
 def show(model: Any, out: Path) -> Path:
     """Ask three questions of a held-out clip of several shots, print the answers, draw the clip."""
     from merv.demo.questions import NUMBERS, read_rows
-    from merv.models.chat import ask
+    from merv.models.chat import user_message
     from merv.utils.plot import draw_clip
     from merv.video.load import load_video
 
@@ -104,17 +104,17 @@ def show(model: Any, out: Path) -> Path:
         ("What is shown last?", names[-1]),
         ("How many shots are there?", NUMBERS[len(names) - 1]),
     ]
-    said = model.generate([ask(question, video) for question, _ in asked], max_new_tokens=8)
+    said = model.generate([user_message(question, video) for question, _ in asked], max_new_tokens=8)
     for (question, wanted), answer in zip(asked, said, strict=True):
         print(f"  {question}  {answer}   (right: {wanted})")
-    encoded = model.encode(ask(asked[0][0], video))
-    frames = load_video(video, frames=8)
+    encoded = model.encode(user_message(asked[0][0], video))
+    frames = load_video(video, num_frames=8)
     assert frames is not None  # only on_error="skip" gives None
     shots = ", ".join(f"{name} {start:.1f}–{end:.1f} s" for name, start, end in row.shots)
     draw_clip(
         [frame.permute(1, 2, 0).numpy() for frame in frames.pixels[0]],
         frames.times_s[0].tolist(),
-        None if encoded.weights is None else encoded.weights[0].mean(dim=(2, 3)),
+        None if encoded.mix_weights is None else encoded.mix_weights[0].mean(dim=(2, 3)),
         next(iter(encoded.features.values())).times_s[0].tolist(),
         list(model.vision.encoders),
         [(question, answer, wanted) for (question, wanted), answer in zip(asked, said, strict=True)],

@@ -47,7 +47,7 @@ class Encoder(nn.Module):
     preset: a key of the spec's presets; None takes the first.
 
     Raises EncoderError for an unknown variant or preset, BrokenPlugin for a class that declares none,
-    WeightsError for weights that cannot be had or do not fit.
+    WeightsError for weights that cannot be loaded or do not fit.
 
     >>> from merv import create_encoder, Frames
     >>> encoder = create_encoder("fake")
@@ -156,7 +156,7 @@ class Encoder(nn.Module):
         _seal(self)
 
     def train(self, mode: bool = True) -> Encoder:
-        """Stays in eval mode: a frozen encoder has no training behaviour."""
+        """Stays in eval mode: a frozen encoder has no training behavior."""
         return super().train(False)
 
     def forward(self, frames: Frames) -> Grid:
@@ -178,7 +178,7 @@ class Encoder(nn.Module):
 
     def _encode(self, frames: Frames) -> Tensor:
         values = self._expected(self.encode(frames.pixels), len(frames.pixels))
-        if self.spec.window:
+        if self.spec.window_size:
             return values
         # What sees the whole clip must not see its padding, or a clip would change with its batch.
         short = [i for i, mask in enumerate(frames.mask) if mask.any() and not mask.all()]
@@ -192,17 +192,17 @@ class Encoder(nn.Module):
         if not isinstance(values, Tensor):
             raise EncoderError(
                 f"{self.spec.name}: encode() made a {type(values).__name__}; wanted a tensor "
-                f"[{batch}, t, h, w, {self.spec.width}], such as an output's last_hidden_state, reshaped."
+                f"[{batch}, t, h, w, {self.spec.embed_dim}], such as an output's last_hidden_state, reshaped."
             )
         if values.ndim != 5 or len(values) != batch:
             raise EncoderError(
                 f"{self.spec.name}: encode() made {list(values.shape)} of {batch} clips; wanted "
-                f"[{batch}, t, h, w, {self.spec.width}]."
+                f"[{batch}, t, h, w, {self.spec.embed_dim}]."
             )
         return values
 
     def _check(self, frames: Frames) -> None:
-        name, height_width = self.spec.name, self.preset.size
+        name, height_width = self.spec.name, self.preset.input_size
         if not isinstance(frames, Frames):
             raise ShapeError(
                 f"{name} expects Frames; got {type(frames).__name__}. Frames.of(pixels) makes them of a "
@@ -215,10 +215,10 @@ class Encoder(nn.Module):
             )
         if not frames.pixels.is_floating_point():
             raise ShapeError(
-                f"{name} expects normalised floating-point frames; got {frames.pixels.dtype}. "
+                f"{name} expects normalized floating-point frames; got {frames.pixels.dtype}. "
                 "`merv.preprocess(frames, encoder.preset)` does it."
             )
-        window = self.spec.window or self.spec.tubelet
+        window = self.spec.window_size or self.spec.tubelet_size
         if frames.pixels.shape[1] % window:
             raise ShapeError(
                 f"{name} takes frames in windows of {window}; got {frames.pixels.shape[1]}. "

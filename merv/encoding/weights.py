@@ -143,7 +143,7 @@ def load_exactly(module: nn.Module, state: dict[str, Tensor], name: str, owner: 
     name, owner: what the weights and the module are called in the message.
 
     Raises WeightsError with the first few keys that are missing, left over, of another shape, or integers
-    (quantised weights, say) where the module has floating-point numbers.
+    (quantized weights, say) where the module has floating-point numbers.
     """
     wanted = module.state_dict()
     faults = {

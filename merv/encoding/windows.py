@@ -34,7 +34,7 @@ def encode_distinct(
     distinct: dict[tuple, Frames] = {}
     placed: list[list[tuple]] = []  # per clip and window: which distinct one, and when it starts
     for number, (clip, shown) in enumerate(zip(clips, indices, strict=True)):
-        size = encoder.spec.window or len(shown)
+        size = encoder.spec.window_size or len(shown)
         placed.append([])
         for start in range(0, len(shown), size):
             window = _window(clip, start, size)

@@ -6,6 +6,7 @@ probe, sample, decode and preprocess, or fetch kept features, while the model tr
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -28,7 +29,7 @@ from merv.video.reader import BACKENDS
 from merv.video.sampling import Sampling
 from merv.video.transforms import Resample
 
-VERSION = 2  # one more wherever the same options come to give other features
+VERSION = 3  # one more wherever the same options come to give other features
 DIGESTS: WeakKeyDictionary[Encoder, tuple[list[Any], str]] = WeakKeyDictionary()
 
 
@@ -58,7 +59,7 @@ class LoadedVideo:
 class Reader:
     """`reader(video)`: the part of `MultiEncoder.features` that needs no network; see `MultiEncoder.reader`.
 
-    requests: encoder name → what it is. frames: by name, how many frames an encoder gets, if not what
+    requests: encoder name → what it is. num_frames: by name, how many frames an encoder gets, if not what
         its spec says. sampling, backend, resample: as of the MultiEncoder. store: looked up, never
         written. One in memory stays in its process: pickled, it arrives empty.
 
@@ -75,7 +76,7 @@ class Reader:
 
     requests: Mapping[str, EncoderRequest]
     sampling: Sampling
-    frames: Mapping[str, int]
+    num_frames: Mapping[str, int]
     backend: str = "pyav"
     resample: Resample = "exact"
     store: FeatureStore | None = None
@@ -97,16 +98,16 @@ class Reader:
         return {name: video_key(video, request.cache_key) for name, request in self.requests.items()}
 
     def read(self, video: Any, only: Iterable[str] | None = None) -> Clip:
-        """Probe, sample, decode and preprocess, for all encoders or `only` some."""
+        """Probe, sample, decode and preprocess, for all encoders or some of them."""
         requests = self.requests if only is None else {name: self.requests[name] for name in only}
         return prepare(
-            video, requests, self.sampling, self.frames, resample=self.resample, backend=self.backend
+            video, requests, self.sampling, self.num_frames, resample=self.resample, backend=self.backend
         )
 
 
 def feature_cache_key(
     encoder: Encoder,
-    frames: int | None,
+    num_frames: int | None,
     sampling: Sampling,
     aligner: Aligner,
     backend: str,
@@ -117,19 +118,37 @@ def feature_cache_key(
     Raises EncoderError where the aligner is trained: then what is aligned cannot be kept.
     """
     by_value = encoder.modified or encoder.identity.sha256 is None  # nothing else tells such weights apart
-    own = (
-        VERSION,
-        (type(encoder).__module__, type(encoder).__qualname__),
-        [(package, version(package)) for package in BACKENDS[backend]],
-        digest(encoder) if by_value else encoder.identity,
-        encoder.variant,
-        encoder.spec,
-        encoder.preset,
-        (resample, version("pillow")),  # whose resize is not the same in all versions
-        frames,
-        device_and_dtype(encoder)[1],
-    )
-    return repr((own, sampling, *aligner_key(aligner)))
+    spec, preset = encoder.spec, encoder.preset
+    key = {
+        "version": VERSION,
+        "class": class_path(type(encoder)),
+        "weights": digest(encoder) if by_value else encoder.identity.sha256,
+        "dtype": str(device_and_dtype(encoder)[1]),
+        "variant": [
+            encoder.variant,
+            spec.layer,
+            spec.grid,
+            spec.embed_dim,
+            spec.window_size,
+            spec.tubelet_size,
+        ],
+        "frames": spec.num_frames if num_frames is None else num_frames,
+        "rate": spec.fps if num_frames is None else None,
+        "crop": [preset.crop_mode, preset.input_size, preset.resize_short_side, preset.center],
+        "resize": [preset.interpolation, resample, version("pillow")],  # not the same in all its versions
+        "normalization": [preset.mean, preset.std],
+        "decoder": [(package, version(package)) for package in BACKENDS[backend]],
+        "sampling": [
+            sampling.mode,
+            sampling.start_s,
+            sampling.end_s,
+            sampling.fps,
+            sampling.seed,
+            sampling.total,
+        ],
+        "aligner": aligner_key(aligner),
+    }
+    return json.dumps(key, sort_keys=True, default=str)
 
 
 def aligner_key(aligner: nn.Module) -> tuple[Any, ...]:

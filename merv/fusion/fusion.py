@@ -30,17 +30,17 @@ NAMED_ONLY = "Only what is named when it is made is saved: mixer=, projector= an
 class Fusion(nn.Module):
     """Projectors and mixer: aligned grids by name → tokens for the LLM.
 
-    widths: encoder name → its width D, in the order of the streams.
-    width: L.
+    embed_dims: encoder name → its D, in the order of the streams.
+    output_dim: L.
     mixer, projector: names (`merv plugins mixers` lists them), `module:Class`, or subclasses of `Mixer` and
         `Projector`; mixer_options, projector_options go to their constructors. A mixer may also be made
         already; such a fusion cannot be saved, because its options are not known.
-    norm: normalise features before they are projected, and tokens after they are mixed, to the root
+    norm: normalize features before they are projected, and tokens after they are mixed, to the root
         mean square `token_rms`. Left to themselves, tokens soon are many times as large as the
         embeddings of the language model, whose layers then hardly change them. The release does neither.
     folded: True, False, or None: folded outside of training wherever the mixer allows it.
 
-    >>> fusion = Fusion({"a": 32, "b": 48}, width=64, mixer="gate")
+    >>> fusion = Fusion({"a": 32, "b": 48}, output_dim=64, mixer="gate")
     >>> fusion.projectors["b"](torch.zeros(5, 48)).shape
     torch.Size([5, 64])
 
@@ -49,8 +49,8 @@ class Fusion(nn.Module):
 
     def __init__(
         self,
-        widths: Mapping[str, int],
-        width: int,
+        embed_dims: Mapping[str, int],
+        output_dim: int,
         mixer: str | type[Mixer] | Mixer = "cross_attention",
         *,
         projector: str | type[Projector] = "linear",
@@ -60,26 +60,26 @@ class Fusion(nn.Module):
         folded: bool | None = None,
     ) -> None:
         super().__init__()
-        if not is_count(width):
-            raise ShapeError(f"The width of the tokens is a whole number of at least 1; got {width!r}.")
-        self.names, self.width, self.folded = list(widths), int(width), folded
+        if not is_count(output_dim):
+            raise ShapeError(f"The width of the tokens is a whole number of at least 1; got {output_dim!r}.")
+        self.names, self.output_dim, self.folded = list(embed_dims), int(output_dim), folded
         self.norm = norm
         self.mixer_options, self.projector_options = dict(mixer_options or {}), dict(projector_options or {})
         self.projector = projector
         self.projectors = nn.ModuleDict(
-            {name: self._new_projector(features) for name, features in widths.items()}
+            {name: self._new_projector(features) for name, features in embed_dims.items()}
         )
         self.token_rms: Tensor | None
         self.register_buffer("token_rms", torch.ones(()) if norm else None)
         self.mixer = (
             mixer
             if isinstance(mixer, Mixer)
-            else create_mixer(mixer, width, len(self.names), **self.mixer_options)
+            else create_mixer(mixer, self.output_dim, len(self.names), **self.mixer_options)
         )
-        if (self.mixer.width, self.mixer.encoders) != (width, len(self.names)):
+        if (self.mixer.width, self.mixer.encoders) != (self.output_dim, len(self.names)):
             raise ShapeError(
                 f"The mixer is built for {self.mixer.encoders} encoders of width {self.mixer.width}; "
-                f"this fusion has {len(self.names)} of width {width}."
+                f"this fusion has {len(self.names)} of width {self.output_dim}."
             )
 
         self._built = [None if isinstance(mixer, Mixer) else self.mixer, *self.projectors.values()]
@@ -103,7 +103,7 @@ class Fusion(nn.Module):
         mix = self._mix_folded if self._is_folded() else self._mix_plain
         tokens, real, weights = mix(features, mask, question)
         if self.token_rms is not None:
-            tokens = self.token_rms.to(tokens) * rms_norm(tokens, (self.width,), eps=1e-6)
+            tokens = self.token_rms.to(tokens) * rms_norm(tokens, (self.output_dim,), eps=1e-6)
         grid = next(iter(grids.values()))
         positions = self.mixer.positions(cell_positions(grid.times_s, *grid.shape[1:]))
         return Fused(tokens, positions, real, weights)
@@ -119,7 +119,7 @@ class Fusion(nn.Module):
             )
             for name, projector in zip(self.names, self._in_order(), strict=True)
         }
-        question = torch.zeros(1, self.width) if self.mixer.conditioned else None
+        question = torch.zeros(1, self.output_dim) if self.mixer.conditioned else None
         return self(grids, question).tokens[0]
 
     def scale_to(self, rms: float) -> None:
@@ -133,7 +133,7 @@ class Fusion(nn.Module):
         for projector in self._in_order():
             projector.scale_to(rms)
 
-    def join(self, name: str, features: int) -> None:
+    def add_encoder(self, name: str, features: int) -> None:
         """One encoder more, behind the others: a fresh projector, and a mixer that hardly minds it yet.
 
         Raises ShapeError where the mixer cannot grow.
@@ -142,7 +142,7 @@ class Fusion(nn.Module):
         fresh = self._new_projector(features).to(device, dtype)
         if self.token_rms is not None:
             fresh.scale_to(float(self.token_rms))
-        self.mixer.join()
+        self.mixer.add_encoder()
         self.projectors[name] = fresh
         self._built.append(fresh)
         self.names.append(name)
@@ -162,7 +162,7 @@ class Fusion(nn.Module):
                     f"{class_path(one)} could not be found again: define the class at the top of a module."
                 )
         options: dict[str, Any] = {
-            "width": self.width,
+            "output_dim": self.output_dim,
             "mixer": class_path(mixer),
             "mixer_options": self.mixer_options,
             "projector": class_path(projector),
@@ -255,7 +255,7 @@ class Fusion(nn.Module):
 
     def _new_projector(self, features: int) -> Projector:
         options = {"norm": self.norm, **self.projector_options}
-        return create_projector(self.projector, features, self.width, **options)
+        return create_projector(self.projector, features, self.output_dim, **options)
 
     def _in_order(self) -> list[Projector]:
         """The projectors, one a stream."""

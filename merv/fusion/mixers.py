@@ -42,7 +42,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.width, self.encoders = width, encoders
 
-    def join(self) -> None:
+    def add_encoder(self) -> None:
         """Grow by one encoder, behind the others, that hardly counts until it is trained.
 
         `gate` has nothing of an encoder's own, and `mean` counts it in full at once.
@@ -172,7 +172,7 @@ class CrossAttention(WeightingMixer):
 
     At every cell a query made of the mean of the streams there (and of the question) attends
     over the E streams of that cell: as many tokens as one stream, and an encoder can speak
-    where and when it knows something. Queries and keys are normalised, so that the scale of
+    where and when it knows something. Queries and keys are normalized, so that the scale of
     features and LLM embeddings does not matter, and the query's gain starts at zero: step 0
     is the mean of the encoders. There is no position in it: permuting time permutes the
     weights.

@@ -50,10 +50,10 @@ class Prompt:
         return [piece for piece in self.pieces if isinstance(piece, Visual)]
 
 
-def ask(question: str, *videos: Any, answer: str | None = None) -> list[dict[str, Any]]:
+def user_message(question: str, *videos: Any, answer: str | None = None) -> list[dict[str, Any]]:
     """The messages of one question about any number of videos, with its answer if there is one.
 
-    >>> ask("What is this?", "clip.mp4")[0]["content"][1]
+    >>> user_message("What is this?", "clip.mp4")[0]["content"][1]
     {'type': 'text', 'text': 'What is this?'}
     """
     content: list[dict[str, Any]] = [{"type": "video", "video": video} for video in videos]

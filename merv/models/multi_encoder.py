@@ -1,4 +1,4 @@
-"""MultiEncoder: several frozen encoders on one video, aligned and, with a width, fused."""
+"""MultiEncoder: several frozen encoders on one video, aligned and, with output_dim, fused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from merv.models.named_encoders import (
     by_name,
     check_names,
     check_stream,
-    checked_frames,
+    checked_num_frames,
     create_all,
     recreate,
 )
@@ -57,13 +57,13 @@ class Encoded:
 
     @property
     def tokens(self) -> Tensor:
-        """[B, N, L]; without a width the channels of all encoders side by side."""
+        """[B, N, L]; without output_dim the channels of all encoders side by side."""
         return self.fused.tokens
 
     @property
-    def weights(self) -> Tensor | None:
+    def mix_weights(self) -> Tensor | None:
         """[B, E, t, h, w], or None where nothing is weighed."""
-        return self.fused.weights
+        return self.fused.mix_weights
 
     @property
     def mask(self) -> Tensor:
@@ -82,14 +82,14 @@ class MultiEncoder(PretrainedMixin, nn.Module):
     encoders: names (`merv encoders` lists them; "dinov2/base" picks a variant), modules, or a
         mapping of names of your own to either.
     grid: the common (t, h, w); stills get one step of time.
-    width: L of the tokens, usually the LLM's. None: nothing is untrained here, and the tokens
+    output_dim: L of the tokens, usually the LLM's. None: nothing is untrained here, and the tokens
         are the encoders' channels side by side.
-    mixer, projector, norm, mixer_options, projector_options: see `merv.fusion.fusion.Fusion`; only with a
-        width. Mixers and projectors of your own are classes, or names by `module:Class` or entry points.
+    mixer, projector, norm, mixer_options, projector_options: see `merv.fusion.fusion.Fusion`; only with
+        output_dim. Your own mixers and projectors are given as classes, `module:Class` or entry points.
     weights: for encoders given by name: "pretrained", a folder, a hub id, None for random, or a
         mapping from names to these.
     presets: by name, how an encoder's pictures are preprocessed, if not as its spec's first preset says.
-    frames: by name, how many frames an encoder gets, if not what its spec says.
+    num_frames: by name, how many frames an encoder gets, if not what its spec says.
     sampling: a mode of `merv.video.sampling.Sampling`, or a Sampling. align: see `merv.fusion.align.Aligner`.
     backend: what decodes videos; see `merv.video.open.open_video`. resample: how frames are resized,
         `exact` as PIL does it or `fast` by torch; see `merv.video.transforms.resize`.
@@ -99,7 +99,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
     >>> video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
     >>> MultiEncoder(["fake"], grid=(4, 2, 2))(video).tokens.shape
     torch.Size([1, 16, 8])
-    >>> MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2), width=32)(video).weights.shape
+    >>> MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2), output_dim=32)(video).mix_weights.shape
     torch.Size([1, 2, 4, 2, 2])
 
     Source: arXiv 2501.01426.
@@ -112,7 +112,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         encoders: Sequence[str | Encoder] | Mapping[str, str | Encoder],
         *,
         grid: tuple[int, int, int] = (16, 8, 8),
-        width: int | None = None,
+        output_dim: int | None = None,
         mixer: str | type[Mixer] = "cross_attention",
         projector: str | type[Projector] = "linear",
         norm: bool = True,
@@ -120,7 +120,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         projector_options: Mapping[str, Any] | None = None,
         weights: str | Mapping[str, str | None] | None = PRETRAINED,
         presets: Mapping[str, str] | None = None,
-        frames: Mapping[str, int] | None = None,
+        num_frames: Mapping[str, int] | None = None,
         sampling: str | Sampling = "uniform",
         align: Literal["area", "official"] = "area",
         backend: str = "pyav",
@@ -140,17 +140,17 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         if isinstance(projector, str):
             PROJECTORS.find(projector)
         self.encoders = nn.ModuleDict(create_all(by_name(encoders), weights, presets or {}))
-        self.frames = checked_frames(frames or {}, dict(self.named()))
+        self.num_frames = checked_num_frames(num_frames or {}, dict(self.named()))
         self.aligner = Aligner(grid, align)
         self.sampling = Sampling(cast(Mode, sampling)) if isinstance(sampling, str) else sampling
         self.fusion: Fusion | None = None
-        if width is None and (mixer_options or projector_options):
-            raise ShapeError("mixer_options= and projector_options= are only for use with width=.")
-        if width is not None:
-            widths = {name: encoder.spec.width for name, encoder in self.named()}
+        if output_dim is None and (mixer_options or projector_options):
+            raise ShapeError("mixer_options= and projector_options= need output_dim=.")
+        if output_dim is not None:
+            widths = {name: encoder.spec.embed_dim for name, encoder in self.named()}
             self.fusion = Fusion(
                 widths,
-                width,
+                output_dim,
                 mixer,
                 projector=projector,
                 norm=norm,
@@ -163,22 +163,22 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         self,
         videos: Any,
         question: Tensor | None = None,
-        only: Sequence[str] | None = None,
+        encoders: Sequence[str] | None = None,
         store: FeatureStore | None = None,
     ) -> Encoded:
         """Encode, align and fuse a video or a list of videos (anything `load_video` reads).
 
-        question: [B, L], for mixers conditioned on it. only: the encoders to use, a non-empty
+        question: [B, L], for mixers conditioned on it. encoders: the encoders to use, a non-empty
         subset; the others count as absent. store: where their features are kept.
         """
-        features = self.features(videos, only, store)  # read, encode, align: frozen, each video once
+        features = self.features(videos, encoders, store)  # read, encode, align: frozen, each video once
         return self.fuse(features, question)  # project and mix: what is trained
 
     # The stages ---------------------------------------------------------------------------
 
-    def read(self, video: Any, only: Sequence[str] | None = None) -> Clip:
+    def read(self, video: Any, encoders: Sequence[str] | None = None) -> Clip:
         """Probe, sample, decode and preprocess one video for its encoders."""
-        return self.reader(only=only).read(video)
+        return self.reader(encoders=encoders).read(video)
 
     def encode(self, clips: Sequence[Clip]) -> dict[str, list[Grid]]:
         """Each encoder's own features of each clip, on the encoder's own grid."""
@@ -187,9 +187,10 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             encoder, own = self.encoder(name), [clip.frames[name] for clip in clips]
             made[name] = encode_distinct(encoder, own, [clip.indices[name] for clip in clips])
             shape = list(made[name][0].values.shape)
-            if shape[-1] != encoder.spec.width:
+            if shape[-1] != encoder.spec.embed_dim:
                 raise EncoderError(
-                    f"{name} made features {shape}; by its spec they are [1, t, h, w, {encoder.spec.width}]."
+                    f"{name} made features {shape}; by its spec they are "
+                    f"[1, t, h, w, {encoder.spec.embed_dim}]."
                 )
         return made
 
@@ -214,7 +215,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         if self.fusion is not None:
             return Encoded(dict(features), self.fusion(features, question))
         if question is not None:
-            raise ShapeError("Without width= there is no mixer that a question could be for.")
+            raise ShapeError("Without output_dim= there is no mixer that a question could be for.")
         values = torch.cat([grid.values for grid in features.values()], dim=-1)
         mask = torch.stack([grid.mask for grid in features.values()]).any(dim=0)
         grid = next(iter(features.values()))
@@ -226,16 +227,16 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         return Encoded(dict(features), fused)
 
     def features(
-        self, videos: Any, only: Sequence[str] | None = None, store: FeatureStore | None = None
+        self, videos: Any, encoders: Sequence[str] | None = None, store: FeatureStore | None = None
     ) -> dict[str, Grid]:
         """Read, encode and align: from `store` where it has the features, else made and kept there.
 
         videos: one, or a list, of anything `load_video` reads, or of what a `reader` gave (`LoadedVideo`),
         whose features are stored if that reader had a store. One that comes twice is read and encoded once;
-        each is encoded alone, so that its features do not depend on its neighbours.
+        each is encoded alone, so that its features do not depend on its neighbors.
         """
-        names = [name for name, _ in self.named(only)]
-        reader = self.reader(store, only)
+        names = [name for name, _ in self.named(encoders)]
+        reader = self.reader(store, encoders)
         batch = as_batch(videos)
         distinct = {source_key(video): video for video in batch}
         loaded = ((key, v if isinstance(v, LoadedVideo) else reader(v)) for key, v in distinct.items())
@@ -243,8 +244,8 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         batch = [made[source_key(video)] for video in batch]
         if lacking := sorted({name for grids in batch for name in names if name not in grids}):
             raise EncoderError(
-                f"A video was loaded without {', '.join(lacking)}: its reader was made with only=. Make it "
-                "without, or pass the same only= here."
+                f"A video was loaded without {', '.join(lacking)}: its reader was made with encoders=. "
+                "Make it without, or pass the same encoders= here."
             )
         return {name: Grid.batch([grids[name] for grids in batch]).to(self.device) for name in names}
 
@@ -257,7 +258,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             grids[name] = store.put(video.keys[name], grid) if store and name in video.keys else grid
         return grids
 
-    def reader(self, store: FeatureStore | None = None, only: Sequence[str] | None = None) -> Reader:
+    def reader(self, store: FeatureStore | None = None, encoders: Sequence[str] | None = None) -> Reader:
         """What reads videos for `features` in another process: picklable, small, without weights.
 
         Make it when the encoders have their final dtype and weights: kept features depend on them.
@@ -266,44 +267,46 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         if not isinstance(store, FeatureStore | None):
             raise EncoderError(f"store= takes a FeatureStore, as FeatureStore({store!r}); got {store!r}.")
         requests = {}
-        for name, encoder in self.named(only):
+        for name, encoder in self.named(encoders):
             key = ""
             if store is not None:
-                key = feature_cache_key(encoder, self.frames.get(name), self.sampling, self.aligner, **how)
+                key = feature_cache_key(
+                    encoder, self.num_frames.get(name), self.sampling, self.aligner, **how
+                )
             requests[name] = EncoderRequest(encoder.spec, encoder.preset, key)
-        return Reader(requests, self.sampling, self.frames, store=store, **how)
+        return Reader(requests, self.sampling, self.num_frames, store=store, **how)
 
-    def join(self, name: str, encoder: str | Encoder, frames: int | None = None) -> None:
+    def add_encoder(self, name: str, encoder: str | Encoder, num_frames: int | None = None) -> None:
         """Take in another encoder, behind the others; in the mixer it hardly counts until it is trained.
 
-        frames: how many it gets, if not what its spec says.
+        num_frames: how many it gets, if not what its spec says.
         Raises EncoderError where one has that name already, ShapeError where the mixer cannot grow.
         """
         if name in self.encoders:
             raise EncoderError(f"This MultiEncoder has an encoder {name!r} already.")
         check_stream(name)
         made = create_encoder(encoder) if isinstance(encoder, str) else encoder
-        counts = {} if frames is None else checked_frames({name: frames}, {name: made})
+        counts = {} if num_frames is None else checked_num_frames({name: num_frames}, {name: made})
         if self.fusion is not None:
-            self.fusion.join(name, made.spec.width)
+            self.fusion.add_encoder(name, made.spec.embed_dim)
         self.encoders[name] = made
-        self.frames.update(counts)
+        self.num_frames.update(counts)
 
     # Parts --------------------------------------------------------------------------------
 
-    def named(self, only: Sequence[str] | None = None) -> Iterator[tuple[str, Encoder]]:
-        """Names and encoders, in the order of the streams; `only` restricts them."""
-        if only is not None:
-            only = [only] if isinstance(only, str) else only
-            for name in only:
+    def named(self, encoders: Sequence[str] | None = None) -> Iterator[tuple[str, Encoder]]:
+        """Names and encoders, in the order of the streams; `encoders` restricts them."""
+        if encoders is not None:
+            encoders = [encoders] if isinstance(encoders, str) else encoders
+            for name in encoders:
                 if name not in self.encoders:
                     raise EncoderError(
                         f"This MultiEncoder has no encoder {name!r}.{nearest(name, self.encoders)} "
                         f"It has: {', '.join(self.encoders)}."
                     )
-            if not only:
-                raise EncoderError("At least one encoder is needed; `only` is empty.")
-        return ((name, self.encoder(name)) for name in self.encoders if only is None or name in only)
+            if not encoders:
+                raise EncoderError("At least one encoder is needed; encoders= is empty.")
+        return ((name, self.encoder(name)) for name in self.encoders if encoders is None or name in encoders)
 
     def modified_parts(self) -> set[str]:
         """Encoders whose weights may be others than those of their identities."""
@@ -341,12 +344,12 @@ class MultiEncoder(PretrainedMixin, nn.Module):
                 f"The aligner is a {type(self.aligner).__name__}, put in by hand: it would be lost. Make "
                 "it a mixer, which is saved."
             )
-        fusion = {"width": None} if self.fusion is None else self.fusion.config()
+        fusion = {"output_dim": None} if self.fusion is None else self.fusion.config()
         return {
             "grid": list(self.aligner.grid),
             **fusion,
             "align": self.aligner.mode,
-            "frames": self.frames,
+            "num_frames": self.num_frames,
             "backend": self.backend,
             "resample": self.resample,
             "sampling": vars(self.sampling),

@@ -21,7 +21,15 @@ def by_name(encoders: Sequence[str | Encoder] | Mapping[str, str | Encoder]) -> 
         encoders = [encoders]
     for encoder in encoders.values() if isinstance(encoders, Mapping) else encoders:
         if not isinstance(encoder, (str, Encoder)):
-            raise EncoderError(f"An encoder is given by name or made already; got {encoder!r}.")
+            came = (
+                f"the class {encoder.__name__}"
+                if isinstance(encoder, type)
+                else f"a {type(encoder).__name__}"
+            )
+            raise EncoderError(
+                f"Expected an encoder name or a merv.Encoder, got {came}. "
+                "docs/encoders.md says how to wrap a network."
+            )
     if isinstance(encoders, Mapping):
         named = dict(encoders)
     else:
@@ -80,7 +88,7 @@ def check_names(option: str, given: Any, known: Iterable[str]) -> None:
     """Raise EncoderError where an option is not told by encoder, or names one that is not there."""
     if not isinstance(given, Mapping):
         example = {next(iter(known)): given}
-        raise EncoderError(f"{option}= is told by encoder, as {example}; got {given!r}.")
+        raise EncoderError(f"{option} must map encoder names to values, e.g. {example}; got {given!r}.")
     for name in given:
         if name not in known:
             raise EncoderError(
@@ -89,22 +97,22 @@ def check_names(option: str, given: Any, known: Iterable[str]) -> None:
             )
 
 
-def checked_frames(frames: Mapping[str, int], encoders: Mapping[str, Encoder]) -> dict[str, int]:
+def checked_num_frames(num_frames: Mapping[str, int], encoders: Mapping[str, Encoder]) -> dict[str, int]:
     """Numbers of frames by encoder, each a multiple of its window."""
-    check_names("frames", frames, encoders)
-    for name, count in frames.items():
-        window = encoders[name].spec.window or encoders[name].spec.tubelet
+    check_names("num_frames", num_frames, encoders)
+    for name, count in num_frames.items():
+        window = encoders[name].spec.window_size or encoders[name].spec.tubelet_size
         if not is_count(count) or count % window:
             raise EncoderError(
-                f"{name} takes frames in windows of {window}, at least one; got frames={count!r}."
+                f"{name} takes frames in windows of {window}, at least one; got num_frames={count!r}."
             )
-    return {name: int(count) for name, count in frames.items()}
+    return {name: int(count) for name, count in num_frames.items()}
 
 
 def recreate(name: str, saved: Mapping[str, Any], weights: Mapping[str, str | None]) -> Encoder:
     """An encoder as it was saved, checked to be the same, of a class that is registered or imported already.
 
-    Raises PluginError for another class, WeightsError where its weights cannot be had, CheckpointError for
+    Raises PluginError for another class, WeightsError where its weights cannot be loaded, CheckpointError for
     other ones.
     """
     path = saved["class"]

@@ -119,7 +119,7 @@ def find_encoders(ids: Sequence[str], counts: Sequence[int]) -> tuple[dict[str, 
         ours, variant, variants = known[name]
         first = next(iter(variants)) == variant
         encoders[ours if first else f"{ours}_{variant}".replace("-", "_")] = f"{ours}/{variant}"
-        steps.append(variants[variant].grid[0] * frames // variants[variant].frames)
+        steps.append(variants[variant].grid[0] * frames // variants[variant].num_frames)
     return encoders, steps
 
 

@@ -68,7 +68,7 @@ class TrainablePartsMixin(nn.Module):
         for name in trained:
             if name not in parts:
                 raise TrainingError(
-                    f"Nothing here is called {name!r}.{nearest(name, parts)} There are: {', '.join(parts)}."
+                    f"Unknown part {name!r}.{nearest(name, parts)} There are: {', '.join(parts)}."
                 )
             if "." in name and name.partition(".")[0] in trained:
                 raise TrainingError(f"{name} is a part of {name.partition('.')[0]}, which is trained whole.")
@@ -99,13 +99,13 @@ class TrainablePartsMixin(nn.Module):
         self.lora = options
         self.train_only(self.trained)
 
-    def join(self, name: str, encoder: Encoder, frames: int | None = None) -> None:
+    def add_encoder(self, name: str, encoder: Encoder, num_frames: int | None = None) -> None:
         """Take in another encoder: a fresh projector, and a share in the mixer that is small at first.
 
-        frames: how many it gets, if not what its spec says.
+        num_frames: how many it gets, if not what its spec says.
         Train it by `train_only([f"projector.{name}", f"mixer.{name}"])`.
         """
-        self.vision.join(name, encoder, frames)
+        self.vision.add_encoder(name, encoder, num_frames)
         self.train_only(self.trained)
 
     def modified_parts(self) -> set[str]:

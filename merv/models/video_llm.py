@@ -28,35 +28,36 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
     """Any causal LM, any encoders: chat messages with videos in, answers out.
 
     llm, tokenizer: of transformers. vision: a MultiEncoder whose width is the LLM's.
-    store: where aligned features are kept, so that encoders run once per video.
+    feature_store: where aligned features are kept, so that encoders run once per video.
 
     Raises ShapeError where the widths differ.
 
     >>> from merv.testing import tiny_llm
     >>> llm, tokenizer = tiny_llm()
-    >>> vision = MultiEncoder(["fake"], grid=(2, 2, 2), width=llm.config.hidden_size)
+    >>> vision = MultiEncoder(["fake"], grid=(2, 2, 2), output_dim=llm.config.hidden_size)
     >>> model = VideoLLM(llm, tokenizer, vision).eval()
     >>> video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
-    >>> from merv.models.chat import ask
-    >>> len(model.generate([ask("What is this?", video)], max_new_tokens=4))
+    >>> from merv.models.chat import user_message
+    >>> len(model.generate([user_message("What is this?", video)], max_new_tokens=4))
     1
-    >>> model([[ask("What is this?", video, answer="Nothing.")]]).loss.shape
+    >>> model([[user_message("What is this?", video, answer="Nothing.")]]).loss.shape
     torch.Size([])
     """
 
     kind = "VideoLLM"
 
     def __init__(
-        self, llm: Any, tokenizer: Any, vision: MultiEncoder, store: FeatureStore | None = None
+        self, llm: Any, tokenizer: Any, vision: MultiEncoder, feature_store: FeatureStore | None = None
     ) -> None:
         super().__init__()
         width = llm.get_input_embeddings().embedding_dim
-        if vision.fusion is None or vision.fusion.width != width:
-            came = None if vision.fusion is None else vision.fusion.width
+        if vision.fusion is None or vision.fusion.output_dim != width:
+            came = None if vision.fusion is None else vision.fusion.output_dim
             raise ShapeError(
                 f"The LLM is {width} wide; build the MultiEncoder with width={width}, not {came}."
             )
-        self.llm, self.tokenizer, self.vision, self.store = llm, tokenizer, vision, store
+        self.llm, self.tokenizer, self.vision = llm, tokenizer, vision
+        self.feature_store = feature_store
         self.identity = identity(llm)
         self.train_only(("projector", "mixer"))
 
@@ -110,7 +111,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         fused = self._see(list(distinct.values())).fused
         ends = fused.mask.sum(dim=1).cumsum(0).tolist()
         own = {key: range(start, end) for key, start, end in zip(distinct, [0, *ends], ends, strict=False)}
-        shares = _mean_weights(fused.weights, self.fusion.names)
+        shares = _mean_weights(fused.mix_weights, self.fusion.names)
         return VisualTokens(fused.tokens[fused.mask], [own[key] for key in keys], shares)
 
     def pack(
@@ -158,7 +159,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
 
     def _see(self, visuals: Sequence[Visual]) -> Encoded:
         question = self._embed([v.question for v in visuals]) if self.fusion.mixer.conditioned else None
-        return self.vision([visual.source for visual in visuals], question, store=self.store)
+        return self.vision([visual.source for visual in visuals], question, store=self.feature_store)
 
     def _embed(self, questions: Sequence[str]) -> Tensor:
         """The mean embedding of each question's tokens, [B, L]: what a mixer may be conditioned on."""
@@ -202,9 +203,11 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         """
         return {
             "llm": {**self.identity, "dtype": str(self.llm.dtype).removeprefix("torch.")},
-            "lora": None if self.lora is None else {**vars(self.lora), "targets": list(self.lora.targets)},
+            "lora": None
+            if self.lora is None
+            else {**vars(self.lora), "target_modules": list(self.lora.target_modules)},
             "trained": list(self.trained),
-            "changed": sorted(self.modified_parts()),
+            "modified_parts": sorted(self.modified_parts()),
             "vision": self.vision.config(),
         }
 
@@ -216,14 +219,14 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         llm: str | Path | None = None,
         weights: Mapping[str, str | None] | None = None,
         dtype: str | None = None,
-        quantise: str | None = None,
-        store: FeatureStore | None = None,
+        quantize: str | None = None,
+        feature_store: FeatureStore | None = None,
     ) -> VideoLLM:
         """Load what `save_pretrained` or `push_to_hub` wrote: a folder, or "owner/name@revision".
 
         llm: where the language model is now, if not where it was. weights: the same for encoders,
-        by name. dtype: of the LLM; None: as it was. quantise: its weights, see `load_llm`.
-        store: as of the constructor.
+        by name. dtype: of the LLM; None: as it was. quantize: its weights, see `load_llm`.
+        feature_store: as of the constructor.
         Raises CheckpointError where something is not what it was, naming both.
         """
         folder = find_model(folder)
@@ -231,13 +234,15 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         was = config["llm"]
         names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
         source = llm or bundled_llm(folder, was["source"]) or was["source"]
-        loaded, tokenizer = load_llm(source, dtype or names.get(was["dtype"], "auto"), quantise)
-        model = cls(loaded, tokenizer, MultiEncoder.from_config(config["vision"], weights or {}), store)
+        loaded, tokenizer = load_llm(source, dtype or names.get(was["dtype"], "auto"), quantize)
+        model = cls(
+            loaded, tokenizer, MultiEncoder.from_config(config["vision"], weights or {}), feature_store
+        )
         check_same(was, model.identity, folder)
         if config["lora"] is not None:
             model.add_lora(LoraOptions(**config["lora"]))
         model.train_only(config["trained"])
-        model._fill(state, config["changed"], folder)
+        model._fill(state, config["modified_parts"], folder)
         return model.eval()
 
     def _fill(self, state: Mapping[str, Tensor], modified: Sequence[str], folder: Path) -> None:

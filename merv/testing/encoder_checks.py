@@ -55,12 +55,12 @@ class EncoderSubject:
     @property
     def length(self) -> int:
         """Frames a clip."""
-        return max(2, self.encoder.spec.window or 8 * self.encoder.spec.tubelet)
+        return max(2, self.encoder.spec.window_size or 8 * self.encoder.spec.tubelet_size)
 
     def make_frames(self) -> Frames:
         """Two clips [2, T, 3, H, W]: cropped, and of the second only the first half is real."""
         at = torch.Generator().manual_seed(0)
-        pixels = torch.randn(2, self.length, 3, *self.encoder.preset.size, generator=at)
+        pixels = torch.randn(2, self.length, 3, *self.encoder.preset.input_size, generator=at)
         times_s = torch.stack([torch.arange(self.length) / 8, 3 + torch.arange(self.length) / 25])
         extent = torch.tensor([[0.0, 0.25, 1.0, 0.75], [0.1, 0.2, 0.9, 0.8]])
         mask = torch.ones(2, self.length, dtype=torch.bool)
@@ -93,10 +93,12 @@ def _is_created(subject: EncoderSubject) -> str | None:
 
 def _spec_is_consistent(subject: EncoderSubject) -> str | None:
     spec = subject.encoder.spec
-    if spec.frames != spec.grid[0] * spec.tubelet:
-        return f"{spec.grid[0]} steps of {spec.tubelet} frames (tubelet) are not {spec.frames} frames"
+    if spec.num_frames != spec.grid[0] * spec.tubelet_size:
+        return (
+            f"{spec.grid[0]} steps of {spec.tubelet_size} frames (tubelet) are not {spec.num_frames} frames"
+        )
     for name, preset in spec.presets.items() if spec.patch else ():
-        cells = tuple(side // spec.patch for side in preset.size)
+        cells = tuple(side // spec.patch for side in preset.input_size)
         if cells != spec.grid[1:]:
             return f"patches of {spec.patch} make {cells} of preset {name!r}; the grid is {spec.grid[1:]}"
     own = sum(p.numel() for p in subject.encoder.parameters())
@@ -125,7 +127,7 @@ def _stays_in_eval_mode(subject: EncoderSubject) -> str | None:
 
 def _shape_is_what_the_spec_says(subject: EncoderSubject) -> str | None:
     spec = subject.encoder.spec
-    wanted = [2, subject.length // spec.tubelet, *spec.grid[1:], spec.width]
+    wanted = [2, subject.length // spec.tubelet_size, *spec.grid[1:], spec.embed_dim]
     came = list(subject.grid.values.shape)
     return None if came == wanted else f"features of {subject.length} frames are {came}; wanted {wanted}"
 
@@ -154,7 +156,7 @@ def _batch_equals_one_by_one(subject: EncoderSubject) -> str | None:
 
 
 def _windows_are_independent(subject: EncoderSubject) -> str | None:
-    if not subject.encoder.spec.window:  # a clip is one window: then its padding must not show
+    if not subject.encoder.spec.window_size:  # a clip is one window: then its padding must not show
         real = subject.run(Frames.of(subject.frames.pixels[1:, : subject.length // 2])).values
         return far(real, subject.grid.values[1:, : real.shape[1]])
     both = Frames.of(subject.frames.pixels.flatten(0, 1)[None])  # the two clips as one

@@ -212,7 +212,7 @@ def _takes_in_another_encoder(subject: MixerSubject) -> str | None:
     mixer = copy.deepcopy(subject.mixer)
     if mixer.per_encoder_parameters is None:
         raise CheckSkipped("it says that it cannot")
-    mixer.join()
+    mixer.add_encoder()
     absent = torch.zeros_like(subject.streams[:, :1])
     mask = torch.cat([subject.mask, torch.zeros_like(subject.mask[:, :1])], dim=1)
     question = _random(2, WIDTH, seed=9) if mixer.conditioned else None

@@ -30,27 +30,27 @@ def check_named(h: Any) -> None:
     parts = ["projector", "mixer", "lora", "llm", *names]
     parts += [f"{part}.{name}" for part in ("projector", "mixer") for name in names]
     for option, given, known in (
-        ("train", h.train, parts),
-        ("lr_of", h.lr_of or (), h.train),
-        ("frames", h.frames or (), names),
+        ("trainable", h.trainable, parts),
+        ("lr_overrides", h.lr_overrides or (), h.trainable),
+        ("num_frames", h.num_frames or (), names),
         ("presets", h.presets or (), names),
         ("weights", h.weights or (), names),
     ):
         for name in given:
             if name not in known:
                 raise TrainingError(
-                    f"model.{option}: nothing here is called {name!r}.{nearest(name, known)} "
+                    f"model.{option}: unknown name {name!r}.{nearest(name, known)} "
                     f"There are: {', '.join(known)}."
                 )
 
 
 def from_scratch(h: Any, store: FeatureStore | None = None) -> VideoLLM:
     """A model whose fusion is untrained, tokens at the scale of the LLM's embeddings."""
-    llm, tokenizer = load_llm(h.llm, h.dtype, h.quantise)
+    llm, tokenizer = load_llm(h.llm, h.dtype, h.quantize)
     vision = MultiEncoder(
         h.encoders,
         grid=tuple(h.grid),
-        width=llm.get_input_embeddings().embedding_dim,
+        output_dim=llm.get_input_embeddings().embedding_dim,
         mixer=h.mixer,
         projector=h.projector,
         norm=h.norm,
@@ -58,7 +58,7 @@ def from_scratch(h: Any, store: FeatureStore | None = None) -> VideoLLM:
         projector_options=h.projector_options,
         weights=h.weights or {},
         presets=h.presets,
-        frames=h.frames,
+        num_frames=h.num_frames,
         sampling=h.sampling,
         align=h.align,
         backend=h.backend,
@@ -66,40 +66,42 @@ def from_scratch(h: Any, store: FeatureStore | None = None) -> VideoLLM:
     )
     assert vision.fusion is not None
     table = llm.get_input_embeddings().weight
-    vision.fusion.scale_to(h.token_rms or table.float().pow(2).mean().sqrt().item())
+    vision.fusion.scale_to(h.embed_scale or table.float().pow(2).mean().sqrt().item())
     return VideoLLM(llm, tokenizer, vision, store)
 
 
 def from_checkpoint(h: Any, store: FeatureStore | None = None) -> VideoLLM:
-    """The model in `start`, as it was but for encoders that join it.
+    """The model in `init_from`, as it was but for encoders that join it.
 
     Raises TrainingError where the recipe wants it otherwise, CheckpointError where nothing was saved there.
     """
     own: dict[str, Any] = by_name(h.encoders)
     given = h.weights or {}
-    start = find_model(h.start)
+    start = find_model(h.init_from)
     kind, config = read_config(start)
     if kind != VideoLLM.kind:
-        raise TrainingError(f"model.start, {h.start}, holds a {kind!r}; wanted a {VideoLLM.kind!r}.")
+        raise TrainingError(f"model.init_from, {h.init_from}, holds a {kind!r}; wanted a {VideoLLM.kind!r}.")
     saved = config["vision"]["encoders"]
     model = VideoLLM.from_pretrained(
         start,
         llm=h.llm,
         dtype=None if h.dtype == "auto" else h.dtype,
-        quantise=h.quantise,
+        quantize=h.quantize,
         weights={name: path for name, path in given.items() if name in saved},
-        store=store,
+        feature_store=store,
     )
     differ = _differences(model, h, own)
     if differ:
         there = {name: was for name, (was, _) in differ.items()}
         here = {name: now for name, (_, now) in differ.items()}
-        raise TrainingError(f"model.start, {h.start}, has {there}; this recipe has {here}. Set them equal.")
+        raise TrainingError(
+            f"model.init_from, {h.init_from}, has {there}; this recipe has {here}. Set them equal."
+        )
     for name, typed in own.items():
         if name not in model.vision.encoders:
             weights, preset = given.get(name, "pretrained"), (h.presets or {}).get(name)
             encoder = create_encoder(typed, weights=weights, preset=preset)
-            model.join(name, encoder, (h.frames or {}).get(name))
+            model.add_encoder(name, encoder, (h.num_frames or {}).get(name))
     return model
 
 
@@ -114,12 +116,15 @@ def _differences(model: VideoLLM, h: Any, own: dict[str, Any]) -> dict[str, tupl
     pairs["projector_options"] = (config["projector_options"], h.projector_options or {})
     pairs["sampling"] = (vision.sampling.mode, h.sampling)
     pairs["encoders"] = (there, [name for name in own if name in there])
-    pairs["frames"] = (dict(vision.frames), {n: f for n, f in (h.frames or {}).items() if n in there})
+    pairs["num_frames"] = (
+        dict(vision.num_frames),
+        {n: f for n, f in (h.num_frames or {}).items() if n in there},
+    )
     for name, encoder in vision.named():
         pairs[f"presets.{name}"] = (encoder.preset_name, (h.presets or {}).get(name, encoder.preset_name))
     rms = model.fusion.token_rms
-    if h.token_rms is not None and rms is not None:
-        pairs["token_rms"] = (round(float(rms), 4), round(h.token_rms, 4))
+    if h.embed_scale is not None and rms is not None:
+        pairs["embed_scale"] = (round(float(rms), 4), round(h.embed_scale, 4))
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

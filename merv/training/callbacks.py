@@ -121,20 +121,22 @@ def memory_gb() -> float:
 
 
 class SampleAnswers(Callback):
-    """Every `every` steps, what the model answers to the first `count` questions: `answers.jsonl`.
+    """Answers to the first `num_samples` questions, every `every_n_steps` steps: `answers.jsonl`.
 
-    Of the validation data where there are any, else of the training data. every: 0 is never.
+    The questions are of the validation data where there are any, else of the training data. every_n_steps: 0
+    is never.
     """
 
-    def __init__(self, every: int = 200, count: int = 3, max_new_tokens: int = 32) -> None:
-        self.every, self.count, self.max_new_tokens = every, count, max_new_tokens
+    def __init__(self, every_n_steps: int = 200, num_samples: int = 3, max_new_tokens: int = 32) -> None:
+        self.every_n_steps, self.num_samples = every_n_steps, num_samples
+        self.max_new_tokens = max_new_tokens
         self.last = 0
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         step = trainer.global_step
-        if not self.every or step == self.last or step % self.every:
+        if not self.every_n_steps or step == self.last or step % self.every_n_steps:
             return
         self.last = step
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -145,7 +147,7 @@ class SampleAnswers(Callback):
 
     def _ask(self, trainer: Trainer, module: LightningModule, samples: Any) -> None:
         step = trainer.global_step
-        talks = [samples[i].conversations[0] for i in range(min(self.count, len(samples)))]
+        talks = [samples[i].conversations[0] for i in range(min(self.num_samples, len(samples)))]
         if not talks:
             return
         was = module.training
@@ -192,7 +194,7 @@ class GracefulShutdown(Callback):
         self._listen(module)  # in between, Lightning has set handlers of its own
 
     def _listen(self, module: Any) -> None:
-        def ask(*_: Any) -> None:
+        def request(*_: Any) -> None:
             if module.stop_requested:
                 raise KeyboardInterrupt
             module.request_stop()
@@ -200,7 +202,7 @@ class GracefulShutdown(Callback):
 
         if threading.current_thread() is threading.main_thread():
             for which in (signal.SIGINT, signal.SIGTERM):
-                before = signal.signal(which, ask)
+                before = signal.signal(which, request)
                 self._before.setdefault(which, before)
 
     def on_train_batch_end(

@@ -52,7 +52,7 @@ class Folders(CheckpointIO):
         if not (path / META).is_file():
             raise CheckpointError(
                 f"{path} is a trained model and no checkpoint to resume from: it has no {META}. "
-                "To begin a new run with it, set model.start."
+                "To begin a new run with it, set model.init_from."
             )
         rest = torch.load(path / META, map_location="cpu", weights_only=True)
         return {**rest, "config": config, "state_dict": {PREFIX + name: t for name, t in state.items()}}
@@ -63,29 +63,32 @@ class Folders(CheckpointIO):
 
 
 class Checkpoints(ModelCheckpoint):
-    """The last `keep` checkpoints, one every `every` steps of the optimizer and one at the end.
+    """A checkpoint every `every_n_steps` steps of the optimizer and one at the end; the newest are kept.
 
-    In `checkpoints/` under the run's folder: `step=400` and so on. Where there are validation data, `best` is
-    the one of the best `best`: `val/all`, the share of answers that are right, `val/KIND` or `val/loss`.
+    save_total_limit: how many. They are in `checkpoints/` under the run's folder: `step=400` and so on.
+    monitor: where there are validation data, `best` is the checkpoint with the best `val/exact_match` (share
+    of right answers), `val/KIND` or `val/loss`.
     """
 
     FILE_EXTENSION = ""
 
-    def __init__(self, every: int = 500, keep: int = 2, best: str = "val/all") -> None:
-        self.best = best
+    def __init__(
+        self, every_n_steps: int = 500, save_total_limit: int = 2, monitor: str = "val/exact_match"
+    ) -> None:
+        self.best = monitor
         super().__init__(
             filename="{step}",
             monitor="step",
             mode="max",
-            save_top_k=keep,
-            every_n_train_steps=every,
+            save_top_k=save_total_limit,
+            every_n_train_steps=every_n_steps,
             save_on_train_epoch_end=True,  # else one that falls on the end of an epoch waits for validation
             enable_version_counter=False,
         )
 
     @property
     def state_key(self) -> str:
-        """The same whatever `every` is, so that what was saved before is known and rotated."""
+        """The same whatever `every_n_steps` is, so that what was saved before is known and rotated."""
         return "Checkpoints"
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
@@ -116,7 +119,7 @@ class Best(ModelCheckpoint):
 
     FILE_EXTENSION = ""
 
-    def __init__(self, folder: Path, monitor: str = "val/all") -> None:
+    def __init__(self, folder: Path, monitor: str = "val/exact_match") -> None:
         mode = "min" if monitor == "val/loss" else "max"
         super().__init__(
             folder,

@@ -202,9 +202,11 @@ def _features(model: Any, shape: BatchShape, meter: Meter, encode: bool) -> list
             continue
         own = {}
         for name, encoder in model.vision.named():
-            values = torch.empty(count, steps, h, w, encoder.spec.width, dtype=device_and_dtype(encoder)[1])
+            values = torch.empty(
+                count, steps, h, w, encoder.spec.embed_dim, dtype=device_and_dtype(encoder)[1]
+            )
             if encode:
-                frames = model.vision.frames.get(name, encoder.spec.frames) if steps > 1 else 1
+                frames = model.vision.num_frames.get(name, encoder.spec.num_frames) if steps > 1 else 1
                 made = _encoded(encoder, frames, count, meter)
                 values = _resampled(made, values.shape)
             own[name] = Grid(
@@ -222,10 +224,10 @@ def _encoded(encoder: Encoder, frames: int, clips: int, meter: Meter) -> Tensor:
 
     One that is frozen keeps nothing from one run to the next, so a single run is multiplied.
     """
-    window = encoder.spec.window or max(frames, encoder.spec.tubelet)
+    window = encoder.spec.window_size or max(frames, encoder.spec.tubelet_size)
     windows = -(-frames // window)
     at_once = min(windows, max(1, FRAMES_AT_ONCE // window))
-    pixels = torch.empty(at_once, window, 3, *encoder.preset.size, dtype=device_and_dtype(encoder)[1])
+    pixels = torch.empty(at_once, window, 3, *encoder.preset.input_size, dtype=device_and_dtype(encoder)[1])
     if any(p.requires_grad for p in encoder.parameters()):
         runs = -(-windows * clips // at_once)
         return torch.cat([encoder.encode(pixels) for _ in range(runs)])
@@ -247,7 +249,7 @@ def _loss(model: Any, features: list[dict[str, Grid]], shape: BatchShape) -> Ten
     tokens = []
     for own in features:
         clips = len(next(iter(own.values())).values)
-        question = torch.empty(clips, model.fusion.width) if model.fusion.mixer.conditioned else None
+        question = torch.empty(clips, model.fusion.output_dim) if model.fusion.mixer.conditioned else None
         tokens.append(model.vision.fuse(own, question).tokens.flatten(0, 1))
     visual = torch.cat(tokens) if tokens else model.fusion.nothing()[:0]
     with _no_packing_found():

@@ -39,7 +39,7 @@ class Fit(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The parts of a recipe besides trainer, model and data."""
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
-        parser.add_lightning_class_args(SampleAnswers, "answers")
+        parser.add_lightning_class_args(SampleAnswers, "sample_answers")
 
     def instantiate_classes(self) -> None:
         """Make trainer, model and data; raises TrainingError where Lightning cannot, of the options."""
@@ -70,7 +70,7 @@ class Fit(LightningCLI):
                 if isinstance(callback, Checkpoints):
                     callback.dirpath = str(root / CHECKPOINTS)
             if self.config["fit"]["data"]["val"] is not None:
-                own.append(Best(root / CHECKPOINTS, self.config["fit"]["checkpoints"]["best"]))
+                own.append(Best(root / CHECKPOINTS, self.config["fit"]["checkpoints"]["monitor"]))
         config["plugins"] = [*(config["plugins"] or []), Folders()]
         return super()._instantiate_trainer(config, [*callbacks, *own])
 

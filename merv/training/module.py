@@ -39,30 +39,32 @@ from merv.utils.distributed import (
 )
 from merv.utils.suggest import nearest
 
-OPTIMIZER = ("lr", "lr_of", "betas", "weight_decay", "warmup")
+OPTIMIZER = ("lr", "lr_overrides", "betas", "weight_decay", "warmup")
 
 
 class Training(LightningModule):
     """What `merv fit` trains: a VideoLLM built from names.
 
-    llm: folder or hub id. encoders, grid, mixer, mixer_options, projector, projector_options, norm, presets,
-        frames, sampling, align, resample, backend: of the MultiEncoder. weights: of encoders, by name.
-    start: a trained model to begin with: what `save_pretrained` or a checkpoint wrote. Encoders that it
-        does not have join it.
-    train: the parts to train: projector, mixer, lora, llm, an encoder by its name; `projector.NAME` and
+    llm: folder or hub id.
+    encoders, grid, mixer, mixer_options, projector, projector_options, norm, presets, num_frames, sampling,
+        align, resample, backend: of the MultiEncoder. weights: of encoders, by name.
+    init_from: a trained model to begin with: what `save_pretrained` or a checkpoint wrote. Encoders that it
+        does not have are added.
+    trainable: the parts to train: projector, mixer, lora, llm, an encoder by its name; `projector.NAME` and
         `mixer.NAME` of one encoder alone. lora: with `lora` among them.
-    lr: peak learning rate; lr_of: another one for a part, by name. betas: of AdamW. weight_decay: not on
-        biases, norms and other vectors. warmup: share of the steps; then cosine down to zero.
+    lr: peak learning rate; lr_overrides: by part, another one. betas: of AdamW. weight_decay: not on biases,
+        norms and other vectors. warmup: share of the steps; then cosine down to zero.
     dtype: of the LLM; fp32 where `llm` itself is trained. All that is trained is in fp32.
-    quantise: the LLM's frozen weights in `nf4` (QLoRA) or `int8`, by bitsandbytes.
-    token_rms: scale at which tokens enter the LLM; None: that of its own embeddings.
-    store: where the encoders' features are kept, so that each video goes through them once: a folder, or
-        `memory`. None: nowhere; they run in each step.
-    checkpoint_llm: keep only the inputs of the LLM's layers and compute the rest twice: less memory, a
-        third more of its time. fill: put several samples in one row of up to so many tokens.
+    quantize: the LLM's frozen weights in `nf4` (QLoRA) or `int8`, by bitsandbytes.
+    embed_scale: root mean square of tokens as they enter the LLM; None: that of its own embeddings.
+    feature_store: where the encoders' features are kept, so that each video is encoded once: a folder, or
+        `memory`. None: nowhere; the encoders run in each step.
+    gradient_checkpointing: keep only the inputs of the LLM's layers and compute the rest twice: less memory,
+        a third more time in the LLM.
+    packed_length: put several samples in one row of up to so many tokens.
     compile: of `llm` and `encoders`, those to run through torch.compile.
-    spike: stop where a loss is so many times the largest of the last hundred; None: only where it is
-        not a number.
+    loss_spike_threshold: stop at a loss so many times the largest of the last hundred; None: only at one that
+        is not a number.
     """
 
     def __init__(
@@ -77,34 +79,34 @@ class Training(LightningModule):
         projector_options: dict[str, Any] | None = None,
         weights: dict[str, str] | None = None,
         presets: dict[str, str] | None = None,
-        frames: dict[str, int] | None = None,
+        num_frames: dict[str, int] | None = None,
         sampling: str = "uniform",
         align: str = "area",
         resample: str = "exact",
         backend: str = "pyav",
-        start: str | None = None,
-        train: Sequence[str] = ("projector", "mixer"),
+        init_from: str | None = None,
+        trainable: Sequence[str] = ("projector", "mixer"),
         lora: LoraOptions | None = None,
         lr: float = 1e-3,
-        lr_of: dict[str, float] | None = None,
+        lr_overrides: dict[str, float] | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         warmup: float = 0.03,
         dtype: str = "auto",
-        quantise: str | None = None,
-        token_rms: float | None = None,
-        store: str | None = None,
-        checkpoint_llm: bool = False,
-        fill: int | None = None,
+        quantize: str | None = None,
+        embed_scale: float | None = None,
+        feature_store: str | None = None,
+        gradient_checkpointing: bool = False,
+        packed_length: int | None = None,
         compile: Sequence[str] = (),
-        spike: float | None = 10.0,
+        loss_spike_threshold: float | None = 10.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["lora"])  # plain values only: checkpoints are never unpickled
         check_named(self.hparams)
         self.lora = lora
         self.model: VideoLLM | None = None
-        self.loss_monitor = LossMonitor(spike)
+        self.loss_monitor = LossMonitor(loss_spike_threshold)
         self.tokens = self.last_tokens = 0  # of answers: since the optimizer's last step; of the last batch
         self.random: dict[str, Any] | None = None  # states to go on with
         self.stop_requested = False  # of this process
@@ -123,16 +125,16 @@ class Training(LightningModule):
                 "trainer.precision: bf16-mixed, and model.dtype for what is frozen."
             )
         store = self._store()
-        self.model = from_scratch(h, store) if h.start is None else from_checkpoint(h, store)
-        if "lora" in h.train and self.model.lora is None:
+        self.model = from_scratch(h, store) if h.init_from is None else from_checkpoint(h, store)
+        if "lora" in h.trainable and self.model.lora is None:
             self.model.add_lora(self.lora or LoraOptions())
         elif self.lora is not None and self.model.lora != self.lora:
             raise TrainingError(
-                f"model.start has {self.model.lora}; this recipe has {self.lora}. Set them equal."
+                f"model.init_from has {self.model.lora}; this recipe has {self.lora}. Set them equal."
             )
-        self.model.train_only(h.train)
+        self.model.train_only(h.trainable)
         self._check_model(self.model)
-        if h.checkpoint_llm:
+        if h.gradient_checkpointing:
             checkpoint_layers(self.model.llm, True)
         for part in h.compile:
             self._compile(part)
@@ -145,30 +147,32 @@ class Training(LightningModule):
 
     def _store(self) -> FeatureStore | None:
         h: Any = self.hparams
-        if h.store is None:
+        if h.feature_store is None:
             return None
-        trained = [name for name in by_name(h.encoders) if name in h.train]
+        trained = [name for name in by_name(h.encoders) if name in h.trainable]
         if trained:
             raise TrainingError(
                 f"Features of {', '.join(trained)} change while it is trained and cannot be kept: "
-                "leave out `store`."
+                "leave out `feature_store`."
             )
-        if h.store == "memory" and processes() > 1:
+        if h.feature_store == "memory" and processes() > 1:
             raise TrainingError(
-                "Several processes keep features in a folder, not in memory: set model.store."
+                "Several processes keep features in a folder, not in memory: set model.feature_store."
             )
-        return FeatureStore(None if h.store == "memory" else h.store)
+        return FeatureStore(None if h.feature_store == "memory" else h.feature_store)
 
     def _check_model(self, model: VideoLLM) -> None:
         """Raise TrainingError where the options do not fit the model that was built."""
         h: Any = self.hparams
-        if h.fill and not supports_shared_prefix(model.llm):
+        if h.packed_length and not supports_shared_prefix(model.llm):
             raise TrainingError(
-                "This LLM's attention takes no masks that keep samples in a row apart: no fill."
+                "This LLM's attention takes no masks that keep samples in a row apart: set no packed_length."
             )
-        if processes() > 1 and set(h.train) & set(model.vision.encoders):
-            raise TrainingError("An encoder can be trained by one process only; leave it out of model.train.")
-        if "llm" in h.train and model.llm.dtype != torch.float32:
+        if processes() > 1 and set(h.trainable) & set(model.vision.encoders):
+            raise TrainingError(
+                "An encoder can be trained by one process only; leave it out of model.trainable."
+            )
+        if "llm" in h.trainable and model.llm.dtype != torch.float32:
             raise TrainingError(
                 f"The LLM is in {str(model.llm.dtype).removeprefix('torch.')}, where small steps of its "
                 "weights are lost. Set dtype: fp32 (with trainer.precision: bf16-mixed for speed), or train "
@@ -192,7 +196,7 @@ class Training(LightningModule):
         try:
             optimizer = torch.optim.AdamW(self.parameter_groups(), lr=h.lr, betas=h.betas)
         except ValueError as error:
-            raise TrainingError(f"model.lr, lr_of, betas or weight_decay: {error}") from error
+            raise TrainingError(f"model.lr, lr_overrides, betas or weight_decay: {error}") from error
         warm = max(1, round(h.warmup * steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, partial(warm_up_and_cosine, warm=warm, steps=steps)
@@ -203,7 +207,7 @@ class Training(LightningModule):
         """Per part a group with weight decay for matrices, and one without for the rest."""
         assert self.model is not None
         h: Any = self.hparams
-        rates: Mapping[str, float] = h.lr_of or {}
+        rates: Mapping[str, float] = h.lr_overrides or {}
         parts = self.model.parts()
         groups: list[dict[str, Any]] = []
         placed: dict[nn.Parameter, float] = {}  # at a rate: `mixer.a` and `mixer.b` have the same ones
@@ -212,7 +216,7 @@ class Training(LightningModule):
             differ = sorted({placed[p] for p in parts[part].values() if p in placed} - {rate})
             if differ:
                 raise TrainingError(
-                    f"model.lr_of: {part} shares parameters with another part that is trained, "
+                    f"model.lr_overrides: {part} shares parameters with another part that is trained, "
                     f"at {differ[0]} there and {rate} here. Set them equal."
                 )
             unplaced = [p for p in parts[part].values() if p not in placed]
@@ -233,7 +237,7 @@ class Training(LightningModule):
         if self.trainer.is_global_zero:
             print_parts(self.model)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, ChatData) and self.model.store is not None:
+        if isinstance(data, ChatData) and self.model.feature_store is not None:
             videos = list(data.videos())
             own = videos[self.global_rank :: self.trainer.world_size]
             encode_all(self.model, own, data.on_error == "skip", lambda: self.stop_requested)
@@ -242,7 +246,7 @@ class Training(LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Loss summed over the answers' tokens of a few groups of conversations."""
         assert self.model is not None
-        out = self.model(batch.groups, packed_length=self.hparams["fill"])
+        out = self.model(batch.groups, packed_length=self.hparams["packed_length"])
         total, tokens = out.loss_sum, out.num_tokens
         self.tokens, self.last_tokens = self.tokens + tokens, tokens
         mean = total.detach() / max(tokens, 1)
@@ -299,7 +303,7 @@ class Training(LightningModule):
         missed, tokens = sum_over_processes([self.missed, self.asked_tokens], self.device)
         if every:
             right, count = map(sum, zip(*every, strict=True))
-            self.log("val/all", right / count, prog_bar=True, sync_dist=True)
+            self.log("val/exact_match", right / count, prog_bar=True, sync_dist=True)
             self.log("val/loss", missed / max(tokens, 1), prog_bar=True, sync_dist=True)
 
     def train(self, mode: bool = True) -> Training:
@@ -308,7 +312,7 @@ class Training(LightningModule):
         if self.model is not None:
             if not {"llm", "lora"} & set(self.model.trained):
                 self.model.llm.eval()
-            if self.hparams["checkpoint_llm"]:
+            if self.hparams["gradient_checkpointing"]:
                 checkpoint_layers(self.model.llm, mode)
         return self
 
@@ -408,13 +412,13 @@ def encode_all(
 
     for origin, video in tqdm(videos, "Encoding videos, once", unit="video", mininterval=1.0):
         if asked():
-            folder = model.store.folder if model.store else None
+            folder = model.feature_store.folder if model.feature_store else None
             kept = (
                 "Nothing is kept, as the store is in memory" if folder is None else f"{folder} keeps the rest"
             )
             raise TrainingError(f"Stopped before all videos were encoded. {kept}; the same command goes on.")
         try:
-            model.vision.features([video], store=model.store)
+            model.vision.features([video], store=model.feature_store)
         except SAMPLE_ERRORS as error:
             if not skip:
                 raise bad_sample(origin, f"{type(error).__name__}: {error}") from error

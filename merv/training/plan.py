@@ -96,11 +96,11 @@ class Plan:
         """Of the checkpoints that a run keeps: what is trained, and AdamW's two moments of it."""
         return 3 * self.trained_bytes * self.setup.checkpoints
 
-    def seconds(self, tflops: float, utilisation: float) -> float | None:
+    def seconds(self, tflops: float, utilization: float) -> float | None:
         """Of the whole run, at a share of the peak speed; None where its length is not known."""
         if self.steps is None:
             return None
-        speed = tflops * 1e12 * utilisation
+        speed = tflops * 1e12 * utilization
         once = self.encode_flops * self.batches.videos / self.setup.devices if self.kept else 0.0
         return (self.steps * sum(self.flops.values()) + once) / speed
 
@@ -110,20 +110,20 @@ def make_plan(training: Any, data: Any, setup: Setup, *, gpu: bool = True, probe
 
     training: a `merv.training.module.Training`, not built yet. data: a `merv.data.module.ChatData`.
     gpu: whether it will run on one. probe: how many samples to look at.
-    Raises the errors of unknown names; WeightsError where the LLM's config cannot be had.
+    Raises the errors of unknown names; WeightsError where the LLM's config cannot be loaded.
     """
     h: Any = training.hparams
     model = on_meta(training, setup.precision)
     visual = model.fusion.mixer.num_tokens(math.prod(h.grid))
-    batches = measure(data, model, h.fill, probe, setup.devices)
+    batches = measure(data, model, h.packed_length, probe, setup.devices)
     parts = {
         name: (sum(p.numel() for p in own.values()), name in model.trained)
         for name, own in model.parts().items()
         if "." not in name
     }
-    quantised = _saved_by_quantising(model.llm, h.quantise)
+    quantized = _saved_by_quantizing(model.llm, h.quantize)
     weights = _weights(model)
-    kept = h.store is not None
+    kept = h.feature_store is not None
     options: dict[str, Any] = {
         "encode": not kept,
         "accumulate": setup.accumulate,
@@ -147,11 +147,13 @@ def make_plan(training: Any, data: Any, setup: Setup, *, gpu: bool = True, probe
         visual_tokens=visual,
         batches=batches,
         parts=parts,
-        memory=_memory(weights, quantised, largest, model, setup),
+        memory=_memory(weights, quantized, largest, model, setup),
         flops={name: flops * setup.accumulate for name, flops in micro.items()},
         encode_flops=encode,
         kept=kept,
-        store_bytes=_store_bytes(model, h.grid) * batches.videos if kept and h.store != "memory" else 0.0,
+        store_bytes=_store_bytes(model, h.grid) * batches.videos
+        if kept and h.feature_store != "memory"
+        else 0.0,
         trained_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
         steps=_steps(setup, batches.samples, per_step),
         global_batch=per_step,
@@ -173,9 +175,9 @@ def on_meta(training: Any, precision: str = "32-true") -> VideoLLM:
     llm, tokenizer = llm_on_meta(h.llm, h.dtype)
     vision = _vision(h, llm.get_input_embeddings().embedding_dim)
     model = VideoLLM(llm, tokenizer, vision)
-    if "lora" in h.train:
+    if "lora" in h.trainable:
         model.add_lora(training.lora or LoraOptions())
-    model.train_only(h.train)
+    model.train_only(h.trainable)
     if precision == "bf16-true":
         model.to(torch.bfloat16)
     return model
@@ -184,7 +186,7 @@ def on_meta(training: Any, precision: str = "32-true") -> VideoLLM:
 def llm_on_meta(source: str | Path, dtype: str) -> tuple[Any, Any]:
     """The LLM of `merv.models.llm.load_llm` without its weights, and its tokenizer.
 
-    Raises WeightsError where its config cannot be had.
+    Raises WeightsError where its config cannot be loaded.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -195,8 +197,9 @@ def llm_on_meta(source: str | Path, dtype: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(
-            f"The config of the LLM {str(source)!r} cannot be had: {reason} Pass the folder of a causal LM "
-            "in the layout of transformers (its weights are not read), or a hub id that can be reached."
+            f"The config of the LLM {str(source)!r} could not be loaded: {reason} Pass the folder of a "
+            "causal LM in the layout of transformers (its weights are not read), or a hub id that can be "
+            "reached."
         ) from error
     wanted = config.get_text_config().dtype or torch.float32 if dtype == "auto" else DTYPES[dtype]
     with torch.device("meta"):
@@ -214,12 +217,12 @@ def _vision(h: Any, width: int) -> MultiEncoder:
             "mixer_options",
             "projector_options",
             "presets",
-            "frames",
+            "num_frames",
         )
     }
 
     return without_weights(
-        lambda: MultiEncoder(h.encoders, grid=tuple(h.grid), width=width, weights=None, **options),
+        lambda: MultiEncoder(h.encoders, grid=tuple(h.grid), output_dim=width, weights=None, **options),
         BrokenPlugin,
     )
 
@@ -240,8 +243,8 @@ def _weights(model: VideoLLM) -> dict[str, int]:
     }
 
 
-def _saved_by_quantising(llm: nn.Module, how: str | None) -> tuple[float, float]:
-    """Bytes that quantised Linears save, and those of the largest one, as it is unpacked to be used."""
+def _saved_by_quantizing(llm: nn.Module, how: str | None) -> tuple[float, float]:
+    """Bytes that quantized Linears save, and those of the largest one, as it is unpacked to be used."""
     if how is None:
         return 0.0, 0.0
     output = llm.get_output_embeddings()  # type: ignore[operator]
@@ -255,20 +258,20 @@ def _saved_by_quantising(llm: nn.Module, how: str | None) -> tuple[float, float]
 
 
 def _memory(
-    weights: dict[str, int], quantised: tuple[float, float], cost: Cost, model: VideoLLM, setup: Setup
+    weights: dict[str, int], quantized: tuple[float, float], cost: Cost, model: VideoLLM, setup: Setup
 ) -> dict[str, float]:
     """Bytes on a device at the fullest moment, by what they are."""
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trained)
     states = 2 * gradients
     memory: dict[str, float] = {name: float(count) for name, count in weights.items()}
-    memory["weights of LLM"] -= quantised[0]
+    memory["weights of LLM"] -= quantized[0]
     memory["gradients"] = gradients
     memory["optimizer states"] = states
     held = sum(weights.values()) + gradients + states
     updating = (cost.peaks[OPTIMIZER] - held) / (setup.devices if setup.sharded else 1)
     others = max(peak for phase, peak in cost.peaks.items() if phase != OPTIMIZER)
-    memory["activations"] = max(others - held, 0) + quantised[1]
+    memory["activations"] = max(others - held, 0) + quantized[1]
     if updating > memory["activations"]:  # the fullest moment is then, when activations are gone
         del memory["activations"]
         memory["the optimizer's step"] = updating
@@ -287,7 +290,7 @@ def _store_bytes(model: VideoLLM, grid: Sequence[int]) -> float:
     """Of the kept features of one video: values, masks and times of each encoder."""
     cells = math.prod(grid)
     return sum(
-        cells * (encoder.spec.width * device_and_dtype(encoder)[1].itemsize + 1) + grid[0] * 8 + 400
+        cells * (encoder.spec.embed_dim * device_and_dtype(encoder)[1].itemsize + 1) + grid[0] * 8 + 400
         for _, encoder in model.vision.named()
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 from merv.data.order import portions
 from merv.data.sources import stream_samples
 from merv.errors import DataError
-from merv.models.chat import ask, render
+from merv.models.chat import render, user_message
 from merv.models.llm import supports_shared_prefix
 from merv.models.packing import Tokens, pack, tokens_of
 from merv.models.video_llm import VideoLLM
@@ -43,9 +43,9 @@ class Batches:
 def measure(data: Any, model: VideoLLM, fill: int | None, probe: int, devices: int = 1) -> Batches:
     """Sizes of batches, of up to `probe` samples of the training data; guessed where there is no file."""
     samples, chosen = _samples(data, probe, devices)
-    rows = [_rows(sample.conversations, model, data.questions) for sample in chosen]
+    rows = [_rows(sample.conversations, model, data.max_questions) for sample in chosen]
     if not rows:
-        rows = [_rows([ask(GUESS[0], "video", answer=GUESS[1])], model, 1)]
+        rows = [_rows([user_message(GUESS[0], "video", answer=GUESS[1])], model, 1)]
     rows = [row for row in rows if row.groups]
     lengths = [length for row in rows for length in row.lengths]
     ordered = sorted(rows, key=lambda row: -max(row.lengths))
@@ -71,7 +71,7 @@ def _samples(data: Any, probe: int, devices: int) -> tuple[int, list[Any]]:
     try:
         if data.stream:
             samples = list(islice(stream_samples(data.train_source, data.root), probe))
-            return data.length * data.batch_size * devices, samples  # each has batches of its own
+            return data.batches_per_epoch * data.batch_size * devices, samples  # each has batches of its own
         data.open_files()  # not set up, which reads all samples where they are grouped
     except DataError as error:
         log.warning("%s", error)
@@ -118,8 +118,8 @@ def _rows(conversations: Sequence[Any], model: VideoLLM, most: int) -> _Sample:
 
 
 def _some(rows: Sequence[_Sample], data: Any, draw: random.Random) -> list[_Sample]:
-    """A batch as the data module draws it: of neighbours in length, or of any."""
-    if data.group:
+    """A batch as the data module draws it: of neighbors in length, or of any."""
+    if data.group_by_length:
         start = draw.randrange(max(1, len(rows) - data.batch_size + 1))
         return _cycled(rows[start:], data.batch_size)
     return [draw.choice(rows) for _ in range(data.batch_size)]

@@ -17,7 +17,7 @@ PARTS = {
     "model": ("merv", "training/module.py", "Training"),
     "data": ("merv", "data/module.py", "ChatData"),
     "checkpoints": ("merv", "training/checkpointing.py", "Checkpoints"),
-    "answers": ("merv", "training/callbacks.py", "SampleAnswers"),
+    "sample_answers": ("merv", "training/callbacks.py", "SampleAnswers"),
 }
 SINGLE = ("config", "c", "seed_everything", "ckpt_path", "weights_only", "print_config", "help", "h")
 

@@ -34,9 +34,9 @@ def shard(model: Any, mesh: Any) -> None:
         raise TrainingError(
             f"Sharding needs a newer torch than {torch.__version__}; DDP works with this one."
         )
-    if model.identity["quantise"]:
+    if model.identity["quantize"]:
         raise TrainingError(
-            "A quantised LLM cannot be sharded; use strategy ddp, each process with all of it."
+            "A quantized LLM cannot be sharded; use strategy ddp, each process with all of it."
         )
     if any(name.startswith("mixer.") for name in model.trained):
         raise TrainingError("Parts of a mixer (mixer.NAME) cannot be trained sharded; use strategy ddp.")

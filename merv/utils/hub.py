@@ -62,7 +62,7 @@ def _listing(repo: str, revision: str | None) -> set[str]:
 def download(repo: str, revision: str | None, name: str, advice: str = ADVICE) -> Path:
     """One file of a repository, in the cache; fetched, if it is not there.
 
-    Raises WeightsError where it cannot be had.
+    Raises WeightsError where it cannot be loaded.
     """
     from huggingface_hub import hf_hub_download
 
@@ -96,6 +96,6 @@ def _no_hub(
 
     asked = repo if revision is None else f"{repo}@{revision}"
     return WeightsError(
-        f"The weights {asked} cannot be had from the hub: {explain_hub_error(error)}. "
+        f"The weights {asked} could not be downloaded from the hub: {explain_hub_error(error)}. "
         f"Nor is {' or '.join(names)} in the cache, {constants.HF_HUB_CACHE}. {advice}"
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-COLOURS = ("#3b6fb6", "#d9772b", "#4f9d69", "#a0508f", "#8c7853", "#6b7280")
+COLORS = ("#3b6fb6", "#d9772b", "#4f9d69", "#a0508f", "#8c7853", "#6b7280")
 
 
 def draw_loss(losses: Sequence[tuple[int, float]], path: str | Path) -> None:
@@ -18,8 +18,8 @@ def draw_loss(losses: Sequence[tuple[int, float]], path: str | Path) -> None:
     steps, values = np.array(losses).T
     window = max(1, len(values) // 25)
     smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-    axes.plot(steps, values, color=COLOURS[0], alpha=0.25, linewidth=1)
-    axes.plot(steps[window - 1 :], smooth, color=COLOURS[0], linewidth=2)
+    axes.plot(steps, values, color=COLORS[0], alpha=0.25, linewidth=1)
+    axes.plot(steps[window - 1 :], smooth, color=COLORS[0], linewidth=2)
     axes.set(xlabel="step", ylabel="loss (nats per answer token)", ylim=(0, None))
     _save(figure, path)
 
@@ -47,7 +47,7 @@ def draw_clip(
     curve.axis("off")
     if weights is not None:
         curve.axis("on")
-        curve.stackplot(times_s, *weights.tolist(), labels=encoders, colors=COLOURS, step="mid", alpha=0.85)
+        curve.stackplot(times_s, *weights.tolist(), labels=encoders, colors=COLORS, step="mid", alpha=0.85)
         curve.set(xlim=(times_s[0], times_s[-1]), ylim=(0, 1), xlabel="time (s)", ylabel="weight in the mix")
         curve.legend(loc="upper right", ncols=len(encoders), fontsize=9)
     text.axis("off")

@@ -16,7 +16,7 @@ from torch import Tensor
 from merv.types import EncoderSpec, Frames, Preset, VideoInfo
 from merv.video.open import open_video
 from merv.video.sampling import Sampling, frame_indices_at
-from merv.video.transforms import Resample, normalise, resize
+from merv.video.transforms import Resample, normalize, resize
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +47,13 @@ def prepare(
     source: Any,
     encoders: Mapping[str, HasSpecAndPreset],
     sampling: Sampling,
-    frames: Mapping[str, int] | None = None,
+    num_frames: Mapping[str, int] | None = None,
     resample: Resample = "exact",
     **reading: Any,
 ) -> Clip:
     """Read `source` for all `encoders`; `reading` goes to `merv.video.open.open_video`.
 
-    frames: by encoder, how many frames it gets, if not what its spec says.
+    num_frames: by encoder, how many frames it gets, if not what its spec says.
     resample: how frames are resized; see `merv.video.transforms.resize`.
 
     A video of fewer frames than an encoder wants shows frames for longer: a wanted time gets the
@@ -70,8 +70,8 @@ def prepare(
         info = reader.info
         times, indices = {}, {}
         for name, encoder in encoders.items():
-            wanted = wanted_times(encoder.spec, info, sampling, (frames or {}).get(name))
-            missing = -len(wanted) % (encoder.spec.window or encoder.spec.tubelet)
+            wanted = wanted_times(encoder.spec, info, sampling, (num_frames or {}).get(name))
+            missing = -len(wanted) % (encoder.spec.window_size or encoder.spec.tubelet_size)
             times[name] = extend_times(wanted, missing)
             shown = frame_indices_at(info.times_s, wanted)
             indices[name] = (*shown, *[shown[-1]] * missing)
@@ -90,7 +90,7 @@ def wanted_times(
 
     frames: how many, instead of the number or rate of the spec.
     """
-    return sampling.times(info, frames or spec.frames, None if frames else spec.fps)
+    return sampling.times(info, frames or spec.num_frames, None if frames else spec.fps)
 
 
 def extend_times(times_s: Sequence[float], more: int) -> list[float]:
@@ -111,7 +111,7 @@ def _preprocess(
     times: Mapping[str, Sequence[float]],
     resample: Resample,
 ) -> dict[str, Frames]:
-    """Resize once per geometry, then pick and normalise for each encoder."""
+    """Resize once per geometry, then pick and normalize for each encoder."""
     place = {index: i for i, index in enumerate(union)}
     geometry = {n: _geometry(preset) for n, preset in presets.items()}
     resized: dict[tuple, tuple[Tensor, tuple[float, float, float, float], dict[int, int]]] = {}
@@ -123,7 +123,7 @@ def _preprocess(
             picture, extent = resize(pixels[[place[i] for i in shared]], preset, resample)
             resized[key] = picture, extent, {index: i for i, index in enumerate(shared)}
         picture, extent, row = resized[key]
-        chosen = normalise(picture[[row[i] for i in indices[name]]], preset)
+        chosen = normalize(picture[[row[i] for i in indices[name]]], preset)
         frames[name] = Frames.of(
             chosen[None], torch.tensor([times[name]], dtype=torch.float64), torch.tensor([extent])
         )
@@ -132,5 +132,12 @@ def _preprocess(
 
 def _geometry(preset: Preset) -> tuple:
     """All of a preset that `resize` depends on; a letterbox is filled with the mean."""
-    fill = preset.mean if preset.fit == "letterbox" else None
-    return (preset.fit, preset.size, preset.resize, preset.interpolation, preset.centre, fill)
+    fill = preset.mean if preset.crop_mode == "letterbox" else None
+    return (
+        preset.crop_mode,
+        preset.input_size,
+        preset.resize_short_side,
+        preset.interpolation,
+        preset.center,
+        fill,
+    )

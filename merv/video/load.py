@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 def load_video(
     source: Any,
     *,
-    frames: int = 32,
+    num_frames: int = 32,
     sampling: str | Sampling = "uniform",
     fps: float | None = None,
     start_s: float = 0.0,
@@ -31,7 +31,7 @@ def load_video(
     """Frames of a video, image, GIF, folder, array or tensor: uint8 RGB, pixels [1, T, 3, H, W].
 
     source, backend, max_pixels: as `open_video` takes them. Sound is ignored.
-    frames: how many; with `fps`, the most that come. A still has one.
+    num_frames: how many; with `fps`, the most that come. A still has one.
     sampling, fps, start_s, end_s: which; see `Sampling`, which may be given instead.
     on_error: `raise`; `skip`, which logs a warning and returns None for a source that is
         unreadable or damaged; `partial`, which returns those of the wanted frames that can
@@ -41,7 +41,7 @@ def load_video(
     of the clip. Raises UnreadableVideo, DamagedVideo, and SamplingError for a range or count
     that does not fit the clip.
 
-    >>> frames = load_video(torch.zeros(50, 3, 32, 48, dtype=torch.uint8), frames=4)
+    >>> frames = load_video(torch.zeros(50, 3, 32, 48, dtype=torch.uint8), num_frames=4)
     >>> frames.pixels.shape, frames.times_s.tolist()
     (torch.Size([1, 4, 3, 32, 48]), [[0.24, 0.72, 1.24, 1.72]])
     """
@@ -50,7 +50,7 @@ def load_video(
         raise VideoError(f"on_error is 'raise', 'skip' or 'partial'; got {on_error!r}.")
     try:
         with open_video(source, backend=backend, max_pixels=max_pixels) as reader:
-            return _load(reader, choice, frames, partial=on_error == "partial")
+            return _load(reader, choice, num_frames, partial=on_error == "partial")
     except VideoError as error:
         if on_error != "skip":
             raise
@@ -66,9 +66,9 @@ def _sampling(sampling: str | Sampling, fps: float | None, start_s: float, end_s
     return sampling
 
 
-def _load(reader: VideoReader, sampling: Sampling, frames: int, *, partial: bool) -> Frames:
+def _load(reader: VideoReader, sampling: Sampling, num_frames: int, *, partial: bool) -> Frames:
     info = reader.info
-    indices = frame_indices_at(info.times_s, sampling.times(info, frames))
+    indices = frame_indices_at(info.times_s, sampling.times(info, num_frames))
     pixels = reader.read(indices, on_error="partial" if partial else "raise")
     times_s = [info.times_s[index] for index in indices if index not in reader.missing]
     return Frames.of(pixels[None], torch.tensor([times_s], dtype=torch.float64))

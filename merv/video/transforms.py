@@ -1,7 +1,7 @@
 """Preprocess: uint8 frames to what one encoder wants, by the preset that it declares.
 
 In two steps, so that encoders which want the same geometry share one resize:
-`resize` changes the geometry, `normalise` the numbers. The geometry is `exact`, as the installed
+`resize` changes the geometry, `normalize` the numbers. The geometry is `exact`, as the installed
 Pillow does it, or `fast`, by torch on the device that the pixels are on, a step or two of 255 away.
 """
 
@@ -43,13 +43,13 @@ def preprocess(frames: Frames, preset: Preset, resample: Resample = "exact") -> 
     pixels, extent = resize(rearrange(frames.pixels, "b t c h w -> (b t) c h w"), preset, resample)
     return replace(
         frames,
-        pixels=rearrange(normalise(pixels, preset), "(b t) c h w -> b t c h w", b=batch),
+        pixels=rearrange(normalize(pixels, preset), "(b t) c h w -> b t c h w", b=batch),
         extent=within(frames.extent, extent),
     )
 
 
 def resize(pixels: Tensor, preset: Preset, resample: Resample = "exact") -> tuple[Tensor, Extent]:
-    """The preset's geometry alone: uint8 [T, 3, H, W] to [T, 3, *preset.size], and its extent.
+    """The preset's geometry alone: uint8 [T, 3, H, W] to [T, 3, *preset.input_size], and its extent.
 
     The extent is in units of the pictures that came. Pixels stay uint8, 0 to 255, except with
     `bilinear_plain`, which makes floats, 0 to 1. It depends on the preset's fit, size, resize,
@@ -70,15 +70,15 @@ def resize(pixels: Tensor, preset: Preset, resample: Resample = "exact") -> tupl
     if size != tuple(pixels.shape[2:]):
         ways = {"exact": _resample_pil, "fast": _resample_torch}
         scaled = (_resample_plain if plain else ways[resample])(scaled, size, preset)
-    place = {"squash": _whole, "crop": _crop, "letterbox": _letterbox}[preset.fit]
+    place = {"squash": _whole, "crop": _crop, "letterbox": _letterbox}[preset.crop_mode]
     return place(scaled, preset)
 
 
-def normalise(pixels: Tensor, preset: Preset) -> Tensor:
+def normalize(pixels: Tensor, preset: Preset) -> Tensor:
     """The preset's numbers alone: uint8, or floats in [0, 1], to (pixel − mean) / std in float32.
 
     >>> pixels = torch.tensor([0, 255, 255], dtype=torch.uint8).reshape(1, 3, 1, 1)
-    >>> normalise(pixels, Preset("squash", (1, 1))).flatten()
+    >>> normalize(pixels, Preset("squash", (1, 1))).flatten()
     tensor([-1.,  1.,  1.])
     """
     values = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
@@ -97,17 +97,17 @@ def within(outer: Tensor, inner: Extent) -> Tensor:
 
 def _scaled_size(height: int, width: int, preset: Preset) -> tuple[int, int]:
     """(height, width) after scaling, before anything is cut off or added."""
-    if preset.fit == "squash":
-        return preset.size
-    if preset.fit == "letterbox":
-        scale = min(preset.size[0] / height, preset.size[1] / width)
+    if preset.crop_mode == "squash":
+        return preset.input_size
+    if preset.crop_mode == "letterbox":
+        scale = min(preset.input_size[0] / height, preset.input_size[1] / width)
         return max(round(height * scale), 1), max(round(width * scale), 1)
     if max(height, width) > LONGEST * min(height, width):
         raise ShapeError(
             f"A picture of {height}×{width} pixels is too long to be scaled by its short side, as this crop "
             f"wants: more than {LONGEST} times. A preset that squashes or letterboxes takes it."
         )
-    short = preset.resize or min(preset.size)
+    short = preset.resize_short_side or min(preset.input_size)
     # The long side rounds down: torchvision divides last; pytorchvideo, which LanguageBind
     # uses, divides first, and can so be one pixel smaller.
     if preset.interpolation == "bilinear_plain":
@@ -163,17 +163,17 @@ def _whole(pixels: Tensor, preset: Preset) -> tuple[Tensor, Extent]:
 
 
 def _crop(pixels: Tensor, preset: Preset) -> tuple[Tensor, Extent]:
-    """The centre of `preset.size`, where `preset.centre` puts it."""
-    (height, width), (want_h, want_w) = pixels.shape[2:], preset.size
-    place = round if preset.centre == "nearest" else math.floor
+    """The centre of `preset.input_size`, where `preset.center` puts it."""
+    (height, width), (want_h, want_w) = pixels.shape[2:], preset.input_size
+    place = round if preset.center == "nearest" else math.floor
     top, left = place((height - want_h) / 2), place((width - want_w) / 2)
     extent = (top / height, left / width, (top + want_h) / height, (left + want_w) / width)
     return pixels[:, :, top : top + want_h, left : left + want_w], extent
 
 
 def _letterbox(pixels: Tensor, preset: Preset) -> tuple[Tensor, Extent]:
-    """Centred on `preset.size`, the rest filled with the preset's mean."""
-    (height, width), (want_h, want_w) = pixels.shape[2:], preset.size
+    """Centred on `preset.input_size`, the rest filled with the preset's mean."""
+    (height, width), (want_h, want_w) = pixels.shape[2:], preset.input_size
     top, left = (want_h - height) // 2, (want_w - width) // 2
     mean = _channels(preset.mean, pixels)
     fill = mean if pixels.is_floating_point() else (mean * 255).round().to(pixels.dtype)

@@ -165,7 +165,7 @@ def test_another_kind_is_named(tmp_path):
 def test_a_foreign_config_is_refused(tmp_path):
     save_folder(tmp_path / "a", "Thing", {}, {})
     (tmp_path / "a/config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(CheckpointError, match="was not written by merv"):
+    with pytest.raises(CheckpointError, match="was written not by merv"):
         load_folder(tmp_path / "a", "Thing")
 
 

@@ -13,7 +13,7 @@ from hub import cache_as_hub
 from huggingface_hub import HfApi, errors
 
 from merv.errors import CheckpointError, WeightsError
-from merv.models.chat import ask
+from merv.models.chat import user_message
 from merv.models.llm import LoraOptions, load_llm
 from merv.models.multi_encoder import MultiEncoder
 from merv.models.video_llm import VideoLLM
@@ -34,9 +34,9 @@ def llm(tmp_path_factory):
 @pytest.fixture
 def model(llm) -> VideoLLM:
     loaded, tokenizer = load_llm(llm)
-    vision = MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2), width=loaded.config.hidden_size)
+    vision = MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2), output_dim=loaded.config.hidden_size)
     model = VideoLLM(loaded, tokenizer, vision)
-    model.add_lora(LoraOptions(rank=2))
+    model.add_lora(LoraOptions(r=2))
     model.train_only(["projector", "mixer", "lora"])
     return model.eval()
 
@@ -82,7 +82,7 @@ def header(card: str) -> dict:
 @pytest.mark.parametrize("revision", [None, "trial"])
 def test_what_is_pushed_is_loaded_by_name_and_by_commit(model, llm, hub, revision):
     info = model.push_to_hub(REPO, sources={"llm": "someone/llm"}, revision=revision)
-    talk = ask("What?", VIDEO, answer="cat")
+    talk = user_message("What?", VIDEO, answer="cat")
     for name in (f"{REPO}@{revision}" if revision else REPO, f"{REPO}@{info.oid}"):
         again = VideoLLM.from_pretrained(name, llm=llm)
         assert torch.equal(model.log_probs([talk])[0], again.log_probs([talk])[0])
@@ -90,7 +90,7 @@ def test_what_is_pushed_is_loaded_by_name_and_by_commit(model, llm, hub, revisio
 
 
 def test_a_multi_encoder_is_pushed_and_loaded(hub):
-    encoders = MultiEncoder(["fake"], grid=(4, 2, 2), width=16).eval()
+    encoders = MultiEncoder(["fake"], grid=(4, 2, 2), output_dim=16).eval()
     encoders.push_to_hub(REPO)
     assert torch.equal(MultiEncoder.from_pretrained(REPO).eval()(VIDEO).tokens, encoders(VIDEO).tokens)
 
@@ -178,7 +178,7 @@ def test_the_card_of_a_trained_language_model_says_so(model):
 
 @pytest.mark.parametrize(("width", "said"), [(16, "Projectors and mixer."), (None, "Nothing.")])
 def test_the_card_of_a_multi_encoder_names_no_language_model(width, said):
-    card = MultiEncoder(["fake"], width=width).card(REPO)
+    card = MultiEncoder(["fake"], output_dim=width).card(REPO)
     assert header(card) == {
         "library_name": "merv",
         "pipeline_tag": "feature-extraction",
@@ -224,7 +224,8 @@ def test_a_hub_that_refuses_is_told(model, hub, error, said):
 
 def test_a_model_that_is_nowhere_is_told(hub):
     with pytest.raises(
-        WeightsError, match=r"someone/other cannot be had.*HF_HUB_OFFLINE is set.*There is no folder of that"
+        WeightsError,
+        match=r"someone/other could not be downloaded.*HF_HUB_OFFLINE is set.*There is no folder of that",
     ):
         VideoLLM.from_pretrained("someone/other")
 

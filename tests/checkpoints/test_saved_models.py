@@ -23,14 +23,14 @@ def saved(tmp_path):
     """A model of `fake` that is a folder, beside its language model."""
     tiny_llm(tmp_path / "llm")
     llm, tokenizer = load_llm(tmp_path / "llm")
-    vision = MultiEncoder(["fake"], grid=(2, 1, 1), width=llm.config.hidden_size)
+    vision = MultiEncoder(["fake"], grid=(2, 1, 1), output_dim=llm.config.hidden_size)
     VideoLLM(llm, tokenizer, vision).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
 def stage(folder, encoders=("fake",), **options) -> Training:
     """What `merv fit` makes of a recipe that starts from a folder."""
-    options = {"llm": str(folder.parent / "llm"), "grid": (2, 1, 1), "start": str(folder), **options}
+    options = {"llm": str(folder.parent / "llm"), "grid": (2, 1, 1), "init_from": str(folder), **options}
     module = Training(encoders=list(encoders), **options)
     module.configure_model()
     return module
@@ -95,14 +95,14 @@ def test_a_start_that_is_no_checkpoint_is_named(saved):
 
 
 def test_a_start_of_another_kind_is_named(saved):
-    MultiEncoder(["fake"], grid=(2, 1, 1), width=32).save_pretrained(saved.parent / "encoders")
+    MultiEncoder(["fake"], grid=(2, 1, 1), output_dim=32).save_pretrained(saved.parent / "encoders")
     with pytest.raises(TrainingError, match="holds a 'MultiEncoder'; wanted a 'VideoLLM'"):
         stage(saved.parent / "encoders")
 
 
 # Encoders that join -------------------------------------------------------------------------
 
-JOINED = {"encoders": ("fake", "fake/video"), "train": ("mixer.fake", "mixer.fake_video")}
+JOINED = {"encoders": ("fake", "fake/video"), "trainable": ("mixer.fake", "mixer.fake_video")}
 
 
 def test_what_two_encoders_that_join_have_in_common_is_trained_once(saved):
@@ -113,7 +113,7 @@ def test_what_two_encoders_that_join_have_in_common_is_trained_once(saved):
 
 
 def test_what_two_encoders_have_in_common_has_one_rate(saved):
-    module = stage(saved, **JOINED, lr=1e-3, lr_of={"mixer.fake_video": 1e-4})
+    module = stage(saved, **JOINED, lr=1e-3, lr_overrides={"mixer.fake_video": 1e-4})
     said = r"mixer\.fake_video shares parameters .*at 0\.001 there and 0\.0001 here\. Set them equal"
     with pytest.raises(TrainingError, match=said):
         module.parameter_groups()
@@ -195,7 +195,7 @@ def test_a_class_that_is_typed_is_taken_for_an_answer(saved, file, monkeypatch, 
 
 def test_a_class_that_is_typed_is_taken_for_a_stage(saved, file):
     file("typed_in_a_recipe")
-    first = stage(saved, ["typed_in_a_recipe:Plugin"], start=None)
+    first = stage(saved, ["typed_in_a_recipe:Plugin"], init_from=None)
     first.model.save_pretrained(saved)
     del sys.modules["typed_in_a_recipe"]
     second = stage(saved, ["typed_in_a_recipe:Plugin"])
@@ -221,7 +221,7 @@ def test_a_registered_class_is_taken_by_the_path_where_it_is_defined(saved, plan
 
 
 def test_a_trained_encoder_is_not_lost_with_the_model_that_it_was_trained_in():
-    vision = MultiEncoder(["fake"], grid=(2, 1, 1), width=8)
+    vision = MultiEncoder(["fake"], grid=(2, 1, 1), output_dim=8)
     with torch.no_grad():
         next(vision.encoders["fake"].parameters()).add_(1)
     with pytest.raises(CheckpointError, match=r"fake has been trained .* would be lost: save a VideoLLM"):

@@ -26,7 +26,7 @@ def thing(folder, value, config=None, kind="Thing", **tensors) -> str:
 
 
 def built(folder) -> MultiEncoder:
-    encoders = MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2), width=16)
+    encoders = MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2), output_dim=16)
     for parameter in encoders.fusion.parameters():
         torch.nn.init.normal_(parameter)
     encoders.save_pretrained(folder)
@@ -53,7 +53,7 @@ def test_the_mean_of_multi_encoders_is_loaded(tmp_path):
 
 def test_weights_count_by_their_ratios(tmp_path):
     folders = [thing(tmp_path / name, value) for name, value in (("a", 1.0), ("b", 2.0), ("c", 5.0))]
-    assert main(["average", *folders, "--out", str(tmp_path / "mean"), "--weights", "1", "2", "1"]) == 0
+    assert main(["average", *folders, "--out", str(tmp_path / "mean"), "--coefficients", "1", "2", "1"]) == 0
     assert load_folder(tmp_path / "mean", "Thing")[1]["w"].tolist() == [2.5, 2.5]
 
 
@@ -76,7 +76,7 @@ def test_what_training_keeps_beside_the_model_is_left_out(tmp_path):
 def test_a_language_model_that_was_brought_along_comes_too(tmp_path):
     tiny_llm(tmp_path / "llm")
     llm, tokenizer = load_llm(tmp_path / "llm")
-    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], width=llm.config.hidden_size))
+    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], output_dim=llm.config.hidden_size))
     for name in "ab":
         model.save_pretrained(tmp_path / name)
         config = json.loads((tmp_path / name / "config.json").read_text())
@@ -170,7 +170,9 @@ def sharded(tmp_path):
     """A model, and a checkpoint of it as `Sharded` writes them, of one process."""
     tiny_llm(tmp_path / "llm")
     llm, tokenizer = load_llm(tmp_path / "llm")
-    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], grid=(4, 2, 2), width=llm.config.hidden_size))
+    model = VideoLLM(
+        llm, tokenizer, MultiEncoder(["fake"], grid=(4, 2, 2), output_dim=llm.config.hidden_size)
+    )
     state = {
         f"model.{name}": torch.randn_like(tensor) for name, tensor in model.trainable_state_dict().items()
     }

@@ -81,7 +81,7 @@ def test_batches_are_the_same_for_the_same_seed(tmp_path):
 
 
 def test_at_most_so_many_questions_of_a_video_are_asked_at_once(tmp_path):
-    data = ChatData(write(tmp_path / "a.jsonl", ROW), questions=1)
+    data = ChatData(write(tmp_path / "a.jsonl", ROW), max_questions=1)
     data.setup()
     assert [len(group) for batch in data.train_dataloader() for group in batch.groups] == [1]
 

@@ -82,12 +82,14 @@ def fit(files, folder, *, module=None, ckpt=None, save=None, epochs=3, data=None
         callbacks=[SaveAfter(*save)] if save else [],
         **options,
     )
-    chat = ChatData(files, **{"batch_size": 2, "questions": 2, "seed": 3, "workers": 0, **(data or {})})
+    chat = ChatData(
+        files, **{"batch_size": 2, "max_questions": 2, "seed": 3, "num_workers": 0, **(data or {})}
+    )
     trainer.fit(module, chat, ckpt_path=ckpt, weights_only=True)
     return module
 
 
-GROUPED, PLAIN = {"group": True}, {}
+GROUPED, PLAIN = {"group_by_length": True}, {}
 
 
 @pytest.mark.parametrize(
@@ -103,8 +105,8 @@ GROUPED, PLAIN = {"group": True}, {}
         (6, PLAIN, {"accumulate_grad_batches": 4}),
         (4, PLAIN, {"limit_train_batches": 4}),  # the last that is used of an epoch
         (5, PLAIN, {"limit_train_batches": 4}),
-        (7, {"workers": 2, "group": True}, {}),
-        (12, {"workers": 2}, {"accumulate_grad_batches": 2}),
+        (7, {"num_workers": 2, "group_by_length": True}, {}),
+        (12, {"num_workers": 2}, {"accumulate_grad_batches": 2}),
     ],
 )
 def test_a_resumed_run_sees_the_batches_that_the_whole_run_saw(files, tmp_path, after, data, options):
@@ -123,7 +125,7 @@ def test_epochs_differ_and_none_has_a_sample_twice(files, tmp_path):
 
 
 def test_the_state_counts_batches_handed_out_not_those_ready(files):
-    data = ChatData(files, batch_size=2, workers=2)
+    data = ChatData(files, batch_size=2, num_workers=2)
     data.setup()
     loader = data.train_dataloader()
     batches = iter(loader)
@@ -135,7 +137,7 @@ def test_the_state_counts_batches_handed_out_not_those_ready(files):
 def test_a_state_of_other_data_is_refused(files):
     loaders = []
     for options in ({}, {"batch_size": 3, "seed": 1}):
-        data = ChatData(files, **{"workers": 0, "batch_size": 2, **options})
+        data = ChatData(files, **{"num_workers": 0, "batch_size": 2, **options})
         data.setup()
         loaders.append(data.train_dataloader())
     with pytest.raises(DataError, match="batch_size was 2 and is 3; seed was 0 and is 1"):
@@ -160,12 +162,12 @@ def test_a_row_with_more_videos_is_longer_than_one_with_more_words(tmp_path):
             "messages": [{"role": "user", "content": [*shown, text]}, {"role": "assistant", "content": "!"}]
         }
 
-    data = chat(tmp_path / "a.jsonl", asked(2000, 1), asked(2, 3), group=True)
+    data = chat(tmp_path / "a.jsonl", asked(2000, 1), asked(2, 3), group_by_length=True)
     assert data.known[1][1] > data.known[1][0]
 
 
 def test_loading_leaves_the_global_random_state_alone(files):
-    data = ChatData(files, workers=0)
+    data = ChatData(files, num_workers=0)
     data.setup()
     before = torch.get_rng_state()
     list(data.train_dataloader())
@@ -177,7 +179,7 @@ def test_loading_leaves_the_global_random_state_alone(files):
 
 def chat(path, *rows, **options) -> ChatData:
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
-    data = ChatData(str(path), **{"workers": 0, "batch_size": 2, **options})
+    data = ChatData(str(path), **{"num_workers": 0, "batch_size": 2, **options})
     data.setup()
     data.reader = MultiEncoder(["fake"], grid=(2, 1, 1)).reader  # as in a training
     return data
@@ -196,7 +198,9 @@ def rows(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_samples_are_skipped_and_listed_and_nothing_stands_in(tmp_path, rows, workers):
-    data = chat(tmp_path / "a.jsonl", *rows, on_error="skip", workers=workers, batch_size=5, group=True)
+    data = chat(
+        tmp_path / "a.jsonl", *rows, on_error="skip", num_workers=workers, batch_size=5, group_by_length=True
+    )
     loader = data.train_dataloader()
     loader.skips.folder = tmp_path
     batches = [batch for _ in range(2) for batch in loader]
@@ -222,7 +226,7 @@ def test_too_many_bad_samples_stop_the_run_even_after_a_resume(tmp_path, rows):
 
 
 def test_workers_are_not_in_the_group_that_a_terminal_or_a_scheduler_signals(tmp_path, rows):
-    loader = chat(tmp_path / "a.jsonl", *[rows[0]] * 3, batch_size=1, workers=1).train_dataloader()
+    loader = chat(tmp_path / "a.jsonl", *[rows[0]] * 3, batch_size=1, num_workers=1).train_dataloader()
     batches, known = iter(loader), multiprocessing.active_children()
     next(batches)
     (worker,) = set(multiprocessing.active_children()) - set(known)
@@ -244,12 +248,12 @@ class Failing(Recorder):
 def test_a_run_that_is_over_has_no_workers(files, tmp_path, module, end):
     before = set(multiprocessing.active_children())
     with end:
-        fit(files, tmp_path, module=module(), data={"workers": 2})
+        fit(files, tmp_path, module=module(), data={"num_workers": 2})
     assert set(multiprocessing.active_children()) <= before
 
 
 def test_a_loader_that_nobody_has_any_more_ends_its_workers_at_once(tmp_path, rows):
-    loader = chat(tmp_path / "a.jsonl", rows[0], workers=1).train_dataloader()
+    loader = chat(tmp_path / "a.jsonl", rows[0], num_workers=1).train_dataloader()
     before = set(multiprocessing.active_children())
     list(loader)
     (worker,) = set(multiprocessing.active_children()) - before
@@ -284,7 +288,7 @@ def test_frames_drawn_at_random_are_the_same_in_a_run_that_repeats(tmp_path):
     row = about("long.mp4")
 
     def loader(workers: int, **options):
-        data = chat(tmp_path / "a.jsonl", row, row, batch_size=1, workers=workers, **options)
+        data = chat(tmp_path / "a.jsonl", row, row, batch_size=1, num_workers=workers, **options)
         data.reader = MultiEncoder(["fake"], grid=(2, 1, 1), sampling="segment").reader
         return data.train_dataloader()
 
@@ -314,8 +318,8 @@ def test_validation_has_the_order_of_the_file_and_all_conversations(tmp_path, ro
 def test_processes_share_an_epoch(files):
     origins = []
     for process in range(3):
-        data = ChatData(files, workers=0, batch_size=1)
-        data.place = lambda process=process: (process, 3)
+        data = ChatData(files, num_workers=0, batch_size=1)
+        data.rank_and_world_size = lambda process=process: (process, 3)
         data.setup()
         loader = data.train_dataloader()
         assert len(loader) == 4
@@ -324,7 +328,7 @@ def test_processes_share_an_epoch(files):
 
 
 def test_with_features_in_memory_this_process_reads(files):
-    data = ChatData(files, workers=4)
+    data = ChatData(files, num_workers=4)
     vision = MultiEncoder(["fake"])
     assert data.worker_count(vision.reader()) == data.worker_count(vision.reader(FeatureStore("folder"))) == 4
     assert data.worker_count(vision.reader(FeatureStore())) == 0
@@ -332,9 +336,9 @@ def test_with_features_in_memory_this_process_reads(files):
 
 def test_options_that_cannot_be_meant_are_refused(files):
     for options, words in (
-        ({"batch_size": 0}, "1 or more"),
+        ({"batch_size": 0}, "at least 1"),
         ({"on_error": "ignore"}, "raise or skip"),
-        ({"stream": True}, r"set data\.length"),
+        ({"stream": True}, r"set data\.batches_per_epoch"),
     ):
         with pytest.raises(DataError, match=words):
             ChatData(files, **options)
@@ -360,9 +364,10 @@ def parquet(tmp_path, monkeypatch):
 
 
 def stream(parquet, workers=0, process=0, processes=1):
-    options = {"stream": True, "length": 7, "block": 4, "on_error": "skip", "batch_size": 3}
-    data = ChatData(parquet, workers=workers, **options)
-    data.place = lambda: (process, processes)
+    options = {"stream": True, "batches_per_epoch": 7, "shuffle_buffer_size": 4}
+    options |= {"on_error": "skip", "batch_size": 3}
+    data = ChatData(parquet, num_workers=workers, **options)
+    data.rank_and_world_size = lambda: (process, processes)
     data.setup()
     return data.train_dataloader()
 

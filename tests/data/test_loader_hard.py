@@ -24,7 +24,7 @@ def rows(tmp_path):
 
 
 def chat(rows, model, **options) -> ChatData:
-    data = ChatData(rows, val=rows, batch_size=3, **{"workers": 0, **options})
+    data = ChatData(rows, val=rows, batch_size=3, **{"num_workers": 0, **options})
     data.setup()
     data.model = lambda: model  # as in a training
     return data
@@ -41,7 +41,7 @@ def model():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_rows_that_the_chat_template_rejects_are_skipped(rows, model, workers):
-    data = chat(rows, model, on_error="skip", workers=workers)
+    data = chat(rows, model, on_error="skip", num_workers=workers)
     for loader in data.train_dataloader(), data.val_dataloader():
         (batch,) = loader
         assert sorted(origin[-1] for origin in batch.origins) == ["1", "3"]
@@ -57,7 +57,7 @@ def test_each_process_goes_on_with_what_it_skipped_itself(rows, model, monkeypat
     def loaders() -> list:
         data = [chat(rows, model, on_error="skip", max_skipped=9) for _ in range(2)]
         for process, own in enumerate(data):
-            own.place = lambda process=process: (process, 2)
+            own.rank_and_world_size = lambda process=process: (process, 2)
         return [own.train_dataloader() for own in data]
 
     before, values = loaders(), []
@@ -81,7 +81,14 @@ def test_a_stream_of_which_less_is_used_resumes_at_the_next_batch(tmp_path, monk
         Dataset.from_dict({"messages": talks}).to_parquet(tmp_path / f"{file}.parquet")
 
     def loader():
-        data = ChatData(str(tmp_path / "*.parquet"), stream=True, length=7, block=4, batch_size=2, workers=2)
+        data = ChatData(
+            str(tmp_path / "*.parquet"),
+            stream=True,
+            batches_per_epoch=7,
+            shuffle_buffer_size=4,
+            batch_size=2,
+            num_workers=2,
+        )
         data.setup()
         return data.train_dataloader()
 

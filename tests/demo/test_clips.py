@@ -41,7 +41,7 @@ def solid(*names: str) -> dict[str, list[Image.Image]]:
 
 
 def decoded(path: Path) -> tuple[list[float], np.ndarray]:
-    """Times in seconds and the mean colour of every frame, [T, 3]."""
+    """Times in seconds and the mean color of every frame, [T, 3]."""
     with av.open(str(path)) as container:
         frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
     return [time for time, _ in frames], np.stack([pixels.mean((0, 1)) for _, pixels in frames])
@@ -112,13 +112,13 @@ def test_split_without_possible_clips_is_an_error():
 def test_cut_is_in_the_file_at_the_planned_frame(tmp_path):
     plan = ClipPlan((still("red", 0, 1.25), still("blue", 1.25, 3)))
     clips.render(plan, tmp_path / "cut.mp4", solid("red", "blue"))
-    times_s, colours = decoded(tmp_path / "cut.mp4")
+    times_s, colors = decoded(tmp_path / "cut.mp4")
     assert times_s == pytest.approx([i / FPS for i in range(72)], abs=1e-4)
-    assert (colours[:, 0] > 200).tolist() == [i < 30 for i in range(72)]
-    assert (colours[:, 2] > 200).tolist() == [i >= 30 for i in range(72)]
+    assert (colors[:, 0] > 200).tolist() == [i < 30 for i in range(72)]
+    assert (colors[:, 2] > 200).tolist() == [i >= 30 for i in range(72)]
 
 
-def test_fade_is_centred_on_the_planned_time(tmp_path):
+def test_fade_is_centered_on_the_planned_time(tmp_path):
     plan = ClipPlan((still("black", 0, 1.5), still("white", 1.5, 3, fade_s=12 / FPS)))
     clips.render(plan, tmp_path / "fade.mp4", solid("black", "white"))
     luminance = decoded(tmp_path / "fade.mp4")[1].mean(1) / 255
@@ -130,9 +130,9 @@ def test_file_shows_what_was_drawn_in_a_random_plan(tmp_path, things):
     [clip] = make_clips(tmp_path, "train", 1, things=things, seed=3)
     drawn = clips.draw_frames(clip.plan, material.load_pictures(things))
     wanted = np.stack([np.asarray(picture).mean((0, 1)) for picture in drawn])
-    colours = decoded(clip.path)[1]
-    assert len(colours) == clip.plan.frames
-    assert np.abs(colours - wanted).max() < 6
+    colors = decoded(clip.path)[1]
+    assert len(colors) == clip.plan.frames
+    assert np.abs(colors - wanted).max() < 6
 
 
 def test_pan_right_moves_the_picture_left_mirrored_or_not():

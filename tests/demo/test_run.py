@@ -25,7 +25,7 @@ def tiny(tmp_path, monkeypatch):
         *("demo", "--out", "out", "--clips", "4", "--steps", "2", "--fit"),
         f"--model.llm={tmp_path / 'llm'}",
         "--model.encoders=[fake,fake/video]",
-        "--model.frames=null",
+        "--model.num_frames=null",
         "--model.dtype=fp32",
         "--trainer.enable_progress_bar=false",
     ]

@@ -39,7 +39,7 @@ VARIANTS = [(encoder, variant) for encoder in ALL for variant in encoder.variant
 )
 def test_the_five_have_the_tokens_of_merv(encoder, frames, grid, width):
     spec = next(iter(encoder.variants.values()))
-    assert (spec.frames, spec.grid, spec.width) == (frames, grid, width)
+    assert (spec.num_frames, spec.grid, spec.embed_dim) == (frames, grid, width)
 
 
 @pytest.mark.parametrize(("encoder", "variant"), VARIANTS)
@@ -48,7 +48,7 @@ def test_every_variant_has_the_shape_and_size_of_its_spec(encoder, variant):
     spec = encoder.variants[variant]
     with torch.device("cpu" if encoder is Fake else "meta"):
         net = encoder(variant, weights=None)
-        values = net.encode(torch.empty(1, spec.frames, 3, *net.preset.size))
+        values = net.encode(torch.empty(1, spec.num_frames, 3, *net.preset.input_size))
     check_shape_and_size(spec, net, values)
 
 
@@ -57,12 +57,15 @@ def test_every_variant_declares_both_presets_a_source_and_a_licence(encoder, var
     spec = encoder.variants[variant]
     assert list(spec.presets) == ["merv", "upstream"]
     assert spec.source
-    assert spec.licence != "unknown"
+    assert spec.weights_license != "unknown"
 
 
 def test_the_presets_named_merv_are_those_of_the_paper():
     presets = {encoder: next(iter(encoder.variants.values())).presets["merv"] for encoder in FIVE}
-    how = {encoder: (preset.fit, preset.size, preset.interpolation) for encoder, preset in presets.items()}
+    how = {
+        encoder: (preset.crop_mode, preset.input_size, preset.interpolation)
+        for encoder, preset in presets.items()
+    }
     assert how == {
         LanguageBind: ("crop", (224, 224), "bilinear_plain"),
         DINOv2: ("squash", (224, 224), "bicubic"),
@@ -88,9 +91,12 @@ def test_upstream_presets_are_those_of_timm(encoder, name, model):
     from timm.models import get_pretrained_cfg
 
     preset = encoder.variants[name].presets["upstream"]
-    config = resolve_data_config({"input_size": (3, *preset.size)}, get_pretrained_cfg(model).to_dict())
+    config = resolve_data_config({"input_size": (3, *preset.input_size)}, get_pretrained_cfg(model).to_dict())
     resize, crop, _, normalize = create_transform(**config).transforms
-    assert (resize.size, tuple(crop.size)) == (preset.resize or preset.size[0], preset.size)
+    assert (resize.size, tuple(crop.size)) == (
+        preset.resize_short_side or preset.input_size[0],
+        preset.input_size,
+    )
     assert resize.interpolation.value == preset.interpolation
     assert torch.equal(normalize.mean, torch.tensor(preset.mean))
     assert torch.equal(normalize.std, torch.tensor(preset.std))
@@ -152,7 +158,7 @@ def test_an_unknown_preset_suggests_the_nearest():
 def test_an_unreachable_hub_is_never_replaced_by_random_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        WeightsError, match=r"timm/vit_base_patch16_siglip_224.webli cannot be had.*weights=None"
+        WeightsError, match=r"timm/vit_base_patch16_siglip_224.webli could not be downloaded.*weights=None"
     ):
         SigLIP()
 
@@ -190,7 +196,7 @@ def test_fake_video_sees_its_window_and_no_further():
 @pytest.mark.parametrize("encoder", [Fake, EfficientNetLite, TransNetV2])
 def test_an_encoder_is_frozen_and_deterministic(encoder):
     net = encoder(weights=None).train()
-    pixels = torch.rand(1, 2, 3, *net.preset.size)
+    pixels = torch.rand(1, 2, 3, *net.preset.input_size)
     values = values_of(net, pixels)
     assert not net.training
     assert not values.requires_grad
@@ -272,18 +278,18 @@ def test_frames_that_do_not_fit_say_what_was_wanted():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"tubelet": 0}, "whole numbers from 1; got 16, 8, 0"),
-        ({"width": 0}, "whole numbers from 1"),
-        ({"frames": 4.0}, "whole numbers from 1"),
+        ({"tubelet_size": 0}, "whole numbers from 1; got 16, 8, 0"),
+        ({"embed_dim": 0}, "whole numbers from 1"),
+        ({"num_frames": 4.0}, "whole numbers from 1"),
         ({"grid": (4, 7)}, "whole numbers from 1"),
         ({"fps": 0.0}, "fps is a rate"),
         ({"fps": "2"}, "fps is a rate, in frames a second; got '2'"),
-        ({"window": 2.0}, "window is a whole number from 0; got 2.0"),
-        ({"window": None}, "window is a whole number from 0; got None"),
+        ({"window_size": 2.0}, "window_size is a whole number from 0; got 2.0"),
+        ({"window_size": None}, "window_size is a whole number from 0; got None"),
         ({"patch": 4.5}, "patch is a whole number from 0; got 4.5"),
         ({"parameters": "5M"}, "parameters is a whole number from 0; got '5M'"),
         ({"presets": {"merv": "squash"}}, "presets are a mapping"),
-        ({"window": 3}, "a positive multiple of window=3"),
+        ({"window_size": 3}, "a positive multiple of window_size=3"),
     ],
 )
 def test_a_spec_that_nothing_could_keep_is_refused(options, said):

@@ -91,7 +91,7 @@ def test_features_are_upstreams(golden, stage):
 
 def some(golden: Golden, windows: int = 1) -> Frames:
     """A few windows of the frames (of an image encoder: two frames each)."""
-    frames = windows * max(golden.encoder.spec.window, 2)
+    frames = windows * max(golden.encoder.spec.window_size, 2)
     return Frames.of(golden.frames["merv"].pixels[:, :1].expand(-1, frames, -1, -1, -1))
 
 

@@ -83,7 +83,7 @@ def test_a_folder_of_the_hub_is_loaded_with_its_frames_and_activation(shallow, t
         config={"vision_config": {**CONFIG, "hidden_act": "gelu"}},
     )
     encoder = LanguageBind(weights=folder)
-    assert encoder.spec.window == 8
+    assert encoder.spec.window_size == 8
     torch.testing.assert_close(encoder(Frames.of(pixels)).values, hub(Frames.of(pixels)).values)
 
 
@@ -95,7 +95,7 @@ def test_version_1_5_has_a_class_token_for_each_frame(shallow, tmp_path):
         state[key] = torch.randn(1, 4, 1024)
     config = {"vision_config": {**CONFIG, "num_frames": 4, "clip_type": "vl_new"}}
     encoder = LanguageBind(weights=write_hub(tmp_path, state, config=config))
-    assert encoder.spec.window == 4
+    assert encoder.spec.window_size == 4
     assert encoder(Frames.of(torch.zeros(1, 4, 3, 224, 224))).values.shape == (1, 4, 16, 16, 1024)
 
 

@@ -82,7 +82,7 @@ def test_every_variant_has_the_shape_and_size_of_its_spec(encoder, variant, monk
     spec = encoder.variants[variant]
     with torch.device("meta"):
         net = encoder(variant, weights=None)
-        values = net.encode(torch.empty(1, spec.frames, 3, *net.preset.size))
+        values = net.encode(torch.empty(1, spec.num_frames, 3, *net.preset.input_size))
     check_shape_and_size(spec, net, values)
 
 
@@ -90,9 +90,9 @@ def test_every_variant_has_the_shape_and_size_of_its_spec(encoder, variant, monk
 def test_every_variant_declares_both_presets_a_source_and_a_licence(encoder, variant):
     spec = encoder.variants[variant]
     assert list(spec.presets) == ["merv", "upstream"]
-    assert spec.presets["merv"].fit == "squash"
+    assert spec.presets["merv"].crop_mode == "squash"
     assert spec.source
-    assert spec.licence != "unknown"
+    assert spec.weights_license != "unknown"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,13 @@ def test_defaults(name, frames, window, grid, width):
     from merv import find_encoder
 
     spec = next(iter(find_encoder(name).variants.values()))
-    assert (spec.name, spec.frames, spec.window, spec.grid, spec.width) == (name, frames, window, grid, width)
+    assert (spec.name, spec.num_frames, spec.window_size, spec.grid, spec.embed_dim) == (
+        name,
+        frames,
+        window,
+        grid,
+        width,
+    )
 
 
 @pytest.mark.parametrize(("variant", "model"), [(name, row[0]) for name, row in siglip2.SIZES.items()])
@@ -120,7 +126,7 @@ def test_siglip2_upstream_presets_are_those_of_timm(variant, model):
     config = get_pretrained_cfg(model)
     resize, crop, _, normalize = create_transform(**resolve_data_config(config.to_dict())).transforms
     assert SigLIP2.variants[variant].source == config.hf_hub_id
-    assert (resize.size, tuple(crop.size)) == (preset.resize, preset.size)
+    assert (resize.size, tuple(crop.size)) == (preset.resize_short_side, preset.input_size)
     assert resize.interpolation.value == preset.interpolation
     assert torch.equal(normalize.mean, torch.tensor(preset.mean))
     assert torch.equal(normalize.std, torch.tensor(preset.std))
@@ -220,7 +226,7 @@ def test_siglip2_equals_timm(small, tmp_path):
     [(Hiera, "base", WIDTH), (VideoMAE, "base", WIDTH), (VJEPA2, "large", WIDTH), (SigLIP2, "base", WIDTH)],
 )
 def test_it_keeps_the_contract(small, monkeypatch, encoder, variant, width):
-    spec = replace(encoder.variants[variant], width=width, parameters=None)  # those of the small network
+    spec = replace(encoder.variants[variant], embed_dim=width, parameters=None)  # those of the small network
     monkeypatch.setitem(encoder.variants, variant, spec)
     assert [str(finding) for finding in check_encoder(encoder, variant=variant) if not finding.passed] == []
 

@@ -222,10 +222,10 @@ def test_another_floating_dtype_is_converted_value_by_value(tmp_path, dtype, fil
     assert torch.equal(module.weight, kept["weight"].float())
 
 
-def test_quantised_weights_are_not_taken_for_values():
-    quantised = {**STATE, "weight": STATE["weight"].to(torch.int8)}
+def test_quantized_weights_are_not_taken_for_values():
+    quantized = {**STATE, "weight": STATE["weight"].to(torch.int8)}
     with pytest.raises(WeightsError, match=r"1 not floating-point \(weight torch.int8\)"):
-        load_exactly(nn.Linear(3, 2), quantised, "w", "Linear")
+        load_exactly(nn.Linear(3, 2), quantized, "w", "Linear")
 
 
 def test_tensors_that_share_memory_are_each_filled(tmp_path):

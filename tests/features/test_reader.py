@@ -31,7 +31,7 @@ def test_loaded_videos_have_the_features_of_the_videos(vision):
 
 def test_only_what_the_store_lacks_is_read(vision, tmp_path, monkeypatch):
     clip, store = video(), FeatureStore(tmp_path)
-    vision.features(clip, only=["fake"], store=store)
+    vision.features(clip, encoders=["fake"], store=store)
     first = vision.reader(store)(clip)
     assert list(first.found) == ["fake"]
     assert list(first.clip.frames) == ["fake_video"]

@@ -70,7 +70,7 @@ def video() -> torch.Tensor:
 
 
 def build(**options) -> MultiEncoder:
-    return MultiEncoder(["fake", "fake/video"], grid=(2, 2, 2), width=8, **options).eval()
+    return MultiEncoder(["fake", "fake/video"], grid=(2, 2, 2), output_dim=8, **options).eval()
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def own(out: Path, material: Path, *more: str) -> list[str]:
         f"--model.llm={material / 'llm'}",
         "--model.encoders=[fake, fake/video]",
         f"--data.train={material / 'data.jsonl'}",
-        "--data.workers=0",
+        "--data.num_workers=0",
         "--trainer.accelerator=cpu",
         "--trainer.max_steps=1",
         *more,
@@ -163,7 +163,7 @@ def test_what_is_more_than_a_weighted_sum_of_projections_is_the_same_in_eval_mod
 
 
 def test_a_mixer_of_ones_own_is_saved_and_loaded(tmp_path):
-    vision = MultiEncoder(["fake"], grid=(2, 2, 2), width=8, mixer=Loud, projector=Doubled)
+    vision = MultiEncoder(["fake"], grid=(2, 2, 2), output_dim=8, mixer=Loud, projector=Doubled)
     vision.save_pretrained(tmp_path / "model")
     again = MultiEncoder.from_pretrained(tmp_path / "model")
     assert type(again.fusion.mixer) is Loud

@@ -54,7 +54,7 @@ def test_gate_with_projectors_equals_the_released_formula(folded):
     a = torch.softmax(query @ keys.mT / math.sqrt(hidden), dim=-1)[:, 0]  # [B, E]
     expected = sum(a[:, e, None, None] * x for e, x in enumerate(projected))
 
-    torch.testing.assert_close(out.weights[:, :, 0, 0, 0], a, atol=1e-6, rtol=0)
+    torch.testing.assert_close(out.mix_weights[:, :, 0, 0, 0], a, atol=1e-6, rtol=0)
     torch.testing.assert_close(out.tokens, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -67,7 +67,7 @@ def test_folded_equals_plain_with_absent_encoders(mixer):
     plain = fusion.train()(grids)
     folded = fusion.eval()(grids)
     torch.testing.assert_close(folded.tokens, plain.tokens, atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(folded.weights, plain.weights)
+    torch.testing.assert_close(folded.mix_weights, plain.mix_weights)
 
 
 @pytest.mark.parametrize("mixer", WEIGHTING)
@@ -79,9 +79,9 @@ def test_absent_encoders_have_no_weight_and_the_others_sum_to_one(mixer):
     grids["a"].values[0] = 0
     out = fusion(grids)
     assert out.tokens.isfinite().all()
-    assert (out.weights[0, 0] == 0).all()
-    assert (out.weights[1, 1] == 0).all()
-    torch.testing.assert_close(out.weights.sum(dim=1), torch.ones(2, 4, 3, 3))
+    assert (out.mix_weights[0, 0] == 0).all()
+    assert (out.mix_weights[1, 1] == 0).all()
+    torch.testing.assert_close(out.mix_weights.sum(dim=1), torch.ones(2, 4, 3, 3))
 
 
 @pytest.mark.parametrize("mixer", NAMES)
@@ -120,7 +120,7 @@ def test_concat_gives_as_many_times_the_tokens():
     out = fusion(grids_of({"a": 8, "b": 8}))
     assert out.tokens.shape == (2, 2 * 36, 16)
     assert out.positions.shape == (2, 2 * 36, 3)
-    assert out.weights is None
+    assert out.mix_weights is None
 
 
 def test_concat_channels_is_a_linear_map_of_all_channels():
@@ -133,7 +133,7 @@ def test_concat_channels_is_a_linear_map_of_all_channels():
 def test_cross_attention_starts_as_the_mean():
     grids = grids_of({"a": 8, "b": 8})
     fusion = Fusion({"a": 8, "b": 8}, 16, "cross_attention")
-    torch.testing.assert_close(fusion(grids).weights, torch.full((2, 2, 4, 3, 3), 0.5))
+    torch.testing.assert_close(fusion(grids).mix_weights, torch.full((2, 2, 4, 3, 3), 0.5))
 
 
 def test_permuting_time_permutes_the_weights_of_cross_attention():
@@ -141,14 +141,14 @@ def test_permuting_time_permutes_the_weights_of_cross_attention():
     grids = grids_of({"a": 8, "b": 8})
     order = torch.tensor([2, 0, 3, 1])
     shuffled = {n: Grid(g.values[:, order], g.times_s, g.extent, g.mask) for n, g in grids.items()}
-    torch.testing.assert_close(fusion(shuffled).weights, fusion(grids).weights[:, :, order])
+    torch.testing.assert_close(fusion(shuffled).mix_weights, fusion(grids).mix_weights[:, :, order])
 
 
 def test_the_question_changes_the_weights_when_conditioned():
     fusion = randomised(Fusion({"a": 8, "b": 8}, 16, "cross_attention", mixer_options={"conditioned": True}))
     grids = grids_of({"a": 8, "b": 8})
     one, other = fusion(grids, torch.randn(2, 16)), fusion(grids, torch.randn(2, 16))
-    assert (one.weights - other.weights).abs().max() > 0.01
+    assert (one.mix_weights - other.mix_weights).abs().max() > 0.01
 
 
 def test_a_conditioned_mixer_without_a_question_says_so():
@@ -191,7 +191,9 @@ def learn_to_switch(mixer: str, steps: int = 150) -> tuple[float, torch.Tensor]:
         optimizer.step()
     grids, truth = clips(256)
     out = fusion.eval()(grids)
-    return (head(out.tokens).argmax(dim=-1) == truth).float().mean().item(), out.weights.mean(dim=(0, 3, 4))
+    return (head(out.tokens).argmax(dim=-1) == truth).float().mean().item(), out.mix_weights.mean(
+        dim=(0, 3, 4)
+    )
 
 
 def test_cross_attention_learns_to_switch_between_encoders_where_gate_cannot():

@@ -1,7 +1,7 @@
 import pytest
 
 from merv.errors import PromptError
-from merv.models.chat import NOT_LEARNED, VISUAL, ask, render
+from merv.models.chat import NOT_LEARNED, VISUAL, render, user_message
 from merv.testing import tiny_llm
 
 MESSAGES = [
@@ -52,13 +52,13 @@ def test_a_prompt_is_the_beginning_of_its_answered_form(tokenizer):
 
 def test_the_plain_form_is_that_of_the_released_model():
     tokenizer = tiny_llm(chat_template=False)[1]
-    prompt = render(ask("Who?", "a.mp4", answer="A cat"), tokenizer)
+    prompt = render(user_message("Who?", "a.mp4", answer="A cat"), tokenizer)
     assert text_of(prompt, tokenizer) == f"<s>{VISUAL}In: Who?\nOut: A cat</s>"
 
 
 def test_without_bos_the_plain_form_begins_with_the_video():
     tokenizer = tiny_llm(chat_template=False, bos=False)[1]
-    assert text_of(render(ask("Who?", "a.mp4"), tokenizer), tokenizer) == f"{VISUAL}In: Who?\nOut:"
+    assert text_of(render(user_message("Who?", "a.mp4"), tokenizer), tokenizer) == f"{VISUAL}In: Who?\nOut:"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_bos_stands_once_where_there_is_one(tokenizer, times):
 
 
 def test_text_only_has_no_visuals(tokenizer):
-    assert render(ask("Who?"), tokenizer).visuals == []
+    assert render(user_message("Who?"), tokenizer).visuals == []
 
 
 def test_a_visual_knows_the_question_beside_it():
@@ -102,7 +102,7 @@ def test_a_template_that_raises_is_a_prompt_error():
     tokenizer = tiny_llm()[1]
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(PromptError, match="roles must alternate"):
-        render(ask("Who?"), tokenizer)
+        render(user_message("Who?"), tokenizer)
 
 
 def test_a_template_that_rewrites_history_is_a_prompt_error():
@@ -124,7 +124,7 @@ def test_a_template_that_drops_videos_is_a_prompt_error():
     tokenizer = tiny_llm()[1]
     tokenizer.chat_template = "no content"
     with pytest.raises(PromptError, match="kept 0 of 1 videos"):
-        render(ask("Who?", "a.mp4"), tokenizer)
+        render(user_message("Who?", "a.mp4"), tokenizer)
 
 
 def test_not_learned_is_what_torch_ignores():

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from merv.cli.main import main
 from merv.errors import CheckpointError, WeightsError
-from merv.models.chat import ask, render
+from merv.models.chat import render, user_message
 from merv.models.convert_released_merv import convert
 from merv.models.released_merv import read_config
 from merv.models.video_llm import VideoLLM
@@ -50,7 +50,7 @@ def convert_in(folder, name, **options) -> Path:
 
 def logits_of(model: VideoLLM, clip: Path) -> torch.Tensor:
     with torch.no_grad():
-        packed, visual = model.prepare([[ask(QUESTION, str(clip))]])
+        packed, visual = model.prepare([[user_message(QUESTION, str(clip))]])
         return model.logits(packed, visual.tokens, torch.arange(packed.mask.shape[-1]))
 
 
@@ -132,7 +132,7 @@ def test_the_tokenizer_has_the_added_token_and_no_chat_template(place):
     model = VideoLLM.from_pretrained(folder / "two_converted")
     assert (tokenizer.pad_token, tokenizer.chat_template) == ("<PAD>", None)
     assert model.llm.get_input_embeddings().num_embeddings == 320  # 263 tokens, up to a multiple of 64
-    first, visual, rest = render(ask(QUESTION, "clip"), tokenizer).pieces
+    first, visual, rest = render(user_message(QUESTION, "clip"), tokenizer).pieces
     assert tokenizer.decode(first) == "<s>"
     assert visual.source == "clip"
     assert tokenizer.decode(rest) == f"In: {QUESTION}\nOut:"

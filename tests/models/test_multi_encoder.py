@@ -34,13 +34,13 @@ def video(frames: int, height: int = 32, width: int = 32) -> torch.Tensor:
 
 @pytest.fixture
 def both() -> MultiEncoder:
-    return MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2), width=16).eval()
+    return MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2), output_dim=16).eval()
 
 
 def test_without_a_width_tokens_are_the_channels_side_by_side():
     out = MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2))(video(20))
     assert out.tokens.shape == (1, 16, 8 + 12)
-    assert out.weights is None
+    assert out.mix_weights is None
     torch.testing.assert_close(out.tokens[0, 0, :8], out.features["fake"].values[0, 0, 0, 0])
     torch.testing.assert_close(out.tokens[0, 5, 8:], out.features["fake_video"].values[0, 1, 0, 1])
 
@@ -48,7 +48,7 @@ def test_without_a_width_tokens_are_the_channels_side_by_side():
 def test_with_a_width_tokens_are_fused_and_weights_returned(both):
     out = both([video(20), video(9)])
     assert out.tokens.shape == (2, 16, 16)
-    assert out.weights.shape == (2, 2, 4, 2, 2)
+    assert out.mix_weights.shape == (2, 2, 4, 2, 2)
     assert out.times_s.shape == (2, 16)
     assert out.mask.all()
 
@@ -98,25 +98,25 @@ def test_equal_windows_of_a_video_encoder_are_encoded_once():
 
 @pytest.mark.parametrize("only", [["fake"], ["fake_video"]])
 def test_any_subset_of_the_encoders_works(both, only):
-    out = both(video(20), only=only)
+    out = both(video(20), encoders=only)
     present = [name in only for name in both.encoders]
-    assert out.weights[0, :, 0, 0, 0].tolist() == [float(p) for p in present]
+    assert out.mix_weights[0, :, 0, 0, 0].tolist() == [float(p) for p in present]
     assert out.tokens.isfinite().all()
 
 
 def test_a_cropping_encoder_leaves_the_border_to_the_others():
     model = MultiEncoder(
-        {"squash": Fake("image"), "crop": Fake("image", preset="upstream")}, grid=(2, 4, 4), width=16
+        {"squash": Fake("image"), "crop": Fake("image", preset="upstream")}, grid=(2, 4, 4), output_dim=16
     )
     out = model(video(4, 32, 64))
     assert out.features["crop"].mask[0, 0, 0].tolist() == [False, True, True, False]
-    torch.testing.assert_close(out.weights[0, 1, 0, 0], torch.tensor([0.0, 0.5, 0.5, 0.0]))
+    torch.testing.assert_close(out.mix_weights[0, 1, 0, 0], torch.tensor([0.0, 0.5, 0.5, 0.0]))
 
 
 class OwnCoordinates(Fake):
     """An encoder with its own clock: features for the second half of what it sees only."""
 
-    variants = {"video": replace(Fake.variants["video"], window=16)}
+    variants = {"video": replace(Fake.variants["video"], window_size=16)}
 
     def forward(self, frames):
         grid = super().forward(frames)
@@ -156,10 +156,12 @@ def test_another_class_or_decoder_has_another_key(monkeypatch):
 
 def test_frames_that_do_not_fill_tubelets_are_refused():
     class Whole(Fake):
-        variants = {"video": replace(Fake.variants["video"], window=0)}
+        variants = {"video": replace(Fake.variants["video"], window_size=0)}
 
-    with pytest.raises(EncoderError, match="whole takes frames in windows of 2, at least one; got frames=5"):
-        MultiEncoder({"whole": Whole("video")}, frames={"whole": 5})
+    with pytest.raises(
+        EncoderError, match="whole takes frames in windows of 2, at least one; got num_frames=5"
+    ):
+        MultiEncoder({"whole": Whole("video")}, num_frames={"whole": 5})
 
 
 def test_saved_and_loaded_gives_the_same_tokens(both, tmp_path):
@@ -223,7 +225,7 @@ def test_no_encoder_is_an_error():
 
 def test_only_of_a_stranger_is_an_error(both):
     with pytest.raises(EncoderError, match=r"no encoder 'fak'. Did you mean 'fake'"):
-        both(video(4), only=["fak"])
+        both(video(4), encoders=["fak"])
 
 
 def test_weights_for_a_stranger_are_an_error():
@@ -232,7 +234,7 @@ def test_weights_for_a_stranger_are_an_error():
 
 
 def test_how_many_frames_an_encoder_gets_can_be_chosen():
-    model = MultiEncoder(["fake", "fake/video"], frames={"fake": 5, "fake_video": 24})
+    model = MultiEncoder(["fake", "fake/video"], num_frames={"fake": 5, "fake_video": 24})
     frames = model.read(video(50)).frames
     assert frames["fake"].pixels.shape[1] == 5
     assert frames["fake_video"].pixels.shape[1] == 24
@@ -240,30 +242,33 @@ def test_how_many_frames_an_encoder_gets_can_be_chosen():
 
 def test_frames_that_do_not_fill_windows_are_refused():
     with pytest.raises(
-        EncoderError, match="fake_video takes frames in windows of 8, at least one; got frames=12"
+        EncoderError, match="fake_video takes frames in windows of 8, at least one; got num_frames=12"
     ):
-        MultiEncoder(["fake/video"], frames={"fake_video": 12})
+        MultiEncoder(["fake/video"], num_frames={"fake_video": 12})
 
 
 @pytest.mark.parametrize("count", [0, 2.5, [4], "4"])
 def test_frames_are_counted_in_whole_numbers(count):
-    with pytest.raises(EncoderError, match=re.escape(f"at least one; got frames={count!r}")):
-        MultiEncoder(["fake"], frames={"fake": count})
+    with pytest.raises(EncoderError, match=re.escape(f"at least one; got num_frames={count!r}")):
+        MultiEncoder(["fake"], num_frames={"fake": count})
 
 
 def test_what_is_told_by_encoder_is_told_by_encoder():
     with pytest.raises(
-        EncoderError, match=re.escape("presets= is told by encoder, as {'fake': 'box'}; got 'box'")
+        EncoderError,
+        match=re.escape("presets must map encoder names to values, e.g. {'fake': 'box'}; got 'box'"),
     ):
         MultiEncoder(["fake"], presets="box")
-    with pytest.raises(EncoderError, match=re.escape("frames= is told by encoder, as {'fake': 8}; got 8")):
-        MultiEncoder(["fake"], frames=8)
+    with pytest.raises(
+        EncoderError, match=re.escape("num_frames must map encoder names to values, e.g. {'fake': 8}; got 8")
+    ):
+        MultiEncoder(["fake"], num_frames=8)
 
 
 @pytest.mark.parametrize("width", [0, 8.5])
 def test_a_width_is_a_whole_number(width):
     with pytest.raises(ShapeError, match=f"at least 1; got {width}"):
-        MultiEncoder(["fake"], width=width)
+        MultiEncoder(["fake"], output_dim=width)
 
 
 def test_a_video_file_is_the_first_thing_anyone_gives(tmp_path):
@@ -329,9 +334,9 @@ def test_weights_for_a_stranger_are_an_error_when_loading_too(both, tmp_path):
 def test_a_name_that_torch_keeps_is_refused_before_anything_changes(name):
     with pytest.raises(EncoderError, match="torch keeps that name"):
         MultiEncoder({name: "fake"})
-    model = MultiEncoder(["fake"], width=8, grid=(2, 2, 2))
+    model = MultiEncoder(["fake"], output_dim=8, grid=(2, 2, 2))
     with pytest.raises(EncoderError, match="torch keeps that name"):
-        model.join(name, "fake")
+        model.add_encoder(name, "fake")
     assert model(torch.zeros(4, 3, 16, 16, dtype=torch.uint8)).tokens.shape == (1, 8, 8)
 
 
@@ -341,18 +346,18 @@ def test_weights_of_an_encoder_that_is_made_already_are_refused():
 
 
 def test_a_class_is_no_encoder_yet():
-    with pytest.raises(EncoderError, match="given by name or made already; got <class"):
+    with pytest.raises(EncoderError, match=r"Expected an encoder name or a merv.Encoder, got the class"):
         MultiEncoder([Fake])
 
 
 def test_a_mixer_that_could_not_be_saved_is_refused():
     with pytest.raises(ShapeError, match="takes its mixer by name"):
-        MultiEncoder(["fake"], width=8, mixer=create_mixer("mean", 8, 1))
+        MultiEncoder(["fake"], output_dim=8, mixer=create_mixer("mean", 8, 1))
 
 
 def test_numbers_of_numpy_can_be_saved(tmp_path):
     two = np.int64(2)
-    model = MultiEncoder(["fake"], width=np.int64(8), grid=(two, two, two), frames={"fake": two})
+    model = MultiEncoder(["fake"], output_dim=np.int64(8), grid=(two, two, two), num_frames={"fake": two})
     model.save_pretrained(tmp_path / "model")
     assert MultiEncoder.from_pretrained(tmp_path / "model").aligner.grid == (2, 2, 2)
 

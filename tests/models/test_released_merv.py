@@ -5,7 +5,7 @@ import torch
 from official import config_of
 
 from merv.fusion.registry import create_mixer
-from merv.models.chat import VISUAL, ask, render
+from merv.models.chat import VISUAL, render, user_message
 from merv.models.released_merv import LLMS, Released, read_config, translate_fusion
 from merv.testing import tiny_llm
 
@@ -106,8 +106,8 @@ def test_chat_models_get_the_prompt_of_the_release_with_videos_right_after_bos(n
     tokenizer.chat_template = LLMS[name].template
     bos = tokenizer.bos_token or ""
     for talk, wanted in [
-        (ask("Why?", "clip"), first),
-        ([*ask("Why?", "clip", answer="So."), {"role": "user", "content": "And?"}], first + more),
+        (user_message("Why?", "clip"), first),
+        ([*user_message("Why?", "clip", answer="So."), {"role": "user", "content": "And?"}], first + more),
     ]:
         pieces = render(talk, tokenizer).pieces
         said = "".join(tokenizer.decode(piece) if isinstance(piece, list) else VISUAL for piece in pieces)

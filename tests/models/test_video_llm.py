@@ -6,7 +6,7 @@ from tiny import build, count_readings, video
 from merv.cli.main import main
 from merv.errors import CheckpointError, PromptError, ShapeError, TrainingError
 from merv.features.store import FeatureStore
-from merv.models.chat import ask
+from merv.models.chat import user_message
 from merv.models.llm import LoraOptions, fingerprint, load_llm
 from merv.models.multi_encoder import MultiEncoder
 from merv.models.packing import Tokens, pack
@@ -25,11 +25,11 @@ def folder(tmp_path):
 def test_image_short_long_and_text_answer_in_a_batch_as_one_by_one(llm, conditioned):
     model = build(conditioned, **llm)
     talks = [
-        ask("What is on it?", video(1)),
-        ask("What happens?", video(3)),
-        ask("And in this much longer question about a longer clip?", video(80, 40, 24)),
-        ask("Just text."),
-        ask("Which of the two?", video(20), video(1)),
+        user_message("What is on it?", video(1)),
+        user_message("What happens?", video(3)),
+        user_message("And in this much longer question about a longer clip?", video(80, 40, 24)),
+        user_message("Just text."),
+        user_message("Which of the two?", video(20), video(1)),
     ]
     together = model.generate(talks, max_new_tokens=6)
     assert together == [model.generate([talk], max_new_tokens=6)[0] for talk in talks]
@@ -37,14 +37,14 @@ def test_image_short_long_and_text_answer_in_a_batch_as_one_by_one(llm, conditio
 
 def test_the_video_changes_the_answer():
     model = build()
-    one, other = (model.log_probs([ask("What?", video(8), answer="cat")])[0] for _ in range(2))
+    one, other = (model.log_probs([user_message("What?", video(8), answer="cat")])[0] for _ in range(2))
     assert (one - other).abs().max() > 1e-4
 
 
 def test_the_logits_are_those_of_the_llm_on_the_spliced_embeddings():
     """Against transformers itself: embeddings spliced by hand, the LLM called directly."""
     model, clip = build(), video(8)
-    talk = ask("What?", clip, answer="cat")
+    talk = user_message("What?", clip, answer="cat")
     before, after = (
         model.tokenizer(part, add_special_tokens=False).input_ids
         for part in model.tokenizer.apply_chat_template(
@@ -82,12 +82,12 @@ def test_exact_match_is_true_for_what_greedy_decoding_says_and_for_nothing_else(
         return out
 
     monkeypatch.setattr(model.llm, "forward", says_ab)
-    talks = [ask("What?", clip, answer=answer) for answer in ("ab", "a", "abb", "b", "aab")]
+    talks = [user_message("What?", clip, answer=answer) for answer in ("ab", "a", "abb", "b", "aab")]
     assert model.exact_match([talks]) == [[True, False, False, False, False]]
 
 
 def test_streaming_gives_the_same_text():
-    model, talk = build(), ask("What?", video(4))
+    model, talk = build(), user_message("What?", video(4))
     assert (
         "".join(model.stream(talk, max_new_tokens=6)).strip() == model.generate([talk], max_new_tokens=6)[0]
     )
@@ -95,40 +95,40 @@ def test_streaming_gives_the_same_text():
 
 def test_an_error_while_streaming_is_raised():
     with pytest.raises(ValueError, match="max_new_tokens"):
-        list(build().stream(ask("What?"), max_new_tokens=-1))
+        list(build().stream(user_message("What?"), max_new_tokens=-1))
 
 
 def test_log_probs_are_per_token_of_the_answer():
     model = build()
-    scores = model.log_probs([ask("What?", answer="abc"), ask("What?", answer="a")])
+    scores = model.log_probs([user_message("What?", answer="abc"), user_message("What?", answer="a")])
     assert [len(s) for s in scores] == [4, 2]  # bytes and the end
     assert all((s < 0).all() for s in scores)
 
 
 def test_a_conversation_of_several_turns_learns_every_answer():
-    turns = [*ask("One?", video(4), answer="a"), *ask("Two?", answer="b")]
+    turns = [*user_message("One?", video(4), answer="a"), *user_message("Two?", answer="b")]
     assert len(build().log_probs([turns])[0]) == 4
 
 
 def test_nothing_to_learn_is_an_error():
     with pytest.raises(PromptError, match="a conversation has no assistant's turn"):
-        build()([[ask("What?")]])
+        build()([[user_message("What?")]])
 
 
 def test_an_answered_conversation_cannot_be_answered():
     with pytest.raises(PromptError, match="end in the user's turn"):
-        build().generate([ask("What?", answer="cat")])
+        build().generate([user_message("What?", answer="cat")])
 
 
 def test_another_width_is_refused():
     llm, tokenizer = tiny_llm()
     with pytest.raises(ShapeError, match=f"width={llm.config.hidden_size}, not 8"):
-        VideoLLM(llm, tokenizer, MultiEncoder(["fake"], width=8))
+        VideoLLM(llm, tokenizer, MultiEncoder(["fake"], output_dim=8))
 
 
 def test_only_the_named_parts_are_trained():
     model = build()
-    model.add_lora(LoraOptions(rank=2))
+    model.add_lora(LoraOptions(r=2))
     model.train_only(["projector", "lora"])
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained
@@ -137,9 +137,9 @@ def test_only_the_named_parts_are_trained():
 
 def test_every_trained_parameter_gets_a_gradient():
     model = build()
-    model.add_lora(LoraOptions(rank=2))
+    model.add_lora(LoraOptions(r=2))
     model.train_only(["projector", "mixer", "lora"])
-    model([[ask("What?", video(4), answer="cat")]]).loss.backward()
+    model([[user_message("What?", video(4), answer="cat")]]).loss.backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
@@ -153,9 +153,11 @@ def test_an_unknown_part_suggests_the_nearest():
 )
 def test_saved_and_loaded_answers_the_same(parts, folder, tmp_path):
     llm, tokenizer = load_llm(folder)
-    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], grid=(4, 2, 2), width=llm.config.hidden_size))
+    model = VideoLLM(
+        llm, tokenizer, MultiEncoder(["fake"], grid=(4, 2, 2), output_dim=llm.config.hidden_size)
+    )
     if "lora" in parts:
-        model.add_lora(LoraOptions(rank=2))
+        model.add_lora(LoraOptions(r=2))
     model.train_only(parts)
     model.fusion.scale_to(0.2)
     for parameter in model.parameters():
@@ -163,14 +165,14 @@ def test_saved_and_loaded_answers_the_same(parts, folder, tmp_path):
             torch.nn.init.normal_(parameter, std=0.1)
     model.eval().save_pretrained(tmp_path / "saved")
     again = VideoLLM.from_pretrained(tmp_path / "saved")
-    talk = ask("What?", video(8), answer="cat")
+    talk = user_message("What?", video(8), answer="cat")
     assert torch.equal(model.log_probs([talk])[0], again.log_probs([talk])[0])
     assert again.trained == tuple(parts)
 
 
 def test_a_saved_folder_holds_what_was_trained_only(folder, tmp_path):
     llm, tokenizer = load_llm(folder)
-    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], width=llm.config.hidden_size))
+    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], output_dim=llm.config.hidden_size))
     model.save_pretrained(tmp_path / "saved")
     trained = sum(p.numel() for p in model.vision.fusion.parameters()) * 4
     assert trained < (tmp_path / "saved/model.safetensors").stat().st_size < trained + 4096
@@ -178,7 +180,7 @@ def test_a_saved_folder_holds_what_was_trained_only(folder, tmp_path):
 
 def test_another_llm_than_in_training_is_refused(folder, tmp_path):
     llm, tokenizer = load_llm(folder)
-    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], width=llm.config.hidden_size))
+    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], output_dim=llm.config.hidden_size))
     model.save_pretrained(tmp_path / "saved")
     llm.get_input_embeddings().weight.data.add_(1)
     llm.save_pretrained(tmp_path / "other")
@@ -206,10 +208,10 @@ def test_a_generator_of_padding_on_either_side():
 def test_log_probs_of_a_batch_are_those_of_one_by_one(conditioned):
     model = build(conditioned)
     talks = [
-        ask("What is on it?", video(1), answer="a cat"),
-        ask("What happens?", video(3), answer="no"),
-        ask("And in this much longer question?", video(80, 40, 24), answer="a much longer answer"),
-        ask("Just text.", answer="yes"),
+        user_message("What is on it?", video(1), answer="a cat"),
+        user_message("What happens?", video(3), answer="no"),
+        user_message("And in this much longer question?", video(80, 40, 24), answer="a much longer answer"),
+        user_message("Just text.", answer="yes"),
     ]
     for together, talk in zip(model.log_probs(talks), talks, strict=True):
         torch.testing.assert_close(together, model.log_probs([talk])[0])
@@ -222,9 +224,9 @@ def test_no_conversation_has_no_probabilities():
 def test_a_file_its_bytes_and_the_open_file_give_the_same(tmp_path):
     model, path = build(), make_video(tmp_path / "clip.mp4")
     with path.open("rb") as file:
-        talks = [ask("What?", source, answer="cat") for source in (path, path.read_bytes(), file)]
+        talks = [user_message("What?", source, answer="cat") for source in (path, path.read_bytes(), file)]
         one, *others = (model.log_probs([talk])[0] for talk in talks)
-        model.store = FeatureStore()
+        model.feature_store = FeatureStore()
         stored = model.log_probs(talks)
     for other in (*others, *stored):
         torch.testing.assert_close(one, other)
@@ -238,27 +240,29 @@ def test_an_image_file_is_one_step_of_time(tmp_path):
 
 def test_a_llm_in_bf16_answers_and_trains_the_fusion_in_fp32():
     model, clip = build(), video(8)
-    exact = model.log_probs([ask("What?", clip, answer="cat")])[0]
+    exact = model.log_probs([user_message("What?", clip, answer="cat")])[0]
     model.llm.bfloat16()
-    talks = [ask("What?", clip, answer="cat"), ask("Who?", clip, answer="dog")]
+    talks = [user_message("What?", clip, answer="cat"), user_message("Who?", clip, answer="dog")]
     torch.testing.assert_close(model.log_probs(talks[:1])[0], exact, atol=0.2, rtol=0.1)
     model([talks]).loss.backward()
     for parameter in model.vision.fusion.projectors.parameters():
         assert parameter.grad.dtype == torch.float32
         assert parameter.grad.abs().max() > 0
-    assert len(model.generate([ask("What?", clip)], max_new_tokens=3)) == 1
+    assert len(model.generate([user_message("What?", clip)], max_new_tokens=3)) == 1
 
 
 def test_a_lora_on_a_llm_in_bf16_is_fp32_and_keeps_small_steps(folder, tmp_path):
     llm, tokenizer = load_llm(folder, "bf16")
-    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], grid=(4, 2, 2), width=llm.config.hidden_size))
-    model.add_lora(LoraOptions(rank=2))
+    model = VideoLLM(
+        llm, tokenizer, MultiEncoder(["fake"], grid=(4, 2, 2), output_dim=llm.config.hidden_size)
+    )
+    model.add_lora(LoraOptions(r=2))
     model.train_only(["lora"])
     adapter = model.parts()["lora"]
     assert {p.dtype for p in adapter.values()} == {torch.float32}
     for parameter in adapter.values():
         torch.nn.init.normal_(parameter)
-    talk = ask("What?", video(8), answer="cat")
+    talk = user_message("What?", video(8), answer="cat")
     model([[talk]]).loss.backward()
     assert all(p.grad.abs().max() > 0 for p in adapter.values())
     torch.optim.SGD(adapter.values(), lr=1e-5).step()
@@ -272,19 +276,23 @@ def test_a_lora_on_a_llm_in_bf16_is_fp32_and_keeps_small_steps(folder, tmp_path)
 
 def test_a_conditioned_mixer_weighs_by_the_question():
     model, clip = build(conditioned=True), video(8)
-    one, other = (model.encode(ask(question, clip)).weights for question in ("How many?", "Which colour?"))
+    one, other = (
+        model.encode(user_message(question, clip)).mix_weights for question in ("How many?", "Which color?")
+    )
     assert (one - other).abs().max() > 1e-3
     torch.testing.assert_close(other.sum(dim=1), torch.ones_like(other.sum(dim=1)))
 
 
 def test_without_a_condition_the_question_changes_no_weights():
     model, clip = build(), video(8)
-    one, other = (model.encode(ask(question, clip)).weights for question in ("How many?", "Which colour?"))
+    one, other = (
+        model.encode(user_message(question, clip)).mix_weights for question in ("How many?", "Which color?")
+    )
     assert torch.equal(one, other)
 
 
 def test_greedy_is_greedy_and_silent_whatever_the_llm_brings_along(caplog):
-    model, talk = build(), ask("What?", video(4))
+    model, talk = build(), user_message("What?", video(4))
     expected = model.generate([talk], max_new_tokens=8)
     own = model.llm.generation_config
     own.temperature, own.top_p, own.top_k, own.do_sample = 0.6, 0.9, 20, True
@@ -296,13 +304,13 @@ def test_greedy_is_greedy_and_silent_whatever_the_llm_brings_along(caplog):
 @pytest.mark.parametrize("method", ["generate", "log_probs"])
 def test_one_conversation_where_a_list_is_wanted_is_explained(method):
     with pytest.raises(PromptError, match="Several conversations are a list of such lists"):
-        getattr(build(), method)(ask("What?"))
+        getattr(build(), method)(user_message("What?"))
 
 
 def test_ask_prints_the_answer_and_the_weights_for_that_question(folder, tmp_path, capsys, monkeypatch):
     llm, tokenizer = load_llm(folder)
     vision = MultiEncoder(
-        ["fake", "fake/video"], width=llm.config.hidden_size, mixer_options={"conditioned": True}
+        ["fake", "fake/video"], output_dim=llm.config.hidden_size, mixer_options={"conditioned": True}
     )
     VideoLLM(llm, tokenizer, vision).save_pretrained(tmp_path / "model")
     path, seen = make_video(tmp_path / "clip.mp4"), count_readings(monkeypatch)

@@ -116,7 +116,7 @@ class GreedyEncoder(Fake):
 class PlainTensorEncoder(Fake):
     def build(self):
         super().build()
-        self.offset = torch.rand(self.spec.width)
+        self.offset = torch.rand(self.spec.embed_dim)
 
     def encode(self, pixels):
         return super().encode(pixels) + self.offset.to(pixels.dtype)
@@ -151,7 +151,7 @@ class CoarseEncoder(Fake):
 
 
 class TwoStepsEncoder(Fake):
-    variants = {"base": replace(Fake.variants["video"], tubelet=4)}
+    variants = {"base": replace(Fake.variants["video"], tubelet_size=4)}
 
 
 class PatchEncoder(Fake):
@@ -304,7 +304,7 @@ def test_the_third_partys_example_passes_without_being_packaged(monkeypatch):
 def test_the_examples_own_tests_pass_where_it_is_installed(plant):
     folder = ROOT / "examples" / "third_party_encoder"
     entry = {"colour_histogram": "colour_histogram:ColourHistogram"}
-    plant("merv-colour-histogram", entry, colour_histogram=(folder / "colour_histogram.py").read_text())
+    plant("merv-color-histogram", entry, colour_histogram=(folder / "colour_histogram.py").read_text())
     case = runpy.run_path(str(folder / "tests" / "test_contract.py"))["test_contract"]
     for check in ENCODER_CHECKS:
         case(check)

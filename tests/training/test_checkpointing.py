@@ -17,7 +17,7 @@ from merv.training.checkpointing import newest
 from merv.training.module import Training
 
 pytestmark = QUIET
-ALL = {"checkpoints__every": 1, "checkpoints__keep": -1}
+ALL = {"checkpoints__every_n_steps": 1, "checkpoints__save_total_limit": -1}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_after_a_loss_that_was_no_number_a_run_goes_on_behind_its_step(material,
         Training, "on_validation_epoch_start", lambda self: validated.append(self.global_step)
     )
     monkeypatch.setattr(Training, "validation_step", lambda *_: None)
-    monkeypatch.setattr(Training, "on_validation_epoch_end", lambda self: self.log("val/all", 0.0))
+    monkeypatch.setattr(Training, "on_validation_epoch_end", lambda self: self.log("val/exact_match", 0.0))
     assert fit(material, tmp_path, **options) == 2
     assert fit(material, tmp_path, **options, ckpt_path="last") == 0
     assert len({origin for _, origin in seen}) == len(seen) == 6
@@ -166,7 +166,7 @@ def test_what_a_stopped_run_left_is_rotated_by_the_run_that_goes_on(material, tm
         begins = "on_train_batch_start"
         patched.setattr(Training, begins, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         assert fit(material, tmp_path) == 130
-    assert fit(material, tmp_path, ckpt_path="last", checkpoints__every=2) == 0
+    assert fit(material, tmp_path, ckpt_path="last", checkpoints__every_n_steps=2) == 0
     assert names(tmp_path) == ["step=4", "step=6"]
 
 
@@ -178,6 +178,6 @@ def test_stopped_while_it_encodes_a_run_says_what_is_kept(material, tmp_path, mo
         return features(self, *args, **options)
 
     monkeypatch.setattr(MultiEncoder, "features", stopped)
-    assert fit(material, tmp_path, model__store=tmp_path / "store") == 2
+    assert fit(material, tmp_path, model__feature_store=tmp_path / "store") == 2
     assert re.search(r"Stopped before all .*store keeps the rest; the same command", capsys.readouterr().err)
     assert len(list((tmp_path / "store").rglob("*.safetensors"))) == 1

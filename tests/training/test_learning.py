@@ -14,7 +14,7 @@ from merv.errors import (
 )
 from merv.fusion.mixers import NEW_ENCODER_LOGIT, ConcatChannels
 from merv.fusion.registry import create_mixer
-from merv.models.chat import ask
+from merv.models.chat import user_message
 from merv.models.llm import LoraOptions, check_same, checkpoint_layers, identity, load_llm
 from merv.models.multi_encoder import MultiEncoder
 from merv.models.video_llm import VideoLLM
@@ -28,7 +28,7 @@ def video(frames: int = 8) -> torch.Tensor:
 def build(mixer: str = "cross_attention", encoders=("fake", "fake/video"), **options) -> VideoLLM:
     llm, tokenizer = tiny_llm()
     vision = MultiEncoder(
-        list(encoders), grid=(2, 1, 1), width=llm.config.hidden_size, mixer=mixer, mixer_options=options
+        list(encoders), grid=(2, 1, 1), output_dim=llm.config.hidden_size, mixer=mixer, mixer_options=options
     )
     return VideoLLM(llm, tokenizer, vision).train()
 
@@ -36,10 +36,10 @@ def build(mixer: str = "cross_attention", encoders=("fake", "fake/video"), **opt
 def groups() -> list:
     clip, other = video(), video()
     return [
-        [ask("What?", clip, answer="a cat"), ask("Who is that, then?", clip, answer="b")],
-        [ask("Which?", other, answer="c")],
-        [ask("No video here.", answer="right")],
-        [ask("What is longer than the others by far, and why?", other, answer="this one is")],
+        [user_message("What?", clip, answer="a cat"), user_message("Who is that, then?", clip, answer="b")],
+        [user_message("Which?", other, answer="c")],
+        [user_message("No video here.", answer="right")],
+        [user_message("What is longer than the others by far, and why?", other, answer="this one is")],
     ]
 
 
@@ -75,12 +75,12 @@ def test_a_group_longer_than_a_row_has_one_of_its_own():
     assert len(build().prepare(groups(), packed_length=8)[0].ids) == 4
 
 
-@pytest.mark.parametrize("batch", [[], [[ask("Only text.", answer="yes")]]])
+@pytest.mark.parametrize("batch", [[], [[user_message("Only text.", answer="yes")]]])
 @pytest.mark.parametrize("options", [{}, {"conditioned": True}])
 @pytest.mark.parametrize("part", ["lora", "llm"])
 def test_a_batch_without_videos_gives_every_trained_parameter_a_gradient(batch, options, part):
     model = build(**options)
-    model.add_lora(LoraOptions(rank=2))
+    model.add_lora(LoraOptions(r=2))
     model.train_only(["projector", "mixer", part])
     model(batch).loss_sum.backward()
     assert all(gradient is not None for gradient in gradients(model).values())
@@ -115,7 +115,7 @@ def test_gradients_with_checkpointed_layers_are_the_same():
 def test_an_encoder_by_its_name_is_trained():
     model = build()
     model.train_only(["fake", "projector"])
-    model([[ask("What?", video(), answer="a cat")]]).loss_sum.backward()
+    model([[user_message("What?", video(), answer="a cat")]]).loss_sum.backward()
     learned = {name for name, gradient in gradients(model).items() if gradient.abs().sum() > 0}
     assert any(name.startswith("vision.encoders.fake.") for name in learned)
     assert not any(name.startswith("vision.encoders.fake_video.") for name in learned)
@@ -124,7 +124,9 @@ def test_an_encoder_by_its_name_is_trained():
 def test_what_an_encoder_learned_is_saved(tmp_path):
     llm, tokenizer = tiny_llm(tmp_path / "llm")
     llm, tokenizer = load_llm(tmp_path / "llm")
-    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], grid=(2, 1, 1), width=llm.config.hidden_size))
+    model = VideoLLM(
+        llm, tokenizer, MultiEncoder(["fake"], grid=(2, 1, 1), output_dim=llm.config.hidden_size)
+    )
     model.train_only(["fake"])
     with torch.no_grad():
         for parameter in model.vision.encoder("fake").parameters():
@@ -143,7 +145,9 @@ def test_a_part_of_what_is_trained_whole_is_refused():
 def test_what_an_earlier_stage_trained_is_kept_by_the_next(tmp_path):
     tiny_llm(tmp_path / "llm")
     llm, tokenizer = load_llm(tmp_path / "llm")
-    model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], grid=(2, 1, 1), width=llm.config.hidden_size))
+    model = VideoLLM(
+        llm, tokenizer, MultiEncoder(["fake"], grid=(2, 1, 1), output_dim=llm.config.hidden_size)
+    )
     model.train_only(["llm"])
     with torch.no_grad():
         llm.model.norm.weight.add_(1.0)
@@ -167,18 +171,18 @@ def test_a_misspelt_part_names_the_nearest():
 def test_an_encoder_that_joins_hardly_changes_the_tokens(mixer):
     model, clip = build(mixer).eval(), video()
     before = model.vision(clip).tokens
-    model.join("third", create_encoder("fake"))
+    model.add_encoder("third", create_encoder("fake"))
     after = model.vision(clip).tokens
     assert (after - before).norm() / before.norm() < 0.1
     if mixer != "concat_channels":
         share = float(torch.tensor(NEW_ENCODER_LOGIT).exp())
-        assert model.vision(clip).weights[:, 2].max() < 1.1 * share / 2
+        assert model.vision(clip).mix_weights[:, 2].max() < 1.1 * share / 2
 
 
 def test_only_what_is_the_new_encoders_own_is_trained():
     model = build()
     torch.nn.init.normal_(model.fusion.mixer.gain)
-    model.join("third", create_encoder("fake"))
+    model.add_encoder("third", create_encoder("fake"))
     model.train_only(["projector.third", "mixer.third"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
@@ -200,61 +204,61 @@ def test_only_what_is_the_new_encoders_own_is_trained():
 
 def test_gate_has_nothing_of_an_encoders_own_and_still_grows():
     model = build("gate", hidden=16)
-    model.join("third", create_encoder("fake"))
-    assert model.vision(video()).weights.shape[1] == 3
-    with pytest.raises(TrainingError, match=r"Nothing here is called 'mixer\.third'"):
+    model.add_encoder("third", create_encoder("fake"))
+    assert model.vision(video()).mix_weights.shape[1] == 3
+    with pytest.raises(TrainingError, match=r"Unknown part 'mixer\.third'"):
         model.train_only(["mixer.third"])
 
 
 def test_a_mixer_that_cannot_grow_says_so():
     with pytest.raises(ShapeError, match="ConcatChannels as it is built cannot take in another encoder"):
-        create_mixer("concat_channels", 8, 2, norm=True).join()
+        create_mixer("concat_channels", 8, 2, norm=True).add_encoder()
     assert isinstance(create_mixer("concat_channels", 8, 2), ConcatChannels)
 
 
 def test_a_name_that_is_there_cannot_join():
     with pytest.raises(EncoderError, match="has an encoder 'fake' already"):
-        build().join("fake", create_encoder("fake"))
+        build().add_encoder("fake", create_encoder("fake"))
 
 
-# Quantised language models -----------------------------------------------------------------
+# Quantized language models -----------------------------------------------------------------
 
 
-def test_an_unknown_quantisation_is_refused(tmp_path):
+def test_an_unknown_quantization_is_refused(tmp_path):
     tiny_llm(tmp_path / "llm")
-    with pytest.raises(WeightsError, match="Unknown quantise 'int3' for the LLM: nf4 or int8"):
-        load_llm(tmp_path / "llm", quantise="int3")
+    with pytest.raises(WeightsError, match="Unknown quantize 'int3' for the LLM: nf4 or int8"):
+        load_llm(tmp_path / "llm", quantize="int3")
 
 
 def test_without_bitsandbytes_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("merv.models.llm.find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match=r'pip install "merv\[qlora\]"'):
-        load_llm(tmp_path / "llm", quantise="nf4")
+        load_llm(tmp_path / "llm", quantize="nf4")
 
 
-def test_a_quantised_llm_learns_a_lora_and_is_known_again(tmp_path):
+def test_a_quantized_llm_learns_a_lora_and_is_known_again(tmp_path):
     tiny_llm(tmp_path / "llm")
-    llm, tokenizer = load_llm(tmp_path / "llm", quantise="nf4")
+    llm, tokenizer = load_llm(tmp_path / "llm", quantize="nf4")
     model = VideoLLM(
-        llm, tokenizer, MultiEncoder(["fake"], grid=(2, 1, 1), width=llm.config.hidden_size)
+        llm, tokenizer, MultiEncoder(["fake"], grid=(2, 1, 1), output_dim=llm.config.hidden_size)
     ).train()
     assert llm.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
-    model.add_lora(LoraOptions(rank=2))
+    model.add_lora(LoraOptions(r=2))
     model.train_only(["projector", "mixer", "lora"])
-    model([[ask("What?", video(), answer="a cat")]]).loss_sum.backward()
+    model([[user_message("What?", video(), answer="a cat")]]).loss_sum.backward()
     assert all(gradient is not None for gradient in gradients(model).values())
     model.save_pretrained(tmp_path / "model")
     for how in ("nf4", None):
-        again = VideoLLM.from_pretrained(tmp_path / "model", quantise=how)
+        again = VideoLLM.from_pretrained(tmp_path / "model", quantize=how)
         assert all(
             torch.equal(tensor, again.trainable_state_dict()[name])
             for name, tensor in model.trainable_state_dict().items()
         )
 
 
-def test_another_llm_is_told_by_what_quantising_leaves_alone(tmp_path):
+def test_another_llm_is_told_by_what_quantizing_leaves_alone(tmp_path):
     llm, _ = tiny_llm()
-    was = {**identity(llm), "quantise": "nf4"}
+    was = {**identity(llm), "quantize": "nf4"}
     check_same(was, identity(llm), "here")
     with torch.no_grad():
         llm.get_input_embeddings().weight.mul_(2)

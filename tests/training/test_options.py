@@ -79,15 +79,17 @@ def test_options_are_those_of_the_classes():
 @pytest.mark.parametrize(("option", "value"), [("lr", "-1"), ("betas", "[0.9, 1.5]")])
 def test_rates_that_no_optimizer_takes_are_refused(material, tmp_path, capsys, option, value):
     assert fit(material, tmp_path, **{f"model__{option}": value}) == 2
-    assert re.search(r"model\.lr, lr_of, betas or weight_decay: Invalid .*[15]", capsys.readouterr().err)
+    assert re.search(
+        r"model\.lr, lr_overrides, betas or weight_decay: Invalid .*[15]", capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
         ("model__encoders", "[fak]", "Did you mean 'fake'"),
-        ("model__train", "[projektor]", "nothing here is called 'projektor'. Did you mean 'projector'"),
-        ("model__lr_of", "{lora: 1}", "model.lr_of: nothing here is called 'lora'"),
+        ("model__trainable", "[projektor]", "unknown name 'projektor'. Did you mean 'projector'"),
+        ("model__lr_overrides", "{lora: 1}", "model.lr_overrides: unknown name 'lora'"),
         ("model__mixer", "gat", "Did you mean 'gate'"),
     ],
 )

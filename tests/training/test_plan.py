@@ -67,19 +67,19 @@ def test_flops_are_those_of_a_real_step(llm):
         logits = real(inputs_embeds=embeddings, logits_to_keep=torch.arange(5)).logits
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
-    cost = dry(llm, train=["projector"], mixer="mean")
+    cost = dry(llm, trainable=["projector"], mixer="mean")
     assert 1 <= cost.flops["forward"] / forward.get_total_flops() < 1.05  # and the fusion
     assert 1 <= cost.flops["backward"] / backward.get_total_flops() < 1.05
 
 
 def test_a_trained_llm_takes_three_times_its_forward(llm):
-    cost = dry(llm, train=["projector", "llm"])
+    cost = dry(llm, trainable=["projector", "llm"])
     assert cost.flops["backward"] / cost.flops["forward"] == pytest.approx(2, rel=0.1)
 
 
 def test_checkpointing_computes_the_layers_twice_and_keeps_less(llm):
     load = BatchShape(videos=2, rows=2, length=400, answers=5, visual=8)
-    plain, checkpointed = dry(llm, load), dry(llm, load, checkpoint_llm=True)
+    plain, checkpointed = dry(llm, load), dry(llm, load, gradient_checkpointing=True)
     assert checkpointed.flops["backward"] > 1.4 * plain.flops["backward"]
     assert checkpointed.peaks["forward"] < 0.5 * plain.peaks["forward"]
 
@@ -106,7 +106,7 @@ def test_memory_is_freed_with_its_tensor():
 
 
 def test_between_steps_weights_gradients_and_two_states_are_held(llm):
-    own = training(llm, train=["projector", "mixer", "llm"])
+    own = training(llm, trainable=["projector", "mixer", "llm"])
     own.model = on_meta(own)
     sizes = [(p.nbytes, p.requires_grad) for p in own.model.parameters()]
     buffers = sum(b.nbytes for b in own.model.buffers())
@@ -122,14 +122,14 @@ def test_bf16_halves_the_weights_of_a_frozen_llm(llm):
 
 
 def test_sharding_splits_the_llm_and_leaves_encoders_whole(llm):
-    one = plan_of(llm, setup=Setup(devices=1), train=["llm"])
-    four = plan_of(llm, setup=Setup(devices=4, sharded=True), train=["llm"])
+    one = plan_of(llm, setup=Setup(devices=1), trainable=["llm"])
+    four = plan_of(llm, setup=Setup(devices=4, sharded=True), trainable=["llm"])
     assert four.memory["optimizer states"] == one.memory["optimizer states"] / 4
     assert four.memory["weights of encoders"] == one.memory["weights of encoders"]
 
 
 def test_on_a_gpu_the_optimizers_step_needs_a_copy_of_a_part_more(llm):
-    own = training(llm, train=["llm"])
+    own = training(llm, trainable=["llm"])
     own.model = on_meta(own)
     trained = sum(p.nbytes for p in own.model.parameters() if p.requires_grad)
     cost = dry_step(own, BatchShape(videos=1, rows=1, length=2, answers=1, visual=1), encode=False, gpu=True)
@@ -137,8 +137,8 @@ def test_on_a_gpu_the_optimizers_step_needs_a_copy_of_a_part_more(llm):
 
 
 def test_four_bits_leave_a_quarter_of_the_linears_and_lora_is_on_top(llm):
-    plain = plan_of(llm, dtype="bf16", train=["lora"], lora=LoraOptions(rank=2))
-    nf4 = plan_of(llm, dtype="bf16", train=["lora"], lora=LoraOptions(rank=2), quantise="nf4")
+    plain = plan_of(llm, dtype="bf16", trainable=["lora"], lora=LoraOptions(r=2))
+    nf4 = plan_of(llm, dtype="bf16", trainable=["lora"], lora=LoraOptions(r=2), quantize="nf4")
     linears = 2 * (4 * 32 * 32 + 3 * 32 * 64)
     saved = plain.memory["weights of LLM"] - nf4.memory["weights of LLM"]
     assert saved == pytest.approx(linears * (2 - 0.5625))
@@ -181,7 +181,7 @@ def test_a_step_of_a_stream_is_a_batch_of_each_device(llm, tmp_path, monkeypatch
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
     talk = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]
     Dataset.from_dict({"messages": [talk] * 3}).to_parquet(tmp_path / "a.parquet")
-    data = ChatData(str(tmp_path / "a.parquet"), batch_size=2, stream=True, length=40)
+    data = ChatData(str(tmp_path / "a.parquet"), batch_size=2, stream=True, batches_per_epoch=40)
     plan = plan_of(llm, data, Setup(devices=4, accumulate=2, max_epochs=1))
     assert (plan.steps, plan.batches.samples) == (20, 320)
 
@@ -212,7 +212,7 @@ def test_what_does_not_fit_is_told_what_would_help(llm, capsys):
     assert command(llm, "--memory=0.001") == 1
     out = capsys.readouterr().out
     assert "It does not fit" in out
-    assert "--model.checkpoint_llm=true" in out
+    assert "--model.gradient_checkpointing=true" in out
 
 
 def test_a_recipe_is_read_by_name_and_options_count_after_it():
@@ -221,7 +221,12 @@ def test_a_recipe_is_read_by_name_and_options_count_after_it():
 
 
 def test_the_recipes_strategy_is_known_to_shard(llm, capsys):
-    options = ["--trainer.devices=4", "--model.train=[projector,mixer,llm]", "--model.dtype=fp32", "--json"]
+    options = [
+        "--trainer.devices=4",
+        "--model.trainable=[projector,mixer,llm]",
+        "--model.dtype=fp32",
+        "--json",
+    ]
     states = []
     for strategy in ("ddp", "sharded"):
         assert command(llm, f"--trainer.strategy={strategy}", *options) == 0
@@ -230,7 +235,7 @@ def test_the_recipes_strategy_is_known_to_shard(llm, capsys):
 
 
 def test_disk_has_room_for_the_checkpoints_that_are_kept(llm, capsys):
-    assert command(llm, "--checkpoints.keep=3", "--data.val=val.jsonl", "--json") == 0
+    assert command(llm, "--checkpoints.save_total_limit=3", "--data.val=val.jsonl", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["setup"]["checkpoints"] == 4  # and the best
     trained = sum(count for count, learns in told["parts"].values() if learns)
@@ -240,7 +245,7 @@ def test_disk_has_room_for_the_checkpoints_that_are_kept(llm, capsys):
 def test_help_shows_what_is_its_own_and_examples(capsys):
     assert main(["plan", "--help"]) == 0
     out = capsys.readouterr().out
-    assert "--utilisation" in out
+    assert "--utilization" in out
     assert "merv plan --config demo --gpu 4090" in out
     assert "--trainer" not in out.partition("examples:")[0]
 

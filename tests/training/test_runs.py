@@ -59,7 +59,7 @@ def test_accumulated_micro_batches_train_as_the_large_batch(material, tmp_path, 
 def test_a_signal_ends_the_step_saves_and_the_run_goes_on_to_the_same_weights(
     material, tmp_path, capsys, monkeypatch, number
 ):
-    options = {"model__train": "[projector,mixer,lora]", "model__lora": "{rank: 2, dropout: 0.1}"}
+    options = {"model__trainable": "[projector,mixer,lora]", "model__lora": "{r: 2, lora_dropout: 0.1}"}
     assert fit(material, tmp_path / "whole", **options) == 0
     stop = json.dumps(
         [{"class_path": "test_runs.Interrupt", "init_args": {"step": 4, "number": int(number)}}]
@@ -74,7 +74,7 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on_to_the_same_weights(
 
 
 def test_a_checkpoint_is_a_model_and_older_ones_go(material, tmp_path):
-    assert fit(material, tmp_path, checkpoints__every=1, checkpoints__keep=2) == 0
+    assert fit(material, tmp_path, checkpoints__every_n_steps=1, checkpoints__save_total_limit=2) == 0
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step=5", "step=6"]
     model = VideoLLM.from_pretrained(tmp_path / "checkpoints/step=6")
     assert all(torch.equal(t, weights(tmp_path)[name]) for name, t in model.trainable_state_dict().items())
@@ -88,12 +88,12 @@ def test_the_best_checkpoint_is_kept_by_its_accuracy(material, tmp_path):
 @pytest.mark.parametrize(("monitor", "better"), [("val/loss", [2.0, 1.0, 3.0]), ("val/who", [0.1, 0.3, 0.2])])
 def test_the_best_checkpoint_is_kept_by_what_is_asked_for(material, tmp_path, monkeypatch, monitor, better):
     def end(self):
-        self.log("val/all", 0.0)
+        self.log("val/exact_match", 0.0)
         self.log(monitor, better[self.current_epoch])
 
     monkeypatch.setattr(Training, "on_validation_epoch_end", end)
     options = {"data__val": material / "data.jsonl", "trainer__num_sanity_val_steps": 0}
-    assert fit(material, tmp_path, trainer__max_epochs=3, checkpoints__best=monitor, **options) == 0
+    assert fit(material, tmp_path, trainer__max_epochs=3, checkpoints__monitor=monitor, **options) == 0
     rest = torch.load(tmp_path / "checkpoints/best/training.pt", weights_only=True)
     assert rest["global_step"] == 6
 
@@ -111,7 +111,7 @@ def test_auto_begins_where_there_is_no_checkpoint(material, tmp_path, capsys):
 def test_a_trained_model_is_no_checkpoint_to_go_on_from(material, tmp_path, capsys):
     assert fit(material, tmp_path / "one", trainer__max_epochs=1) == 0
     assert fit(material, tmp_path / "two", ckpt_path=tmp_path / "one/model") == 2
-    assert "To begin a new run with it, set model.start" in capsys.readouterr().err
+    assert "To begin a new run with it, set model.init_from" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
@@ -137,9 +137,10 @@ def test_what_differs_from_the_checkpoint_is_named():
 
 def test_rates_that_the_optimizer_would_not_take_are_refused(material, tmp_path, capsys):
     assert fit(material, tmp_path, trainer__max_epochs=1) == 0
-    assert fit(material, tmp_path, ckpt_path="last", model__lr_of="{mixer: 0.5}") == 2
+    assert fit(material, tmp_path, ckpt_path="last", model__lr_overrides="{mixer: 0.5}") == 2
     assert (
-        "The checkpoint has lr_of None, this run {'mixer': 0.5}: set it as it was" in capsys.readouterr().err
+        "The checkpoint has lr_overrides None, this run {'mixer': 0.5}: set it as it was"
+        in capsys.readouterr().err
     )
 
 
@@ -173,7 +174,7 @@ def test_a_spike_is_told_by_the_losses_before_it():
 
 
 def test_answers_are_sampled_while_it_trains(material, tmp_path):
-    assert fit(material, tmp_path, answers__every=3, answers__count=1) == 0
+    assert fit(material, tmp_path, sample_answers__every_n_steps=3, sample_answers__num_samples=1) == 0
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 6]
     assert rows[0]["question"] == "Who?"
@@ -186,10 +187,16 @@ def test_pace_and_weights_are_in_the_logs(material, tmp_path):
     (table,) = tmp_path.rglob("metrics.csv")
     columns = table.read_text().splitlines()[0].split(",")
     wanted = {"loss", "grad_norm", "lr-AdamW/projector", "tokens/s", "wait", "GB", "min_left", "weight/fake"}
-    assert wanted | {"val/loss", "val/who", "val/all"} <= set(columns)
+    assert wanted | {"val/loss", "val/who", "val/exact_match"} <= set(columns)
 
 
-@pytest.mark.parametrize("options", [{"answers__every": 0}, {"answers__every": 1, "answers__count": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sample_answers__every_n_steps": 0},
+        {"sample_answers__every_n_steps": 1, "sample_answers__num_samples": 0},
+    ],
+)
 def test_answers_can_be_left_out(material, tmp_path, options):
     assert fit(material, tmp_path, trainer__max_epochs=1, **options) == 0
     assert not (tmp_path / "answers.jsonl").exists()
@@ -200,7 +207,11 @@ def test_a_broken_video_is_passed_over_wherever_it_is_met(material, tmp_path):
     broken = {"video": "broken.mp4", "questions": [{"question": "Who?", "answer": "nobody"}]}
     (material / "broken.mp4").write_bytes(b"no video")
     (material / "some.jsonl").write_text("\n".join([json.dumps(broken), '{"video": 3}', *rows]))
-    options = {"data__train": material / "some.jsonl", "data__on_error": "skip", "answers__every": 1}
+    options = {
+        "data__train": material / "some.jsonl",
+        "data__on_error": "skip",
+        "sample_answers__every_n_steps": 1,
+    }
     assert fit(material, tmp_path, trainer__max_epochs=1, **options) == 0
     skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert {row["origin"].rpartition(":")[2] for row in skipped} == {"1", "2"}
@@ -219,7 +230,7 @@ def test_sampling_answers_leaves_what_is_trained_in_training_mode(material, tmp_
 
     monkeypatch.setattr(Training, "training_step", recorded)
     monkeypatch.setattr(VideoLLM, "generate", unusable)
-    assert fit(material, tmp_path, answers__every=1) == 0
+    assert fit(material, tmp_path, sample_answers__every_n_steps=1) == 0
     assert modes == [True] * 6
 
 
@@ -253,9 +264,9 @@ def test_a_gradient_that_is_no_number_is_not_learned_from(material, tmp_path, ca
 def test_a_second_stage_starts_from_the_first_and_an_encoder_joins(material, tmp_path):
     assert fit(material, tmp_path / "one") == 0
     options = {
-        "model__start": tmp_path / "one/model",
+        "model__init_from": tmp_path / "one/model",
         "model__encoders": "[fake,fake/video]",
-        "model__train": "[projector.fake_video,mixer.fake_video]",
+        "model__trainable": "[projector.fake_video,mixer.fake_video]",
     }
     assert fit(material, tmp_path / "two", **options) == 0
     before, after = weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -270,20 +281,20 @@ def test_a_second_stage_starts_from_the_first_and_an_encoder_joins(material, tmp
     [
         ({"model__grid": "[4,1,1]"}, "has {'grid': [2, 1, 1]}"),
         ({"model__sampling": "official"}, "has {'sampling': 'uniform'}"),
-        ({"model__frames": "{fake: 4}"}, "this recipe has {'frames': {'fake': 4}}"),
+        ({"model__num_frames": "{fake: 4}"}, "this recipe has {'num_frames': {'fake': 4}}"),
         ({"model__mixer_options": "{conditioned: true}"}, "has {'mixer_options': {}}"),
-        ({"model__token_rms": 9}, "this recipe has {'token_rms': 9.0}"),
+        ({"model__embed_scale": 9}, "this recipe has {'embed_scale': 9.0}"),
     ],
 )
 def test_a_start_that_is_otherwise_than_the_recipe_is_refused(
     started, material, tmp_path, capsys, other, said
 ):
-    assert fit(material, tmp_path, model__start=started, **other) == 2
+    assert fit(material, tmp_path, model__init_from=started, **other) == 2
     assert said in capsys.readouterr().err
 
 
 def test_features_of_an_encoder_that_is_trained_cannot_be_kept(material):
-    training = Training(str(material / "llm"), ["fake"], train=["fake"], store="memory")
+    training = Training(str(material / "llm"), ["fake"], trainable=["fake"], feature_store="memory")
     with pytest.raises(TrainingError, match="Features of fake change while it is trained"):
         training.configure_model()
 
@@ -291,7 +302,7 @@ def test_features_of_an_encoder_that_is_trained_cannot_be_kept(material):
 def test_the_module_alone_takes_batches_of_another_loader(material):
     training = Training(str(material / "llm"), ["fake"], grid=(2, 1, 1))
     training.configure_model()
-    data = ChatData(str(material / "data.jsonl"), batch_size=3, workers=0)
+    data = ChatData(str(material / "data.jsonl"), batch_size=3, num_workers=0)
     data.setup()
     batch = next(iter(data.train_dataloader()))
     out = training.model(batch.groups)

@@ -24,8 +24,8 @@ def alone():
 
 
 def test_a_sharded_run_goes_on_and_its_checkpoint_is_put_together(material, tmp_path):
-    options = {"trainer__strategy": "sharded", "trainer__devices": 1, "checkpoints__every": 3}
-    whole = {"model__train": "[projector,mixer,lora]", "model__lora": "{rank: 2}"}
+    options = {"trainer__strategy": "sharded", "trainer__devices": 1, "checkpoints__every_n_steps": 3}
+    whole = {"model__trainable": "[projector,mixer,lora]", "model__lora": "{r: 2}"}
     assert fit(material, tmp_path / "plain", **whole) == 0
     assert fit(material, tmp_path / "sharded", **whole, **options) == 0
     assert difference(weights(tmp_path / "plain"), weights(tmp_path / "sharded")) < 1e-6
@@ -38,13 +38,17 @@ def test_a_sharded_run_goes_on_and_its_checkpoint_is_put_together(material, tmp_
 
 def test_a_sharded_llm_is_saved_right_after_it_answered_without_learning(material, tmp_path):
     options = {
-        "model__train": "[projector,mixer,llm]",
+        "model__trainable": "[projector,mixer,llm]",
         "model__dtype": "fp32",
         "data__val": material / "data.jsonl",
         "trainer__gradient_clip_val": 0.5,
         "trainer__max_epochs": 1,
     }
-    every = {"trainer__val_check_interval": 1, "answers__every": 1, "checkpoints__every": 1}
+    every = {
+        "trainer__val_check_interval": 1,
+        "sample_answers__every_n_steps": 1,
+        "checkpoints__every_n_steps": 1,
+    }
     sharded = {"trainer__strategy": "sharded", "trainer__devices": 1}
     assert fit(material, tmp_path / "plain", **options) == 0
     assert fit(material, tmp_path / "sharded", **options, **every, **sharded) == 0

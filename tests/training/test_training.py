@@ -57,12 +57,12 @@ def trainer(folder, **options) -> Trainer:
 
 
 def test_training_learns_to_tell_two_videos_apart(folder):
-    module = training(folder, train=["projector", "mixer", "llm"], lr_of={"llm": 3e-3})
+    module = training(folder, trainable=["projector", "mixer", "llm"], lr_overrides={"llm": 3e-3})
     data = ChatData(str(folder / "data.jsonl"), str(folder / "data.jsonl"), batch_size=2)
     fit = trainer(folder, max_steps=60, check_val_every_n_epoch=60, num_sanity_val_steps=0)
     fit.fit(module, data)
     assert fit.callback_metrics["loss"] < 0.1
-    assert fit.callback_metrics["val/all"] == 1
+    assert fit.callback_metrics["val/exact_match"] == 1
     again = VideoLLM.from_pretrained(save(module, folder / "model"))
     assert again.exact_match([sample.conversations for sample in data.val]) == [[True], [True]]
 
@@ -90,7 +90,7 @@ def test_frozen_parts_stay_in_eval_mode(folder):
 
 
 def test_videos_are_encoded_once(folder, monkeypatch):
-    module, read = training(folder, store="memory"), []
+    module, read = training(folder, feature_store="memory"), []
 
     def count(video, *args, **options):
         read.append(video)
@@ -102,7 +102,7 @@ def test_videos_are_encoded_once(folder, monkeypatch):
 
 
 def test_a_checkpoint_holds_the_trained_parameters_only_and_loads(folder):
-    module = training(folder, store="memory")
+    module = training(folder, feature_store="memory")
     module.configure_model()
     state = module.state_dict()
     assert state
@@ -118,7 +118,7 @@ def test_a_checkpoint_holds_the_trained_parameters_only_and_loads(folder):
 
 def test_a_run_goes_on_from_a_checkpoint_of_lightning(folder):
     data = ChatData(str(folder / "data.jsonl"), batch_size=2)
-    parts = {"train": ["projector", "mixer", "lora"], "lora": LoraOptions(rank=2)}
+    parts = {"trainable": ["projector", "mixer", "lora"], "lora": LoraOptions(r=2)}
     whole = training(folder, **parts)
     torch.manual_seed(0)
     trainer(folder, max_steps=2).fit(whole, data)
@@ -155,7 +155,7 @@ def test_a_folder_in_the_way_is_found_before_training(folder, monkeypatch, capsy
 
 
 def test_matrices_decay_and_vectors_do_not(folder):
-    module = training(folder, weight_decay=0.1, lr_of={"mixer": 1e-5})
+    module = training(folder, weight_decay=0.1, lr_overrides={"mixer": 1e-5})
     module.configure_model()
     groups = module.parameter_groups()
     assert {(p.ndim > 1, group["weight_decay"]) for group in groups for p in group["params"]} == {
@@ -175,7 +175,7 @@ def test_tokens_start_at_the_scale_of_the_embeddings(folder):
 
 def test_training_the_llm_itself_in_bf16_is_refused(folder):
     with pytest.raises(TrainingError, match="Set dtype: fp32"):
-        training(folder, train=["projector", "llm"], dtype="bf16").configure_model()
+        training(folder, trainable=["projector", "llm"], dtype="bf16").configure_model()
 
 
 def test_a_schedule_without_an_end_is_refused(folder):
@@ -189,12 +189,12 @@ def tiny(folder, out, **more) -> list[str]:
     options = {
         "model.llm": folder / "llm",
         "model.encoders": "[fake]",
-        "model.frames": "null",
-        "model.store": "null",
-        "model.quantise": "null",
+        "model.num_frames": "null",
+        "model.feature_store": "null",
+        "model.quantize": "null",
         "data.train": folder / "data.jsonl",
         "data.val": "null",
-        "data.workers": 0,
+        "data.num_workers": 0,
         "trainer.max_steps": 2,
         "trainer.accumulate_grad_batches": 1,
         "trainer.accelerator": "cpu",
@@ -211,13 +211,13 @@ def tiny(folder, out, **more) -> list[str]:
 @pytest.mark.parametrize("name", sorted(recipes()))
 def test_every_recipe_trains_on_tiny_parts(folder, name, capsys):
     more, started = {}, recipes()[name].read_text()
-    if "start:" in started:  # from a model that an earlier stage left
+    if "init_from:" in started:  # from a model that an earlier stage left
         first = "merv/full_stage1" if name == "merv/full_stage2" else "merv/lora"
         assert main(["fit", "--config", first, *tiny(folder, folder / "first")]) == 0
-        more["model.start"] = folder / "first/model"
+        more["model.init_from"] = folder / "first/model"
     if name == "merv/add_encoder":
         more["model.encoders"] = "[fake,fake/video]"
-        more["model.train"] = "[projector.fake_video,mixer.fake_video]"
+        more["model.trainable"] = "[projector.fake_video,mixer.fake_video]"
     assert main(["fit", "--config", name, *tiny(folder, folder / "run", **more)]) == 0
     assert (folder / "run/loss.png").read_bytes().startswith(b"\x89PNG")
     assert "merv ask VIDEO QUESTION --model" in capsys.readouterr().out

@@ -72,7 +72,7 @@ def test_a_cached_revision_is_found_offline_and_its_commit_recorded(hub, typed, 
 @pytest.mark.parametrize("revision", ["another", "2" * 40, "refs/pr/1"])
 def test_a_revision_that_is_not_cached_is_not_replaced_by_another(hub, revision):
     with pytest.raises(
-        WeightsError, match=f"{REPO}@{revision} cannot be had.*HF_HUB_OFFLINE is set.*the cache"
+        WeightsError, match=f"{REPO}@{revision} could not be downloaded.*HF_HUB_OFFLINE is set.*the cache"
     ):
         locate(f"{REPO}@{revision}")
 
@@ -150,7 +150,7 @@ def test_what_a_hub_refuses_is_told_at_once_with_a_remedy(hub, answer, monkeypat
     monkeypatch.setattr("huggingface_hub.hf_hub_download", None)  # which would try again for 23 s
     asked = answer(error)
     with pytest.raises(
-        WeightsError, match=f'someone/other cannot be had.*{said}.*weights="/path.*weights=None'
+        WeightsError, match=f'someone/other could not be downloaded.*{said}.*weights="/path.*weights=None'
     ):
         locate("someone/other")
     assert asked == [("someone/other", None)]

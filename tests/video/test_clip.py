@@ -11,7 +11,7 @@ from merv.models.multi_encoder import MultiEncoder
 from merv.types import Frames, Preset
 from merv.video.clip import prepare
 from merv.video.sampling import Sampling
-from merv.video.transforms import normalise, resize
+from merv.video.transforms import normalize, resize
 
 
 class Boxed(Fake):
@@ -31,11 +31,11 @@ class Boxed(Fake):
 class Whole(Fake):
     """A Fake that sees all frames of a clip at once, two to a cell."""
 
-    variants = {"video": replace(Fake.variants["video"], window=0)}
+    variants = {"video": replace(Fake.variants["video"], window_size=0)}
 
     def encode(self, pixels):
         cells = pixels.mean(dim=(2, 3, 4)).unflatten(1, (-1, 2)).mean(dim=2)
-        return cells[:, :, None, None, None].expand(-1, -1, 2, 2, self.spec.width).clone()
+        return cells[:, :, None, None, None].expand(-1, -1, 2, 2, self.spec.embed_dim).clone()
 
 
 def test_letterboxes_of_other_means_are_filled_apart() -> None:
@@ -43,7 +43,7 @@ def test_letterboxes_of_other_means_are_filled_apart() -> None:
     clip = prepare(torch.full((1, 3, 16, 32), 99, dtype=torch.uint8), encoders, Sampling())
     for frames in clip.frames.values():
         bar = frames.pixels[..., 0, :]
-        torch.testing.assert_close(bar, torch.zeros_like(bar))  # the mean, normalised
+        torch.testing.assert_close(bar, torch.zeros_like(bar))  # the mean, normalized
 
 
 @pytest.mark.parametrize(("frames", "rate"), [(1, None), (75, 1.0)])
@@ -58,7 +58,7 @@ def test_one_resize_serves_all_encoders_of_equal_geometry(monkeypatch) -> None:
     resized = []
 
     def count(pixels, preset, resample):
-        resized.append((len(pixels), preset.fit))
+        resized.append((len(pixels), preset.crop_mode))
         return resize(pixels, preset, resample)
 
     monkeypatch.setattr("merv.video.clip.resize", count)
@@ -76,7 +76,7 @@ def test_fast_reaches_the_frames_the_key_and_a_saved_model(tmp_path) -> None:
     exact, fast = (MultiEncoder(["fake"], grid=(4, 2, 2), resample=how) for how in ("exact", "fast"))
     same = resize(video, fast.encoder("fake").preset, "fast")[0]
     assert torch.equal(
-        fast.read(video).frames["fake"].pixels[0], normalise(same, fast.encoder("fake").preset)
+        fast.read(video).frames["fake"].pixels[0], normalize(same, fast.encoder("fake").preset)
     )
     assert exact.key(video, "fake") != fast.key(video, "fake")
     fast.save_pretrained(tmp_path / "saved")
@@ -102,7 +102,7 @@ def test_times_on_the_clips_own_frames_leave_no_step_unseen(sampling, frames) ->
 def test_crops_that_round_otherwise_are_cut_apart() -> None:
     cut = Preset("crop", (16, 16), "bilinear")
     encoders = {name: Fake() for name in ("nearest", "down")}
-    encoders["nearest"].preset, encoders["down"].preset = cut, replace(cut, centre="down")
+    encoders["nearest"].preset, encoders["down"].preset = cut, replace(cut, center="down")
     clip = prepare(torch.randint(0, 256, (1, 3, 16, 19), dtype=torch.uint8), encoders, Sampling())
     alone = prepare(torch.zeros(1, 3, 16, 19, dtype=torch.uint8), {"down": encoders["down"]}, Sampling())
     extents = {name: frames.extent[0, 1].item() for name, frames in clip.frames.items()}

@@ -13,7 +13,9 @@ from merv.video.sampling import Sampling, official_indices
 
 
 def test_times_are_those_of_the_frames_that_came(tmp_path: Path) -> None:
-    frames = load_video(make_video(tmp_path / "a.mp4", times_ms=[0, 40, 500, 540, 960]), frames=4, end_s=0.96)
+    frames = load_video(
+        make_video(tmp_path / "a.mp4", times_ms=[0, 40, 500, 540, 960]), num_frames=4, end_s=0.96
+    )
     assert frames is not None
     assert indices_of(frames.pixels[0]) == [1, 1, 3, 3]
     assert frames.times_s.tolist() == [pytest.approx([0.04, 0.04, 0.54, 0.54])]
@@ -22,7 +24,7 @@ def test_times_are_those_of_the_frames_that_came(tmp_path: Path) -> None:
 
 
 def test_official_takes_the_released_indices(tmp_path: Path) -> None:
-    frames = load_video(make_video(tmp_path / "a.mp4", 100), frames=16, sampling="official")
+    frames = load_video(make_video(tmp_path / "a.mp4", 100), num_frames=16, sampling="official")
     assert frames is not None
     assert indices_of(frames.pixels[0]) == official_indices(100, 16)
 
@@ -34,13 +36,13 @@ def test_range_and_rate_choose_frames(tmp_path: Path) -> None:
 
 
 def test_short_video_repeats_frames(tmp_path: Path) -> None:
-    frames = load_video(make_video(tmp_path / "a.mp4", 2), frames=4)
+    frames = load_video(make_video(tmp_path / "a.mp4", 2), num_frames=4)
     assert frames is not None
     assert indices_of(frames.pixels[0]) == [0, 0, 1, 1]
 
 
 def test_still_comes_once() -> None:
-    frames = load_video(picture(3), frames=32)
+    frames = load_video(picture(3), num_frames=32)
     assert frames is not None
     assert (frames.pixels.shape[1], frames.times_s.tolist()) == (1, [[0.0]])
 
@@ -64,8 +66,8 @@ def test_range_is_not_skipped_over(tmp_path: Path) -> None:
 def test_damaged_video_raises_or_gives_what_is_readable(tmp_path: Path) -> None:
     path = overwrite(make_video(tmp_path / "a.mp4", 100, options={"g": "10"}), 0.3, 0.4)
     with pytest.raises(DamagedVideo, match=r"a\.mp4"):
-        load_video(path, frames=50)
-    frames = load_video(path, frames=50, on_error="partial")
+        load_video(path, num_frames=50)
+    frames = load_video(path, num_frames=50, on_error="partial")
     assert frames is not None
     assert frames.pixels.shape[1] == frames.times_s.shape[1] == frames.mask.sum() < 50
     assert torch.all(frames.times_s.diff() > 0)

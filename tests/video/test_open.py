@@ -138,7 +138,7 @@ def test_reader_that_is_handed_over_stays_open(tmp_path: Path, name: str) -> Non
     path = make_gif(tmp_path / name, [50] * 20) if name == "a.gif" else make_video(tmp_path / name)
     with open_video(path) as video:
         assert probe(video) == video.info
-        frames = load_video(video, frames=2)
+        frames = load_video(video, num_frames=2)
         assert frames is not None
         assert indices_of(frames.pixels[0]) == [5, 15]
         assert indices_of(video.read([7])) == [7]

@@ -123,9 +123,9 @@ def test_pictures_beyond_the_bound_are_refused(tmp_path: Path, name: str) -> Non
         path = path if path.suffix else path.with_suffix(".png")
         Image.fromarray(picture(1)).save(path)
         path = tmp_path if name == "frames" else path
-    assert load_video(path, frames=1, max_pixels=64 * 32) is not None
+    assert load_video(path, num_frames=1, max_pixels=64 * 32) is not None
     with pytest.raises(UnreadableVideo, match=r"64×32 pixels, more than max_pixels=2047\. .*max_pixels=2048"):
-        load_video(path, frames=1, max_pixels=2047)
+        load_video(path, num_frames=1, max_pixels=2047)
 
 
 def test_frames_that_grow_beyond_the_bound_are_damage(tmp_path: Path) -> None:

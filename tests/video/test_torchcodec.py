@@ -166,7 +166,9 @@ def test_an_error_of_torchcodec_is_told(
 def test_a_frame_of_another_time_is_refused(tmp_path: Path, stand_in: type[StandIn]) -> None:
     stand_in.late_s = 0.04
     with pytest.raises(VideoError, match=r"frame 7 came with a time that is \+0.04 s off"):
-        load_video(make_video(tmp_path / "a.mp4"), frames=1, start_s=0.28, end_s=0.3, backend="torchcodec")
+        load_video(
+            make_video(tmp_path / "a.mp4"), num_frames=1, start_s=0.28, end_s=0.3, backend="torchcodec"
+        )
 
 
 def test_pictures_that_change_in_size_are_refused(tmp_path: Path, stand_in: type[StandIn]) -> None:
@@ -178,7 +180,9 @@ def test_pictures_that_change_in_size_are_refused(tmp_path: Path, stand_in: type
 
     stand_in.get_frame_at = smaller
     with pytest.raises(VideoError, match="its pictures change in size at frame 2"):
-        load_video(make_video(tmp_path / "a.mp4"), frames=1, start_s=0.08, end_s=0.1, backend="torchcodec")
+        load_video(
+            make_video(tmp_path / "a.mp4"), num_frames=1, start_s=0.08, end_s=0.1, backend="torchcodec"
+        )
 
 
 def test_playlists_are_refused_before_torchcodec_sees_them(tmp_path: Path, stand_in: type[StandIn]) -> None:

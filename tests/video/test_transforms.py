@@ -8,7 +8,7 @@ from torchvision import transforms
 
 from merv.errors import ShapeError
 from merv.types import Frames, Preset
-from merv.video.transforms import _two_passes, normalise, preprocess, resize
+from merv.video.transforms import _two_passes, normalize, preprocess, resize
 
 MODES = {"bicubic": transforms.InterpolationMode.BICUBIC, "bilinear": transforms.InterpolationMode.BILINEAR}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -32,7 +32,7 @@ def test_crop_equals_torchvision(
     pixels = pictures(*height_width)
     preset = Preset("crop", (32, 32), interpolation, short, MEAN, STD)  # type: ignore[arg-type]
     geometry = [transforms.Resize(short or 32, MODES[interpolation]), transforms.CenterCrop(32)]
-    assert torch.equal(normalise(resize(pixels, preset)[0], preset), by_torchvision(pixels, geometry))
+    assert torch.equal(normalize(resize(pixels, preset)[0], preset), by_torchvision(pixels, geometry))
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -40,7 +40,7 @@ def test_squash_equals_torchvision(interpolation: str) -> None:
     pixels = pictures(48, 85)
     preset = Preset("squash", (32, 24), interpolation, None, MEAN, STD)  # type: ignore[arg-type]
     geometry = [transforms.Resize((32, 24), MODES[interpolation])]
-    assert torch.equal(normalise(resize(pixels, preset)[0], preset), by_torchvision(pixels, geometry))
+    assert torch.equal(normalize(resize(pixels, preset)[0], preset), by_torchvision(pixels, geometry))
 
 
 @pytest.mark.parametrize(("height_width", "long"), [((48, 85), 56), ((85, 48), 56), ((30, 45), 48)])
@@ -60,7 +60,7 @@ def test_crop_rounded_down_equals_transformers(width: int) -> None:
     from transformers.image_transforms import center_crop
 
     pixels = pictures(8, width, frames=1)
-    cropped, _ = resize(pixels, Preset("crop", (8, 8), centre="down"))
+    cropped, _ = resize(pixels, Preset("crop", (8, 8), center="down"))
     theirs = center_crop(pixels[0].numpy(), (8, 8), input_data_format="channels_first")
     assert torch.equal(cropped[0], torch.from_numpy(theirs))
 
@@ -99,7 +99,7 @@ def test_batches_keep_times_and_mask() -> None:
     assert ready.pixels.shape == (2, 3, 3, 16, 16)
     assert ready.pixels.dtype == torch.float32
     assert torch.equal(ready.times_s, frames.times_s)
-    assert torch.equal(ready.pixels[1, 0], normalise(*resize_one(frames.pixels[1, 0])))
+    assert torch.equal(ready.pixels[1, 0], normalize(*resize_one(frames.pixels[1, 0])))
 
 
 def resize_one(picture: Tensor) -> tuple[Tensor, Preset]:
@@ -115,15 +115,18 @@ def test_floats_are_refused() -> None:
 @pytest.mark.parametrize("shape", [(32, 40), (40, 32), (36, 36), (7, 200)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear_plain"])
 def test_a_crop_that_can_be_made_fits_into_pictures_of_all_shapes(shape, interpolation) -> None:
-    preset = Preset("crop", (32, 64), interpolation, resize=64)
+    preset = Preset("crop", (32, 64), interpolation, resize_short_side=64)
     assert resize(pictures(*shape), preset)[0].shape[2:] == (32, 64)
 
 
 @pytest.mark.parametrize(
-    "options", [{"size": (32, 64)}, {"size": (64, 32)}, {"size": (64, 64), "resize": 60}]
+    "options",
+    [{"input_size": (32, 64)}, {"input_size": (64, 32)}, {"input_size": (64, 64), "resize_short_side": 60}],
 )
 def test_a_crop_that_some_pictures_lack_pixels_for_is_refused_when_it_is_made(options) -> None:
-    with pytest.raises(ShapeError, match=r"does not fit into all pictures .* give resize=64 or more"):
+    with pytest.raises(
+        ShapeError, match=r"does not fit into all pictures .* give resize_short_side=64 or more"
+    ):
         Preset("crop", **options)
 
 
@@ -177,11 +180,11 @@ def test_a_thread_of_a_picture_is_not_scaled_by_its_short_side() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"fit": "squish"}, "fit is one of squash, crop, letterbox; got 'squish'"),
+        ({"crop_mode": "squish"}, "crop_mode is one of squash, crop, letterbox; got 'squish'"),
         ({"interpolation": "nearest"}, "interpolation is one of bicubic, bilinear, bilinear_plain"),
-        ({"centre": "up"}, "centre is one of nearest, down"),
-        ({"size": 112}, "size is"),
-        ({"resize": 0}, "resize a short side, in pixels; got .* 0"),
+        ({"center": "up"}, "center is one of nearest, down"),
+        ({"input_size": 112}, "input_size is"),
+        ({"resize_short_side": 0}, "resize_short_side one side, in pixels; got .* 0"),
         ({"mean": 0.5}, "mean is a number per channel"),
         ({"mean": ("a", 0.5, 0.5)}, "mean is a number per channel"),
         ({"mean": (123, 117, 104)}, "pixels in .0, 1.; got .* divide it by 255"),
@@ -191,4 +194,4 @@ def test_a_thread_of_a_picture_is_not_scaled_by_its_short_side() -> None:
 )
 def test_a_preset_that_says_something_else_is_refused(options, said) -> None:
     with pytest.raises(ShapeError, match=said):
-        Preset(**{"fit": "crop", "size": (16, 16), **options})
+        Preset(**{"crop_mode": "crop", "input_size": (16, 16), **options})

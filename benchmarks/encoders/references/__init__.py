@@ -71,7 +71,7 @@ def weight(name: str, shape: Sequence[int]) -> Tensor:
 
 
 def moving_picture(frames: int, height: int = 240, width: int = 320) -> np.ndarray:
-    """uint8 RGB [T, H, W, 3]: a checkered disc crosses a coloured slope, under a little grain."""
+    """uint8 RGB [T, H, W, 3]: a checkered disc crosses a colored slope, under a little grain."""
     t = np.arange(frames)[:, None, None]
     y, x = np.arange(height)[None, :, None], np.arange(width)[None, None, :]
     slope = np.stack(
@@ -125,7 +125,7 @@ def each(transform: Callable[[Image.Image], Tensor]) -> Transform:
     return lambda images: torch.stack([transform(image) for image in images])
 
 
-def normalised(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalized(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(p / 255 - mean) / std in float32, [3, H, W]."""
     values = np.asarray(image, dtype=np.float32) / np.float32(255)
     values = (values - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
@@ -134,7 +134,7 @@ def normalised(image: Image.Image, mean: Sequence[float], std: Sequence[float]) 
 
 def squash(how: Image.Resampling, mean: Sequence[float], std: Sequence[float], side: int = 224) -> Transform:
     """The released MERV's preprocessing where it squashes: PIL's resize, then the numbers."""
-    return each(lambda image: normalised(image.resize((side, side), how), mean, std))
+    return each(lambda image: normalized(image.resize((side, side), how), mean, std))
 
 
 def crop(how: Image.Resampling, mean: Sequence[float], std: Sequence[float], side: int = 224) -> Transform:
@@ -144,6 +144,6 @@ def crop(how: Image.Resampling, mean: Sequence[float], std: Sequence[float], sid
         short = min(image.size)
         image = image.resize([length * side // short for length in image.size], how)
         left, top = (round((length - side) / 2) for length in image.size)
-        return normalised(image.crop((left, top, left + side, top + side)), mean, std)
+        return normalized(image.crop((left, top, left + side, top + side)), mean, std)
 
     return each(one)
