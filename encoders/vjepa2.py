@@ -21,7 +21,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Positions are rotations, so any number of frames goes. 16 at 256 pixels is what most of its training
 # saw, and its authors' probes on Kinetics; 64, of the last phase, cost 7 times as much.
 # variant: hub id, frames that see each other, size, short side before its processor's crop,
-# width, layers, heads, width within an MLP, licence, parameters
+# width, layers, heads, width within an MLP, license, parameters
 SIZES = {
     "large": ("vitl-fpc64-256", 16, 256, 292, 1024, 24, 16, 4096, "MIT", 303_885_312),
     "large-64-frames": ("vitl-fpc64-256", 64, 256, 292, 1024, 24, 16, 4096, "MIT", 303_885_312),
@@ -53,10 +53,10 @@ class VJEPA2(Encoder):
             patch=PATCH,
             layer="last, after the final norm",
             source=f"facebook/vjepa2-{name}",
-            weights_license=licence,
+            weights_license=license,
             parameters=parameters,
         )
-        for variant, (name, frames, size, resize, width, _, _, _, licence, parameters) in SIZES.items()
+        for variant, (name, frames, size, resize, width, _, _, _, license, parameters) in SIZES.items()
     }
 
     def build(self) -> None:

@@ -8,7 +8,7 @@ Shape legend, used in names and comments all over merv:
 Conventions: times are seconds from the start of the clip's own clock; masks are
 True where something real is; an extent is the rectangle that a grid or picture
 covers, as (top, left, bottom, right) in units of the original, upright picture:
-(0, 0, 1, 1) is the whole picture, a centre crop lies inside it, a letterbox
+(0, 0, 1, 1) is the whole picture, a center crop lies inside it, a letterbox
 reaches beyond it.
 """
 
@@ -175,7 +175,7 @@ class Grid(_Tensors):
     """Features of an encoder on its own space-time grid, or aligned to a common one.
 
     values: [B, t, h, w, D].
-    times_s: [B, t], the centre of each cell.
+    times_s: [B, t], the center of each cell.
     extent: [B, 4], the rectangle of the picture that the h×w cells cover.
     mask: [B, t, h, w], True where the value comes from a real part of the video.
     """

@@ -58,7 +58,7 @@ def test_every_entry_point_leads_to_a_module_of_the_wheel(wheel):
         assert value.partition(":")[0].replace(".", "/") + ".py" in wheel
 
 
-def test_the_licence_travels_along(wheel):
+def test_the_license_travels_along(wheel):
     assert message_from_bytes(metadata(wheel, "METADATA"))["License-Expression"] == "Apache-2.0"
     assert b"Apache License" in metadata(wheel, "licenses/LICENSE")
 

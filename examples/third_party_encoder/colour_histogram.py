@@ -32,11 +32,11 @@ class ColourHistogram(Encoder):
     }
 
     def build(self) -> None:
-        self.register_buffer("centres", torch.linspace(0, 1, BINS))
+        self.register_buffer("centers", torch.linspace(0, 1, BINS))
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Share of each bin in a cell: [B, T, 3, H, W], in [0, 1], → [B, T, h, w, 3 · bins]."""
         levels = pixels.clamp(0, 1)[..., None]
-        near = (1 - (levels - self.centres).abs() * (BINS - 1)).clamp_min(0)  # [..., bins], sums to 1
+        near = (1 - (levels - self.centers).abs() * (BINS - 1)).clamp_min(0)  # [..., bins], sums to 1
         cells = reduce(near, "b t c (h p) (w q) n -> b t h w c n", "mean", p=CELL, q=CELL)
         return rearrange(cells, "b t h w c n -> b t h w (c n)")

@@ -28,22 +28,22 @@ CARD = """\
 
 {parts}
 
-| encoder | class | variant | preset | weights | SHA-256 | their licence |
+| encoder | class | variant | preset | weights | SHA-256 | their license |
 |---|---|---|---|---|---|---|
 {encoders}
 
-The licence of an encoder's weights is what merv knows of it; that of the language model is on its own page.
+The license of an encoder's weights is what merv knows of it; that of the language model is on its own page.
 
 ## What was trained
 
 {trained}
 
-## Data, results, licence
+## Data, results, license
 
 - Trained on: {unknown}
 - Results, with the command that measured them: {unknown}
 - Limits and risks: {unknown}
-- Licence of what was trained: {unknown}; the licences of the parts above go on.
+- License of what was trained: {unknown}; the licenses of the parts above go on.
 """
 
 LOAD = {
@@ -80,7 +80,7 @@ def model_card(model: Any, repo_id: str, config: Mapping[str, Any]) -> str:
 
 
 def metadata(config: Mapping[str, Any]) -> str:
-    """What the hub reads: YAML. No licence, which is for whoever trained it to choose."""
+    """What the hub reads: YAML. No license, which is for whoever trained it to choose."""
     from huggingface_hub import ModelCardData
 
     llm, saved = config.get("llm"), config.get("vision", config)

@@ -25,7 +25,7 @@ class Thing:
     """Something that a clip can show, named by one word.
 
     frames: first and last + 1 frame of the excerpt, for footage; None for all of it.
-    credit: author and licence, as the package that ships it states them.
+    credit: author and license, as the package that ships it states them.
     held_out: True for what training never shows nor names.
     also: names of other things that could be said to be seen in it; nobody is asked whether
         those are there while this is shown.

@@ -101,7 +101,7 @@ def locate(weights: str | os.PathLike[str], names: Sequence[str] = WEIGHT_FILES)
     names: which files to look for in a folder or hub repository, best first. A hub id may carry a
     revision: "owner/name@revision". A whole commit that is in the cache is taken from there; otherwise
     the hub is asked, and the cache only where it does not answer. HF_HOME, HF_HUB_OFFLINE and HF_TOKEN
-    are honoured; see docs/weights.md. The name of what was found is an absolute path or a hub id, so
+    are honored; see docs/weights.md. The name of what was found is an absolute path or a hub id, so
     that it can be found again from another directory.
 
     Raises WeightsError where nothing is found; it says what else to type.

@@ -23,7 +23,7 @@ ENOUGH = 0.5  # of a target cell must be covered by real source cells for it to 
 
 
 class Aligner(nn.Module):
-    """Resample any (t, h, w) to one (t, h, w), honouring times, extents and masks.
+    """Resample any (t, h, w) to one (t, h, w), honoring times, extents and masks.
 
     grid: the common (t, h, w). A clip without duration (a still) gets one step of time.
     mode: `area` weights by overlap; `official` is the released MERV's AdaptiveAvgPool3d,
@@ -83,7 +83,7 @@ class Aligner(nn.Module):
 
 
 def cell_edges(times_s: Tensor) -> Tensor:
-    """Start and end of cells, from their centres: [B, t] → [B, t, 2].
+    """Start and end of cells, from their centers: [B, t] → [B, t, 2].
 
     Neighbours meet half-way; the outer cells are symmetric. Cells that all have the same
     time (a still repeated) have no width.

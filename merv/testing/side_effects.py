@@ -145,7 +145,7 @@ def _watched_import(module: str) -> list[str]:
     if moved:
         found.append("moves torch's random state")
     if torch.cuda.is_initialized():
-        found.append("initialises CUDA")
+        found.append("initializes CUDA")
     if printed.getvalue():
         found.append(f"prints {printed.getvalue()[:80]!r}")
     found += [f"warns: {warning.category.__name__}: {warning.message}" for warning in warned]

@@ -64,8 +64,8 @@ def _draw_frames(axes: Any, pictures: Sequence[np.ndarray], times_s: Sequence[fl
     gap = ((0, 0), (0, 4), (0, 0))
     axes.imshow(np.concatenate([np.pad(picture, gap, constant_values=255) for picture in pictures], axis=1))
     width = pictures[0].shape[1] + 4
-    centres = [width * (i + 0.5) for i in range(len(pictures))]
-    axes.set_xticks(centres, [f"{time:.1f} s" for time in times_s])
+    centers = [width * (i + 0.5) for i in range(len(pictures))]
+    axes.set_xticks(centers, [f"{time:.1f} s" for time in times_s])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
 

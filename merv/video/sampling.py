@@ -26,7 +26,7 @@ NOISE_S = 1e-6  # 0.1 + 0.2 is not 0.3: a time this little before a frame still 
 
 
 def uniform_times(duration_s: float, frames: int, start_s: float = 0.0) -> list[float]:
-    """Centres of `frames` equal segments of the `duration_s` seconds that begin at `start_s`.
+    """Centers of `frames` equal segments of the `duration_s` seconds that begin at `start_s`.
 
     >>> uniform_times(8.0, 4)
     [1.0, 3.0, 5.0, 7.0]
@@ -36,7 +36,7 @@ def uniform_times(duration_s: float, frames: int, start_s: float = 0.0) -> list[
 
 
 def fps_times(duration_s: float, fps: float, max_frames: int, start_s: float = 0.0) -> list[float]:
-    """Centres of consecutive stretches of 1/fps seconds; `uniform_times` where that is too many.
+    """Centers of consecutive stretches of 1/fps seconds; `uniform_times` where that is too many.
 
     The last stretch may run past the end of the clip, its time does not. At least one time comes
     out, however short the clip.
@@ -103,7 +103,7 @@ def frame_indices_at(times_s: Sequence[float], wanted_s: Sequence[float]) -> lis
 class Sampling:
     """How times are chosen, and from which part of a clip.
 
-    mode: `uniform`, centres of equal segments, or at a rate where `fps` or the encoder gives
+    mode: `uniform`, centers of equal segments, or at a rate where `fps` or the encoder gives
         one; `fps`, always at a rate; `segment`, random within equal segments; `official`,
         index for index as the released MERV.
     start_s, end_s: the part of the clip to look at; an end beyond the clip's is the clip's.

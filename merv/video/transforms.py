@@ -53,7 +53,7 @@ def resize(pixels: Tensor, preset: Preset, resample: Resample = "exact") -> tupl
 
     The extent is in units of the pictures that came. Pixels stay uint8, 0 to 255, except with
     `bilinear_plain`, which makes floats, 0 to 1. It depends on the preset's fit, size, resize,
-    interpolation and centre, and for a letterbox on its mean. Nothing is resampled to its own size.
+    interpolation and center, and for a letterbox on its mean. Nothing is resampled to its own size.
 
     resample: `exact` resamples as PIL does, one picture after the other, on the CPU; `fast` by torch,
     columns before rows, as PIL did before version 13 (now it begins with rows where the height shrinks
@@ -163,7 +163,7 @@ def _whole(pixels: Tensor, preset: Preset) -> tuple[Tensor, Extent]:
 
 
 def _crop(pixels: Tensor, preset: Preset) -> tuple[Tensor, Extent]:
-    """The centre of `preset.input_size`, where `preset.center` puts it."""
+    """The center of `preset.input_size`, where `preset.center` puts it."""
     (height, width), (want_h, want_w) = pixels.shape[2:], preset.input_size
     place = round if preset.center == "nearest" else math.floor
     top, left = place((height - want_h) / 2), place((width - want_w) / 2)

@@ -53,7 +53,7 @@ def test_every_variant_has_the_shape_and_size_of_its_spec(encoder, variant):
 
 
 @pytest.mark.parametrize(("encoder", "variant"), VARIANTS)
-def test_every_variant_declares_both_presets_a_source_and_a_licence(encoder, variant):
+def test_every_variant_declares_both_presets_a_source_and_a_license(encoder, variant):
     spec = encoder.variants[variant]
     assert list(spec.presets) == ["merv", "upstream"]
     assert spec.source

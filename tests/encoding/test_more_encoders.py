@@ -48,8 +48,8 @@ def small(monkeypatch):
     )
     for variant, (source, _, _, _, norm, parameters) in videomae.SIZES.items():
         monkeypatch.setitem(videomae.SIZES, variant, (source, WIDTH, 1, HEADS, norm, parameters))
-    for variant, (name, frames, size, resize, *_, licence, parameters) in vjepa2.SIZES.items():
-        row = (name, frames, size, resize, WIDTH, 1, HEADS, 4 * WIDTH, licence, parameters)
+    for variant, (name, frames, size, resize, *_, license, parameters) in vjepa2.SIZES.items():
+        row = (name, frames, size, resize, WIDTH, 1, HEADS, 4 * WIDTH, license, parameters)
         monkeypatch.setitem(vjepa2.SIZES, variant, row)
 
 
@@ -87,7 +87,7 @@ def test_every_variant_has_the_shape_and_size_of_its_spec(encoder, variant, monk
 
 
 @pytest.mark.parametrize(("encoder", "variant"), VARIANTS)
-def test_every_variant_declares_both_presets_a_source_and_a_licence(encoder, variant):
+def test_every_variant_declares_both_presets_a_source_and_a_license(encoder, variant):
     spec = encoder.variants[variant]
     assert list(spec.presets) == ["merv", "upstream"]
     assert spec.presets["merv"].crop_mode == "squash"

@@ -17,7 +17,7 @@ def grid_of(values, times_s=None, extent=WHOLE_PICTURE, mask=None) -> Grid:
 
 
 def place_grid(h: int, w: int, extent=WHOLE_PICTURE, t: int = 1) -> Grid:
-    """A grid whose every cell says where in the picture its centre is: (row, column) in [0, 1]."""
+    """A grid whose every cell says where in the picture its center is: (row, column) in [0, 1]."""
     top, left, bottom, right = extent
     rows = top + (torch.arange(h) + 0.5) / h * (bottom - top)
     columns = left + (torch.arange(w) + 0.5) / w * (right - left)

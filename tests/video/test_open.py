@@ -163,7 +163,7 @@ def test_photo_is_turned_as_its_exif_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp"])
-def test_animation_honours_its_durations(tmp_path: Path, suffix: str) -> None:
+def test_animation_honors_its_durations(tmp_path: Path, suffix: str) -> None:
     with open_video(make_gif(tmp_path / f"a.{suffix}", [50, 200, 100])) as video:
         assert video.info.times_s == pytest.approx([0.0, 0.05, 0.25])
         assert video.info.duration_s == pytest.approx(0.35)

@@ -77,9 +77,9 @@ def moving_picture(frames: int, height: int = 240, width: int = 320) -> np.ndarr
     slope = np.stack(
         np.broadcast_arrays(x * 200 // width, y * 200 // height + 0 * x, (x + y + 8 * t) % 200), -1
     )
-    from_centre = (x - (20 + t * (width - 40) // frames)) ** 2 + (y - height // 2 - (t * 37 % 60 - 30)) ** 2
+    from_center = (x - (20 + t * (width - 40) // frames)) ** 2 + (y - height // 2 - (t * 37 % 60 - 30)) ** 2
     checks = ((x // 9 + y // 7 + t) % 2 * 215 + 20)[..., None] * np.array([1, 0, 1]) + np.array([0, 90, 0])
-    picture = np.where((from_centre < (height // 4) ** 2)[..., None], checks, slope)
+    picture = np.where((from_center < (height // 4) ** 2)[..., None], checks, slope)
     grain = np.random.PCG64(0).random_raw(picture.size).reshape(picture.shape) % np.uint64(21)
     return (picture + grain.astype(np.int64)).astype(np.uint8)
 
@@ -138,7 +138,7 @@ def squash(how: Image.Resampling, mean: Sequence[float], std: Sequence[float], s
 
 
 def crop(how: Image.Resampling, mean: Sequence[float], std: Sequence[float], side: int = 224) -> Transform:
-    """Where it crops: the short side by PIL's resize, the centre, then the numbers."""
+    """Where it crops: the short side by PIL's resize, the center, then the numbers."""
 
     def one(image: Image.Image) -> Tensor:
         short = min(image.size)

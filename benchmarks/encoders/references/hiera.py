@@ -28,7 +28,7 @@ BLOCKS = "blocks", "blocks"
 
 
 def _slowfast(images: list[Image.Image]) -> Tensor:
-    """Numbers first, then the short side by F.interpolate, then the centre. For pictures that lie."""
+    """Numbers first, then the short side by F.interpolate, then the center. For pictures that lie."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float() / 255
     pixels = rearrange((pixels - 0.45) / 0.225, "t h w c -> t c h w")
     width = math.floor(pixels.shape[3] / pixels.shape[2] * 224)

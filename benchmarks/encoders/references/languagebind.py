@@ -70,7 +70,7 @@ def _transform(images: list[Image.Image]) -> Tensor:
 
 
 def _formula(images: list[Image.Image]) -> Tensor:
-    """/255, mean and std, short side 224 bilinear on floats without antialiasing, centre."""
+    """/255, mean and std, short side 224 bilinear on floats without antialiasing, center."""
     mean = torch.tensor((0.48145466, 0.4578275, 0.40821073))
     std = torch.tensor((0.26862954, 0.26130258, 0.27577711))
     clip = (torch.from_numpy(np.stack([np.asarray(image) for image in images])) / 255 - mean) / std
