@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
 def train(out: Path, steps: int | None, seed: int, further: Sequence[str] = ()) -> None:
     """`merv fit --config demo` on the data in `out`."""
+    from merv.utils.torch_modules import bfloat16_is_slow
+
     options = [
         f"--seed_everything={seed}",
         f"--trainer.default_root_dir={out}",
@@ -65,6 +67,9 @@ def train(out: Path, steps: int | None, seed: int, further: Sequence[str] = ()) 
         f"--model.feature_store={out / 'features'}",
         f"--data.train={out / 'train.jsonl'}",
     ]
+    if bfloat16_is_slow():
+        print("This CPU has no fast bfloat16, so the language model is run in float32: --model.dtype=fp32.")
+        options.append("--model.dtype=fp32")
     if steps is not None:
         options += [f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1"]
     fit(["--config", "demo", *options, *further])

@@ -6,6 +6,7 @@ global batch, however many processes and micro-batches that batch was cut into.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,9 @@ from merv.utils.distributed import (
     unsharded,
 )
 from merv.utils.suggest import nearest
+from merv.utils.torch_modules import bfloat16_is_slow
+
+logger = logging.getLogger(__name__)
 
 OPTIMIZER = ("lr", "lr_overrides", "betas", "weight_decay", "warmup")
 
@@ -177,6 +181,11 @@ class Training(LightningModule):
                 f"The LLM is in {str(model.llm.dtype).removeprefix('torch.')}, where small steps of its "
                 "weights are lost. Set dtype: fp32 (with trainer.precision: bf16-mixed for speed), or train "
                 "a lora."
+            )
+        if self.device.type == "cpu" and model.llm.dtype == torch.bfloat16 and bfloat16_is_slow():
+            logger.warning(
+                "The LLM is in bfloat16, which is many times slower than float32 on this CPU. "
+                "--model.dtype=fp32 is faster here."
             )
 
     def _compile(self, part: str) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from merv.cli.fit import NOISE
 from merv.cli.main import main
-from merv.demo import clips, material, run
+from merv.demo import clips, material
 from merv.demo.run import without_video
 from merv.testing import tiny_llm
 
@@ -18,7 +18,7 @@ def tiny(tmp_path, monkeypatch):
     """The demo with photographs only, few clips, a tiny LLM and the fake encoders."""
     tiny_llm(tmp_path / "llm")
     monkeypatch.setattr(material, "things", material.photographs)
-    monkeypatch.setattr(run, "COUNTS", {"train": 4, "held_out": 8, "unseen": 2})
+    monkeypatch.setattr("merv.cli.demo.COUNTS", {"train": 4, "held_out": 8, "unseen": 2})
     monkeypatch.setattr(clips, "FRAMES", (64, 72))
     monkeypatch.chdir(tmp_path)
     return [

@@ -1,0 +1,35 @@
+"""What is known of modules, and of the CPU that they run on."""
+
+import pytest
+import torch
+from torch import nn
+
+from merv.utils import torch_modules
+from merv.utils.torch_modules import bfloat16_is_slow, first_unlike, without_weights
+
+
+@pytest.mark.parametrize(("bfloat16_s", "slow"), [(0.03, True), (0.002, False), (0.0005, False)])
+def test_bfloat16_is_slow_where_it_takes_many_times_as_long(monkeypatch, bfloat16_s, slow):
+    took_s = {torch.float32: 0.001, torch.bfloat16: bfloat16_s}
+    monkeypatch.setattr(torch_modules, "_matmul_s", took_s.get)
+    assert bfloat16_is_slow() == slow
+
+
+def test_a_product_takes_some_time():
+    assert torch_modules._matmul_s(torch.float32) > 0
+
+
+def test_what_computes_with_its_weights_is_built_on_the_cpu_and_draws_nothing():
+    state = torch.get_rng_state()
+    built = without_weights(lambda: nn.Linear(2, int(torch.ones(()).item()) + 1))
+    assert built.weight.device.type == "cpu"
+    assert torch.equal(torch.get_rng_state(), state)
+    assert without_weights(lambda: nn.Linear(2, 2)).weight.is_meta
+
+
+def test_a_class_a_part_and_a_shape_that_differ_are_named():
+    one = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    assert first_unlike(one, nn.Sequential(nn.Linear(2, 2), nn.ReLU())) is None
+    assert "1 is" in first_unlike(one, nn.Sequential(nn.Linear(2, 2), nn.GELU()))
+    assert "absent" in first_unlike(one, nn.Sequential(nn.Linear(2, 2)))
+    assert "0.weight is [2, 2]" in first_unlike(one, nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
