@@ -16,6 +16,7 @@ from types import ModuleType
 import pytest
 
 from merv.cli import main as cli
+from merv.training.recipes import described
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -141,3 +142,16 @@ def test_every_file_that_the_docs_name_is_there():
         named = [ROOT / path for path in re.findall(rf"`((?:{roots})/[\w/.-]+\.\w+)`", text)]
         named += [ROOT / "merv" / path for path in re.findall(rf"[` ]((?:{inside})/\w+\.py)", text)]
         assert all(path.exists() for path in named), [str(path) for path in named if not path.exists()]
+
+
+def test_every_option_that_the_docs_name_is_one():
+    parts = "model|data|checkpoints|sample_answers"
+    named = set()
+    for page in [*PAGES, *sorted((ROOT / "recipes").rglob("*.yaml"))]:
+        text = page.read_text()
+        named |= set(re.findall(rf"--({parts})\.(\w+)", text))
+        named |= set(re.findall(rf"`({parts})\.(\w+)`", text))
+    named.discard(("model", "safetensors"))  # a file
+    assert len(named) > 10
+    options = {part: described(part)[1] for part in parts.split("|")}
+    assert [f"{part}.{name}" for part, name in sorted(named) if name not in options[part]] == []
