@@ -51,14 +51,16 @@ def average(
             shutil.copytree(llm, fresh / source)
 
 
-def _normalized(count: int, weights: Sequence[float] | None) -> list[float]:
+def _normalized(count: int, coefficients: Sequence[float] | None) -> list[float]:
     """What each counts, summing to 1."""
-    given = [1.0] * count if weights is None else list(weights)
+    given = [1.0] * count if coefficients is None else list(coefficients)
     if count < 2 or len(given) != count:
-        raise CheckpointError(f"An average takes two checkpoints or more; got {count}, {len(given)} weights.")
-    if not all(math.isfinite(weight) and weight >= 0 for weight in given) or not sum(given):
-        raise CheckpointError(f"Weights are numbers from 0 up, not all of them 0; got {given}.")
-    return [weight / sum(given) for weight in given]
+        raise CheckpointError(
+            f"An average takes two checkpoints or more; got {count}, {len(given)} coefficients."
+        )
+    if not all(math.isfinite(each) and each >= 0 for each in given) or not sum(given):
+        raise CheckpointError(f"Coefficients are numbers from 0 up, not all of them 0; got {given}.")
+    return [each / sum(given) for each in given]
 
 
 def _same_config(folders: Sequence[Path]) -> tuple[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from merv.errors import TrainingError
 from merv.training.recipes import check_keys, with_recipes
 from merv.utils.suggest import nearest
 
-GPU, UTILISATION, FULL = "h100", 0.4, 0.92
+GPU, UTILIZATION, FULL = "h100", 0.4, 0.92
 ABOUT = """\
 What a run of `merv fit` will take: tokens, parameters, FLOPs, memory, disk, hours, and what to change
 where it does not fit. The arguments are those of `merv fit`. No weights are read: one step is run on
@@ -49,7 +49,7 @@ def parser(recipe: bool = True) -> Any:
     made.add_argument("-c", "--config", action=ActionConfigFile, help="a recipe, by name or path")
     made.add_argument("--gpu", default=GPU, help=f"one of {', '.join(GPUS)}, or cpu (default: {GPU})")
     made.add_argument(
-        "--utilization", type=float, default=UTILISATION, help="share of the GPU's peak that is reached"
+        "--utilization", type=float, default=UTILIZATION, help="share of the GPU's peak that is reached"
     )
     made.add_argument("--tflops", type=float, help="peak of a device that is not in the list")
     made.add_argument("--memory", type=float, help="memory of a device that is not in the list, in GB")
@@ -67,7 +67,7 @@ def parser(recipe: bool = True) -> Any:
     made.add_class_arguments(Training, "model")
     made.add_class_arguments(ChatData, "data")
     made.add_class_arguments(Checkpoints, "checkpoints", instantiate=False)
-    made.add_argument("--answers", type=dict, default={}, help="as for merv fit; changes nothing here")
+    made.add_argument("--sample_answers", type=dict, default={}, help="as for merv fit; changes nothing here")
     for ignored in ("seed_everything", "ckpt_path"):
         made.add_argument(f"--{ignored}", help="as for merv fit; changes nothing here")
     return made

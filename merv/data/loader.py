@@ -283,7 +283,7 @@ class Loader:
             "batch_size": order.batch_size,
             "processes": order.processes,
             "seed": order.seed,
-            "group": order.kinds is not None,
+            "group_by_length": order.kinds is not None,
         }
 
 

@@ -123,11 +123,11 @@ class StreamLoader(Loader):
         reader = self.reader
         return {
             "batch_size": reader.batch_size,
-            "block": reader.block,
+            "shuffle_buffer_size": reader.block,
             "processes": reader.processes,
-            "workers": self.workers,
+            "num_workers": self.workers,
             "seed": self.order.seed,
-            "length": len(self),
+            "batches_per_epoch": len(self),
         }
 
 

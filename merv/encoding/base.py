@@ -160,7 +160,7 @@ class Encoder(nn.Module):
         return super().train(False)
 
     def forward(self, frames: Frames) -> Grid:
-        """Features on the encoder's own grid; T must be a multiple of the spec's window.
+        """Features on the encoder's own grid; T must be a multiple of the spec's window_size.
 
         Raises ShapeError where the frames are not what the spec and preset declare.
         """

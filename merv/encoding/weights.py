@@ -1,7 +1,7 @@
 """Weights: find them on a hub, in a folder, file or installed package; load them key by key.
 
 Two steps, so that an encoder can read the config.json beside its weights before it builds its
-network: `locate` turns what a user typed into a `Source`, `fill` copies a state dict into a module
+network: `locate` turns what a user typed into a `Source`, `load_exactly` copies a state dict into a module
 and accepts no key missing, none left over and none of another shape. Nothing is ever substituted
 for what was asked, and no file is ever fully unpickled.
 """

@@ -64,7 +64,7 @@ def _encode(encoder: Encoder, windows: Sequence[Frames]) -> list[Grid]:
 
 
 def _groups(windows: Sequence[Frames]) -> Iterator[list[Frames]]:
-    """Neighbours of equal length, together at most FRAMES_AT_ONCE frames (or one window)."""
+    """Neighbors of equal length, together at most FRAMES_AT_ONCE frames (or one window)."""
     group: list[Frames] = []
     for window in windows:
         frames = window.mask.shape[1]

@@ -97,9 +97,9 @@ class Reader:
         """Encoder name → where a store keeps this video's features."""
         return {name: video_key(video, request.cache_key) for name, request in self.requests.items()}
 
-    def read(self, video: Any, only: Iterable[str] | None = None) -> Clip:
+    def read(self, video: Any, encoders: Iterable[str] | None = None) -> Clip:
         """Probe, sample, decode and preprocess, for all encoders or some of them."""
-        requests = self.requests if only is None else {name: self.requests[name] for name in only}
+        requests = self.requests if encoders is None else {name: self.requests[name] for name in encoders}
         return prepare(
             video, requests, self.sampling, self.num_frames, resample=self.resample, backend=self.backend
         )
@@ -176,7 +176,7 @@ def aligner_key(aligner: nn.Module) -> tuple[Any, ...]:
 
 
 def _fact(value: Any) -> Any:
-    """A value of a module as something whose repr is equal for equal values only."""
+    """A value of a module as something whose repr is equal for equal values encoders."""
     if isinstance(value, torch.Tensor):
         return values_digest(nn.ParameterList([nn.Parameter(value, requires_grad=False)]))
     if isinstance(value, (list, tuple)):

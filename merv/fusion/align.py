@@ -85,7 +85,7 @@ class Aligner(nn.Module):
 def cell_edges(times_s: Tensor) -> Tensor:
     """Start and end of cells, from their centers: [B, t] → [B, t, 2].
 
-    Neighbours meet half-way; the outer cells are symmetric. Cells that all have the same
+    Neighbors meet half-way; the outer cells are symmetric. Cells that all have the same
     time (a still repeated) have no width.
 
     >>> cell_edges(torch.tensor([[1., 3., 5.]]))[0].tolist()

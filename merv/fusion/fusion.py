@@ -61,7 +61,7 @@ class Fusion(nn.Module):
     ) -> None:
         super().__init__()
         if not is_count(output_dim):
-            raise ShapeError(f"The width of the tokens is a whole number of at least 1; got {output_dim!r}.")
+            raise ShapeError(f"output_dim is a whole number of at least 1; got {output_dim!r}.")
         self.names, self.output_dim, self.folded = list(embed_dims), int(output_dim), folded
         self.norm = norm
         self.mixer_options, self.projector_options = dict(mixer_options or {}), dict(projector_options or {})

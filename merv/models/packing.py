@@ -1,4 +1,4 @@
-"""Pack: prompts with visual tokens → the LLM's input, padded, masked, labelled.
+"""Pack: prompts with visual tokens → the LLM's input, padded, masked, labeled.
 
 Conversations about the same video may share it: a group of them is packed into one row, their
 common beginning once, then each one's own turn as a branch that sees the beginning and itself.

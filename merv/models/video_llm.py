@@ -27,7 +27,7 @@ from merv.models.trainable import TrainablePartsMixin
 class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMixin):
     """Any causal LM, any encoders: chat messages with videos in, answers out.
 
-    llm, tokenizer: of transformers. vision: a MultiEncoder whose width is the LLM's.
+    llm, tokenizer: of transformers. vision: a MultiEncoder whose output_dim is the LLM's width.
     feature_store: where aligned features are kept, so that encoders run once per video.
 
     Raises ShapeError where the widths differ.
@@ -54,7 +54,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         if vision.fusion is None or vision.fusion.output_dim != width:
             came = None if vision.fusion is None else vision.fusion.output_dim
             raise ShapeError(
-                f"The LLM is {width} wide; build the MultiEncoder with width={width}, not {came}."
+                f"The LLM is {width} wide; build the MultiEncoder with output_dim={width}, not {came}."
             )
         self.llm, self.tokenizer, self.vision = llm, tokenizer, vision
         self.feature_store = feature_store

@@ -16,13 +16,13 @@ from merv.models.named_encoders import by_name
 from merv.models.video_llm import VideoLLM
 from merv.utils.suggest import nearest
 
-SAME = ("grid", "norm", "align", "backend", "resample")  # in `start` and here
+SAME = ("grid", "norm", "align", "backend", "resample")  # in `init_from` and here
 
 
 def check_named(h: Any) -> None:
     """Raise TrainingError for a part that options name and there is not, UnknownPlugin for a plug-in."""
     named = by_name(h.encoders)
-    for typed in named.values():  # by the user, so that the folder of `start` may name it too
+    for typed in named.values():  # by the user, so that the folder of `init_from` may name it too
         find_encoder(name_and_variant(str(typed))[0])
     MIXERS.load(h.mixer)
     PROJECTORS.load(h.projector)

@@ -307,7 +307,7 @@ class Training(LightningModule):
             hits = self.right.get(kind, [])
             right, count = sum_over_processes([sum(hits), len(hits)], self.device)
             every.append((right, count))
-            name = f"{kind}_" if kind in ("all", "loss", "accuracy") else kind or "accuracy"
+            name = f"{kind}_" if kind in ("exact_match", "loss", "accuracy") else kind or "accuracy"
             self.log(f"val/{name}", right / count, sync_dist=True)
         missed, tokens = sum_over_processes([self.missed, self.asked_tokens], self.device)
         if every:

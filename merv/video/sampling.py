@@ -191,5 +191,5 @@ class Sampling:
 
 def _positive(frames: int) -> int:
     if not is_count(frames):
-        raise SamplingError(f"Sampling wants a whole number of frames, at least 1; got frames={frames!r}.")
+        raise SamplingError(f"Sampling wants a whole number of frames, at least 1; got {frames!r}.")
     return frames

@@ -32,7 +32,7 @@ def preprocess(frames: Frames, preset: Preset, resample: Resample = "exact") -> 
     `frames` are. Raises ShapeError for pixels that are not uint8, and for a crop from a picture that is
     more than 32 times as long as it is wide, or as wide as it is long.
 
-    >>> preset = Preset("crop", size=(32, 32))
+    >>> preset = Preset("crop", input_size=(32, 32))
     >>> ready = preprocess(Frames.of(torch.zeros(1, 2, 3, 48, 64, dtype=torch.uint8)), preset)
     >>> ready.pixels.shape
     torch.Size([1, 2, 3, 32, 32])
@@ -52,8 +52,9 @@ def resize(pixels: Tensor, preset: Preset, resample: Resample = "exact") -> tupl
     """The preset's geometry alone: uint8 [T, 3, H, W] to [T, 3, *preset.input_size], and its extent.
 
     The extent is in units of the pictures that came. Pixels stay uint8, 0 to 255, except with
-    `bilinear_plain`, which makes floats, 0 to 1. It depends on the preset's fit, size, resize,
-    interpolation and center, and for a letterbox on its mean. Nothing is resampled to its own size.
+    `bilinear_plain`, which makes floats, 0 to 1. It depends on the preset's crop_mode, input_size,
+    resize_short_side, interpolation and center, and for a letterbox on its mean. Nothing is resampled to its
+    own size.
 
     resample: `exact` resamples as PIL does, one picture after the other, on the CPU; `fast` by torch,
     columns before rows, as PIL did before version 13 (now it begins with rows where the height shrinks
@@ -172,7 +173,7 @@ def _crop(pixels: Tensor, preset: Preset) -> tuple[Tensor, Extent]:
 
 
 def _letterbox(pixels: Tensor, preset: Preset) -> tuple[Tensor, Extent]:
-    """Centred on `preset.input_size`, the rest filled with the preset's mean."""
+    """Centered on `preset.input_size`, the rest filled with the preset's mean."""
     (height, width), (want_h, want_w) = pixels.shape[2:], preset.input_size
     top, left = (want_h - height) // 2, (want_w - width) // 2
     mean = _channels(preset.mean, pixels)

@@ -137,7 +137,7 @@ def test_counts_are_kept_where_they_are_equal_and_refused_where_not(tmp_path):
     ("count", "weights", "said"),
     [
         (1, None, "two checkpoints or more; got 1"),
-        (2, [1.0], "got 2, 1 weights"),
+        (2, [1.0], "got 2, 1 coefficients"),
         (2, [1.0, -1.0], r"from 0 up, not all of them 0; got \[1\.0, -1\.0\]"),
         (2, [0.0, 0.0], "not all of them 0"),
         (2, [1.0, float("nan")], "from 0 up"),
