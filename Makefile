@@ -1,4 +1,4 @@
-# make demo    watch a language model learn to see, about ten minutes on 2 cores
+# make demo    watch a language model learn to see, about a quarter of an hour on 2 cores
 # make test    all tests, with coverage
 # make check   format, lint, types
 # make env     only the environment, in .venv
