@@ -122,7 +122,7 @@ def test_an_answered_conversation_cannot_be_answered():
 
 def test_another_width_is_refused():
     llm, tokenizer = tiny_llm()
-    with pytest.raises(ShapeError, match=f"width={llm.config.hidden_size}, not 8"):
+    with pytest.raises(ShapeError, match=f"output_dim={llm.config.hidden_size}, not 8"):
         VideoLLM(llm, tokenizer, MultiEncoder(["fake"], output_dim=8))
 
 
