@@ -1,10 +1,11 @@
 # make demo    watch a language model learn to see, about a quarter of an hour on 2 cores
-# make test    all tests, with coverage
+# make test    all tests, with coverage, in two processes
 # make check   format, lint, types
 # make env     only the environment, in .venv
 
 PYTHON ?= python3
 BIN := .venv/bin
+TEST_PROCESSES ?= 2
 
 .PHONY: demo test check env clean
 
@@ -15,7 +16,8 @@ demo: env
 
 test: env
 	@echo "== test: all tests and every example of the documentation"
-	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal \
+		--cov --cov-report=term:skip-covered --cov-fail-under=90
 
 check: env
 	@echo "== format"
