@@ -93,7 +93,7 @@ def run(argv: Sequence[str]) -> int:
     memory = (config.memory or (device.memory if device else math.inf)) * 1e9
     started = made.instantiate_classes(config)
     setup = setup_of(config.trainer, config.checkpoints.save_total_limit + (config.data.val is not None))
-    plan = make_plan(started.model, started.data, setup, gpu=config.gpu != "cpu", probe=config.samples)
+    plan = make_plan(started.model, started.data, setup, gpu=config.gpu != "cpu", num_samples=config.samples)
     fits = plan.peak <= FULL * memory
     seconds = None if tflops is None else plan.seconds(tflops, config.utilization)
     advice = [] if fits else list(advise(config, plan, memory))
@@ -143,7 +143,7 @@ def advise(config: Any, plan: Any, memory: float) -> Iterator[str]:
         yield "--model.trainable='[projector,mixer,lora]': no gradients and states of the LLM"
     elif model["quantize"] is None and plan.memory["weights of LLM"] > 0.25 * memory:
         yield "--model.quantize=nf4: a quarter of the language model's weights (QLoRA with lora trained)"
-    if not plan.kept and plan.memory["weights of encoders"] > 0.1 * memory:
+    if not plan.stores_features and plan.memory["weights of encoders"] > 0.1 * memory:
         yield "--model.feature_store=FOLDER: features are made before training"
     if not setup.sharded:
         yield "--trainer.strategy=sharded --trainer.devices=N: the LLM and its training split over N"
@@ -203,7 +203,7 @@ def lines(plan: Any, config: Any, memory: float, seconds: float | None) -> Itera
         if flops:
             yield name, f"{flops / 1e12:,.3g} TFLOP", ""
     yield "in all", f"{sum(plan.flops.values()) / 1e12:,.3g} TFLOP", ""
-    if plan.kept:
+    if plan.stores_features:
         yield "encoders, once a video", f"{plan.encode_flops / 1e12:,.3g} TFLOP", ""
     yield "Run", "", ""
     yield "devices", str(setup.devices), "sharded" if setup.sharded else ""

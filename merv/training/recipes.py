@@ -1,4 +1,4 @@
-"""Recipes: found by name, their keys checked against the options that they set; imports nothing heavy."""
+"""Recipes: find them by name and check their keys, without importing torch or Lightning."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from merv.errors import TrainingError
 from merv.utils.suggest import nearest
 
-# Part of a recipe → package, file under it and class that have its options.
+# Part of a recipe → package, file and class that define its options.
 PARTS = {
     "trainer": ("lightning", "pytorch/trainer/trainer.py", "Trainer"),
-    "model": ("merv", "training/module.py", "Training"),
+    "model": ("merv", "training/options.py", "TrainingOptions"),
     "data": ("merv", "data/module.py", "ChatData"),
     "checkpoints": ("merv", "training/checkpointing.py", "Checkpoints"),
     "sample_answers": ("merv", "training/callbacks.py", "SampleAnswers"),
@@ -23,7 +23,7 @@ SINGLE = ("config", "c", "seed_everything", "ckpt_path", "weights_only", "print_
 
 
 def recipes() -> dict[str, Path]:
-    """Name → file of every installed recipe.
+    """Name → file of each installed recipe.
 
     >>> "demo" in recipes()
     True
@@ -35,7 +35,7 @@ def recipes() -> dict[str, Path]:
 
 
 def with_recipes(argv: Sequence[str]) -> list[str]:
-    """The arguments with each `--config NAME` of a recipe turned into its path.
+    """The arguments, with the name of a recipe in `--config NAME` replaced by its path.
 
     Raises TrainingError for a name that is neither a recipe nor a file.
     """
@@ -48,8 +48,8 @@ def with_recipes(argv: Sequence[str]) -> list[str]:
             path = known.get(name, Path(name))
             if not path.is_file():
                 raise TrainingError(
-                    f"No recipe and no file is called {name!r}.{nearest(name, known)} "
-                    f"Recipes: {', '.join(known)}."
+                    f"Unknown recipe {name!r}.{nearest(name, known)} Pass a file, or one of: "
+                    f"{', '.join(known)}."
                 )
             if value:
                 out[i] = f"{option}={path}"
@@ -59,39 +59,47 @@ def with_recipes(argv: Sequence[str]) -> list[str]:
 
 
 def check_keys(argv: Sequence[str], also: Sequence[str] = ()) -> None:
-    """Raise TrainingError for a key, in a recipe or typed, that no part has: it names the nearest.
+    """Check every key, in recipes and typed, against the options of its part.
 
-    also: further options that a command takes.
+    Args:
+        argv: Arguments of `merv fit`, recipes as paths.
+        also: Further options of the command.
+
+    Raises:
+        TrainingError: An unknown key; the message names the nearest one.
     """
     known = {**options(), **{option: {} for option in also}}
-    for where, key in _keys(argv):
+    for origin, key in _keys(argv):
         part, _, rest = key.partition(".")
-        own = known.get(part)
         if part not in known:
-            raise TrainingError(f"{where}: nothing is called {part!r}.{nearest(part, known)}")
+            raise TrainingError(f"{origin}: unknown key {part!r}.{nearest(part, known)}")
         name = re.split(r"[.+]", rest)[0]
-        if own and name and name not in own:
-            raise TrainingError(f"{where}: {part} has no option {name!r}.{nearest(name, own)}")
+        if known[part] and name and name not in known[part]:
+            raise TrainingError(f"{origin}: {part} has no option {name!r}.{nearest(name, known[part])}")
 
 
 def options() -> dict[str, dict[str, str]]:
-    """Part of a recipe → its options, each as it is written; none for what is a single value."""
+    """Part of a recipe → its options as source text; empty for keys with a single value."""
     known: dict[str, dict[str, str]] = {part: described(part)[1] for part in PARTS}
     return {**known, **{key: {} for key in SINGLE}}
 
 
 def described(part: str) -> tuple[str, dict[str, str]]:
-    """Documentation of the class behind a part, and its options with types and defaults.
+    """Docstring of the class behind a part, and its options with types and defaults.
 
-    Read from its source: importing what it stands on takes seconds.
+    They are parsed from the source file, because importing Lightning takes seconds.
     """
-    package, place, name = PARTS[part]
-    found = find_spec(package)
-    assert found is not None
-    assert found.origin is not None
-    tree = ast.parse(Path(found.origin).parent.joinpath(place).read_text(encoding="utf-8"))
+    package, path, name = PARTS[part]
+    spec = find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).parent.joinpath(path).read_text(encoding="utf-8"))
     (node,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
-    (init,) = (n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
+    fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+    inits = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+    if not inits:  # a dataclass
+        return ast.get_docstring(node) or "", {ast.unparse(f.target): ast.unparse(f) for f in fields}
+    (init,) = inits
     arguments = [*init.args.args[1:], *init.args.kwonlyargs]
     values = [*init.args.defaults, *init.args.kw_defaults]
     defaults = dict(zip(reversed(arguments), reversed(values), strict=False))
@@ -103,7 +111,7 @@ def described(part: str) -> tuple[str, dict[str, str]]:
 
 
 def _keys(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Where a key stands, and the key with dots: of recipes, and of what was typed."""
+    """Origin and dotted name of each key, of the recipes and of the typed options."""
     import yaml
 
     for i, argument in enumerate(argv):
@@ -116,15 +124,17 @@ def _keys(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
             try:
                 recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
             except yaml.YAMLError as error:
-                raise TrainingError(f"{path} is no YAML: {error}") from error
+                raise TrainingError(f"{path} is not valid YAML: {error}") from error
             if not isinstance(recipe, Mapping):
-                raise TrainingError(f"{path} is no recipe: wanted trainer, model and data at its top.")
-            for part, own in recipe.items():
+                raise TrainingError(f"{path} is not a recipe: expected the keys trainer, model and data.")
+            for part, values in recipe.items():
                 yield path, str(part)
-                yield from ((path, f"{part}.{name}") for name in (own if isinstance(own, Mapping) else ()))
+                yield from (
+                    (path, f"{part}.{key}") for key in (values if isinstance(values, Mapping) else ())
+                )
 
 
 def first_line(path: Path) -> str:
-    """What a recipe says of itself: its second comment line that has words."""
-    said = [line.lstrip("# ").strip() for line in path.read_text().splitlines() if line.startswith("#")]
-    return next((line for line in said[1:] if line), "")
+    """The summary of a recipe: the second comment line with text."""
+    comments = [line.lstrip("# ").strip() for line in path.read_text().splitlines() if line.startswith("#")]
+    return next((line for line in comments[1:] if line), "")

@@ -11,7 +11,7 @@ from running import QUIET, fit, make_material
 from merv.cli.main import main
 from merv.data.module import ChatData
 from merv.errors import TrainingError
-from merv.training.module import Training
+from merv.training.options import TrainingOptions
 from merv.training.recipes import check_keys, described
 
 pytestmark = QUIET
@@ -72,7 +72,7 @@ def test_without_a_recipe_it_names_some(capsys):
 
 
 def test_options_are_those_of_the_classes():
-    for part, of in {"trainer": Trainer, "model": Training, "data": ChatData}.items():
+    for part, of in {"trainer": Trainer, "model": TrainingOptions, "data": ChatData}.items():
         assert list(described(part)[1]) == list(inspect.signature(of).parameters)
 
 

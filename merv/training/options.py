@@ -1,0 +1,105 @@
+"""The options of a training run: the `model` part of a recipe, with types and defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merv.models.llm import LoraOptions
+
+MULTI_ENCODER = (
+    "grid",
+    "mixer",
+    "projector",
+    "norm",
+    "mixer_options",
+    "projector_options",
+    "presets",
+    "num_frames",
+    "sampling",
+    "align",
+    "resample",
+    "backend",
+)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What `merv fit` trains and how: which encoders, mixer and LLM, which parts, at which rates.
+
+    Args:
+        llm: Folder or hub id of the language model.
+        encoders: Names of encoders; `merv encoders` lists them.
+        grid: Common grid (t, h, w) of the visual tokens.
+        mixer: Name or `module:Class` of the mixer; `merv plugins mixers` lists them.
+        projector: Name or `module:Class` of the projector of each encoder.
+        norm: Normalize features before the projector and tokens after the mixer.
+        mixer_options: Arguments of the mixer's constructor.
+        projector_options: Arguments of the projector's constructor.
+        weights: Encoder name to folder or hub id, where weights are not at the encoder's default source.
+        presets: Encoder name to preprocessing preset, where it is not the encoder's first.
+        num_frames: Encoder name to number of frames, where it is not the encoder's default.
+        sampling: How frames are chosen; see docs/video.md.
+        align: How features are resampled onto the grid, `area` or `official`.
+        resample: How frames are resized, `exact` (as PIL does) or `fast` (by torch).
+        backend: Video decoder, `pyav` or `torchcodec`.
+        init_from: Trained model to start from: a folder that `save_pretrained` or a checkpoint wrote.
+            Encoders that it lacks are added.
+        trainable: Parts to train: `projector`, `mixer`, `lora`, `llm`, an encoder's name, or `projector.NAME`
+            and `mixer.NAME` for the share of one encoder.
+        lora: The LoRA, if `lora` is trainable.
+        lr: Peak learning rate.
+        lr_overrides: Part to peak learning rate, where it is not `lr`.
+        betas: AdamW's betas.
+        weight_decay: AdamW's weight decay; biases, norms and other vectors have none.
+        warmup: Fraction of the steps with linear warm-up; a cosine to zero follows.
+        dtype: Dtype of the LLM's weights: `auto` (as saved), `fp32`, `bf16` or `fp16`. A trainable `llm`
+            needs `fp32`. Other trained parts are always fp32.
+        quantize: Quantize the LLM's frozen weights with bitsandbytes: `nf4` (QLoRA) or `int8`.
+        embed_scale: Root mean square of the visual tokens; None: that of the LLM's own embeddings.
+        feature_store: Where features of frozen encoders are stored, so that each video is encoded only
+            once: a folder, or `memory`. None: encoders run in every step.
+        gradient_checkpointing: Recompute the LLM's activations in the backward pass: less memory, a third
+            more time in the LLM.
+        packed_length: Pack several samples into one row of up to this many tokens.
+        compile: Parts to run through torch.compile: `llm`, `encoders`.
+        loss_spike_threshold: Stop at a loss this many times the largest of the last hundred. None: stop only
+            at NaN and infinity.
+    """
+
+    llm: str
+    encoders: list[str]
+    grid: tuple[int, int, int] = (16, 8, 8)
+    mixer: str = "cross_attention"
+    projector: str = "linear"
+    norm: bool = True
+    mixer_options: dict[str, Any] | None = None
+    projector_options: dict[str, Any] | None = None
+    weights: dict[str, str] | None = None
+    presets: dict[str, str] | None = None
+    num_frames: dict[str, int] | None = None
+    sampling: str = "uniform"
+    align: str = "area"
+    resample: str = "exact"
+    backend: str = "pyav"
+    init_from: str | None = None
+    trainable: Sequence[str] = ("projector", "mixer")
+    lora: LoraOptions | None = None
+    lr: float = 1e-3
+    lr_overrides: dict[str, float] | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup: float = 0.03
+    dtype: str = "auto"
+    quantize: str | None = None
+    embed_scale: float | None = None
+    feature_store: str | None = None
+    gradient_checkpointing: bool = False
+    packed_length: int | None = None
+    compile: Sequence[str] = ()
+    loss_spike_threshold: float | None = 10.0
+
+    def multi_encoder(self) -> dict[str, Any]:
+        """The options of the MultiEncoder, as its constructor takes them."""
+        return {name: getattr(self, name) for name in MULTI_ENCODER} | {"grid": tuple(self.grid)}
