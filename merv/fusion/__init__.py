@@ -1,1 +1,1 @@
-"""Grids of several encoders to one sequence of tokens: align, project, mix."""
+"""Align the grids of several encoders, project them and mix them into one sequence of tokens."""

@@ -1,9 +1,9 @@
-"""Align: put every encoder's grid on one common grid of time, rows and columns.
+"""Resample the grid of every encoder to one common grid of time, rows and columns.
 
-Each target cell takes the mean of what the source cells under it saw, weighted by the
-overlap in time, height and width. Nothing is learned, so aligned features can be kept.
-Cells know where they are: times in seconds, extents in units of the picture. A cropped
-encoder therefore leaves the border cells empty instead of stretching over them.
+Each target cell is the mean of the source cells that it overlaps, weighted by the overlap in time,
+height and width. The aligner has no parameters, so aligned features can be stored. Cells have times
+in seconds and positions in units of the picture. An encoder that crops therefore leaves the border
+cells empty; its features are not stretched over them.
 """
 
 from __future__ import annotations
@@ -19,21 +19,27 @@ from torch.nn.functional import adaptive_avg_pool3d
 from merv.errors import ShapeError
 from merv.types import WHOLE_PICTURE, Grid, is_count
 
-ENOUGH = 0.5  # of a target cell must be covered by real source cells for it to count as seen
+MIN_COVERAGE = 0.5  # a target cell is masked if real source cells cover a smaller share of it
 
 
 class Aligner(nn.Module):
-    """Resample any (t, h, w) to one (t, h, w), honoring times, extents and masks.
+    """Resample a grid of any size to a common size, using its times, extent and mask.
 
-    grid: the common (t, h, w). A clip without duration (a still) gets one step of time.
-    mode: `area` weights by overlap; `official` is the released MERV's AdaptiveAvgPool3d,
-        which ignores times and extents (equal to `area` where sizes divide and the whole
-        picture is seen; at 14 → 8 its windows overlap instead of sharing cells).
+    Args:
+        grid: The common size (t, h, w). A still, which has no duration, gets one step of time.
+        mode: "area" weights source cells by their overlap. "official" is the AdaptiveAvgPool3d of the
+            released MERV, which ignores times and extents. The two are equal if the sizes divide and the
+            encoder sees the whole picture. From 14 to 8 cells, the windows of "official" overlap, whereas
+            "area" divides a source cell among its targets.
 
-    >>> grid = Grid(torch.rand(2, 16, 14, 14, 768), torch.arange(16.).expand(2, -1),
-    ...             torch.tensor([[0., 0., 1., 1.]] * 2), torch.ones(2, 16, 14, 14, dtype=torch.bool))
-    >>> Aligner((8, 4, 4))(grid).values.shape
-    torch.Size([2, 8, 4, 4, 768])
+    Raises:
+        ShapeError: The grid is not three whole numbers of at least 1, or the mode is unknown.
+
+    Example:
+        >>> grid = Grid(torch.rand(2, 16, 14, 14, 768), torch.arange(16.).expand(2, -1),
+        ...             torch.tensor([[0., 0., 1., 1.]] * 2), torch.ones(2, 16, 14, 14, dtype=torch.bool))
+        >>> Aligner((8, 4, 4))(grid).values.shape
+        torch.Size([2, 8, 4, 4, 768])
 
     Source: the released MERV pools with AdaptiveAvgPool3d (arXiv 2501.01426, §3.2).
     """
@@ -43,25 +49,32 @@ class Aligner(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(grid, Sequence) or len(grid) != 3 or not all(map(is_count, grid)):
-            raise ShapeError(f"A grid is (time, rows, columns), whole numbers of at least 1; got {grid!r}.")
+            raise ShapeError(
+                f"Expected a grid (time, rows, columns), three whole numbers of at least 1; got {grid!r}."
+            )
         if mode not in ("area", "official"):
-            raise ShapeError(f"Unknown aligner mode {mode!r}: 'area' or 'official'.")
+            raise ShapeError(f"Unknown aligner mode {mode!r}. Available: 'area', 'official'.")
         self.grid = (int(grid[0]), int(grid[1]), int(grid[2]))
         self.mode = mode
 
     def forward(self, grid: Grid, span_s: Tensor | None = None, shown_s: Tensor | None = None) -> Grid:
-        """Grid [B, t, h, w, D] → Grid on the common cells.
+        """Resample a batch of features.
 
-        span_s: [B, 2], start and end of the clip in seconds, the same for all its encoders;
-            None takes what the grid's own cells cover.
-        shown_s: [B, 2], the times of the first and the last frame that were chosen to stand for the
-            whole clip: cells that hold those reach its ends, wherever in them the frame lies.
+        Args:
+            grid: Features of one encoder, values of shape [B, t, h, w, D].
+            span_s: Start and end of each clip in seconds, shape [B, 2]; the same for all encoders. By
+                default, the time that the cells of the grid cover.
+            shown_s: Times of the first and last sampled frame in seconds, shape [B, 2]. The cells of these
+                frames are extended to the start and end of the clip. Only used together with `span_s`.
+
+        Returns:
+            Features on the common cells, values of shape [B, T, H, W, D] for an aligner of size (T, H, W).
         """
         edges_s = cell_edges(grid.times_s)  # [B, t, 2]
         if span_s is None:
             span_s = torch.stack([edges_s[:, 0, 0], edges_s[:, -1, 1]], dim=1)
         elif shown_s is not None:
-            edges_s = reach(edges_s, span_s, shown_s)
+            edges_s = extend_to_span(edges_s, span_s, shown_s)
         still = bool((span_s[:, 0] >= span_s[:, 1]).all())
         t, h, w = (1, *self.grid[1:]) if still else self.grid
         starts_ends = equal_cells(span_s[:, 0], span_s[:, 1], t)  # [B, t, 2]
@@ -69,7 +82,7 @@ class Aligner(nn.Module):
         if self.mode == "official":
             values, mask = _pool(grid, (t, h, w))
         else:
-            time = _share_without_width(overlap(edges_s, starts_ends), edges_s, starts_ends)
+            time = _uniform_if_instant(overlap(edges_s, starts_ends), edges_s, starts_ends)
             rows = overlap(
                 equal_cells(grid.extent[:, 0], grid.extent[:, 2], grid.shape[1]),
                 equal_cells(whole[:, 0], whole[:, 2], h),
@@ -83,10 +96,10 @@ class Aligner(nn.Module):
 
 
 def cell_edges(times_s: Tensor) -> Tensor:
-    """Start and end of cells, from their centers: [B, t] → [B, t, 2].
+    """Compute the start and end of cells from their centers: [B, t] → [B, t, 2].
 
-    Neighbors meet half-way; the outer cells are symmetric. Cells that all have the same
-    time (a still repeated) have no width.
+    Neighbors meet half-way. The first and last cells are symmetric. If all cells have the same time, as
+    those of a repeated still, their start and end are equal.
 
     >>> cell_edges(torch.tensor([[1., 3., 5.]]))[0].tolist()
     [[0.0, 2.0], [2.0, 4.0], [4.0, 6.0]]
@@ -99,34 +112,35 @@ def cell_edges(times_s: Tensor) -> Tensor:
     return torch.stack([times_s - before, times_s + after], dim=2)
 
 
-def reach(edges_s: Tensor, span_s: Tensor, shown_s: Tensor) -> Tensor:
-    """Edges [B, t, 2] whose outer cells begin and end with the clip, where they hold its outer frames.
+def extend_to_span(edges_s: Tensor, span_s: Tensor, shown_s: Tensor) -> Tensor:
+    """Extend the first and last cell to the start and end of the clip, if they contain its outer frames.
 
-    A cell holds a frame that is no further from it than the cell is wide. Cells that all have the same
-    time stay without width.
+    A cell contains a frame whose distance to the cell is at most the length of the cell. Edges are of shape
+    [B, t, 2]. Cells whose start and end are equal stay as they are.
 
-    >>> reach(torch.tensor([[[0.5, 1.0], [1.0, 1.5]]]), torch.tensor([[0., 2.]]), torch.tensor([[0.6, 1.4]]))
+    >>> edges_s = torch.tensor([[[0.5, 1.0], [1.0, 1.5]]])
+    >>> extend_to_span(edges_s, torch.tensor([[0., 2.]]), torch.tensor([[0.6, 1.4]]))
     tensor([[[0., 1.],
              [1., 2.]]])
     """
     (first, last), edges_s = edges_s[:, [0, -1]].unbind(dim=1), edges_s.clone()
-    wide = first[:, 0] < last[:, 1]
-    begins = wide & (shown_s[:, 0] >= first[:, 0] - (first[:, 1] - first[:, 0]))
-    ends = wide & (shown_s[:, 1] <= last[:, 1] + (last[:, 1] - last[:, 0]))
-    edges_s[:, 0, 0] = torch.where(begins, torch.minimum(first[:, 0], span_s[:, 0]), first[:, 0])
-    edges_s[:, -1, 1] = torch.where(ends, torch.maximum(last[:, 1], span_s[:, 1]), last[:, 1])
+    has_duration = first[:, 0] < last[:, 1]
+    extend_start = has_duration & (shown_s[:, 0] >= first[:, 0] - (first[:, 1] - first[:, 0]))
+    extend_end = has_duration & (shown_s[:, 1] <= last[:, 1] + (last[:, 1] - last[:, 0]))
+    edges_s[:, 0, 0] = torch.where(extend_start, torch.minimum(first[:, 0], span_s[:, 0]), first[:, 0])
+    edges_s[:, -1, 1] = torch.where(extend_end, torch.maximum(last[:, 1], span_s[:, 1]), last[:, 1])
     return edges_s
 
 
 def equal_cells(start: Tensor, end: Tensor, cells: int) -> Tensor:
-    """Edges of `cells` equal cells between start and end: [B], [B] → [B, cells, 2]."""
+    """Divide the range from start to end into equal cells: [B], [B] → [B, cells, 2]."""
     steps = torch.arange(cells + 1, device=start.device, dtype=start.dtype) / cells
     edges = start[:, None] + (end - start)[:, None] * steps
     return torch.stack([edges[:, :-1], edges[:, 1:]], dim=2)
 
 
 def overlap(source: Tensor, target: Tensor) -> Tensor:
-    """Share of each target cell that each source cell covers: [B, n, 2], [B, m, 2] → [B, m, n].
+    """Compute the share of each target cell that each source cell covers: [B, n, 2], [B, m, 2] → [B, m, n].
 
     >>> overlap(equal_cells(torch.zeros(1), torch.ones(1), 3), equal_cells(torch.zeros(1), torch.ones(1), 2))
     tensor([[[0.6667, 0.3333, 0.0000],
@@ -138,33 +152,33 @@ def overlap(source: Tensor, target: Tensor) -> Tensor:
     return (end - start).clamp(min=0) / width.clamp(min=torch.finfo(width.dtype).tiny)
 
 
-def _share_without_width(weights: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """Cells without width (one step of time, a still repeated) count equally everywhere."""
-    point = (source[..., 0] == source[..., 1]).all(dim=1) | (target[..., 0] == target[..., 1]).all(dim=1)
-    return torch.where(point[:, None, None], torch.full_like(weights, 1 / weights.shape[2]), weights)
+def _uniform_if_instant(weights: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """Weight all source cells equally where source or target has no duration: one step, or a still."""
+    instant = (source[..., 0] == source[..., 1]).all(dim=1) | (target[..., 0] == target[..., 1]).all(dim=1)
+    return torch.where(instant[:, None, None], torch.full_like(weights, 1 / weights.shape[2]), weights)
 
 
 def _weighted_mean(grid: Grid, time: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of the real source cells under each target cell, and which cells are seen."""
+    """Return the mean of the real source cells under each target cell, and the mask of the target cells."""
 
     def resample(x: Tensor) -> Tensor:
-        """[B, t, h, w, D] → [B, T, H, W, D], one axis after the other."""
+        """Resample [B, t, h, w, D] → [B, T, H, W, D], one axis at a time."""
         dtype = x.dtype
         x = einsum(columns.to(dtype), x, "b W w, b t h w d -> b t h W d")
         x = einsum(rows.to(dtype), x, "b H h, b t h W d -> b t H W d")
         return einsum(time.to(dtype), x, "b T t, b t H W d -> b T H W d")
 
-    exact = torch.promote_types(grid.values.dtype, torch.float32)
-    real = grid.mask[..., None].to(exact)
-    values = torch.where(grid.mask[..., None], grid.values.to(exact), 0)
-    seen = resample(real)  # share of each target cell that is covered, in [0, 1]
-    mask = seen >= ENOUGH - 1e-4
-    mean = resample(values) / seen.clamp(min=1e-6)
+    dtype = torch.promote_types(grid.values.dtype, torch.float32)
+    real = grid.mask[..., None].to(dtype)
+    values = torch.where(grid.mask[..., None], grid.values.to(dtype), 0)
+    coverage = resample(real)  # share of each target cell that real source cells cover, in [0, 1]
+    mask = coverage >= MIN_COVERAGE - 1e-4
+    mean = resample(values) / coverage.clamp(min=1e-6)
     return torch.where(mask, mean, 0).to(grid.values.dtype), mask[..., 0]
 
 
 def _pool(grid: Grid, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """The released aligner: adaptive average pooling by index."""
+    """Pool by index, as the released MERV does."""
     values = adaptive_avg_pool3d(grid.values.movedim(-1, 1), shape).movedim(1, -1)
-    mask = adaptive_avg_pool3d(grid.mask[:, None].float(), shape)[:, 0] >= ENOUGH
+    mask = adaptive_avg_pool3d(grid.mask[:, None].float(), shape)[:, 0] >= MIN_COVERAGE
     return torch.where(mask[..., None], values, 0), mask

@@ -1,9 +1,9 @@
-"""Fuse: one projector per encoder and a mixer, in a plain form and a folded one.
+"""Fusion: one projector per encoder and a mixer.
 
-Plain (training, the released order): project every stream to the LLM's width, then mix.
-Folded (inference): read the weights from the features before any projection, then one
-matrix product over [a_1 p_1 | … | a_E p_E] with the stacked projections plus Σ a_e b_e. No
-[B, E, N, L] tensor is made, and the result is the same.
+There are two ways to compute the same tokens. The plain way, used in training, projects every stream to the
+dimension of the LLM and then mixes. The folded way, used in eval mode, computes the weights from the features
+and mixes before it projects: one matrix product of [a_1 p_1 | … | a_E p_E] with the stacked projectors, plus
+Σ a_e b_e. It never creates a [B, E, N, L] tensor.
 """
 
 from __future__ import annotations
@@ -17,34 +17,44 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
 from merv.errors import BrokenPlugin, CheckpointError, ShapeError
-from merv.fusion.mixers import Mixer, WeightingMixer, cell_positions
+from merv.fusion.mixers import Mixer, WeightingMixer, any_present, cell_positions
 from merv.fusion.projectors import Projector
 from merv.fusion.registry import create_mixer, create_projector
-from merv.types import Fused, Grid, is_count
+from merv.types import WHOLE_PICTURE, Fused, Grid, is_count
 from merv.utils.plugins import class_path, is_importable
 from merv.utils.torch_modules import class_of, device_and_dtype, first_unlike, without_weights
 
-NAMED_ONLY = "Only what is named when it is made is saved: mixer=, projector= and their options."
+SAVED = "Only mixer=, projector=, mixer_options= and projector_options= of the constructor are saved."
 
 
 class Fusion(nn.Module):
-    """Projectors and mixer: aligned grids by name → tokens for the LLM.
+    """Turn the aligned features of several encoders into tokens for the LLM.
 
-    embed_dims: encoder name → its D, in the order of the streams.
-    output_dim: L.
-    mixer, projector: names (`merv plugins mixers` lists them), `module:Class`, or subclasses of `Mixer` and
-        `Projector`; mixer_options, projector_options go to their constructors. A mixer may also be made
-        already; such a fusion cannot be saved, because its options are not known.
-    norm: normalize features before they are projected, and tokens after they are mixed, to the root
-        mean square `token_rms`. Left to themselves, tokens soon are many times as large as the
-        embeddings of the language model, whose layers then hardly change them. The release does neither.
-    folded: True, False, or None: folded outside of training wherever the mixer allows it.
+    Args:
+        embed_dims: Encoder name → its channels (D), in the order of the streams.
+        output_dim: Embedding dimension of the LLM (L).
+        mixer: A registered name (see `merv plugins mixers`), `module:Class`, a subclass of `Mixer`, or an
+            instance. A fusion with an instance cannot be saved, because its options are unknown.
+        projector: A registered name (see `merv plugins projectors`), `module:Class`, or a subclass of
+            `Projector`.
+        norm: Normalize features before projection, and tokens after mixing to the root mean square
+            `token_rms`. Without it, training soon makes tokens many times larger than the embeddings of the
+            LLM, whose layers then hardly change them. The released MERV does not normalize.
+        mixer_options: Further arguments of the mixer.
+        projector_options: Further arguments of the projectors.
+        folded: Mix before projection. By default, fold in eval mode if mixer and projectors allow it.
 
-    >>> fusion = Fusion({"a": 32, "b": 48}, output_dim=64, mixer="gate")
-    >>> fusion.projectors["b"](torch.zeros(5, 48)).shape
-    torch.Size([5, 64])
+    Raises:
+        ShapeError: `output_dim` is not a whole number of at least 1, or the dimensions of a mixer instance
+            differ.
+        PluginError: A mixer or projector is unknown, cannot be created, or does not have an option.
 
-    Source: arXiv 2501.01426 §3; the folded form follows from the linearity of the projectors.
+    Example:
+        >>> fusion = Fusion({"a": 32, "b": 48}, output_dim=64, mixer="gate")
+        >>> fusion.projectors["b"](torch.zeros(5, 48)).shape
+        torch.Size([5, 64])
+
+    Source: arXiv 2501.01426 §3; the folded way follows from the linearity of the projectors.
     """
 
     def __init__(
@@ -61,13 +71,13 @@ class Fusion(nn.Module):
     ) -> None:
         super().__init__()
         if not is_count(output_dim):
-            raise ShapeError(f"output_dim is a whole number of at least 1; got {output_dim!r}.")
+            raise ShapeError(f"Expected output_dim to be a whole number of at least 1; got {output_dim!r}.")
         self.names, self.output_dim, self.folded = list(embed_dims), int(output_dim), folded
         self.norm = norm
         self.mixer_options, self.projector_options = dict(mixer_options or {}), dict(projector_options or {})
         self.projector = projector
         self.projectors = nn.ModuleDict(
-            {name: self._new_projector(features) for name, features in embed_dims.items()}
+            {name: self._create_projector(embed_dim) for name, embed_dim in embed_dims.items()}
         )
         self.token_rms: Tensor | None
         self.register_buffer("token_rms", torch.ones(()) if norm else None)
@@ -76,90 +86,106 @@ class Fusion(nn.Module):
             if isinstance(mixer, Mixer)
             else create_mixer(mixer, self.output_dim, len(self.names), **self.mixer_options)
         )
-        if (self.mixer.width, self.mixer.encoders) != (self.output_dim, len(self.names)):
+        if (self.mixer.output_dim, self.mixer.num_encoders) != (self.output_dim, len(self.names)):
             raise ShapeError(
-                f"The mixer is built for {self.mixer.encoders} encoders of width {self.mixer.width}; "
-                f"this fusion has {len(self.names)} of width {self.output_dim}."
+                f"Expected a mixer for {len(self.names)} encoders and output_dim={self.output_dim}, got one "
+                f"for {self.mixer.num_encoders} encoders and output_dim={self.mixer.output_dim}."
             )
-
-        self._built = [None if isinstance(mixer, Mixer) else self.mixer, *self.projectors.values()]
+        # What `config` describes; a mixer or projector that replaces one of these could not be saved.
+        self._created = [None if isinstance(mixer, Mixer) else self.mixer, *self.projectors.values()]
 
     def forward(self, grids: Mapping[str, Grid], question: Tensor | None = None) -> Fused:
-        """Aligned grids [B, t, h, w, D_e] → Fused; an encoder that is left out counts as absent.
+        """Fuse a batch of aligned features.
 
-        question: [B, L], for mixers that are conditioned on it.
-        Raises ShapeError for unknown names and for grids that are not aligned.
+        Args:
+            grids: Encoder name → aligned features, values of shape [B, t, h, w, D]. Encoders that are left
+                out count as absent.
+            question: Mean embedding of the question's tokens, shape [B, L]; only for conditioned mixers.
+
+        Returns:
+            Tokens [B, N, L], their positions and mask, and the mix weights [B, E, t, h, w].
+
+        Raises:
+            ShapeError: A name is unknown, the grids are not aligned, or the mixer does not take a question.
         """
         self._check(grids)
         if question is not None and not self.mixer.conditioned:
             raise ShapeError(
-                "This mixer is not conditioned on the question and would ignore it. `cross_attention` with "
-                "mixer_options={'conditioned': True} is."
+                f"The mixer {type(self.mixer).__name__} is not conditioned and would ignore the question. "
+                "Use mixer='cross_attention' with mixer_options={'conditioned': True}."
             )
         device, _ = device_and_dtype(self)
         grids = {name: grid.to(device) for name, grid in grids.items()}
         mask = self._mask(grids)  # [B, E, t, h, w]
         features = self._features(grids, mask.shape)
         mix = self._mix_folded if self._is_folded() else self._mix_plain
-        tokens, real, weights = mix(features, mask, question)
+        tokens, token_mask, weights = mix(features, mask, question)
         if self.token_rms is not None:
             tokens = self.token_rms.to(tokens) * rms_norm(tokens, (self.output_dim,), eps=1e-6)
         grid = next(iter(grids.values()))
         positions = self.mixer.positions(cell_positions(grid.times_s, *grid.shape[1:]))
-        return Fused(tokens, positions, real, weights)
+        return Fused(tokens, positions, token_mask, weights)
 
-    def nothing(self) -> Tensor:
-        """Tokens [N, L] of one cell that no encoder sees: for steps without a video, times 0."""
+    def dummy_tokens(self) -> Tensor:
+        """Return the tokens [N, L] of one cell that no encoder sees.
+
+        Multiplied by zero, they give every parameter of the fusion a zero gradient in steps without a video.
+        """
         grids = {
             name: Grid(
-                torch.zeros(1, 1, 1, 1, projector.features),
+                torch.zeros(1, 1, 1, 1, projector.input_dim),
                 torch.zeros(1, 1, dtype=torch.float64),
-                torch.tensor([[0.0, 0.0, 1.0, 1.0]]),
+                torch.tensor([WHOLE_PICTURE]),
                 torch.zeros(1, 1, 1, 1, dtype=torch.bool),
             )
-            for name, projector in zip(self.names, self._in_order(), strict=True)
+            for name, projector in zip(self.names, self._ordered_projectors(), strict=True)
         }
         question = torch.zeros(1, self.output_dim) if self.mixer.conditioned else None
         return self(grids, question).tokens[0]
 
     def scale_to(self, rms: float) -> None:
-        """Make tokens of root mean square `rms`, that of the LLM's own embeddings, from the start.
+        """Reinitialize the projectors so that tokens have root mean square `rms`.
 
-        With `norm` they keep it whatever is learned. Without, it is where they start, as far as
-        features are of variance 1.
+        Pass the root mean square of the LLM's embeddings. With `norm`, tokens keep this scale. Without it,
+        they only start with it, and only if features have variance 1.
         """
         if self.token_rms is not None:
             self.token_rms.fill_(rms)
-        for projector in self._in_order():
+        for projector in self._ordered_projectors():
             projector.scale_to(rms)
 
-    def add_encoder(self, name: str, features: int) -> None:
-        """One encoder more, behind the others: a fresh projector, and a mixer that hardly minds it yet.
+    def add_encoder(self, name: str, embed_dim: int) -> None:
+        """Add an encoder after the others: a new projector, and near-zero initial weight in the mixer.
 
-        Raises ShapeError where the mixer cannot grow.
+        Raises:
+            ShapeError: No encoder can be added to the mixer.
         """
         device, dtype = device_and_dtype(self)
-        fresh = self._new_projector(features).to(device, dtype)
+        projector = self._create_projector(embed_dim).to(device, dtype)
         if self.token_rms is not None:
-            fresh.scale_to(float(self.token_rms))
+            projector.scale_to(float(self.token_rms))
         self.mixer.add_encoder()
-        self.projectors[name] = fresh
-        self._built.append(fresh)
+        self.projectors[name] = projector
+        self._created.append(projector)
         self.names.append(name)
 
     def config(self) -> dict[str, Any]:
-        """What its constructor needs, besides the widths of the encoders, to make this again; JSON.
+        """Return the constructor arguments, without `embed_dims` and `folded`, as JSON.
 
-        Raises CheckpointError where that would make another one: parts that were put in by hand are lost.
+        Raises:
+            CheckpointError: A fusion built from these arguments would differ from this one.
         """
-        own = [self.mixer, *self.projectors.values()]
-        if len(own) != len(self._built) or any(a is not b for a, b in zip(own, self._built, strict=True)):
-            raise CheckpointError(f"A mixer or projector of this fusion was put in by hand. {NAMED_ONLY}")
-        mixer, projector = class_of(self.mixer), class_of(self._in_order()[0])
-        for one in (mixer, projector):
-            if not is_importable(one):
+        current = [self.mixer, *self.projectors.values()]
+        if list(map(id, current)) != list(map(id, self._created)):
+            raise CheckpointError(
+                f"The mixer or a projector was replaced after the fusion was created. {SAVED}"
+            )
+        mixer, projector = class_of(self.mixer), class_of(self._ordered_projectors()[0])
+        for plugin in (mixer, projector):
+            if not is_importable(plugin):
                 raise CheckpointError(
-                    f"{class_path(one)} could not be found again: define the class at the top of a module."
+                    f"{class_path(plugin)} cannot be imported when the model is loaded. Define the class at "
+                    "the top level of a module."
                 )
         options: dict[str, Any] = {
             "output_dim": self.output_dim,
@@ -169,35 +195,35 @@ class Fusion(nn.Module):
             "projector_options": self.projector_options,
             "norm": self.norm,
         }
-        widths = {name: p.features for name, p in zip(self.names, self._in_order(), strict=True)}
-        alike = without_weights(lambda: Fusion(widths, **options), BrokenPlugin)
-        if differs := first_unlike(self, alike):
-            raise CheckpointError(
-                f"This fusion would be another one when it is loaded: {differs}. {NAMED_ONLY}"
-            )
+        embed_dims = {
+            name: p.input_dim for name, p in zip(self.names, self._ordered_projectors(), strict=True)
+        }
+        rebuilt = without_weights(lambda: Fusion(embed_dims, **options), BrokenPlugin)
+        if difference := first_unlike(self, rebuilt):
+            raise CheckpointError(f"This fusion was modified and cannot be saved: {difference}. {SAVED}")
         return options
 
-    # The two forms ------------------------------------------------------------------------
+    # Plain and folded ---------------------------------------------------------------------
 
     def _is_folded(self) -> bool:
-        can = isinstance(self.mixer, WeightingMixer) and self.mixer.foldable
-        can = can and all(projector.foldable for projector in self._in_order())
-        return can and (not self.training if self.folded is None else self.folded)
+        foldable = isinstance(self.mixer, WeightingMixer) and self.mixer.foldable
+        foldable = foldable and all(projector.foldable for projector in self._ordered_projectors())
+        return foldable and (not self.training if self.folded is None else self.folded)
 
     def _mix_plain(
         self, features: Sequence[Tensor], mask: Tensor, question: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Project, then mix: the released order."""
-        streams = [project(f) for project, f in zip(self._in_order(), features, strict=True)]
+        """Project, then mix, as the released MERV does."""
+        streams = [project(f) for project, f in zip(self._ordered_projectors(), features, strict=True)]
         return self.mixer(torch.stack(streams, dim=1), mask, question)
 
     def _mix_folded(
         self, features: Sequence[Tensor], mask: Tensor, question: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Read the weights through the projectors, mix the features, project once."""
+        """Compute the weights from the features, mix the features, project once."""
         assert isinstance(self.mixer, WeightingMixer)
-        features = [p.before(f) for p, f in zip(self._in_order(), features, strict=True)]
-        linears = [p.linear for p in self._in_order()]
+        features = [p.before(f) for p, f in zip(self._ordered_projectors(), features, strict=True)]
+        linears = [p.linear for p in self._ordered_projectors()]
         reader = self.mixer.reader()
         reads = None
         if reader is not None:
@@ -209,13 +235,12 @@ class Fusion(nn.Module):
                 dim=1,
             )  # [B, E, t, h, w, R]
         weights = self.mixer.weigh(reads, mask, question)
-        shares = weights.to(features[0].dtype)  # [B, E, t, h, w]
-        weighted = torch.cat([f * shares[:, e, ..., None] for e, f in enumerate(features)], dim=-1)
+        factors = weights.to(features[0].dtype)  # [B, E, t, h, w]
+        weighted = torch.cat([f * factors[:, e, ..., None] for e, f in enumerate(features)], dim=-1)
         stacked = torch.cat([linear.weight for linear in linears], dim=1)  # [L, ΣD]
-        bias = einsum(shares, torch.stack([linear.bias for linear in linears]), "b e t h w, e l -> b t h w l")
-        tokens = weighted @ stacked.T + bias
-        real = rearrange(mask.any(dim=1), "b t h w -> b (t h w)")
-        return rearrange(tokens, "b t h w l -> b (t h w) l"), real, weights
+        biases = torch.stack([linear.bias for linear in linears])  # [E, L]
+        tokens = weighted @ stacked.T + einsum(factors, biases, "b e t h w, e l -> b t h w l")
+        return rearrange(tokens, "b t h w l -> b (t h w) l"), any_present(mask), weights
 
     # Checks and shapes --------------------------------------------------------------------
 
@@ -223,40 +248,41 @@ class Fusion(nn.Module):
         unknown = [name for name in grids if name not in self.names]
         if unknown or not grids:
             raise ShapeError(
-                f"This fusion knows the encoders {', '.join(self.names)}; got features of "
-                f"{', '.join(grids) or 'none'}."
+                f"Expected features of {', '.join(self.names)} or some of them, got features of "
+                f"{', '.join(grids) or 'no encoder'}."
             )
         shapes = {name: grid.mask.shape for name, grid in grids.items()}
         first = next(iter(shapes.values()))
-        if any(shape != first for shape in shapes.values()):  # no set: sizes of an export do not hash
+        # Compared one by one, not in a set: the symbolic sizes of torch.export cannot be hashed.
+        if any(shape != first for shape in shapes.values()):
             raise ShapeError(
-                f"Grids must be aligned before they are fused; got [B, t, h, w] "
-                f"{ {name: tuple(shape) for name, shape in shapes.items()} }."
+                "Expected aligned features, the same [B, t, h, w] for all encoders; got "
+                f"{ {name: list(shape) for name, shape in shapes.items()} }. Align them first: "
+                "MultiEncoder.align or Aligner."
             )
 
     def _mask(self, grids: Mapping[str, Grid]) -> Tensor:
-        some = next(iter(grids.values())).mask
-        absent = torch.zeros_like(some)
+        absent = torch.zeros_like(next(iter(grids.values())).mask)
         return torch.stack([grids[n].mask if n in grids else absent for n in self.names], dim=1)
 
-    def _features(self, grids: Mapping[str, Grid], shape: torch.Size) -> list[Tensor]:
-        """Of each stream [B, t, h, w, D] in the projector's dtype; zeros for an absent encoder."""
+    def _features(self, grids: Mapping[str, Grid], mask_shape: torch.Size) -> list[Tensor]:
+        """Return the features of each stream [B, t, h, w, D] in its projector's dtype; zeros if absent."""
         device, _ = device_and_dtype(self)
+        batch, _, t, h, w = mask_shape
         features = []
-        for name, projector in zip(self.names, self._in_order(), strict=True):
-            dtype = device_and_dtype(projector)[1]
-            absent = (shape[0], *shape[2:], projector.features)
+        for name, projector in zip(self.names, self._ordered_projectors(), strict=True):
+            _, dtype = device_and_dtype(projector)
             features.append(
-                grids[name].values.to(device, dtype)
+                grids[name].values.to(dtype)
                 if name in grids
-                else torch.zeros(absent, device=device, dtype=dtype)
+                else torch.zeros(batch, t, h, w, projector.input_dim, device=device, dtype=dtype)
             )
         return features
 
-    def _new_projector(self, features: int) -> Projector:
+    def _create_projector(self, embed_dim: int) -> Projector:
         options = {"norm": self.norm, **self.projector_options}
-        return create_projector(self.projector, features, self.output_dim, **options)
+        return create_projector(self.projector, embed_dim, self.output_dim, **options)
 
-    def _in_order(self) -> list[Projector]:
-        """The projectors, one a stream."""
+    def _ordered_projectors(self) -> list[Projector]:
+        """Return the projectors in the order of the streams."""
         return cast(list[Projector], list(self.projectors.values()))

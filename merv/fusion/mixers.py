@@ -1,11 +1,11 @@
-"""Mix: several aligned streams to one.
+"""Mixers: combine the aligned streams of several encoders into one sequence of tokens.
 
-A weighting mixer reads every stream through a linear map (`reader`), turns what it reads
-into weights that are convex over the encoders present at a cell (`score`), and the stream
-of fused tokens is the weighted sum. Because reading is linear, a projector before it can be
-folded in: see `merv.fusion.fusion`. The concatenating mixers have no weights.
+A weighting mixer applies a linear map (`reader`) to every stream and computes logits from its outputs
+(`score`). A softmax over the encoders that are present at a cell gives the weights, and the tokens are the
+weighted sum of the streams. Because `reader` is linear, a linear projector can be applied after mixing
+instead of before; see `merv.fusion.fusion`. The concatenating mixers have no weights.
 
-A mixer is registered in the group `merv.mixers`, or named as `module:Class`; see docs/fusion.md.
+A mixer is registered in the entry point group `merv.mixers` or named as `module:Class`; see docs/fusion.md.
 """
 
 from __future__ import annotations
@@ -20,89 +20,113 @@ from torch.nn.functional import rms_norm
 
 from merv.errors import ShapeError
 
-NEW_ENCODER_LOGIT = -4.0  # logit at which an encoder joins: a fiftieth of what another counts
+NEW_ENCODER_LOGIT = -4.0  # an added encoder starts with about a fiftieth of the weight of another
 
 
 class Mixer(nn.Module):
-    """E streams [B, E, t, h, w, L] and their mask [B, E, t, h, w] → one sequence of tokens.
+    """Base class of mixers: combine E streams [B, E, t, h, w, L] into one sequence of tokens [B, N, L].
 
-    width: L. encoders: E. Absent encoders, cells cropped away and padding are False in the
-    mask, and may differ by sample. conditioned: whether it wants the question.
+    A subclass defines `forward`. If it does not make one token per cell, it also defines `num_tokens` and
+    `positions`. Further constructor arguments follow `output_dim` and `num_encoders`; they are passed as
+    `mixer_options`.
 
-    A subclass writes `forward`, and `num_tokens` and `positions` where tokens are not one a cell. Options of
-    its own follow `width` and `encoders` in its constructor; they come from `mixer_options`.
+    Args:
+        output_dim: Embedding dimension of the LLM (L).
+        num_encoders: Number of encoders (E).
+
+    Attributes:
+        conditioned: Whether the mixer takes the embedding of the question.
+        per_encoder_parameters: Parameters that consist of one block per encoder: name → (axis of the blocks,
+            initial value of the block of an added encoder). None if no encoder can be added.
     """
 
     conditioned: bool = False
-    # Parameters made of one block an encoder, by name: the axis, and what the block of one that joins is
-    # filled with. A mixer that cannot take another encoder in sets it to None.
     per_encoder_parameters: Mapping[str, tuple[int, float]] | None = {}
 
-    def __init__(self, width: int, encoders: int) -> None:
+    def __init__(self, output_dim: int, num_encoders: int) -> None:
         super().__init__()
-        self.width, self.encoders = width, encoders
+        self.output_dim, self.num_encoders = output_dim, num_encoders
 
     def add_encoder(self) -> None:
-        """Grow by one encoder, behind the others, that hardly counts until it is trained.
+        """Add an encoder after the others, with near-zero initial weight.
 
-        `gate` has nothing of an encoder's own, and `mean` counts it in full at once.
+        Two mixers are exceptions: `gate` computes the weight of the new encoder with the parameters that it
+        has, and `mean` gives it the same weight as the others.
+
+        Raises:
+            ShapeError: No encoder can be added to this mixer.
         """
         if self.per_encoder_parameters is None:
-            raise ShapeError(f"{type(self).__name__} as it is built cannot take in another encoder.")
+            raise ShapeError(
+                f"No encoder can be added to this {type(self).__name__}: its per_encoder_parameters is None. "
+                "Train a new fusion with all encoders."
+            )
         for name, (axis, start) in self.per_encoder_parameters.items():
             owner, _, leaf = name.rpartition(".")
-            blocks = self.get_parameter(name).data.chunk(self.encoders, dim=axis)
-            grown = torch.cat([*blocks, torch.full_like(blocks[0], start)], dim=axis)
-            setattr(self.get_submodule(owner), leaf, nn.Parameter(grown))
-        self.encoders += 1
+            blocks = self.get_parameter(name).data.chunk(self.num_encoders, dim=axis)
+            extended = torch.cat([*blocks, torch.full_like(blocks[0], start)], dim=axis)
+            setattr(self.get_submodule(owner), leaf, nn.Parameter(extended))
+        self.num_encoders += 1
 
     def encoder_mask(self, encoder: int) -> dict[str, Tensor]:
-        """Which numbers of which parameters are one encoder's: name → mask of the parameter's shape."""
+        """Return the mask of one encoder's block in each of the `per_encoder_parameters`, by name."""
         masks = {}
         for name, (axis, _) in (self.per_encoder_parameters or {}).items():
             masks[name] = torch.zeros_like(self.get_parameter(name), dtype=torch.bool)
-            masks[name].chunk(self.encoders, dim=axis)[encoder].fill_(True)
+            masks[name].chunk(self.num_encoders, dim=axis)[encoder].fill_(True)
         return masks
 
     def num_tokens(self, cells: int) -> int:
-        """How many tokens N a grid of so many cells becomes: by default one a cell."""
+        """Return the number of tokens N for a grid of `cells` cells; one per cell by default."""
         return cells
 
     def positions(self, cells: Tensor) -> Tensor:
-        """Where the tokens are, [B, N, 3], of the positions of the cells [B, t·h·w, 3]."""
+        """Return the positions of the tokens [B, N, 3], given those of the cells [B, t·h·w, 3].
+
+        A position is (time in seconds, row, column).
+        """
         return cells
 
     def forward(
         self, streams: Tensor, mask: Tensor, question: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens [B, N, L], their mask [B, N], weights [B, E, t, h, w] or None.
+        """Mix the streams.
 
-        question: [B, L], the mean embedding of the question's tokens.
+        Args:
+            streams: Projected features, shape [B, E, t, h, w, L].
+            mask: True where the encoder sees the cell, shape [B, E, t, h, w]. False for absent encoders, for
+                cells outside a crop and for padding. It can differ between the clips of a batch.
+            question: Mean embedding of the question's tokens, shape [B, L]; only for mixers that are
+                `conditioned`.
+
+        Returns:
+            The tokens [B, N, L]; their mask [B, N], True for a real token; and the weights of the encoders
+            [B, E, t, h, w], or None if the mixer has none.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward()")
 
 
 class WeightingMixer(Mixer):
-    """Base of the mixers that return weights; a subclass defines `reader` and `score`."""
+    """Base class of mixers whose tokens are a weighted sum; a subclass defines `reader` and `score`."""
 
     @property
     def foldable(self) -> bool:
-        """Whether the weighted sum is all that it does: then projectors may be applied after it."""
+        """Whether the tokens are just the weighted sum, so that projectors can be applied after mixing."""
         return type(self).forward is WeightingMixer.forward
 
     def reader(self) -> Tensor | None:
-        """[R, L]: what the mixer reads of each stream; None: nothing."""
+        """Return the linear map [R, L] that is applied to each stream for `score`, or None."""
         return None
 
     def score(self, reads: Tensor | None, mask: Tensor, question: Tensor | None = None) -> Tensor:
-        """Logits that broadcast to [B, E, t, h, w], from reads [B, E, t, h, w, R]."""
+        """Return logits that broadcast to [B, E, t, h, w], given reads [B, E, t, h, w, R] of the streams."""
         raise NotImplementedError(f"{type(self).__name__} must define score()")
 
     def weigh(self, reads: Tensor | None, mask: Tensor, question: Tensor | None = None) -> Tensor:
-        """Weights [B, E, t, h, w], summing to 1 over the encoders present at each cell."""
+        """Return weights [B, E, t, h, w] that sum to 1 over the encoders that are present at each cell."""
         logits = self.score(reads, mask, question).float().expand(mask.shape)
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-        return logits.softmax(dim=1) * mask  # all absent: zeros, and finite gradients
+        return logits.softmax(dim=1) * mask  # zeros and finite gradients if all encoders are absent
 
     def forward(
         self, streams: Tensor, mask: Tensor, question: Tensor | None = None
@@ -111,53 +135,60 @@ class WeightingMixer(Mixer):
         reads = None if reader is None else streams @ reader.T.to(streams.dtype)
         weights = self.weigh(reads, mask, question)
         tokens = einsum(weights.to(streams.dtype), streams, "b e t h w, b e t h w l -> b t h w l")
-        return rearrange(tokens, "b t h w l -> b (t h w) l"), _any_present(mask), weights
+        return rearrange(tokens, "b t h w l -> b (t h w) l"), any_present(mask), weights
 
 
 class Mean(WeightingMixer):
-    """Every encoder that is present counts the same."""
+    """The mean of the encoders that are present."""
 
     def score(self, reads: Tensor | None, mask: Tensor, question: Tensor | None = None) -> Tensor:
         return torch.zeros((), device=mask.device)
 
 
 class Scalar(WeightingMixer):
-    """One learned number per encoder, softmax over them (an ablation of the paper)."""
+    """Softmax over one learned logit per encoder (an ablation in the paper)."""
 
     per_encoder_parameters = {"logits": (0, NEW_ENCODER_LOGIT)}
 
-    def __init__(self, width: int, encoders: int) -> None:
-        super().__init__(width, encoders)
-        self.logits = nn.Parameter(torch.zeros(encoders))
+    def __init__(self, output_dim: int, num_encoders: int) -> None:
+        super().__init__(output_dim, num_encoders)
+        self.logits = nn.Parameter(torch.zeros(num_encoders))
 
     def score(self, reads: Tensor | None, mask: Tensor, question: Tensor | None = None) -> Tensor:
         return rearrange(self.logits, "e -> 1 e 1 1 1")
 
 
 class Gate(WeightingMixer):
-    """The released MERV's mixer: one softmax number per encoder and video.
+    """The mixer of the released MERV: one weight per encoder and video.
 
-    The release calls it cross attention: one learned query against the mean token x̄_e of
-    each encoder, a_e = softmax_e((W_q Q + b_q)·(W_k x̄_e + b_k) / √hidden), and uses only
-    the weights. b_k cancels in the softmax and the value and output maps get no gradient,
-    so none of them is here. What is left is one vector u = W_kᵀ(W_q Q + b_q) / √hidden; it
-    is trained in its factors, as released, because a single vector would be another path of
-    the optimizer, and used as the one vector everywhere.
+    The released MERV calls it cross attention. One learned query Q attends to the mean token x̄_e of each
+    encoder, and only the attention weights are used:
+
+        a_e = softmax_e((W_q Q + b_q)·(W_k x̄_e + b_k) / √hidden)
+
+    b_k cancels in the softmax, and the value and output projections get no gradient, so this class has none
+    of them. The rest equals a product with one vector, u = W_kᵀ(W_q Q + b_q) / √hidden. The factors of u are
+    trained, as in the released MERV, because the optimizer would take other steps on u itself.
+
+    Args:
+        output_dim: Embedding dimension of the LLM (L).
+        num_encoders: Number of encoders (E).
+        hidden: Dimension of query and keys.
 
     Source: arXiv 2501.01426 §3.3; https://github.com/princetonvisualai/merv (MIT).
     """
 
-    def __init__(self, width: int, encoders: int, hidden: int = 3072) -> None:
-        super().__init__(width, encoders)
+    def __init__(self, output_dim: int, num_encoders: int, hidden: int = 3072) -> None:
+        super().__init__(output_dim, num_encoders)
         self.query = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, hidden)))
         self.to_query = nn.Linear(hidden, hidden)
-        self.to_key = nn.Linear(width, hidden, bias=False)
+        self.to_key = nn.Linear(output_dim, hidden, bias=False)
         nn.init.xavier_uniform_(self.to_query.weight)
         nn.init.zeros_(self.to_query.bias)
         nn.init.xavier_uniform_(self.to_key.weight)
 
     def reader(self) -> Tensor:
-        """u, [1, L]."""
+        """Return the vector u, shape [1, L]."""
         return self.to_query(self.query) @ self.to_key.weight / math.sqrt(self.query.shape[1])
 
     def score(self, reads: Tensor | None, mask: Tensor, question: Tensor | None = None) -> Tensor:
@@ -168,30 +199,34 @@ class Gate(WeightingMixer):
 
 
 class CrossAttention(WeightingMixer):
-    """Weights per encoder and space-time cell, conditioned on the question if wanted.
+    """One weight per encoder and space-time cell, optionally conditioned on the question.
 
-    At every cell a query made of the mean of the streams there (and of the question) attends
-    over the E streams of that cell: as many tokens as one stream, and an encoder can speak
-    where and when it knows something. Queries and keys are normalized, so that the scale of
-    features and LLM embeddings does not matter, and the query's gain starts at zero: step 0
-    is the mean of the encoders. There is no position in it: permuting time permutes the
-    weights.
+    At each cell, a query attends to the E streams of that cell. It is computed from the mean of these streams
+    and, if `conditioned`, from the question. Queries and keys are normalized, so the scale of features and
+    LLM embeddings does not matter. The gain of the query is initialized with zero, so the initial tokens are
+    the mean of the encoders. There is no position embedding: permuting time permutes the weights.
 
-    hidden: width of queries and keys. conditioned: use the question.
+    Args:
+        output_dim: Embedding dimension of the LLM (L).
+        num_encoders: Number of encoders (E).
+        hidden: Dimension of queries and keys.
+        conditioned: Use the question.
     """
 
     per_encoder_parameters = {"key_of_encoder": (0, 0.0), "share": (0, NEW_ENCODER_LOGIT)}
 
-    def __init__(self, width: int, encoders: int, hidden: int = 128, conditioned: bool = False) -> None:
-        super().__init__(width, encoders)
-        self.to_query = nn.Linear(width, hidden, bias=False)
-        self.to_key = nn.Linear(width, hidden, bias=False)
-        self.key_of_encoder = nn.Parameter(torch.zeros(encoders, hidden))
+    def __init__(
+        self, output_dim: int, num_encoders: int, hidden: int = 128, conditioned: bool = False
+    ) -> None:
+        super().__init__(output_dim, num_encoders)
+        self.to_query = nn.Linear(output_dim, hidden, bias=False)
+        self.to_key = nn.Linear(output_dim, hidden, bias=False)
+        self.key_of_encoder = nn.Parameter(torch.zeros(num_encoders, hidden))
         self.query_bias = nn.Parameter(torch.zeros(hidden))
         self.gain = nn.Parameter(torch.zeros(hidden))
-        self.share = nn.Parameter(torch.zeros(encoders))  # what an encoder counts everywhere
+        self.share = nn.Parameter(torch.zeros(num_encoders))  # logit of each encoder, added at every cell
         self.conditioned = conditioned
-        self.from_question = nn.Linear(width, hidden, bias=False) if conditioned else None
+        self.from_question = nn.Linear(output_dim, hidden, bias=False) if conditioned else None
 
     def reader(self) -> Tensor:
         return torch.cat([self.to_query.weight, self.to_key.weight])
@@ -203,32 +238,33 @@ class CrossAttention(WeightingMixer):
         query = (queries * real).sum(dim=1) / real.sum(dim=1).clamp(min=1)  # [B, t, h, w, hidden]
         query = _unit(query)
         if self.from_question is not None:
-            query = query + self._ask(question, like=query)
+            query = query + self._question_query(question, like=query)
         query = _unit(query + self.query_bias) * self.gain
         keys = _unit(_unit(keys) + rearrange(self.key_of_encoder, "e d -> e 1 1 1 d"))
         scores = einsum(query, keys, "b t h w d, b e t h w d -> b e t h w") / math.sqrt(keys.shape[-1])
         return scores + rearrange(self.share, "e -> e 1 1 1")
 
-    def _ask(self, question: Tensor | None, like: Tensor) -> Tensor:
-        if not isinstance(question, Tensor) or question.ndim != 2 or question.shape[1] != self.width:
-            came = list(question.shape) if isinstance(question, Tensor) else question
+    def _question_query(self, question: Tensor | None, like: Tensor) -> Tensor:
+        """Return the part of the query that comes from the question, shape [B, 1, 1, 1, hidden]."""
+        if not isinstance(question, Tensor) or question.ndim != 2 or question.shape[1] != self.output_dim:
+            got = list(question.shape) if isinstance(question, Tensor) else repr(question)
             raise ShapeError(
-                f"This mixer is conditioned on the question; pass question=[B, {self.width}], not {came}, "
-                "or build it with conditioned=False."
+                f"Expected question=[B, {self.output_dim}] for this conditioned mixer, got {got}. "
+                "To mix without a question, build it with conditioned=False."
             )
         assert self.from_question is not None
-        asked = _unit(self.from_question(question.to(self.from_question.weight)).float())
-        return rearrange(asked, "b d -> b 1 1 1 d").to(like.dtype)
+        query = _unit(self.from_question(question.to(self.from_question.weight)).float())
+        return rearrange(query, "b d -> b 1 1 1 d").to(like.dtype)
 
 
 class Concat(Mixer):
-    """Streams one after the other in the sequence: E times the tokens (an ablation of the paper)."""
+    """Concatenate the streams along the sequence: E tokens per cell (an ablation in the paper)."""
 
     def num_tokens(self, cells: int) -> int:
-        return cells * self.encoders
+        return cells * self.num_encoders
 
     def positions(self, cells: Tensor) -> Tensor:
-        return cells.repeat(1, self.encoders, 1)
+        return cells.repeat(1, self.num_encoders, 1)
 
     def forward(
         self, streams: Tensor, mask: Tensor, question: Tensor | None = None
@@ -238,30 +274,35 @@ class Concat(Mixer):
 
 
 class ConcatChannels(Mixer):
-    """Channels side by side, then Linear(E·L → L) (an ablation of the paper); absent ones are zero.
+    """Concatenate the channels of the streams, then Linear(E·L → L) (an ablation in the paper).
 
-    norm: LayerNorm before the linear map.
+    The channels of absent encoders are zero.
+
+    Args:
+        output_dim: Embedding dimension of the LLM (L).
+        num_encoders: Number of encoders (E).
+        norm: Apply a LayerNorm before the Linear.
     """
 
     per_encoder_parameters: Mapping[str, tuple[int, float]] | None = {"linear.weight": (1, 0.0)}
 
-    def __init__(self, width: int, encoders: int, norm: bool = False) -> None:
-        super().__init__(width, encoders)
+    def __init__(self, output_dim: int, num_encoders: int, norm: bool = False) -> None:
+        super().__init__(output_dim, num_encoders)
         if norm:
-            # A LayerNorm over all channels would change those of the encoders that are there.
+            # With an added encoder, a LayerNorm over all channels would change those of the other encoders.
             self.per_encoder_parameters = None
-        self.norm = nn.LayerNorm(encoders * width) if norm else nn.Identity()
-        self.linear = nn.Linear(encoders * width, width)
+        self.norm = nn.LayerNorm(num_encoders * output_dim) if norm else nn.Identity()
+        self.linear = nn.Linear(num_encoders * output_dim, output_dim)
 
     def forward(
         self, streams: Tensor, mask: Tensor, question: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        side_by_side = rearrange(streams * mask[..., None], "b e t h w l -> b (t h w) (e l)")
-        return self.linear(self.norm(side_by_side)), _any_present(mask), None
+        channels = rearrange(streams * mask[..., None], "b e t h w l -> b (t h w) (e l)")
+        return self.linear(self.norm(channels)), any_present(mask), None
 
 
 def cell_positions(times_s: Tensor, h: int, w: int) -> Tensor:
-    """(time in seconds, row, column) of each cell in token order: [B, t] → [B, t·h·w, 3]."""
+    """Return (time in seconds, row, column) of each cell in token order: [B, t] → [B, t·h·w, 3]."""
     batch, t = times_s.shape
     rows = torch.arange(h, device=times_s.device, dtype=times_s.dtype)
     columns = torch.arange(w, device=times_s.device, dtype=times_s.dtype)
@@ -275,11 +316,11 @@ def cell_positions(times_s: Tensor, h: int, w: int) -> Tensor:
     )
 
 
-def _any_present(mask: Tensor) -> Tensor:
-    """[B, E, t, h, w] → [B, N]: cells that at least one encoder sees."""
+def any_present(mask: Tensor) -> Tensor:
+    """Return the mask of cells that at least one encoder sees: [B, E, t, h, w] → [B, N]."""
     return rearrange(mask.any(dim=1), "b t h w -> b (t h w)")
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Root mean square 1 over the last axis."""
+    """Scale to root mean square 1 over the last axis."""
     return rms_norm(x, (x.shape[-1],), eps=1e-6)

@@ -1,6 +1,7 @@
-"""Projectors: features of one encoder to the width of the language model.
+"""Projectors: map the features of one encoder to the embedding dimension of the language model.
 
-A projector is registered in the group `merv.projectors`, or named as `module:Class`; see docs/fusion.md.
+A projector is registered in the entry point group `merv.projectors` or named as `module:Class`; see
+docs/fusion.md.
 """
 
 from __future__ import annotations
@@ -9,46 +10,50 @@ from torch import Tensor, nn
 
 
 class Projector(nn.Module):
-    """Features of one encoder to the LLM's width: [..., D] → [..., L]; this one by a Linear, as released.
+    """Map features of one encoder to the dimension of the LLM by a Linear, as the released MERV does.
 
-    features: D. width: L.
-    norm: first bring each feature vector to mean 0 and variance 1. The release does not;
-        encoders differ in scale by orders of magnitude, and without it the largest one
-        decides what is learned first.
+    A subclass creates other layers in `build`. While `forward` is `linear(before(features))`, `linear` is
+    applied after mixing in eval mode. A subclass that overrides `forward` is always applied before mixing.
 
-    A subclass makes other layers in `build`. As long as `forward` stays `linear(before(…))`, `linear` is
-    applied once, after mixing, when nothing is trained; a subclass with a `forward` of its own runs as it is.
+    Args:
+        input_dim: Channels of the encoder (D).
+        output_dim: Embedding dimension of the LLM (L).
+        norm: Normalize each feature vector to mean 0 and variance 1 first. The scales of encoders differ by
+            orders of magnitude; without normalization, the largest one is learned first. The released MERV
+            does not normalize.
 
-    >>> Projector(48, 64)(torch.zeros(5, 48)).shape
-    torch.Size([5, 64])
+    Example:
+        >>> Projector(48, 64)(torch.zeros(5, 48)).shape
+        torch.Size([5, 64])
     """
 
-    def __init__(self, features: int, width: int, norm: bool = True) -> None:
+    def __init__(self, input_dim: int, output_dim: int, norm: bool = True) -> None:
         super().__init__()
-        self.features, self.width = features, width
-        self.norm: nn.Module = nn.LayerNorm(features, elementwise_affine=False) if norm else nn.Identity()
+        self.input_dim, self.output_dim = input_dim, output_dim
+        self.norm: nn.Module = nn.LayerNorm(input_dim, elementwise_affine=False) if norm else nn.Identity()
         self.build()
 
     def build(self) -> None:
-        """Create the layers: whatever `before` needs, and `linear`, the last one."""
+        """Create the layers: `hidden`, which `before` applies, and the last one, `linear`."""
         self.hidden: nn.Module = nn.Identity()
-        self.linear = nn.Linear(self.features, self.width)
+        self.linear = nn.Linear(self.input_dim, self.output_dim)
 
     @property
     def foldable(self) -> bool:
-        """Whether the last Linear may be applied after mixing instead of before."""
-        plain = type(self.linear) is nn.Linear and self.linear.bias is not None
-        return plain and type(self).forward is Projector.forward
+        """Whether `linear` can be applied after mixing instead of before."""
+        plain_linear = type(self.linear) is nn.Linear and self.linear.bias is not None
+        return plain_linear and type(self).forward is Projector.forward
 
     def before(self, features: Tensor) -> Tensor:
-        """Everything but the last Linear."""
+        """Apply everything before `linear`: [..., D] to the input of `linear`."""
         return self.hidden(self.norm(features))
 
     def forward(self, features: Tensor) -> Tensor:
+        """Project features [..., D] to [..., L]."""
         return self.linear(self.before(features))
 
     def scale_to(self, rms: float) -> None:
-        """Random weights of `linear` that make tokens of that root mean square of inputs of variance 1."""
+        """Reinitialize `linear` so that inputs of variance 1 give tokens of root mean square `rms`."""
         nn.init.normal_(self.linear.weight, std=rms / self.linear.in_features**0.5)
         nn.init.zeros_(self.linear.bias)
 
@@ -57,5 +62,5 @@ class MLP(Projector):
     """Linear, GELU, Linear."""
 
     def build(self) -> None:
-        self.hidden = nn.Sequential(nn.Linear(self.features, self.width), nn.GELU())
-        self.linear = nn.Linear(self.width, self.width)
+        self.hidden = nn.Sequential(nn.Linear(self.input_dim, self.output_dim), nn.GELU())
+        self.linear = nn.Linear(self.output_dim, self.output_dim)
