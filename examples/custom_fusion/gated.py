@@ -17,9 +17,9 @@ class Gated(Projector):
     bias: what the gate begins at: open, so that it begins as `linear`.
     """
 
-    def __init__(self, features: int, width: int, norm: bool = True, bias: float = 2.0) -> None:
-        super().__init__(features, width, norm)
-        self.gate = nn.Linear(features, width)
+    def __init__(self, input_dim: int, output_dim: int, norm: bool = True, bias: float = 2.0) -> None:
+        super().__init__(input_dim, output_dim, norm)
+        self.gate = nn.Linear(input_dim, output_dim)
         nn.init.zeros_(self.gate.weight)
         nn.init.constant_(self.gate.bias, bias)
 

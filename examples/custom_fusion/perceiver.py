@@ -23,12 +23,12 @@ class Perceiver(Mixer):
     # One block per encoder along axis 0; an encoder that joins gets a block of zeros.
     per_encoder_parameters = {"key_of_encoder": (0, 0.0)}
 
-    def __init__(self, width: int, encoders: int, tokens: int = 16, heads: int = 4) -> None:
-        super().__init__(width, encoders)
+    def __init__(self, output_dim: int, num_encoders: int, tokens: int = 16, heads: int = 4) -> None:
+        super().__init__(output_dim, num_encoders)
         self.tokens = tokens
-        self.queries = nn.Parameter(torch.randn(tokens, width) / width**0.5)
-        self.key_of_encoder = nn.Parameter(torch.zeros(encoders, width))
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.queries = nn.Parameter(torch.randn(tokens, output_dim) / output_dim**0.5)
+        self.key_of_encoder = nn.Parameter(torch.zeros(num_encoders, output_dim))
+        self.attention = nn.MultiheadAttention(output_dim, heads, batch_first=True)
 
     def num_tokens(self, cells: int) -> int:
         return self.tokens
