@@ -111,7 +111,7 @@ class Fusion(nn.Module):
         self._check(grids)
         if question is not None and not self.mixer.conditioned:
             raise ShapeError(
-                f"The mixer {type(self.mixer).__name__} is not conditioned and would ignore the question. "
+                f"{type(self.mixer).__name__} is not conditioned on the question and would ignore it. "
                 "Use mixer='cross_attention' with mixer_options={'conditioned': True}."
             )
         device, _ = device_and_dtype(self)
