@@ -1,12 +1,12 @@
-"""Train with the Trainer of transformers: a thin module around merv's model, and a collator.
+"""Train with transformers' Trainer, using a thin wrapper around merv's model and a collator.
 
     python examples/hf_trainer.py
     python examples/hf_trainer.py --llm FOLDER --encoders dinov2 siglip --data train.jsonl --out model
 
-Needs accelerate, as the Trainer does. Without options it takes tiny random parts and clips of one color,
-and ends within a minute in what the saved model says of a clip that it was not trained on. The Trainer
-counts the answers' tokens of a whole step, over all passes and processes, before it begins, and hands
-their number to the model, which divides its summed loss by it: so each token counts the same.
+The Trainer needs accelerate. Without options, the script trains tiny random parts on clips of one color,
+takes less than a minute, and prints the saved model's answer about a clip that it was not trained on.
+Before each step the Trainer counts the answer tokens of all passes and processes. The model divides its
+summed loss by that number, so every token has the same weight.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from plain_torch import Group, answer, clip, parser, prepared
+from plain_torch import Group, answer, clip, parser, prepare
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -26,7 +26,7 @@ from merv.models.chat import render
 def main(arguments: Sequence[str] | None = None) -> None:
     """Build, train, save, load, ask."""
     args = parser(__doc__, "outputs/hf_trainer").parse_args(arguments)
-    model, groups = prepared(args)
+    model, groups = prepare(args)
     train(
         model,
         groups,
@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class Learner(nn.Module):
-    """A VideoLLM as the Trainer wants it: `forward` takes what the collator makes and gives a loss."""
+    """Wrap a VideoLLM for the Trainer: `forward` takes the collator's output and returns a loss."""
 
-    accepts_loss_kwargs = True  # so that the Trainer counts tokens and hands over their number
+    accepts_loss_kwargs = True  # makes the Trainer count tokens and pass num_items_in_batch
 
     def __init__(self, model: VideoLLM) -> None:
         super().__init__()
@@ -53,45 +53,45 @@ class Learner(nn.Module):
     def forward(
         self, groups: list[Group], labels: Tensor, num_items_in_batch: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The loss of these groups, as their part of the whole step's; outside of training their mean."""
+        """In training, this batch's share of the step's mean loss; in evaluation, the batch's mean loss."""
         out = self.model(groups)
         return {"loss": out.loss if num_items_in_batch is None else out.loss_sum / num_items_in_batch}
 
     def train(self, mode: bool = True) -> Learner:
-        """A language model that is frozen stays without dropout."""
+        """Keep a frozen language model in eval mode, without dropout."""
         super().train(mode)
         if not {"llm", "lora"} & set(self.model.trained):
             self.model.llm.eval()
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """What was trained: the Trainer's checkpoints need nothing that is frozen."""
+        """Only the trained parts, so that checkpoints do not contain frozen weights."""
         return {
             f"model.{name}": tensor.detach() for name, tensor in self.model.trainable_state_dict().items()
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load what `state_dict` gave; what is frozen stays as it is."""
+        """Load the trained parts; frozen weights keep their values."""
         return super().load_state_dict({**super().state_dict(), **state_dict})
 
 
 class Collator:
-    """A list of groups to what `Learner.forward` takes; `labels` is there to be counted."""
+    """Turn groups into arguments of `Learner.forward`; the Trainer counts the elements of `labels`."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
     def __call__(self, groups: list[Group]) -> dict[str, Any]:
-        prompts = [render(talk, self.tokenizer) for group in groups for talk in group]
+        prompts = [render(conversation, self.tokenizer) for group in groups for conversation in group]
         learned = sum(sum(flags) for prompt in prompts for flags in prompt.learned)
         return {"groups": groups, "labels": torch.zeros(learned, dtype=torch.long)}
 
 
 def train(model: VideoLLM, groups: Sequence[Group], resume: str | None = None, **options: Any) -> None:
-    """Train, with these of TrainingArguments. resume: a checkpoint of the Trainer to go on from."""
+    """Train with these TrainingArguments; resume: a checkpoint of the Trainer to continue from."""
     arguments = TrainingArguments(
-        remove_unused_columns=False,  # a group is no row of columns
-        dataloader_pin_memory=False,  # nor is it tensors
+        remove_unused_columns=False,  # a group is not a dict of columns
+        dataloader_pin_memory=False,  # a group holds no tensors to pin
         report_to="none",
         **options,
     )

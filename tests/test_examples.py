@@ -24,7 +24,7 @@ def tiny(example, tmp_path):
     """A model of tiny parts, always the same, and groups whose answers differ in length."""
     plain = example("plain_torch")
     args = plain.parser("", "").parse_args(["--out", str(tmp_path / "model"), "--encoders", "fake"])
-    return lambda: plain.prepared(args)
+    return lambda: plain.prepare(args)
 
 
 def weights(model: VideoLLM) -> torch.Tensor:

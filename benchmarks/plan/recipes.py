@@ -53,7 +53,7 @@ def planned(name: str, llm: Path) -> tuple[str, bool]:
     options = [f"--config={path}", f"--model.llm={llm}", "--data.train=none.json", f"--gpu={gpu}", "--json"]
     if name == "merv/third_party":
         sys.path.insert(0, str(PLUG_IN))
-        options.append("--model.encoders=[siglip,colour_histogram:ColourHistogram]")
+        options.append("--model.encoders=[siglip,color_histogram:ColorHistogram]")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         main(["plan", *options])

@@ -1,4 +1,4 @@
-"""A projector of one's own: a gate decides which channels of the projection pass.
+"""A custom projector: a learned gate scales each channel of the projection.
 
     merv plugins projectors check gated:Gated
     merv fit --config recipe.yaml --model.projector=gated:Gated
@@ -12,9 +12,13 @@ from merv import Projector
 
 
 class Gated(Projector):
-    """linear(x) · sigmoid(gate(x)), of features x that are normalized first.
+    """linear(x) · sigmoid(gate(x)), where x are normalized features.
 
-    bias: what the gate begins at: open, so that it begins as `linear`.
+    Args:
+        features: Input width D.
+        width: Output width L.
+        norm: Whether to normalize the features first.
+        bias: Initial bias of the gate. With the default, the gate starts almost open.
     """
 
     def __init__(self, input_dim: int, output_dim: int, norm: bool = True, bias: float = 2.0) -> None:

@@ -1,10 +1,10 @@
-"""A mixer of one's own: a fixed number of tokens a video, by learned queries that attend to all cells.
+"""A custom mixer: a fixed number of learned queries attend to all cells and become the video's tokens.
 
     merv plugins mixers check perceiver:Perceiver
     merv fit --config recipe.yaml --model.mixer=perceiver:Perceiver
     merv ask VIDEO QUESTION --model outputs/custom_fusion/model --trust perceiver:Perceiver
 
-Source: the resampler of Perceiver, arXiv 2103.03206, as Flamingo has it, arXiv 2204.14198.
+Source: the resampler of Perceiver, arXiv 2103.03206, as used in Flamingo, arXiv 2204.14198.
 """
 
 import torch
@@ -15,12 +15,16 @@ from merv import Mixer
 
 
 class Perceiver(Mixer):
-    """Learned queries that attend to every cell of every encoder: `tokens` tokens a video.
+    """Learned queries that attend to every cell of every encoder.
 
-    tokens: how many. heads: of the attention.
+    Args:
+        width: Width L of a token.
+        encoders: Number of encoders E.
+        tokens: Number of tokens for each video.
+        heads: Number of attention heads.
     """
 
-    # One block per encoder along axis 0; an encoder that joins gets a block of zeros.
+    # One block per encoder along axis 0. An encoder that is added later starts with a block of zeros.
     per_encoder_parameters = {"key_of_encoder": (0, 0.0)}
 
     def __init__(self, output_dim: int, num_encoders: int, tokens: int = 16, heads: int = 4) -> None:
@@ -34,22 +38,22 @@ class Perceiver(Mixer):
         return self.tokens
 
     def positions(self, cells: Tensor) -> Tensor:
-        """All of them in the middle of the video: each token is of all cells."""
+        """Every token attends to the whole video, so all have its center as their position."""
         return cells.mean(dim=1, keepdim=True).expand(-1, self.tokens, -1)
 
     def forward(
         self, streams: Tensor, mask: Tensor, question: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        # streams [B, E, t, h, w, L], mask [B, E, t, h, w] → tokens [B, N, L], their mask [B, N], no weights
+        # streams [B, E, t, h, w, L], mask [B, E, t, h, w] → tokens [B, N, L], token mask [B, N], no weights
         keys = streams + rearrange(self.key_of_encoder, "e l -> e 1 1 1 l")
         real = rearrange(mask, "b ... -> b (...)")
-        seen = real.any(dim=1, keepdim=True)  # [B, 1]; where nothing is, attention must look somewhere
+        has_features = real.any(dim=1, keepdim=True)  # [B, 1]
         queries = repeat(self.queries, "n l -> b n l", b=len(streams))
-        looked, _ = self.attention(
+        attended, _ = self.attention(
             queries,
             rearrange(keys, "b e t h w l -> b (e t h w) l"),
             rearrange(streams, "b e t h w l -> b (e t h w) l"),
-            key_padding_mask=~(real | ~seen),
+            key_padding_mask=real.logical_not() & has_features,  # masking every key would give NaN
             need_weights=False,
         )
-        return queries + looked, seen.expand(-1, self.tokens), None
+        return queries + attended, has_features.expand(-1, self.tokens), None

@@ -1,4 +1,4 @@
-"""The suites of all kinds of plug-ins, and a test of them for pytest."""
+"""Check that a plug-in satisfies the contract of its kind, from Python or as a pytest test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from merv.testing.findings import Check, Finding, name_of, run_check, run_checks
 from merv.testing.fusion_checks import MIXER_CHECKS, PROJECTOR_CHECKS, MixerSubject, ProjectorSubject
 from merv.utils.plugins import Registry
 
-# Kind → its registry, its base class, its checks, and what they share.
+# Kind → its registry, its base class, its checks, and the subject that the checks share.
 SUITES: dict[str, tuple[Registry, type, tuple[Check, ...], Callable[..., Any]]] = {
     "encoder": (ENCODERS, Encoder, ENCODER_CHECKS, EncoderSubject),
     "mixer": (MIXERS, Mixer, MIXER_CHECKS, MixerSubject),
@@ -25,65 +25,103 @@ SUITES: dict[str, tuple[Registry, type, tuple[Check, ...], Callable[..., Any]]] 
 
 
 def check_encoder(encoder: Encoder | type[Encoder] | str, *, variant: str | None = None) -> list[Finding]:
-    """Check that an encoder keeps its contract; a class is created with random weights first.
+    """Check that an encoder satisfies its contract.
 
-    encoder: a class, an encoder, or what `find_encoder` takes.
+    The checks take about ten forward passes over two short clips. A check that raises counts as failed, and
+    the remaining checks still run.
 
-    Costs about ten passes over one window of frames (two frames of an image encoder) and one more
-    interpreter, in which its module is imported. A check that raises has failed, and the others still run.
+    Args:
+        encoder: An encoder, an encoder class, or a name that `find_encoder` accepts. A class is created with
+            random weights.
+        variant: The variant to check. Defaults to the first one.
 
-    >>> all(finding.passed for finding in check_encoder("fake"))
-    True
+    Returns:
+        One finding for each check. If the encoder cannot be created, only that finding.
+
+    Raises:
+        PluginError: No encoder, or more than one, has this name.
+        BrokenPlugin: The plug-in with this name cannot be imported.
+
+    Example:
+        >>> all(finding.passed for finding in check_encoder("fake"))
+        True
     """
     return check_plugin("encoder", encoder, variant=variant)
 
 
 def check_mixer(mixer: type[Mixer] | str, **options: Any) -> list[Finding]:
-    """Check that a mixer keeps its contract; options: of its constructor.
+    """Check that a mixer satisfies its contract.
 
-    >>> [finding.name for finding in check_mixer("gate", hidden=8) if not finding.passed]
-    []
+    Args:
+        mixer: A mixer class, or its name.
+        **options: Options of the mixer's constructor.
+
+    Returns:
+        One finding for each check. If the mixer cannot be created, only that finding.
+
+    Raises:
+        PluginError: No mixer, or more than one, has this name.
+        BrokenPlugin: The plug-in with this name cannot be imported.
+
+    Example:
+        >>> [finding.name for finding in check_mixer("gate", hidden=8) if not finding.passed]
+        []
     """
     return check_plugin("mixer", mixer, **options)
 
 
 def check_projector(projector: type[Projector] | str, **options: Any) -> list[Finding]:
-    """Check that a projector keeps its contract; options: of its constructor.
+    """Check that a projector satisfies its contract.
 
-    >>> [finding.name for finding in check_projector("mlp") if not finding.passed]
-    []
+    Args:
+        projector: A projector class, or its name.
+        **options: Options of the projector's constructor.
+
+    Returns:
+        One finding for each check. If the projector cannot be created, only that finding.
+
+    Raises:
+        PluginError: No projector, or more than one, has this name.
+        BrokenPlugin: The plug-in with this name cannot be imported.
+
+    Example:
+        >>> [finding.name for finding in check_projector("mlp") if not finding.passed]
+        []
     """
     return check_plugin("projector", projector, **options)
 
 
 def check_plugin(kind: str, plugin: Any, **options: Any) -> list[Finding]:
-    """Check a plug-in of a kind of SUITES, by class or name."""
-    registry, _, checks, subject = SUITES[kind]
-    return run_checks(
-        checks, subject(registry.load(plugin) if isinstance(plugin, str) else plugin, **options)
-    )
+    """Run all checks of a kind ("encoder", "mixer" or "projector") on a plug-in."""
+    _, _, checks, _ = SUITES[kind]
+    return run_checks(checks, _subject(kind, plugin, options))
 
 
 def contract_test(plugin: Any, *, kind: str | None = None, **options: Any) -> Callable:
-    """A test for pytest, of one case for each check: all that the tests of a plug-in need.
+    """Make a pytest test that runs each check as one test case.
+
+    In a test file of your plug-in:
 
         from merv.testing import contract_test
         test_contract = contract_test("fake", variant="video")
 
-    plugin: a class or an encoder; or a name, of an encoder unless `kind` says "mixer" or "projector".
-    options: a variant of an encoder, what the constructor of a mixer or projector takes.
+    Args:
+        plugin: A class, an encoder, or a name.
+        kind: "encoder", "mixer" or "projector". Needed only for the name of a mixer or projector.
+        **options: `variant` for an encoder; for a mixer or projector, options of its constructor.
 
-    >>> contract_test("fake", variant="video").__name__
-    'test_contract'
+    Returns:
+        A parametrized test function.
+
+    Example:
+        >>> contract_test("fake", variant="video").__name__
+        'test_contract'
     """
     import pytest
 
     kind = kind or _kind_of(plugin)
-    registry, _, checks, make = SUITES[kind]
-
-    @functools.cache
-    def subject() -> Any:  # made when the first test runs, not when pytest collects
-        return make(registry.load(plugin) if isinstance(plugin, str) else plugin, **options)
+    _, _, checks, _ = SUITES[kind]
+    subject = functools.cache(lambda: _subject(kind, plugin, options))  # created when the first test runs
 
     @pytest.mark.parametrize("check", checks, ids=name_of)
     def test_contract(check: Check) -> None:
@@ -94,6 +132,11 @@ def contract_test(plugin: Any, *, kind: str | None = None, **options: Any) -> Ca
     return test_contract
 
 
+def _subject(kind: str, plugin: Any, options: dict[str, Any]) -> Any:
+    registry, _, _, create_subject = SUITES[kind]
+    return create_subject(registry.load(plugin) if isinstance(plugin, str) else plugin, **options)
+
+
 def _kind_of(plugin: Any) -> str:
-    given = plugin if isinstance(plugin, type) else type(plugin)
-    return next((kind for kind, (_, base, *_) in SUITES.items() if issubclass(given, base)), "encoder")
+    plugin_class = plugin if isinstance(plugin, type) else type(plugin)
+    return next((kind for kind, (_, base, *_) in SUITES.items() if issubclass(plugin_class, base)), "encoder")

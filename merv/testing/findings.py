@@ -1,8 +1,4 @@
-"""Conformance: whether a plug-in keeps the contract of its kind, check by check.
-
-Used by `merv plugins KIND check`, by `merv.testing.check_encoder` and its like, and in the tests of a
-plug-in by `merv.testing.contract_test`. That authors of plug-ins run the suite is pandas' idea.
-"""
+"""Run checks on a plug-in and report what each one finds."""
 
 from __future__ import annotations
 
@@ -13,16 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-3  # of the values' own spread: batched kernels may sum in another order
+TOLERANCE = 1e-3  # in standard deviations of the values: batched kernels may sum in another order
 
-Check = Callable[[Any], "str | None"]  # a fault of the subject, in words
+Check = Callable[[Any], "str | None"]  # takes a subject, returns a description of its fault or None
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
-    `message` says what came and what was wanted if it failed; or why, if it could not be made here.
+    Attributes:
+        name: What was checked.
+        passed: Whether the check passed. A skipped check counts as passed.
+        message: What is wrong, or why the check was skipped.
     """
 
     name: str
@@ -36,19 +35,19 @@ class Finding:
 
 
 class CheckSkipped(Exception):
-    """Raised by a check that cannot be made here: not a fault of the plug-in."""
+    """Raised by a check that cannot run on this machine or on this plug-in."""
 
 
 def run_checks(checks: Sequence[Check], subject: Any) -> list[Finding]:
-    """What each check finds; the others need the first one, that the subject can be created, to pass."""
+    """Run all checks; if the first one fails, the subject cannot be created and the others are left out."""
     created = run_check(checks[0], subject)
     return [created, *(run_check(check, subject) for check in checks[1:])] if created.passed else [created]
 
 
 def run_check(check: Check, subject: Any) -> Finding:
-    """What one check finds. A check that raises has failed."""
+    """Run one check. A check that raises has failed."""
     try:
-        with torch.enable_grad():  # or nobody would notice a graph
+        with torch.enable_grad():  # without it, a graph built by forward() would go unnoticed
             fault = check(subject)
     except CheckSkipped as reason:
         return Finding(name_of(check), True, f"skipped: {reason}")
@@ -58,13 +57,28 @@ def run_check(check: Check, subject: Any) -> Finding:
 
 
 def name_of(check: Check) -> str:
-    """`_is_frozen` → "is frozen"."""
+    """Turn the name of a check function into words: `_is_frozen` → "is frozen"."""
     return check.__name__.strip("_").replace("_", " ")
 
 
-def far(one: Tensor, other: Tensor) -> str | None:
-    """How far two tensors are from each other, if further than rounding takes them."""
-    if one.shape != other.shape:
-        return f"shapes {list(one.shape)} and {list(other.shape)} differ"
-    distance = ((one - other).abs().max() / other.std().clamp_min(1e-6)).item() if one.numel() else 0.0
-    return None if distance <= TOLERANCE else f"they differ by {distance:.2g} standard deviations"
+def difference(values: Tensor, expected: Tensor) -> str | None:
+    """Describe how two tensors differ, or return None if they agree up to rounding."""
+    if values.shape != expected.shape:
+        return f"shapes {list(values.shape)} and {list(expected.shape)} differ"
+    largest = ((values - expected).abs().max() / _spread(expected)).item() if values.numel() else 0.0
+    return None if largest <= TOLERANCE else f"values differ by {largest:.2g} standard deviations"
+
+
+def bfloat16_difference(values: Tensor, expected: Tensor, tolerance: float) -> str | None:
+    """Describe how bfloat16 values differ from float32 ones; tolerance: mean error in standard deviations."""
+    if values.dtype != torch.bfloat16:
+        return (
+            f"the output for bfloat16 input is {values.dtype}. Look for a float32 tensor that is neither a "
+            "parameter nor a buffer, and for .float()."
+        )
+    mean = ((values.float() - expected).abs().mean() / _spread(expected)).item()
+    return None if mean <= tolerance else f"values differ by {mean:.2g} standard deviations on average"
+
+
+def _spread(values: Tensor) -> Tensor:
+    return values.std().clamp_min(1e-6)

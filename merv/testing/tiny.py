@@ -1,8 +1,4 @@
-"""Tiny parts: a language model and a video.
-
-For tests, documentation and bug reports: everything here is small, offline and the same
-on every machine.
-"""
+"""A tiny language model and a tiny video, for tests, docs and bug reports: offline and reproducible."""
 
 from __future__ import annotations
 
@@ -27,17 +23,22 @@ CHAT_TEMPLATE = (
 def tiny_llm(
     folder: str | Path | None = None, *, chat_template: bool = True, bos: bool = True
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A random Llama of 2 layers, 32 wide, and a tokenizer of single bytes; always the same.
+    """Create a tiny Llama with random weights and a byte-level tokenizer; every call gives the same ones.
 
-    folder: saved there, for everything that wants the folder of a model.
-    chat_template: whether the tokenizer has one, with <|system|>, <|user|>, <|assistant|>.
-    bos: whether the tokenizer begins texts with <s>, or has no such token.
+    Args:
+        folder: If given, the model and the tokenizer are also saved in this folder.
+        chat_template: Whether the tokenizer has a chat template, with <|system|>, <|user|>, <|assistant|>.
+        bos: Whether the tokenizer has a <s> token and starts texts with it.
 
-    >>> llm, tokenizer = tiny_llm()
-    >>> tokenizer.decode(tokenizer("a café").input_ids)
-    '<s>a café'
-    >>> llm.config.hidden_size
-    32
+    Returns:
+        The model (2 layers, hidden size 32) and its tokenizer.
+
+    Example:
+        >>> llm, tokenizer = tiny_llm()
+        >>> tokenizer.decode(tokenizer("a café").input_ids)
+        '<s>a café'
+        >>> llm.config.hidden_size
+        32
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,7 +50,7 @@ def tiny_llm(
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=4096,
-        initializer_range=0.2,  # wide enough that answers differ
+        initializer_range=0.2,  # large enough that different prompts get different answers
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -67,14 +68,14 @@ def _byte_tokenizer(*, chat_template: bool, bos: bool) -> PreTrainedTokenizerFas
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    byte_tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "</s>", *(["<s>"] if bos else []), "<|system|>", "<|user|>", "<|assistant|>"]
-    vocabulary = {token: index for index, token in enumerate(special + letters)}
-    bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = decoders.ByteLevel()
+    vocabulary = {token: index for index, token in enumerate(special + byte_tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     if bos:
-        bytewise.post_processor = processors.TemplateProcessing(
+        backend.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocabulary["<s>"])]
         )
     names: dict[str, Any] = {
@@ -83,7 +84,7 @@ def _byte_tokenizer(*, chat_template: bool, bos: bool) -> PreTrainedTokenizerFas
         **({"bos_token": "<s>"} if bos else {}),
     }
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytewise,
+        tokenizer_object=backend,
         additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
         clean_up_tokenization_spaces=False,
         **names,
@@ -104,20 +105,29 @@ def make_video(
     size: tuple[int, int] = (64, 48),
     codec: str = "mpeg4",
 ) -> Path:
-    """Write a video of a white square that crosses a blue ground from left to right.
+    """Write a video of a white square that moves from left to right on a blue background.
 
-    size: (width, height) in pixels, even numbers. The container is chosen by the suffix of `path`.
+    Args:
+        path: The file to write. Its suffix selects the container format.
+        frames: Number of frames.
+        fps: Frames per second.
+        size: (width, height) in pixels, even numbers.
+        codec: Name of an FFmpeg video encoder.
 
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     make_video(folder + "/square.mp4").name
-    'square.mp4'
+    Returns:
+        The path of the video.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     make_video(folder + "/square.mp4").name
+        'square.mp4'
     """
     import av
 
     width, height = size
     with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream(codec, rate=fps)  # a VideoStream, if `codec` is one for video
+        stream: Any = container.add_stream(codec, rate=fps)  # a VideoStream, as `codec` is a video codec
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for index in range(frames):
             picture = _square(width, height, index / max(1, frames - 1))
@@ -126,10 +136,10 @@ def make_video(
     return Path(path)
 
 
-def _square(width: int, height: int, place: float) -> Tensor:
-    """RGB uint8 [H, W, 3]; place 0 is at the left, 1 at the right."""
+def _square(width: int, height: int, position: float) -> Tensor:
+    """One frame, RGB uint8 [H, W, 3]; position: 0 (left) to 1 (right)."""
     picture = torch.tensor([20, 40, 160], dtype=torch.uint8).repeat(height, width, 1)
     side = min(width, height) // 3
-    left, top = round(place * (width - side)), (height - side) // 2
+    left, top = round(position * (width - side)), (height - side) // 2
     picture[top : top + side, left : left + side] = 255
     return picture

@@ -382,17 +382,17 @@ class Loose(Projector):
 @pytest.mark.parametrize(
     ("check", "plugin", "found"),
     [
-        (check_mixer, Wide, "makes what it says"),
-        (check_mixer, Nosy, "what is masked does not count"),
-        (check_mixer, Idle, "every parameter has a gradient"),
-        (check_mixer, Undefined, "learns nothing where nothing is seen"),
-        (check_mixer, Early, "learns nothing where nothing is seen"),
-        (check_mixer, Silent, "makes what it says"),
-        (check_projector, Normless, "projector is created"),
+        (check_mixer, Wide, "output shapes are correct"),
+        (check_mixer, Nosy, "masked features are ignored"),
+        (check_mixer, Idle, "every parameter gets a gradient"),
+        (check_mixer, Undefined, "accepts a clip without features"),
+        (check_mixer, Early, "accepts a clip without features"),
+        (check_mixer, Silent, "output shapes are correct"),
+        (check_projector, Normless, "projector can be created"),
         (check_mixer, Unequal, "weights sum to one over present encoders"),
-        (check_projector, Batchy, "each vector is projected alone"),
-        (check_projector, Loose, "all is in its state dict"),
-        (check_projector, Stubborn, "follows the scale asked for"),
+        (check_projector, Batchy, "vectors are independent"),
+        (check_projector, Loose, "projector state dict is complete"),
+        (check_projector, Stubborn, "scale to sets the scale"),
     ],
 )
 def test_a_fault_is_found(check, plugin, found):

@@ -1,3 +1,3 @@
 from merv.testing import contract_test
 
-test_contract = contract_test("colour_histogram")
+test_contract = contract_test("color_histogram")
