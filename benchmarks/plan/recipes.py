@@ -60,7 +60,7 @@ def planned(name: str, llm: Path) -> tuple[str, bool]:
     plan = json.loads(printed.getvalue())
     steps = math.ceil(samples / plan["global_batch"])
     tflops = GPUS[gpu].tflops * 0.4
-    once = plan["encode_flops"] * samples / plan["setup"]["devices"] if plan["kept"] else 0
+    once = plan["encode_flops"] * samples / plan["setup"]["devices"] if plan["stores_features"] else 0
     hours = (steps * sum(plan["flops"].values()) + once) / (tflops * 1e12 * 3600)
     of = f"{plan['setup']['devices']} × {gpu.upper()} at 40 % of their peak"
     said = (

@@ -1,1 +1,1 @@
-"""The folder of a saved model: its format, the hub, its card, means of several."""
+"""Saved models: their folder format, the hub, model cards, averages."""

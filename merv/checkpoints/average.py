@@ -1,6 +1,6 @@
-"""Average: the mean of several checkpoints of one model, tensor by tensor.
+"""The mean of several checkpoints of one model, tensor by tensor.
 
-Source: model soups, arXiv 2203.05482, and averages of a run's last checkpoints before them.
+Source: model soups, arXiv 2203.05482. Averaging the last checkpoints of a run is older.
 """
 
 from __future__ import annotations
@@ -31,55 +31,62 @@ from merv.errors import CheckpointError
 def average(
     checkpoints: Sequence[str | Path], out: str | Path, coefficients: Sequence[float] | None = None
 ) -> None:
-    """Write the mean of checkpoints as a folder that `from_pretrained` loads; whole or not at all.
+    """Write the weighted mean of checkpoints as a folder that `from_pretrained` loads.
 
-    checkpoints: folders of `save_pretrained`, or of a run, of one model; state of optimizers is left out.
-    coefficients: one number for each; None: equal. Only their ratios count.
+    Sums are computed in fp32; each tensor has the dtype that it has in the first checkpoint. Memory holds one
+    model and one tensor of another. The optimizer state is left out.
 
-    Sums are in fp32, results in the dtype of the first. Memory holds one model and a tensor of another.
-    Raises CheckpointError for what is no checkpoint, and names what differs between two.
+    Args:
+        checkpoints: Two or more folders written by `save_pretrained` or by a run, all of the same model.
+        out: The folder to write. It is written completely or not at all.
+        coefficients: The weight of each checkpoint; only their ratios matter. None: equal weights.
+
+    Raises:
+        CheckpointError: A folder is not a checkpoint, two checkpoints are of different models, or the
+            coefficients are invalid.
     """
-    shares = _normalized(len(checkpoints), coefficients)
+    weights = _normalize(len(checkpoints), coefficients)
     check_free(out)
     folders = [find_folder(checkpoint) for checkpoint in checkpoints]
-    kind, config = _same_config(folders)
-    state = _mean(folders, shares)
-    with replacing(out) as fresh:
-        write_model(fresh, kind, config, state)
+    kind, config = _common_config(folders)
+    state = _mean(folders, weights)
+    with replacing(out) as temporary:
+        write_model(temporary, kind, config, state)
         source = config.get("llm", {}).get("source", "")
         if (llm := bundled_llm(folders[0], source)) is not None:
-            shutil.copytree(llm, fresh / source)
+            shutil.copytree(llm, temporary / source)
 
 
-def _normalized(count: int, coefficients: Sequence[float] | None) -> list[float]:
-    """What each counts, summing to 1."""
-    given = [1.0] * count if coefficients is None else list(coefficients)
-    if count < 2 or len(given) != count:
+def _normalize(count: int, coefficients: Sequence[float] | None) -> list[float]:
+    """The coefficients scaled to a sum of 1."""
+    values = [1.0] * count if coefficients is None else list(coefficients)
+    if count < 2 or len(values) != count:
         raise CheckpointError(
-            f"An average takes two checkpoints or more; got {count}, {len(given)} coefficients."
+            "Expected two or more checkpoints and a coefficient for each; "
+            f"got {count} checkpoints and {len(values)} coefficients."
         )
-    if not all(math.isfinite(each) and each >= 0 for each in given) or not sum(given):
-        raise CheckpointError(f"Coefficients are numbers from 0 up, not all of them 0; got {given}.")
-    return [each / sum(given) for each in given]
+    if not all(math.isfinite(value) and value >= 0 for value in values) or not sum(values):
+        raise CheckpointError(f"Coefficients must be finite, not negative and not all 0; got {values}.")
+    return [value / sum(values) for value in values]
 
 
-def _same_config(folders: Sequence[Path]) -> tuple[str, dict[str, Any]]:
-    """Kind and config of the first, which the others have too."""
+def _common_config(folders: Sequence[Path]) -> tuple[str, dict[str, Any]]:
+    """Kind and config of the first folder, after checking that the others have the same."""
     kind, config = read_config(folders[0])
     for folder in folders[1:]:
-        other, own = read_config(folder)
-        differs = first_difference({"kind": kind, **config}, {"kind": other, **own})
-        if differs is not None:
-            place, first, second = differs
+        other_kind, other_config = read_config(folder)
+        difference = first_difference({"kind": kind, **config}, {"kind": other_kind, **other_config})
+        if difference is not None:
+            key, first, second = difference
             raise CheckpointError(
-                f"Only checkpoints of one model have a mean: {folders[0]} has {place} {first}, "
+                f"Cannot average checkpoints of different models: {folders[0]} has {key} {first}, "
                 f"{folder} has {second}."
             )
     return kind, config
 
 
-def _mean(folders: Sequence[Path], shares: Sequence[float]) -> dict[str, Tensor]:
-    """The weighted sum of all tensors, which the files have alike."""
+def _mean(folders: Sequence[Path], weights: Sequence[float]) -> dict[str, Tensor]:
+    """The weighted mean of each tensor, after checking that the files have the same names and shapes."""
     from safetensors import SafetensorError, safe_open
 
     with ExitStack() as stack:
@@ -88,22 +95,25 @@ def _mean(folders: Sequence[Path], shares: Sequence[float]) -> dict[str, Tensor]
         except SafetensorError as error:
             raise CheckpointError(f"One of {', '.join(map(str, folders))} is damaged: {error}") from error
         shapes = [{name: file.get_slice(name).get_shape() for name in file.keys()} for file in files]  # noqa: SIM118
-        for folder, own in zip(folders, shapes, strict=True):
-            unlike = [name for name in {**shapes[0], **own} if shapes[0].get(name) != own.get(name)]
-            if unlike:
+        for folder, other in zip(folders, shapes, strict=True):
+            different = [name for name in {**shapes[0], **other} if shapes[0].get(name) != other.get(name)]
+            if different:
                 raise CheckpointError(
-                    f"{folders[0]} and {folder} hold other tensors: {', '.join(unlike[:4])}."
+                    f"Cannot average {folders[0]} and {folder}: these tensors differ in shape or are missing "
+                    f"in one of them: {', '.join(different[:4])}."
                 )
-        return {name: _weighted(name, files, shares) for name in shapes[0]}
+        return {name: _weighted_sum(name, files, weights) for name in shapes[0]}
 
 
-def _weighted(name: str, files: Sequence[Any], shares: Sequence[float]) -> Tensor:
+def _weighted_sum(name: str, files: Sequence[Any], weights: Sequence[float]) -> Tensor:
     first = files[0].get_tensor(name)
-    if not first.is_floating_point():  # a count or a mask has no mean
+    if not first.is_floating_point():  # counts and masks have no mean
         if not all(torch.equal(first, file.get_tensor(name)) for file in files):
-            raise CheckpointError(f"{name} is {first.dtype} and differs between the checkpoints.")
+            raise CheckpointError(
+                f"Cannot average {name}: it is {first.dtype} and differs between checkpoints."
+            )
         return first
     total = torch.zeros(first.shape, dtype=torch.promote_types(first.dtype, torch.float32))
-    for file, share in zip(files, shares, strict=True):
-        total += share * file.get_tensor(name).to(total.dtype)
+    for file, weight in zip(files, weights, strict=True):
+        total += weight * file.get_tensor(name).to(total.dtype)
     return total.to(first.dtype)

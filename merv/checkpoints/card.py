@@ -1,13 +1,13 @@
-"""Card: the README.md of a shared model. It says what is known, and marks what is not."""
+"""The model card (README.md) of a shared model. What merv does not know is marked to be filled in."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 UNKNOWN = "**to be filled in**"
-BASE = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # what the hub takes as the id of a model
+REPO_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 CARD = """\
 ---
@@ -16,7 +16,7 @@ CARD = """\
 
 # {title}
 
-{what}
+{summary}
 
 ## Load it
 
@@ -24,15 +24,15 @@ CARD = """\
 {load}
 ```
 
-## What it is made of
+## Parts
 
 {parts}
 
-| encoder | class | variant | preset | weights | SHA-256 | their license |
+| encoder | class | variant | preset | weights | SHA-256 | license of the weights |
 |---|---|---|---|---|---|---|
 {encoders}
 
-The license of an encoder's weights is what merv knows of it; that of the language model is on its own page.
+The encoders' licenses are as known to merv. For the language model's license, see its own page.
 
 ## What was trained
 
@@ -40,10 +40,10 @@ The license of an encoder's weights is what merv knows of it; that of the langua
 
 ## Data, results, license
 
-- Trained on: {unknown}
-- Results, with the command that measured them: {unknown}
-- Limits and risks: {unknown}
-- License of what was trained: {unknown}; the licenses of the parts above go on.
+- Training data: {unknown}
+- Results, with the commands that measured them: {unknown}
+- Limitations and risks: {unknown}
+- License of the trained weights: {unknown}; the licenses of the parts above still apply.
 """
 
 LOAD = {
@@ -61,63 +61,64 @@ tokens = encoders("clip.mp4").tokens  # [1, N, L]""",
 
 
 def model_card(model: Any, repo_id: str, config: Mapping[str, Any]) -> str:
-    """The card of a VideoLLM or MultiEncoder; `config` says where its parts are."""
+    """The card of a VideoLLM or MultiEncoder. `config` is its config with portable sources."""
     vision = getattr(model, "vision", model)
-    saved = config.get("vision", config)
-    llm = config.get("llm")
+    vision_config, llm = config.get("vision", config), config.get("llm")
+    encoders = [
+        _table_row(name, encoder, vision_config["encoders"][name]) for name, encoder in vision.named()
+    ]
     return CARD.format(
-        metadata=metadata(config),
+        metadata=_metadata(vision_config, llm, trains_llm="llm" in config.get("trained", ())),
         title=repo_id.rpartition("/")[2],
-        what="A language model that sees video through several encoders, made with merv."
+        summary="A video language model with several visual encoders, made with merv."
         if llm
-        else "Several visual encoders of video as one, made with merv.",
+        else "Several visual encoders fused into one video encoder, made with merv.",
         load=LOAD[model.kind].format(repo=repo_id),
-        parts="\n".join(f"- {line}" for line in parts(llm, saved)),
-        encoders="\n".join(row(encoder, saved["encoders"][name], name) for name, encoder in vision.named()),
-        trained="\n".join(f"- {line}" for line in trained(model, config)),
+        parts=_bullets(_parts(vision_config, llm)),
+        encoders="\n".join(encoders),
+        trained=_bullets(_trained(model, config)),
         unknown=UNKNOWN,
     )
 
 
-def metadata(config: Mapping[str, Any]) -> str:
-    """What the hub reads: YAML. No license, which is for whoever trained it to choose."""
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _metadata(vision: Mapping[str, Any], llm: Mapping[str, Any] | None, trains_llm: bool) -> str:
+    """The YAML header for the hub. It has no license: the person who trained the model chooses that."""
     from huggingface_hub import ModelCardData
 
-    llm, saved = config.get("llm"), config.get("vision", config)
-    sources = [
-        *([llm["source"]] if llm else []),
-        *(e["identity"]["source"] for e in saved["encoders"].values()),
-    ]
-    bases = [source for source in dict.fromkeys(sources) if BASE.fullmatch(source)]
-    kind = "finetune" if "llm" in config.get("trained", ()) else "adapter"
+    sources = [llm["source"]] if llm else []
+    sources += [encoder["identity"]["source"] for encoder in vision["encoders"].values()]
+    base_models = [source for source in dict.fromkeys(sources) if REPO_ID.fullmatch(source)]
     return ModelCardData(
         library_name="merv",
         pipeline_tag="video-text-to-text" if llm else "feature-extraction",
         tags=["merv", "video"],
-        base_model=bases or None,
-        base_model_relation=kind if bases else None,
+        base_model=base_models or None,
+        base_model_relation=("finetune" if trains_llm else "adapter") if base_models else None,
     ).to_yaml()
 
 
-def parts(llm: Mapping[str, Any] | None, saved: Mapping[str, Any]) -> list[str]:
-    """Lines on the language model and on what lies before it."""
+def _parts(vision: Mapping[str, Any], llm: Mapping[str, Any] | None) -> list[str]:
+    """Lines about the language model, the grid and the fusion."""
     lines = [] if llm is None else [f"Language model: `{llm['source']}`, {llm['dtype']}."]
-    grid = "×".join(map(str, saved["grid"]))
-    if saved["output_dim"] is None:
-        return [*lines, f"Common grid {grid} (time, rows, columns); nothing is fused."]
-    mixer, projector = (_class_name(saved[part]) for part in ("mixer", "projector"))
-    fusion = f"mixer `{mixer}`, projectors `{projector}`, tokens {saved['output_dim']} wide"
-    return [*lines, f"Common grid {grid} (time, rows, columns), {fusion}."]
+    grid = "×".join(map(str, vision["grid"]))
+    lines.append(f"Common grid (time, rows, columns): {grid}.")
+    if vision["output_dim"] is None:
+        return [*lines, "No fusion: the features of the encoders are kept apart."]
+    mixer, projector = (_class_name(vision[part]) for part in ("mixer", "projector"))
+    return [*lines, f"Fusion: mixer `{mixer}`, projectors `{projector}`, output_dim {vision['output_dim']}."]
 
 
 def _class_name(path: str) -> str:
-    """`Gate` of merv's own, the whole path of anybody else's."""
+    """`Gate` for a class of merv, the whole path for others."""
     return path.rpartition(":")[2] if path.startswith("merv.") else path
 
 
-def row(encoder: Any, saved: Mapping[str, Any], name: str) -> str:
-    """One encoder in the table."""
-    identity, spec = saved["identity"], encoder.spec
+def _table_row(name: str, encoder: Any, saved: Mapping[str, Any]) -> str:
+    identity = saved["identity"]
     revision = f"@{identity['revision']}" if identity["revision"] else ""
     cells = [
         f"`{name}`",
@@ -126,20 +127,17 @@ def row(encoder: Any, saved: Mapping[str, Any], name: str) -> str:
         saved["preset"],
         f"`{identity['source']}{revision}`",
         f"`{identity['sha256'][:16]}…`",
-        spec.weights_license or UNKNOWN,
+        encoder.spec.weights_license or UNKNOWN,
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def trained(model: Any, config: Mapping[str, Any]) -> list[str]:
-    """Lines on what the folder holds, with numbers of parameters."""
-    tensors = model.trainable_state_dict()
-    total = f"{sum(tensor.numel() for tensor in tensors.values()):,} values are saved."
-    if "trained" not in config:
-        return [f"Projectors and mixer. {total}" if tensors else "Nothing."]
-    lines = [f"{', '.join(config['trained']) or 'Nothing'}. {total}"]
-    lora = config["lora"]
-    if lora is not None:
-        targets = ", ".join(lora["target_modules"])
-        lines.append(f"LoRA of rank {lora['r']}, alpha {lora['lora_alpha']}, on {targets}.")
+def _trained(model: Any, config: Mapping[str, Any]) -> list[str]:
+    """Lines about the trained parts."""
+    num_values = sum(tensor.numel() for tensor in model.trainable_state_dict().values())
+    parts = config.get("trained", ["projectors", "mixer"] if num_values else [])
+    lines = [f"Trained parts: {', '.join(parts) or 'none'}. {num_values:,} values are saved."]
+    if lora := config.get("lora"):
+        modules = ", ".join(lora["target_modules"])
+        lines.append(f"LoRA: r {lora['r']}, lora_alpha {lora['lora_alpha']}, target_modules {modules}.")
     return lines

@@ -1,4 +1,4 @@
-"""Share: models saved in folders, pushed to a hub with a card that says what they are, found there again."""
+"""`save_pretrained`, `push_to_hub` and the search for a model in folders and on the hub."""
 
 from __future__ import annotations
 
@@ -18,38 +18,51 @@ from merv.utils.hub import download, explain_hub_error, find_on_hub
 from merv.utils.suggest import nearest
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@\S+)?")
-BUNDLED = re.compile(r"[\w-][\w.-]*")  # the folder of a language model inside that of the model
-ADVICE = "There is no folder of that name here either; pass the path of one that save_pretrained wrote."
+BUNDLED = re.compile(r"[\w-][\w.-]*")  # a language model's folder inside the model's folder
+ADVICE = "No local folder has that name either. Pass the path of a folder that save_pretrained wrote."
 
 
 class PretrainedMixin:
-    """A model that is saved in a folder, and pushed to a hub; `from_pretrained` takes both.
+    """Saves a model to a folder and pushes it to the hub. `from_pretrained` loads both.
 
-    kind: what its folders say they hold.
+    Subclasses set `kind`, the name of the class that loads the folder.
     """
 
     kind: ClassVar[str]
 
     def config(self) -> dict[str, Any]:
-        """All that `from_pretrained` needs besides tensors, as JSON."""
+        """Everything that `from_pretrained` needs besides tensors, as JSON values."""
         raise NotImplementedError
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint holds, by name."""
+        """The tensors of a checkpoint, by name."""
         raise NotImplementedError
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write what was trained and how to find the rest: a small folder, whole or not at all.
+        """Save the trained tensors, and the sources and hashes of the frozen parts.
 
-        Frozen parts are named, not copied. Raises CheckpointError where an encoder has random weights, which
-        nothing could load again, or where `folder` is not merv's to replace.
+        Frozen weights are not copied, so the folder is small.
+
+        Args:
+            folder: The folder to write. It is written completely or not at all. An older model in it is
+                replaced.
+
+        Raises:
+            CheckpointError: An encoder has random weights, which could not be loaded again, or the folder
+                holds something other than a model of merv.
         """
         save_folder(folder, self.kind, self.config(), self.trainable_state_dict())
 
     def card(self, repo_id: str, sources: Mapping[str, str] | None = None) -> str:
-        """The README.md that `push_to_hub` gives a repository that has none: what is known of the model.
+        """Return the model card that `push_to_hub` writes to a repository that has none.
 
-        What is not known, data and results among it, is marked "to be filled in". sources: see there.
+        Args:
+            repo_id: The model's repository, "owner/name".
+            sources: As in `push_to_hub`.
+
+        Returns:
+            The text of README.md. What merv does not know, such as data and results, is marked
+            "to be filled in".
         """
         return model_card(self, repo_id, portable_config(self.config(), sources or {}))
 
@@ -65,15 +78,24 @@ class PretrainedMixin:
         create_pr: bool = False,
         token: str | bool | None = None,
     ) -> Any:
-        """Upload what `save_pretrained` writes, and a card; `from_pretrained(repo_id)` loads it.
+        """Upload the content of `save_pretrained` and a model card.
 
-        sources: by part, `llm` or an encoder's name, where others find what was loaded from a folder
-            here: "owner/name", of encoders also "owner/name@revision". Loading checks that it is the same.
-        card: the text of its README.md. None: that of `card`, unless the repository has one already.
-        commit_message, private, create_pr, token: of huggingface_hub. revision: a branch, made if need be.
+        Args:
+            repo_id: The repository, "owner/name". It is created if it does not exist.
+            sources: Hub ids of parts that were loaded from local folders, by part: "owner/name" for `llm`,
+                "owner/name" or "owner/name@revision" for an encoder's name. Loading checks their hashes.
+            card: The text of README.md. None: keep the repository's own, otherwise write `card()`.
+            commit_message: The commit message.
+            revision: The branch to push to. It is created if it does not exist.
+            private: Whether a new repository is private.
+            create_pr: Whether to open a pull request instead of committing.
+            token: A token of the hub. None: the one of `hf auth login` or HF_TOKEN.
 
-        Gives huggingface_hub's CommitInfo; its `oid` is the revision to load exactly this.
-        Raises CheckpointError where a part is known by a folder here alone, and where the hub refuses.
+        Returns:
+            huggingface_hub's CommitInfo. Its `oid` is the revision that loads exactly this model.
+
+        Raises:
+            CheckpointError: A part has only a local source, or the upload failed.
         """
         from huggingface_hub import HfApi
 
@@ -95,77 +117,83 @@ class PretrainedMixin:
                     revision=revision,
                     create_pr=create_pr,
                 )
-            except Exception as error:  # the library's errors and those of its HTTP client have no other base
+            except Exception as error:  # errors of the hub and of its HTTP client share no other base class
                 raise CheckpointError(
-                    f"{repo_id} cannot be pushed to the hub: {explain_hub_error(error)}."
+                    f"{repo_id} could not be pushed to the hub: {explain_hub_error(error)}."
                 ) from error
 
 
 def part_sources(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """By part, `llm` and each encoder, the entry of a config that says where it is."""
+    """The entries of a config that hold the sources of `llm` and of each encoder, by part."""
     llm = {"llm": config["llm"]} if "llm" in config else {}
     encoders = config.get("vision", config)["encoders"]
-    return {**llm, **{str(name): saved["identity"] for name, saved in encoders.items()}}
+    return {**llm, **{str(name): encoder["identity"] for name, encoder in encoders.items()}}
 
 
 def portable_config(config: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
-    """A config whose parts are where `sources` says, by part, and else where they were.
+    """A copy of a config with the sources of some parts replaced, by part.
 
-    Raises CheckpointError for a part that is not there, and where one would be known by a path alone.
+    Raises:
+        CheckpointError: `sources` names an unknown part, or a part has only a local source.
     """
-    changed = deepcopy(dict(config))
-    parts = part_sources(changed)
+    portable = deepcopy(dict(config))
+    parts = part_sources(portable)
     for name, source in sources.items():
         if name not in parts:
             raise CheckpointError(
-                f"sources= names {name!r}, which is no part.{nearest(name, parts)} "
-                f"There are: {', '.join(parts)}."
+                f"Unknown part {name!r} in sources=.{nearest(name, parts)} Available: {', '.join(parts)}."
             )
         if "revision" in parts[name]:
             source, _, revision = source.partition("@")
             parts[name]["revision"] = revision or None
         parts[name]["source"] = source
-    here = [
-        name
-        for name, place in parts.items()
-        if name not in sources and (not place["source"] or Path(place["source"]).is_absolute())
-    ]
-    if here:
-        said = ", ".join(f"{name} ({parts[name]['source'] or 'made here'})" for name in here)
+    local = {
+        name: part["source"] or "no source"
+        for name, part in parts.items()
+        if name not in sources and (not part["source"] or Path(part["source"]).is_absolute())
+    }
+    if local:
+        listed = ", ".join(f"{name} ({source})" for name, source in local.items())
         raise CheckpointError(
-            f"Nobody else could find {said}. Say where they do: "
-            f'sources={{"{here[0]}": "owner/name"}}. Loading checks that it is the same.'
+            f"These parts are only on this machine: {listed}. Pass their hub ids: "
+            f'sources={{"{next(iter(local))}": "owner/name"}}. Loading checks that the weights are the same.'
         )
-    return changed
+    return portable
 
 
 def find_model(name: str | Path) -> Path:
-    """The folder of a model: `name` itself, or what the hub has as "owner/name" or "owner/name@revision".
+    """The folder of a model, downloaded from the hub if needed.
 
-    Of the hub, a whole commit that is in the cache is taken from there; otherwise the hub is asked, and
-    the cache where it does not answer. Raises WeightsError where neither has it.
+    A full commit hash that is in the cache is loaded without a request. For other revisions the hub is asked
+    first, and the cache is used if the hub cannot be reached.
+
+    Args:
+        name: A local folder, or "owner/name" or "owner/name@revision" on the hub. A local folder comes first.
+
+    Raises:
+        WeightsError: Neither the hub nor the cache has the model.
     """
-    found_here = find_folder(name)
-    if found_here.is_dir() or not HUB_ID.fullmatch(str(name)):
-        return found_here
+    local = find_folder(name)
+    if local.is_dir() or not HUB_ID.fullmatch(str(name)):
+        return local
     repo, _, revision = str(name).partition("@")
-    found = find_on_hub(repo, revision or None, [CONFIG], ADVICE)
-    if found is None:
-        raise WeightsError(f"{repo} is on the hub, but has no {CONFIG}: it is no model of merv.")
-    folder = found.parent  # the cache's layout: …/snapshots/<commit>/<file>
+    config = find_on_hub(repo, revision or None, [CONFIG], ADVICE)
+    if config is None:
+        raise WeightsError(f"{repo} on the hub is not a model of merv: it has no {CONFIG}.")
+    folder = config.parent  # the cache's layout: …/snapshots/<commit>/<file>
     download(repo, folder.name, WEIGHTS, ADVICE)
-    _fetch_llm(repo, folder)
+    _download_llm(repo, folder)
     return folder
 
 
 def bundled_llm(folder: Path, source: str) -> Path | None:
-    """The folder of a language model that a model brings along in its own, or None."""
-    within = folder / source
-    return within if BUNDLED.fullmatch(source) and within.is_dir() else None
+    """The folder of a language model that is stored inside a model's folder, or None."""
+    llm = folder / source
+    return llm if BUNDLED.fullmatch(source) and llm.is_dir() else None
 
 
-def _fetch_llm(repo: str, folder: Path) -> None:
-    """The language model that a converted model brings along, in a folder of its own."""
+def _download_llm(repo: str, folder: Path) -> None:
+    """Download the language model that a converted model stores in its own repository, if it has one."""
     from huggingface_hub import snapshot_download
 
     _, config = read_config(folder)
@@ -173,7 +201,7 @@ def _fetch_llm(repo: str, folder: Path) -> None:
     if BUNDLED.fullmatch(source):
         try:
             snapshot_download(repo, revision=folder.name, allow_patterns=f"{source}/*")
-        except Exception as error:  # as above
+        except Exception as error:  # see push_to_hub
             raise WeightsError(
                 f"{repo}/{source} could not be downloaded from the hub: {explain_hub_error(error)}."
             ) from error

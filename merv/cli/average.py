@@ -13,17 +13,17 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `merv average` takes."""
+    """Add the arguments of `merv average`."""
     parser.epilog = EXAMPLES
-    parser.add_argument("checkpoints", nargs="+", help="folders of trained models, or of a run's checkpoints")
+    parser.add_argument("checkpoints", nargs="+", help="folders of trained models or checkpoints")
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument(
-        "--coefficients", nargs="+", type=float, help="a number for each, in order; default: equal"
+        "--coefficients", nargs="+", type=float, help="a weight for each checkpoint, in order; default: equal"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Average, and say where the mean is."""
+    """Average the checkpoints and print the path of the result."""
     from merv.checkpoints.average import average
 
     average(args.checkpoints, args.out, args.coefficients)

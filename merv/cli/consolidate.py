@@ -1,4 +1,4 @@
-"""`merv consolidate`: one folder of a checkpoint that several processes wrote."""
+"""`merv consolidate`: turn a sharded checkpoint into a folder that `merv ask` loads."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ EXAMPLES = """\
 example:
   merv consolidate outputs/mine/checkpoints/step=500 outputs/mine/model
 
-The model has to fit into this machine's memory; no GPU is needed.
+The model must fit into this machine's memory. No GPU is needed.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `merv consolidate` takes."""
+    """Add the arguments of `merv consolidate`."""
     parser.epilog = EXAMPLES
     parser.add_argument("checkpoint", help="the folder of a sharded checkpoint")
     parser.add_argument("out", help="the folder to write")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Consolidate, and say where the model is."""
+    """Consolidate the checkpoint and print the path of the model."""
     from merv.training.sharding import consolidate
 
     consolidate(args.checkpoint, args.out)
-    print(f'written to {args.out}: merv ask CLIP "QUESTION" --model {args.out}')
+    print(f"The model is in {args.out}: merv ask VIDEO QUESTION --model {args.out}")
     return 0

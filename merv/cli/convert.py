@@ -1,4 +1,4 @@
-"""`merv convert`: a checkpoint of the released MERV as a folder of ours."""
+"""`merv convert`: turn a checkpoint of the released MERV into a folder that `merv ask` loads."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ examples:
       --llm /models/Llama-2-7b-hf --encoder languagebind=/models/LanguageBind_Video_merge
   merv ask clip.mp4 "What happens?" --model merv-full
 
-The encoders are not in the checkpoint, nor are configuration and tokenizer of the language model: they
-come from the hub unless folders are given.
+The checkpoint holds neither the encoders nor the language model's config and tokenizer. They are loaded
+from the hub unless you pass folders.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `merv convert` takes."""
+    """Add the arguments of `merv convert`."""
     parser.epilog = EXAMPLES
     parser.add_argument("checkpoint", help="the .pt file of the released model")
     parser.add_argument("out", help="the folder to write")
-    parser.add_argument("--config", required=True, help="the config.json beside it")
-    parser.add_argument("--llm", help="folder or hub id of the language model it was trained from")
+    parser.add_argument("--config", required=True, help="the config.json of the released model")
+    parser.add_argument("--llm", help="folder or hub id of the language model that it was trained from")
     parser.add_argument(
         "--encoder",
         action="append",
         default=[],
         metavar="NAME=FOLDER",
-        help="where an encoder's weights are, if not on the hub",
+        help="a local folder with the weights of an encoder",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, and tell what was left out."""
+    """Convert the checkpoint and print which tensors were left out."""
     from merv.models.convert_released_merv import convert
 
     convert(
@@ -44,5 +44,5 @@ def run(args: argparse.Namespace) -> int:
         encoders=dict(pair.partition("=")[::2] for pair in args.encoder),
         say=lambda line: print(line, flush=True),
     )
-    print(f'written to {args.out}: merv ask CLIP "QUESTION" --model {args.out}')
+    print(f"The model is in {args.out}: merv ask VIDEO QUESTION --model {args.out}")
     return 0

@@ -1,1 +1,1 @@
-"""The LightningModule and its run: recipes, checkpoints, several processes, what a run will take."""
+"""Training: the LightningModule, recipes, checkpoints, sharding, and planning a run."""

@@ -1,9 +1,10 @@
-"""Watch: what a run tells of itself while it trains."""
+"""Callbacks of a training run: bad losses, throughput, sampled answers, graceful shutdown, loss plot."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import threading
 import time
@@ -18,101 +19,117 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from merv.data.loader import SAMPLE_ERRORS
+from merv.data.samples import text_of
 from merv.errors import BadLoss
 from merv.training.checkpointing import CHECKPOINTS, Checkpoints
 from merv.utils.plot import draw_loss
 
 log = logging.getLogger(__name__)
 
-PAST = 100  # losses that a spike is held against
+LOSS_HISTORY = 100  # number of recent losses that a new one is compared with
 
 
 class LossMonitor:
-    """Sees every loss and tells where one is not to be learned from: not a number, or a spike.
+    """Detects losses that must not be learned from: NaN, infinite, or a spike.
 
-    spike: how many times the largest of the last hundred, and above 1; None: any finite loss is good.
+    Args:
+        loss_spike_threshold: A loss above this multiple of the largest of the last 100 is a spike. None: any
+            finite loss is accepted.
 
-    >>> monitor = LossMonitor(spike=5)
-    >>> monitor.see(torch.tensor(float("nan")), 12, ["train.jsonl:7"])
-    >>> monitor.alarms(), monitor.report()
-    (1, 'The loss is nan in the batch of train.jsonl:7. Nothing was learned from it.')
+    Example:
+        >>> monitor = LossMonitor(loss_spike_threshold=5)
+        >>> monitor.record(torch.tensor(float("nan")), 12, ["train.jsonl:7"])
+        >>> monitor.check(), monitor.report()
+        (1, 'The loss is nan in the batch of train.jsonl:7. The weights were not updated.')
     """
 
-    def __init__(self, spike: float | None) -> None:
-        self.spike = spike
-        self.past: deque[float] = deque(maxlen=PAST)
-        self.seen: list[tuple[Tensor, Sequence[str]]] = []
-        self.latest: list[str] = []
+    def __init__(self, loss_spike_threshold: float | None) -> None:
+        self.loss_spike_threshold = loss_spike_threshold
+        self.past: deque[float] = deque(maxlen=LOSS_HISTORY)
+        self.unchecked: list[tuple[Tensor, Sequence[str]]] = []
+        self.step_origins: list[str] = []
         self.bad: list[tuple[float, Sequence[str]]] = []
 
-    def see(self, loss: Tensor, tokens: int, origins: Sequence[str]) -> None:
-        """Remember a mean loss and whose it is."""
+    def record(self, loss: Tensor, tokens: int, origins: Sequence[str]) -> None:
+        """Record the mean loss of a batch, its number of answer tokens, and the origins of its samples."""
         if tokens:
-            self.seen.append((loss, origins))
+            self.unchecked.append((loss, origins))
 
-    def alarms(self) -> int:
-        """How many losses since the last call are bad; this waits for the device, once a step."""
-        self.latest = [origin for _, origins in self.seen for origin in origins]
-        for loss, origins in self.seen:
+    def check(self) -> int:
+        """Check the losses recorded since the last call; return the number of bad ones.
+
+        Call it once per step: it waits for the device.
+        """
+        self.step_origins = [origin for _, origins in self.unchecked for origin in origins]
+        for loss, origins in self.unchecked:
             value = float(loss)
-            known = self.spike is not None and len(self.past) == PAST
-            high = known and value > max(1.0, self.spike * max(self.past))  # type: ignore[operator]
-            if high or value != value or value in (float("inf"), float("-inf")):
+            if not math.isfinite(value) or self._is_spike(value):
                 self.bad.append((value, origins))
             else:
                 self.past.append(value)
-        self.seen.clear()
+        self.unchecked.clear()
         return len(self.bad)
 
+    def _is_spike(self, value: float) -> bool:
+        if self.loss_spike_threshold is None or len(self.past) < LOSS_HISTORY:
+            return False
+        return value > max(1.0, self.loss_spike_threshold * max(self.past))
+
     def report(self) -> str:
-        """Which losses were bad and what they were about."""
+        """Describe the bad losses and the samples that they belong to."""
         if not self.bad:
             return (
-                "A gradient has numbers that are none, or another process had a bad loss. Here the step was "
-                f"made of {', '.join(self.latest)}. Nothing was learned from it."
+                "A gradient is NaN or infinite, or another process had a bad loss. In this process the step "
+                f"used {', '.join(self.step_origins)}. The weights were not updated."
             )
-        said = [
+        losses = [
             f"The loss is {value:.4g} in the batch of {', '.join(origins)}." for value, origins in self.bad
         ]
-        return " ".join([*said, "Nothing was learned from it."])
+        return " ".join([*losses, "The weights were not updated."])
 
 
 class Throughput(Callback):
-    """Answer tokens a second, share of the time spent waiting for data, memory, minutes left.
+    """Logs speed and progress, averaged over the last 20 batches.
 
-    In the progress bar and the logs: tokens/s, wait, GB, min_left. Over the last 20 steps.
+    `tokens_per_s` is answer tokens per second, `data_wait` the share of time spent waiting for data,
+    `memory_gb` the peak memory, `minutes_left` the estimated time to the end of the run.
     """
 
     def __init__(self) -> None:
-        self.done = time.perf_counter()
-        self.steps: deque[tuple[float, float, int]] = deque(maxlen=20)  # waited, took, tokens
+        self.batch_end = time.perf_counter()
+        self.recent: deque[tuple[float, float, int]] = deque(maxlen=20)  # seconds waiting, training; tokens
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.done = time.perf_counter()
+        self.batch_end = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.done = time.perf_counter()  # it is no wait for data
+        self.batch_end = time.perf_counter()  # validation does not count as waiting for data
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
-        self.began = time.perf_counter()
+        self.batch_start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         now = time.perf_counter()
-        tokens: Any = module.last_tokens
-        self.steps.append((self.began - self.done, now - self.began, tokens))
-        self.done = now
-        waited, took, answered = (sum(column) for column in zip(*self.steps, strict=True))
-        a_batch = (waited + took) / len(self.steps)
-        pace = {"tokens/s": answered / (waited + took), "wait": waited / (waited + took), "GB": memory_gb()}
-        steps = trainer.estimated_stepping_batches
-        left = round((steps - trainer.global_step) * trainer.accumulate_grad_batches * a_batch / 60, 1)
-        module.log_dict({**pace, "min_left": left}, prog_bar=True, batch_size=1)
+        last_tokens: Any = module.last_tokens
+        self.recent.append((self.batch_start - self.batch_end, now - self.batch_start, last_tokens))
+        self.batch_end = now
+        waiting_s, training_s, tokens = (sum(column) for column in zip(*self.recent, strict=True))
+        total_s = waiting_s + training_s
+        steps_left = trainer.estimated_stepping_batches - trainer.global_step
+        batches_left = steps_left * trainer.accumulate_grad_batches
+        values = {
+            "tokens_per_s": tokens / total_s,
+            "data_wait": waiting_s / total_s,
+            "memory_gb": memory_gb(),
+            "minutes_left": round(batches_left * total_s / len(self.recent) / 60, 1),
+        }
+        module.log_dict(values, prog_bar=True, batch_size=1)
 
 
 def memory_gb() -> float:
-    """Highest memory so far in GB: of the GPU, or else of this process."""
+    """Peak memory so far in GB: of the GPU if there is one, otherwise of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     import resource
@@ -121,126 +138,129 @@ def memory_gb() -> float:
 
 
 class SampleAnswers(Callback):
-    """Answers to the first `num_samples` questions, every `every_n_steps` steps: `answers.jsonl`.
+    """Writes the model's answers to a few questions to `answers.jsonl` while it trains.
 
-    The questions are of the validation data where there are any, else of the training data. every_n_steps: 0
-    is never.
+    The questions come from the validation data if there are any, otherwise from the training data.
+
+    Args:
+        every_n_steps: Steps of the optimizer between two samplings. 0: never.
+        num_samples: How many samples to use; each contributes its first question.
+        max_new_tokens: Maximum length of an answer.
     """
 
     def __init__(self, every_n_steps: int = 200, num_samples: int = 3, max_new_tokens: int = 32) -> None:
         self.every_n_steps, self.num_samples = every_n_steps, num_samples
         self.max_new_tokens = max_new_tokens
-        self.last = 0
+        self.last_step = 0
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         step = trainer.global_step
-        if not self.every_n_steps or step == self.last or step % self.every_n_steps:
+        if not self.every_n_steps or step == self.last_step or step % self.every_n_steps:
             return
-        self.last = step
+        self.last_step = step
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         try:
-            self._ask(trainer, module, data.val or data.train)
-        except SAMPLE_ERRORS as error:  # training tells about bad samples, or passes over them
+            self._sample(trainer, module, data.val or data.train)
+        except SAMPLE_ERRORS as error:  # training itself reports or skips bad samples
             log.warning("No answers were sampled at step %s: %s", step, error)
 
-    def _ask(self, trainer: Trainer, module: LightningModule, samples: Any) -> None:
-        step = trainer.global_step
-        talks = [samples[i].conversations[0] for i in range(min(self.num_samples, len(samples)))]
-        if not talks:
+    def _sample(self, trainer: Trainer, module: LightningModule, samples: Any) -> None:
+        conversations = [samples[i].conversations[0] for i in range(min(self.num_samples, len(samples)))]
+        if not conversations:
             return
-        was = module.training
+        was_training = module.training
         module.eval()
         try:
-            said = module.model.generate(  # type: ignore[union-attr, operator]
-                [talk[:-1] for talk in talks], max_new_tokens=self.max_new_tokens
+            answers = module.model.generate(  # type: ignore[union-attr, operator]
+                [messages[:-1] for messages in conversations], max_new_tokens=self.max_new_tokens
             )
         finally:
-            module.train(was)  # also where a sample is bad, or the rest would train in eval mode
+            module.train(was_training)  # also after a bad sample
         if trainer.is_global_zero:
             with (Path(trainer.default_root_dir) / "answers.jsonl").open("a", encoding="utf-8") as file:
-                for talk, answer in zip(talks, said, strict=True):
-                    question = _words(talk[-2]["content"])
+                for messages, answer in zip(conversations, answers, strict=True):
                     row = {
-                        "step": step,
-                        "question": question,
+                        "step": trainer.global_step,
+                        "question": text_of(messages[-2]["content"]),
                         "answer": answer,
-                        "right": _words(talk[-1]["content"]),
+                        "expected": text_of(messages[-1]["content"]),
                     }
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _words(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    return " ".join(part["text"] for part in content if part["type"] == "text")
-
-
 class GracefulShutdown(Callback):
-    """Ctrl-C, a scheduler's SIGTERM, a bad loss: a checkpoint first, and how to go on.
+    """Saves a checkpoint when a run is stopped by Ctrl-C, by SIGTERM from a scheduler, or by a bad loss.
 
-    The first signal lets the step end, the same in all processes; the second does not wait.
+    After the first signal all processes finish the same step and stop. A second signal stops at once.
     """
 
     def __init__(self) -> None:
         self.stopped = False
-        self._before: dict[signal.Signals, Any] = {}
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def on_fit_start(self, trainer: Trainer, module: Any) -> None:
-        self._listen(module)
+        self._install_handlers(module)
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
-        self._listen(module)  # in between, Lightning has set handlers of its own
+        self._install_handlers(module)  # Lightning has installed its own since on_fit_start
 
-    def _listen(self, module: Any) -> None:
-        def request(*_: Any) -> None:
+    def _install_handlers(self, module: Any) -> None:
+        def request_stop(*_: Any) -> None:
             if module.stop_requested:
                 raise KeyboardInterrupt
             module.request_stop()
-            print("\nStopping after this step, with a checkpoint. Once more to stop at once.", flush=True)
+            print(
+                "\nStopping after this step; a checkpoint will be saved. Press Ctrl-C again to stop at once.",
+                flush=True,
+            )
 
         if threading.current_thread() is threading.main_thread():
-            for which in (signal.SIGINT, signal.SIGTERM):
-                before = signal.signal(which, request)
-                self._before.setdefault(which, before)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous = signal.signal(number, request_stop)
+                self._previous_handlers.setdefault(number, previous)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         if module.stop_agreed:
             self._save(trainer)
-            trainer.limit_val_batches = 0  # who asked does not wait for a validation
+            trainer.limit_val_batches = 0  # do not make the user wait for a validation
             trainer.should_stop = True
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self._put_back()
+        self._restore_handlers()
         if isinstance(exception, BadLoss) and trainer.global_step:
-            trainer.fit_loop.epoch_loop.batch_progress.increment_processed()  # to go on behind its batch
-            self._save(trainer, again=True)  # this step may be saved, with that batch to come
+            # Resuming must continue after the bad batch, so a checkpoint from before it is overwritten.
+            trainer.fit_loop.epoch_loop.batch_progress.increment_processed()
+            self._save(trainer, overwrite=True)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._put_back()
+        self._restore_handlers()
 
-    def _put_back(self) -> None:
-        for which, handler in self._before.items():
-            signal.signal(which, handler)
-        self._before = {}
+    def _restore_handlers(self) -> None:
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        self._previous_handlers = {}
 
-    def _save(self, trainer: Trainer, again: bool = False) -> None:
+    def _save(self, trainer: Trainer, overwrite: bool = False) -> None:
         self.stopped = True
-        kept = [c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints)]
-        for callback in kept:
-            callback.save(trainer, again)
-        if not kept:
+        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints)]
+        for callback in callbacks:
+            callback.save(trainer, overwrite)
+        if not callbacks:
             folder = Path(trainer.default_root_dir) / CHECKPOINTS
             trainer.save_checkpoint(folder / f"step={trainer.global_step}")
         if trainer.is_global_zero:
-            print(f"\nStopped after step {trainer.global_step}. To go on: the same with --ckpt_path=last")
+            print(
+                f"\nStopped after step {trainer.global_step}. "
+                "To resume, run the same command with --ckpt_path=last"
+            )
 
 
 class LossPlot(Callback):
-    """Draw the training loss to `loss.png` beside the logs when a run ends, however it ends."""
+    """Draws the training loss to `loss.png` when a run ends, also when it ends with an error."""
 
     def __init__(self) -> None:
         self.losses: list[tuple[int, float]] = []
@@ -253,11 +273,11 @@ class LossPlot(Callback):
             self.losses.append((trainer.global_step, float(loss)))
 
     def state_dict(self) -> dict[str, Any]:
-        """The losses so far, for a run that goes on."""
+        """The losses so far, to continue the curve after resuming."""
         return {"losses": [[step, loss] for step, loss in self.losses]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Draw on from there."""
+        """Restore the losses."""
         self.losses = [(int(step), float(loss)) for step, loss in state["losses"]]
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -265,12 +285,15 @@ class LossPlot(Callback):
             draw_loss(self.losses, Path(trainer.default_root_dir) / "loss.png")
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        with suppress(OSError):  # of a full disk, say: that would hide what went wrong before
+        with suppress(OSError):  # a full disk, for example; it would hide the original error
             self.on_fit_end(trainer, module)
 
 
 def print_parts(model: Any) -> None:
-    """A table of the parts: parameters, precision, trained or not, memory of weights, gradients, AdamW."""
+    """Print a table of the model's parts: parameters, precision, whether trained, memory.
+
+    Memory is that of weights, gradients and AdamW's two moments.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -278,15 +301,14 @@ def print_parts(model: Any) -> None:
     table = Table(box=box.ASCII2)
     for column in ("part", "parameters", "precision", "state", "memory"):
         table.add_column(column, justify="right" if column in ("parameters", "memory") else "left")
-    for name, parameters in model.parts().items():
+    for name, named_parameters in model.parts().items():
         if "." in name and name not in model.trained:
             continue
-        own = list(parameters.values())
-        learns = [p for p in own if p.requires_grad]
-        held = sum(p.numel() * p.element_size() for p in own)
-        held += sum(3 * p.numel() * p.element_size() for p in learns)  # gradient, AdamW's two moments
-        kinds = sorted({str(p.dtype).removeprefix("torch.") for p in own})
-        state = "trained" if len(learns) == len(own) else "in part" if learns else "frozen"
-        count = sum(p.numel() for p in own)
-        table.add_row(name, f"{count:,}", ", ".join(kinds), state, f"{held / 1e6:,.1f} MB")
+        parameters = list(named_parameters.values())
+        trained = [p for p in parameters if p.requires_grad]
+        num_bytes = sum(p.nbytes for p in parameters) + 3 * sum(p.nbytes for p in trained)
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+        state = "trained" if len(trained) == len(parameters) else "partly trained" if trained else "frozen"
+        count = sum(p.numel() for p in parameters)
+        table.add_row(name, f"{count:,}", ", ".join(dtypes), state, f"{num_bytes / 1e6:,.1f} MB")
     Console(width=100).print(table)

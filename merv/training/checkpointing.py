@@ -1,7 +1,7 @@
-"""Resume: checkpoints of a run as folders, written whole or not at all, from which it goes on exactly.
+"""Checkpoints of a training run: folders from which it resumes exactly.
 
-A checkpoint is what `VideoLLM.save_pretrained` writes, so that `merv ask --model` takes it, and
-`training.pt` beside it: optimizer, schedule, place in the data, random states.
+A checkpoint is the folder of `VideoLLM.save_pretrained`, so that `merv ask --model` loads it, plus
+`training.pt`: optimizer, schedule, position in the data, random states.
 """
 
 from __future__ import annotations
@@ -21,41 +21,43 @@ from merv.checkpoints.folder import find_folder, load_folder, replacing, write_m
 from merv.errors import CheckpointError
 from merv.training.sharding import META
 
-CHECKPOINTS = "checkpoints"  # folder under the run's
-PREFIX = "model."  # of the LightningModule's names
+CHECKPOINTS = "checkpoints"  # the subfolder of a run
+PREFIX = "model."  # of the tensors' names in the LightningModule
 
 
 class Folders(CheckpointIO):
-    """Lightning's checkpoints as folders: config.json, model.safetensors, training.pt."""
+    """Stores Lightning's checkpoints as folders: config.json, model.safetensors, training.pt."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write the folder; it is there whole or not at all."""
-        state = {name.removeprefix(PREFIX): t for name, t in checkpoint["state_dict"].items()}
+        """Write the folder, completely or not at all."""
+        tensors = {name.removeprefix(PREFIX): t for name, t in checkpoint["state_dict"].items()}
         rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "config")}
-        with replacing(path) as fresh:
-            write_model(fresh, "VideoLLM", checkpoint["config"], state)
+        with replacing(path) as temporary:
+            write_model(temporary, "VideoLLM", checkpoint["config"], tensors)
             try:
-                with (fresh / META).open("wb") as file:
+                with (temporary / META).open("wb") as file:
                     torch.save(rest, file)
-            except RuntimeError as error:  # torch's of a full disk; the reason is behind it
+            except RuntimeError as error:  # torch hides the OSError of a full disk behind this one
                 raise OSError(error.__context__ or error) from error
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a folder that `save_checkpoint` wrote; never unpickles more than tensors and plain values.
+        """Read a folder that `save_checkpoint` wrote. Only tensors and plain values are unpickled.
 
-        Raises CheckpointError where it is no such folder.
+        Raises:
+            CheckpointError: The folder is not a checkpoint.
         """
         path = find_folder(path)
-        config, state = load_folder(path, "VideoLLM")
+        config, tensors = load_folder(path, "VideoLLM")
         if not (path / META).is_file():
             raise CheckpointError(
-                f"{path} is a trained model and no checkpoint to resume from: it has no {META}. "
-                "To begin a new run with it, set model.init_from."
+                f"Cannot resume from {path}: it is a trained model without {META}. "
+                "To start a new run with it, set model.init_from."
             )
         rest = torch.load(path / META, map_location="cpu", weights_only=True)
-        return {**rest, "config": config, "state_dict": {PREFIX + name: t for name, t in state.items()}}
+        state = {PREFIX + name: tensor for name, tensor in tensors.items()}
+        return {**rest, "config": config, "state_dict": state}
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete the folder."""
@@ -63,11 +65,13 @@ class Folders(CheckpointIO):
 
 
 class Checkpoints(ModelCheckpoint):
-    """A checkpoint every `every_n_steps` steps of the optimizer and one at the end; the newest are kept.
+    """Saves checkpoints during training and at its end, as `checkpoints/step=N` in the run's folder.
 
-    save_total_limit: how many. They are in `checkpoints/` under the run's folder: `step=400` and so on.
-    monitor: where there are validation data, `best` is the checkpoint with the best `val/exact_match` (share
-    of right answers), `val/KIND` or `val/loss`.
+    Args:
+        every_n_steps: Steps of the optimizer between two checkpoints.
+        save_total_limit: How many checkpoints to keep, the newest ones. -1: all.
+        monitor: With validation data, the checkpoint with the best value of this metric is kept as
+            `checkpoints/best`: `val/exact_match` (share of exactly correct answers), `val/KIND`, `val/loss`.
     """
 
     FILE_EXTENSION = ""
@@ -75,27 +79,27 @@ class Checkpoints(ModelCheckpoint):
     def __init__(
         self, every_n_steps: int = 500, save_total_limit: int = 2, monitor: str = "val/exact_match"
     ) -> None:
-        self.best = monitor
+        self.best_metric = monitor
         super().__init__(
             filename="{step}",
             monitor="step",
             mode="max",
             save_top_k=save_total_limit,
             every_n_train_steps=every_n_steps,
-            save_on_train_epoch_end=True,  # else one that falls on the end of an epoch waits for validation
+            save_on_train_epoch_end=True,  # otherwise the last step of an epoch is saved after validation
             enable_version_counter=False,
         )
 
     @property
     def state_key(self) -> str:
-        """The same whatever `every_n_steps` is, so that what was saved before is known and rotated."""
+        """Independent of `every_n_steps`, so that a resumed run deletes old checkpoints if it is changed."""
         return "Checkpoints"
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
-        return previous != current  # Lightning would keep all that a run ever went on from
+        return previous != current  # Lightning keeps every checkpoint that the run was resumed from
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """What a run goes on from is saved; saved again amid an accumulation, it would lack a part."""
+        """Do not save the resumed step again: within an accumulation it would lack gradients."""
         super().on_train_start(trainer, module)
         self._last_global_step_saved = trainer.global_step
 
@@ -108,18 +112,18 @@ class Checkpoints(ModelCheckpoint):
         super().on_train_end(trainer, module)
         self.save(trainer)
 
-    def save(self, trainer: Trainer, again: bool = False) -> None:
-        """Now, where this step is not saved already; `again`, also where it is."""
-        if again or self._last_global_step_saved != trainer.global_step:
+    def save(self, trainer: Trainer, overwrite: bool = False) -> None:
+        """Save this step now. If it is saved already, only with `overwrite`."""
+        if overwrite or self._last_global_step_saved != trainer.global_step:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class Best(ModelCheckpoint):
-    """The checkpoint with the best `monitor` on the validation data, as `best`: the smallest of a loss."""
+    """Keeps the checkpoint with the best value of `monitor`, as `best`."""
 
     FILE_EXTENSION = ""
 
-    def __init__(self, folder: Path, monitor: str = "val/exact_match") -> None:
+    def __init__(self, folder: Path, monitor: str) -> None:
         mode = "min" if monitor == "val/loss" else "max"
         super().__init__(
             folder,
@@ -133,14 +137,14 @@ class Best(ModelCheckpoint):
 
 
 def newest(folder: str | Path) -> Path | None:
-    """The checkpoint of a run that has trained longest, or None."""
-    found = [p for p in Path(folder).glob("step=*") if p.name[5:].isdigit() and (p / META).is_file()]
-    return max(found, key=lambda p: int(p.name[5:]), default=None)
+    """The checkpoint with the highest step in a folder, or None."""
+    checkpoints = [p for p in Path(folder).glob("step=*") if p.name[5:].isdigit() and (p / META).is_file()]
+    return max(checkpoints, key=lambda path: int(path.name[5:]), default=None)
 
 
 def random_states() -> dict[str, Any]:
-    """The states of all random generators of this process, as plain values and tensors."""
-    numpy_state: Any = np.random.get_state()  # noqa: NPY002 (whoever draws from it, in a transform, counts)
+    """The states of this process's random generators, as plain values and tensors."""
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 (plug-ins may use it)
     return {
         "python": random.getstate(),
         "numpy": [numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]],
@@ -150,7 +154,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put back what `random_states` gave."""
+    """Restore what `random_states` returned."""
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *others = states["numpy"]

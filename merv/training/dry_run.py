@@ -1,13 +1,13 @@
-"""Dry: one step of training on tensors that have shapes and no numbers, to count what it takes.
+"""One training step on torch's fake tensors, which have shapes but no data: its FLOPs and memory.
 
-The model is built on the meta device and then run, forwards, backwards and through the optimizer,
-by the very code that trains, on torch's fake tensors. So nothing is estimated by formula: FLOPs
-are those of every matrix product, convolution and attention; memory is that of every tensor, from
-the moment it is made until nothing holds it.
+The model is built on the meta device. The code that trains then runs forward, backward and the
+optimizer's step. FLOPs are counted for every matrix product, convolution and attention. Memory is
+counted for every tensor, from its creation until nothing refers to it.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -35,12 +35,17 @@ FORWARD, BACKWARD, ENCODE = "forward", "backward", "encode"
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What one pass through the model is fed: the sizes of a batch.
+    """The sizes of one batch.
 
-    videos: with a full grid; stills: with one step of time. rows, length: of what the language model
-    reads, B and S. answers: places K at which a row may have a token to learn. visual: places in all
-    rows that hold a visual token. padded: whether rows differ in length. shared: whether one holds more
-    than one conversation.
+    Args:
+        videos: Number of videos, which have all time steps of the grid.
+        rows: Number of rows that the language model reads (B).
+        length: Length of a row in tokens (S).
+        answers: Number of positions at which any row has a token to learn (K).
+        visual: Number of visual tokens in all rows.
+        stills: Number of images, which have one time step.
+        padded: Whether the rows differ in length.
+        shared: Whether a row holds more than one conversation.
     """
 
     videos: int
@@ -55,28 +60,30 @@ class BatchShape:
 
 @dataclass
 class Cost:
-    """What a step took. flops: by phase. peaks: most bytes alive in each phase. held: bytes alive between
-    steps: weights, gradients kept, states of the optimizer."""
+    """The cost of a step.
+
+    Args:
+        flops: FLOPs by phase.
+        peaks: Peak memory in bytes by phase.
+        held: Bytes in use between steps: weights, kept gradients, optimizer states.
+    """
 
     flops: dict[str, int] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     held: int = 0
 
-    @property
-    def peak(self) -> int:
-        """Most bytes that are ever alive."""
-        return max(self.peaks.values())
-
 
 class Meter(TorchDispatchMode):
-    """Counts `flops`, and the bytes of all tensors that are alive: `now`, and their `peak`.
+    """Counts FLOPs, and the bytes of all live tensors: now and at the peak.
 
-    torch's FlopCounterMode, whose formulas these are, keeps the tensors of modules alive.
+    It uses the formulas of torch's FlopCounterMode, which itself keeps the tensors of modules alive and
+    so cannot be active while memory is measured.
 
-    >>> with Meter() as meter:
-    ...     kept = torch.ones(10, 100) @ torch.ones(100, 10)
-    >>> meter.now, meter.peak, meter.flops
-    (400, 8400, 20000)
+    Example:
+        >>> with Meter() as meter:
+        ...     product = torch.ones(10, 100) @ torch.ones(100, 10)
+        >>> meter.now, meter.peak, meter.flops
+        (400, 8400, 20000)
     """
 
     def __init__(self) -> None:
@@ -95,7 +102,7 @@ class Meter(TorchDispatchMode):
         return out
 
     def add(self, tensor: Tensor) -> None:
-        """Count a tensor that is there already; views of what is counted add nothing."""
+        """Count an existing tensor. Views of a counted tensor add nothing."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._alive:
@@ -110,20 +117,20 @@ class Meter(TorchDispatchMode):
 
 
 def to_fake_tensors(module: nn.Module) -> None:
-    """Replace all parameters and buffers by fake ones on the CPU, in place; inside a FakeTensorMode.
+    """Replace all parameters and buffers by fake ones on the CPU, in place; call it in a FakeTensorMode.
 
-    What was shared by two modules stays shared.
+    Tensors shared by two modules stay shared.
     """
-    made: dict[int, Tensor] = {}
+    fakes: dict[int, Tensor] = {}
     for owner in module.modules():
         for table in (owner._parameters, owner._buffers):
             for name, tensor in table.items():
-                if tensor is not None and id(tensor) not in made:
+                if tensor is not None and id(tensor) not in fakes:
                     empty = torch.empty_like(tensor, device="cpu", requires_grad=False)
                     is_parameter = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                    fakes[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
                 if tensor is not None:
-                    table[name] = made[id(tensor)]  # type: ignore[assignment]
+                    table[name] = fakes[id(tensor)]  # type: ignore[assignment]
 
 
 def dry_step(
@@ -135,16 +142,24 @@ def dry_step(
     autocast: bool = False,
     gpu: bool = False,
 ) -> Cost:
-    """One micro-batch of `training`, and the optimizer's step; its model becomes one without numbers.
+    """Run one micro-batch and the optimizer's step on fake tensors.
 
-    training: a `merv.training.module.Training` whose `model` is on the meta device.
-    encode: whether the encoders run in the step. accumulate: micro-batches a step of the optimizer.
-    autocast: to bf16, as Lightning's `bf16-mixed`. gpu: the optimizer's step takes all tensors at once.
+    Args:
+        training: A `merv.training.module.Training` whose `model` is on the meta device. Its tensors are
+            replaced by fake ones.
+        shape: The sizes of the batch.
+        encode: Whether the encoders run in the step.
+        accumulate: Micro-batches per step of the optimizer.
+        autocast: Whether to autocast to bf16, like Lightning's `bf16-mixed`.
+        gpu: Whether the optimizer updates all tensors at once, which is torch's default on a GPU.
+
+    Returns:
+        FLOPs and memory by phase.
     """
     cost, meter = Cost(), Meter()
     model = training.model
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about devices that fake tensors do not have
+        warnings.simplefilter("ignore")  # about devices, which fake tensors do not have
         to_fake_tensors(model)
         training.train()
         for tensor in (*model.parameters(), *model.buffers()):
@@ -153,7 +168,7 @@ def dry_step(
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(training.parameter_groups(), foreach=gpu)
         with meter:
-            _set_gradients(trained)  # those of the step before, which made the optimizer's states too
+            _set_gradients(trained)  # of a previous step, which also creates the optimizer's states
             optimizer.step()
         with cast:
             with _phase(cost, meter, ENCODE):
@@ -163,7 +178,7 @@ def dry_step(
         del features
         with _phase(cost, meter, BACKWARD):
             if accumulate == 1:
-                optimizer.zero_grad()  # Lightning does it between the two
+                optimizer.zero_grad()  # Lightning does it between forward and backward
             loss.backward()
             del loss
         with _phase(cost, meter, OPTIMIZER):
@@ -175,13 +190,13 @@ def dry_step(
 @contextmanager
 def _phase(cost: Cost, meter: Meter, name: str) -> Iterator[None]:
     meter.peak, meter.flops = meter.now, 0
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one kernel that no formula knows
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # a fused kernel without a FLOP formula
     try:
         with meter:
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.mha.set_fastpath_enabled(fastpath)
     cost.flops[name], cost.peaks[name] = meter.flops, meter.peak
 
 
@@ -190,97 +205,97 @@ def _set_gradients(parameters: list[nn.Parameter]) -> None:
         parameter.grad = torch.empty_like(parameter)
 
 
-# The path ---------------------------------------------------------------------------------------
+# Encoding, fusion, language model -----------------------------------------------------------------
 
 
 def _features(model: Any, shape: BatchShape, meter: Meter, encode: bool) -> list[dict[str, Grid]]:
-    """Aligned features of the videos, and of the stills, of a batch: a dictionary each."""
-    grids = []
+    """Aligned features by encoder, for the videos and for the stills of a batch."""
+    features = []
     t, h, w = model.vision.aligner.grid
-    for count, steps in ((shape.videos, t), (shape.stills, 1)):
-        if not count:
+    for clips, steps in ((shape.videos, t), (shape.stills, 1)):
+        if not clips:
             continue
-        own = {}
+        grids = {}
         for name, encoder in model.vision.named():
-            values = torch.empty(
-                count, steps, h, w, encoder.spec.embed_dim, dtype=device_and_dtype(encoder)[1]
-            )
+            dtype = device_and_dtype(encoder)[1]
+            values = torch.empty(clips, steps, h, w, encoder.spec.embed_dim, dtype=dtype)
             if encode:
-                frames = model.vision.num_frames.get(name, encoder.spec.num_frames) if steps > 1 else 1
-                made = _encoded(encoder, frames, count, meter)
-                values = _resampled(made, values.shape)
-            own[name] = Grid(
+                num_frames = model.vision.num_frames.get(name, encoder.spec.num_frames) if steps > 1 else 1
+                values = _resize(_encode(encoder, num_frames, clips, meter), values.shape)
+            grids[name] = Grid(
                 values,
-                torch.empty(count, steps, dtype=torch.float64),
-                torch.tensor(WHOLE_PICTURE).expand(count, -1),
-                torch.ones(count, steps, h, w, dtype=torch.bool),
+                torch.empty(clips, steps, dtype=torch.float64),
+                torch.tensor(WHOLE_PICTURE).expand(clips, -1),
+                torch.ones(clips, steps, h, w, dtype=torch.bool),
             )
-        grids.append(own)
-    return grids
+        features.append(grids)
+    return features
 
 
-def _encoded(encoder: Encoder, frames: int, clips: int, meter: Meter) -> Tensor:
-    """Run an encoder over clips, as many windows at once as merv does; features of the last ones.
+def _encode(encoder: Encoder, num_frames: int, clips: int, meter: Meter) -> Tensor:
+    """Run an encoder over clips, with as many windows per call as merv uses.
 
-    One that is frozen keeps nothing from one run to the next, so a single run is multiplied.
+    A frozen encoder keeps no activations between calls, so it runs once and its FLOPs are multiplied.
     """
-    window = encoder.spec.window_size or max(frames, encoder.spec.tubelet_size)
-    windows = -(-frames // window)
-    at_once = min(windows, max(1, FRAMES_AT_ONCE // window))
-    pixels = torch.empty(at_once, window, 3, *encoder.preset.input_size, dtype=device_and_dtype(encoder)[1])
+    window = encoder.spec.window_size or max(num_frames, encoder.spec.tubelet_size)
+    windows = math.ceil(num_frames / window)
+    per_call = min(windows, max(1, FRAMES_AT_ONCE // window))
+    pixels = torch.empty(per_call, window, 3, *encoder.preset.input_size, dtype=device_and_dtype(encoder)[1])
     if any(p.requires_grad for p in encoder.parameters()):
-        runs = -(-windows * clips // at_once)
-        return torch.cat([encoder.encode(pixels) for _ in range(runs)])
+        calls = math.ceil(windows * clips / per_call)
+        return torch.cat([encoder.encode(pixels) for _ in range(calls)])
     before = meter.flops
     with torch.no_grad():
-        made = encoder.encode(pixels)
-    meter.flops = before + (meter.flops - before) * windows * clips // at_once
-    return made
+        encoded = encoder.encode(pixels)
+    meter.flops = before + (meter.flops - before) * windows * clips // per_call
+    return encoded
 
 
-def _resampled(made: Tensor, shape: torch.Size) -> Tensor:
-    """In the shape of aligned features; where they are trained, on the way back too."""
-    values = made.new_empty(shape)
-    return values + made.mean() if made.requires_grad else values
+def _resize(encoded: Tensor, shape: torch.Size) -> Tensor:
+    """Values of the aligned shape, with a backward pass to the encoder if it is trained."""
+    values = encoded.new_empty(shape)
+    return values + encoded.mean() if encoded.requires_grad else values
 
 
 def _loss(model: Any, features: list[dict[str, Grid]], shape: BatchShape) -> Tensor:
-    """The summed loss of one batch, as `VideoLLM` has it."""
+    """The summed loss of one batch, computed as `VideoLLM` does."""
     tokens = []
-    for own in features:
-        clips = len(next(iter(own.values())).values)
+    for grids in features:
+        clips = len(next(iter(grids.values())).values)
         question = torch.empty(clips, model.fusion.output_dim) if model.fusion.mixer.conditioned else None
-        tokens.append(model.vision.fuse(own, question).tokens.flatten(0, 1))
-    visual = torch.cat(tokens) if tokens else model.fusion.nothing()[:0]
-    with _no_packing_found():
-        logits = model.logits(_Sized.of(shape), visual, torch.zeros(shape.answers, dtype=torch.long)).float()
+        tokens.append(model.vision.fuse(grids, question).tokens.flatten(0, 1))
+    visual = torch.cat(tokens) if tokens else model.fusion.dummy_tokens()[:0]
+    with _skip_packing_detection():
+        logits = model.logits(
+            _FakePacked.of(shape), visual, torch.zeros(shape.answers, dtype=torch.long)
+        ).float()
     labels = torch.zeros(shape.rows * shape.answers, dtype=torch.long)
     return cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
 
 
 @contextmanager
-def _no_packing_found() -> Iterator[None]:
-    """Without a mask transformers looks for rows of several sequences, and fears the worst of fake ones."""
+def _skip_packing_detection() -> Iterator[None]:
+    """Keep transformers from looking for packed sequences in positions, which fake tensors do not have."""
     from transformers import masking_utils
 
     name = "find_packed_sequence_indices"
-    looks = getattr(masking_utils, name, None)
+    original = getattr(masking_utils, name, None)
     setattr(masking_utils, name, lambda *args, **kwargs: None)
     try:
         yield
     finally:
-        setattr(masking_utils, name, looks)
+        setattr(masking_utils, name, original)
 
 
 @dataclass(frozen=True, eq=False)
-class _Sized(Packed):
+class _FakePacked(Packed):
     """A packed batch of which only the sizes are known."""
 
-    places: int = 0
+    visual_tokens: int = 0
     padded: bool = True
 
     @classmethod
-    def of(cls, shape: BatchShape) -> _Sized:
+    def of(cls, shape: BatchShape) -> _FakePacked:
         size = (shape.rows, shape.length)
         ids, positions, labels, branches = (torch.zeros(size, dtype=torch.long) for _ in range(4))
         length = shape.length
@@ -288,12 +303,12 @@ class _Sized(Packed):
         return cls(ids, mask, positions, labels, branches, shape.visual, shape.padded)
 
     def embed(self, table: nn.Module, visual: Tensor) -> Tensor:
-        words = table(self.ids)
-        row, column = torch.zeros(2, self.places, dtype=torch.long)
-        some = visual[torch.zeros(self.places, dtype=torch.long)]
-        return words.index_put((row, column), some.to(words))
+        text = table(self.ids)
+        row, column = torch.zeros(2, self.visual_tokens, dtype=torch.long)
+        chosen = visual[torch.zeros(self.visual_tokens, dtype=torch.long)]
+        return text.index_put((row, column), chosen.to(text))
 
     def attention_mask(self, like: Tensor, additive: bool) -> Any:
         if self.mask.ndim == 2 and not self.padded:
-            return None  # as transformers does with a mask that masks nothing; it cannot look into this one
+            return None  # transformers drops a mask of ones, but it cannot inspect a fake one
         return super().attention_mask(like, additive)

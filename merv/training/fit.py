@@ -1,4 +1,4 @@
-"""Fit: Lightning's command line, made to what a run of merv needs."""
+"""LightningCLI with merv's callbacks, checkpoints and loggers: the implementation of `merv fit`."""
 
 from __future__ import annotations
 
@@ -21,28 +21,32 @@ from merv.training.sharding import register
 
 
 class Fit(LightningCLI):
-    """fit, then save the model and its loss curve."""
+    """Builds trainer, model and data from the options, trains, and saves the model."""
 
     @classmethod
     def command(cls) -> int:
-        """Run what sys.argv says; the exit status."""
+        """Run the command in sys.argv; return the exit status, 130 after an interrupt."""
         register()
-        done = cls(
+        finished = cls(
             Training,
             ChatData,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
         )
-        return 130 if done.stopped else 0
+        return 130 if finished.stopped else 0
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The parts of a recipe besides trainer, model and data."""
+        """Add the sections of a recipe besides trainer, model and data."""
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(SampleAnswers, "sample_answers")
 
     def instantiate_classes(self) -> None:
-        """Make trainer, model and data; raises TrainingError where Lightning cannot, of the options."""
+        """Build trainer, model and data.
+
+        Raises:
+            TrainingError: Lightning does not accept an option.
+        """
         try:
             super().instantiate_classes()
         except MervError:
@@ -51,48 +55,49 @@ class Fit(LightningCLI):
             raise TrainingError(f"The run cannot be set up: {error}") from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """The trainer with what a run has unless it is told otherwise."""
+        """Build the trainer with merv's defaults for what the options leave open."""
         root = Path(config["default_root_dir"] or "outputs")
         config["default_root_dir"] = str(root)
         if config["logger"] in (None, True):
-            table = CSVLogger(root, name="logs")
-            config["logger"] = [table, TensorBoardLogger(root, name="logs", version=table.version)]
-        config["enable_model_summary"] = bool(config["enable_model_summary"])  # the parts are listed anyway
-        own: list[Callback] = [LossPlot(), GracefulShutdown(), Throughput()]
+            csv = CSVLogger(root, name="logs")
+            config["logger"] = [csv, TensorBoardLogger(root, name="logs", version=csv.version)]
+        config["enable_model_summary"] = bool(config["enable_model_summary"])  # print_parts replaces it
+        callbacks = [*callbacks, LossPlot(), GracefulShutdown(), Throughput()]
         if config["logger"] is not False:
-            own.append(LearningRateMonitor())
+            callbacks.append(LearningRateMonitor())
         if config["enable_progress_bar"] is not False:
-            own.append(TQDMProgressBar(refresh_rate=5))  # in logs too
+            callbacks.append(TQDMProgressBar(refresh_rate=5))  # seldom enough for log files
+        (checkpoints,) = (callback for callback in callbacks if isinstance(callback, Checkpoints))
         if config["enable_checkpointing"] is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoints)]
+            callbacks.remove(checkpoints)
         else:
-            for callback in callbacks:
-                if isinstance(callback, Checkpoints):
-                    callback.dirpath = str(root / CHECKPOINTS)
+            checkpoints.dirpath = str(root / CHECKPOINTS)
             if self.config["fit"]["data"]["val"] is not None:
-                own.append(Best(root / CHECKPOINTS, self.config["fit"]["checkpoints"]["monitor"]))
+                callbacks.append(Best(root / CHECKPOINTS, checkpoints.best_metric))
         config["plugins"] = [*(config["plugins"] or []), Folders()]
-        return super()._instantiate_trainer(config, [*callbacks, *own])
+        return super()._instantiate_trainer(config, callbacks)
 
     def before_fit(self) -> None:
-        """What would end a run after hours must end it now."""
+        """Find the checkpoint to resume from, and fail now rather than when the model is saved."""
         root = Path(self.trainer.default_root_dir)
         check_free(root / "model")
-        given = self.config_init["fit"]
-        asked = given["ckpt_path"]
-        if asked in ("last", "auto"):
-            found = newest(root / CHECKPOINTS)
-            if found is None and asked == "last":
-                raise CheckpointError(f"There is no checkpoint in {root / CHECKPOINTS} to go on from.")
-            given["ckpt_path"] = None if found is None else str(found)
-            print(f"Going on from {found}." if found else "A new run: there is no checkpoint yet.")
-        given["weights_only"] = True
-        earlier = newest(root / CHECKPOINTS)
-        if given["ckpt_path"] is None and earlier is not None:
-            raise CheckpointError(
-                f"{earlier} is of an earlier run. Go on with it by --ckpt_path=last, or begin elsewhere: "
-                "--trainer.default_root_dir=..."
+        options = self.config_init["fit"]
+        latest = newest(root / CHECKPOINTS)
+        if options["ckpt_path"] in ("last", "auto"):
+            if latest is None and options["ckpt_path"] == "last":
+                raise CheckpointError(f"Cannot resume: {root / CHECKPOINTS} has no checkpoint.")
+            print(
+                "Starting a new run: there is no checkpoint yet."
+                if latest is None
+                else f"Resuming from {latest}."
             )
+            options["ckpt_path"] = None if latest is None else str(latest)
+        elif options["ckpt_path"] is None and latest is not None:
+            raise CheckpointError(
+                f"{latest} belongs to an earlier run. Resume it with --ckpt_path=last, or choose another "
+                "folder with --trainer.default_root_dir=..."
+            )
+        options["weights_only"] = True
 
     @property
     def stopped(self) -> bool:
@@ -100,7 +105,7 @@ class Fit(LightningCLI):
         return any(isinstance(c, GracefulShutdown) and c.stopped for c in self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def after_fit(self) -> None:
-        """Save what was trained to the end."""
+        """Save the trained model, unless the run was stopped."""
         if not self.stopped:
             folder = save(self.model, Path(self.trainer.default_root_dir) / "model")
             if self.trainer.is_global_zero:

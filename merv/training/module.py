@@ -234,7 +234,7 @@ class Training(LightningModule):
         loss_sum, num_tokens = out.loss_sum, out.num_tokens
         self.tokens, self.last_tokens = self.tokens + num_tokens, num_tokens
         mean = loss_sum.detach() / max(num_tokens, 1)
-        self.loss_monitor.see(mean, num_tokens, batch.origins)
+        self.loss_monitor.record(mean, num_tokens, batch.origins)
         self.log("loss", mean, prog_bar=True, batch_size=max(num_tokens, 1))
         for name, weight in out.mix_weights.items():
             self.log(f"weight/{name}", weight, batch_size=1)
@@ -248,7 +248,7 @@ class Training(LightningModule):
         norm = total_norm([p.grad for p in self._trained() if p.grad is not None])
         has_scaler = self.trainer.precision == "16-mixed"  # which expects and handles infinite gradients
         bad_gradient = not has_scaler and not math.isfinite(norm)
-        counts = [self.tokens, self.loss_monitor.alarms() + bad_gradient, self.stop_requested]
+        counts = [self.tokens, self.loss_monitor.check() + bad_gradient, self.stop_requested]
         tokens, alarms, stop_requests = sum_over_processes(counts, self.device)
         self.tokens, self.stop_agreed = 0, stop_requests > 0
         if alarms:

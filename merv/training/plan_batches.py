@@ -1,8 +1,9 @@
-"""The sizes of a plan's batches: from the data file and the language model's tokenizer, else guessed."""
+"""The batch sizes of a planned run, measured with the data file and the language model's tokenizer."""
 
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from merv.data.order import portions
+from merv.data.samples import media_parts
 from merv.data.sources import stream_samples
 from merv.errors import DataError
 from merv.models.chat import render, user_message
@@ -20,71 +22,92 @@ from merv.training.dry_run import BatchShape
 
 log = logging.getLogger(__name__)
 
-DRAWN = 32  # batches, of which the middle one stands for all
-GUESS = ("word " * 60, "word " * 20)  # a question and its answer, where the data cannot be read
+NUM_BATCHES = 32  # drawn at random; the median one is the typical batch
+QUESTION, ANSWER = "word " * 60, "word " * 20  # assumed if the data cannot be read
 
 
 @dataclass(frozen=True)
 class Batches:
-    """What the data are like. samples, videos (of all samples, stills too), conversations: counts.
-    tokens_mean, tokens_most: of a row. typical, largest: batches. measured: of how many samples; 0: guessed.
+    """Statistics of the training data and its batches.
+
+    Args:
+        samples: Number of samples in an epoch.
+        videos: Number of videos and images in them.
+        conversations: Number of conversations in them.
+        tokens_mean: Mean length of a row in tokens.
+        tokens_max: Length of the longest row.
+        typical: The sizes of a batch of median size.
+        largest: The sizes of a batch of the longest samples.
+        measured: How many samples were read. 0: the data could not be read, and the sizes are guesses.
     """
 
     samples: int
     videos: int
     conversations: int
     tokens_mean: float
-    tokens_most: int
+    tokens_max: int
     typical: BatchShape
     largest: BatchShape
     measured: int
 
 
-def measure(data: Any, model: VideoLLM, fill: int | None, probe: int, devices: int = 1) -> Batches:
-    """Sizes of batches, of up to `probe` samples of the training data; guessed where there is no file."""
-    samples, chosen = _samples(data, probe, devices)
-    rows = [_rows(sample.conversations, model, data.max_questions) for sample in chosen]
-    if not rows:
-        rows = [_rows([user_message(GUESS[0], "video", answer=GUESS[1])], model, 1)]
-    rows = [row for row in rows if row.groups]
-    lengths = [length for row in rows for length in row.lengths]
-    ordered = sorted(rows, key=lambda row: -max(row.lengths))
-    largest = _batch(_cycled(ordered, data.batch_size), model, fill)
-    draw = random.Random(0)
-    drawn = [_batch(_some(ordered, data, draw), model, fill) for _ in range(DRAWN)]
-    typical = sorted(drawn, key=lambda load: load.rows * load.length)[DRAWN // 2]
-    share = samples / max(len(chosen), 1)
+def measure(
+    data: Any, model: VideoLLM, packed_length: int | None, max_samples: int, devices: int = 1
+) -> Batches:
+    """Measure the batches of a run.
+
+    Args:
+        data: The `merv.data.module.ChatData` of the run.
+        model: The model; only its sizes and its tokenizer are used.
+        packed_length: As in the recipe.
+        max_samples: How many samples to read at most.
+        devices: Number of devices.
+
+    Returns:
+        The statistics; guesses if the data cannot be read.
+    """
+    num_samples, samples = _read(data, max_samples, devices)
+    if samples:
+        sizes = [_size(sample.conversations[: data.max_questions], model) for sample in samples]
+    else:
+        sizes = [_size([user_message(QUESTION, "video", answer=ANSWER)], model)]
+    lengths = [length for size in sizes for length in size.lengths]
+    sizes.sort(key=lambda size: max(size.lengths), reverse=True)
+    longest = [sizes[i % len(sizes)] for i in range(data.batch_size)]
+    generator = random.Random(0)
+    batches = [_batch(_draw(sizes, data, generator), model, packed_length) for _ in range(NUM_BATCHES)]
+    batches.sort(key=lambda batch: batch.rows * batch.length)
+    scale = num_samples / max(len(samples), 1)
     return Batches(
-        samples=samples,
-        videos=round(share * sum(row.visuals for row in rows)) if chosen else 0,
-        conversations=round(share * sum(len(sample.conversations) for sample in chosen)),
+        samples=num_samples,
+        videos=round(scale * sum(size.visuals for size in sizes)) if samples else 0,
+        conversations=round(scale * sum(len(sample.conversations) for sample in samples)),
         tokens_mean=sum(lengths) / len(lengths),
-        tokens_most=max(lengths),
-        typical=typical,
-        largest=largest,
-        measured=len(chosen),
+        tokens_max=max(lengths),
+        typical=batches[NUM_BATCHES // 2],
+        largest=_batch(longest, model, packed_length),
+        measured=len(samples),
     )
 
 
-def _samples(data: Any, probe: int, devices: int) -> tuple[int, list[Any]]:
-    """How many samples an epoch has, and up to `probe` of them; none where there is no file."""
+def _read(data: Any, max_samples: int, devices: int) -> tuple[int, list[Any]]:
+    """The number of samples in an epoch, and up to `max_samples` of them; nothing if there is no file."""
     try:
         if data.stream:
-            samples = list(islice(stream_samples(data.train_source, data.root), probe))
-            return data.batches_per_epoch * data.batch_size * devices, samples  # each has batches of its own
-        data.open_files()  # not set up, which reads all samples where they are grouped
+            samples = list(islice(stream_samples(data.train_source, data.root), max_samples))
+            return data.batches_per_epoch * data.batch_size * devices, samples
+        data.open_files()  # setup() would read every sample if they are grouped by length
     except DataError as error:
         log.warning("%s", error)
         return 0, []
-    weights = data.train_source.values() if isinstance(data.train_source, Mapping) else None
-    step = max(1, -(-len(data.train) // probe))
-    count = sum(portions(data.sizes, None if weights is None else list(weights)))
-    return count, [data.train[i] for i in range(0, len(data.train), step)]
+    weights = list(data.train_source.values()) if isinstance(data.train_source, Mapping) else None
+    step = max(1, math.ceil(len(data.train) / max_samples))
+    return sum(portions(data.sizes, weights)), [data.train[i] for i in range(0, len(data.train), step)]
 
 
 @dataclass(frozen=True, eq=False)
-class _Sample:
-    """groups: as the model packs them. lengths: of a row each. visuals, stills: how many it has."""
+class _SampleSize:
+    """groups: conversations as the model packs them. lengths: of their rows. visuals, stills: counts."""
 
     groups: list[list[Tokens]]
     lengths: list[int]
@@ -92,49 +115,42 @@ class _Sample:
     stills: int
 
 
-def _rows(conversations: Sequence[Any], model: VideoLLM, most: int) -> _Sample:
-    """The conversations of a sample as token ids, their videos as that many places."""
+def _size(conversations: Sequence[Any], model: VideoLLM) -> _SampleSize:
+    """Tokenize the conversations of a sample; a video becomes as many tokens as the model makes of it."""
     t, h, w = model.vision.aligner.grid
-    mixer = model.fusion.mixer
-    stills = {
+    images = {
         str(part["image"])
-        for talk in conversations
-        for turn in talk
-        if not isinstance(turn["content"], str)
-        for part in turn["content"]
+        for messages in conversations
+        for part in media_parts(messages)
         if part["type"] == "image"
     }
-    seen: set[str] = set()
+    visuals: set[str] = set()
     sequences = []
-    for talk in list(conversations)[:most]:
-        prompt = render(talk, model.tokenizer)
-        names = [str(visual.source) for visual in prompt.visuals]
-        seen |= set(names)
-        sizes = [mixer.num_tokens(h * w * (1 if name in stills else t)) for name in names]
-        sequences.append(tokens_of(prompt, iter([range(size) for size in sizes])))
-    groups = [sequences] if supports_shared_prefix(model.llm) else [[one] for one in sequences]
+    for messages in conversations:
+        prompt = render(messages, model.tokenizer)
+        sources = [str(visual.source) for visual in prompt.visuals]
+        visuals.update(sources)
+        cells = [h * w * (1 if source in images else t) for source in sources]
+        sequences.append(tokens_of(prompt, iter([range(model.fusion.mixer.num_tokens(n)) for n in cells])))
+    groups = [sequences] if supports_shared_prefix(model.llm) else [[sequence] for sequence in sequences]
     lengths = [len(pack([group], 0).ids[0]) for group in groups]
-    return _Sample(groups, lengths, len(seen), len(seen & stills))
+    return _SampleSize(groups, lengths, len(visuals), len(visuals & images))
 
 
-def _some(rows: Sequence[_Sample], data: Any, draw: random.Random) -> list[_Sample]:
-    """A batch as the data module draws it: of neighbors in length, or of any."""
-    if data.group_by_length:
-        start = draw.randrange(max(1, len(rows) - data.batch_size + 1))
-        return _cycled(rows[start:], data.batch_size)
-    return [draw.choice(rows) for _ in range(data.batch_size)]
+def _draw(sizes: Sequence[_SampleSize], data: Any, generator: random.Random) -> list[_SampleSize]:
+    """Draw a batch as the data module does: neighbors in length if grouped by length, otherwise any."""
+    if not data.group_by_length:
+        return [generator.choice(sizes) for _ in range(data.batch_size)]
+    start = generator.randrange(max(1, len(sizes) - data.batch_size + 1))
+    return [sizes[start + i % (len(sizes) - start)] for i in range(data.batch_size)]
 
 
-def _cycled(rows: Sequence[_Sample], count: int) -> list[_Sample]:
-    return [rows[i % len(rows)] for i in range(count)]
-
-
-def _batch(samples: Sequence[_Sample], model: VideoLLM, fill: int | None) -> BatchShape:
-    """What a batch of these is to the model."""
-    packed = pack([group for sample in samples for group in sample.groups], 0, "right", fill)
-    stills = sum(sample.stills for sample in samples)
+def _batch(sizes: Sequence[_SampleSize], model: VideoLLM, packed_length: int | None) -> BatchShape:
+    """The sizes of a batch of these samples."""
+    packed = pack([group for size in sizes for group in size.groups], 0, "right", packed_length)
+    stills = sum(size.stills for size in sizes)
     return BatchShape(
-        videos=sum(sample.visuals for sample in samples) - stills,
+        videos=sum(size.visuals for size in sizes) - stills,
         stills=stills,
         rows=packed.ids.shape[0],
         length=packed.ids.shape[1],

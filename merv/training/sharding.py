@@ -1,7 +1,6 @@
-"""Scale: what several processes need of the training, on the engines that Lightning and torch have.
+"""Sharded training (FSDP2) and its checkpoints, on Lightning's ModelParallelStrategy.
 
-Plain DDP needs nothing. Sharding (FSDP2) splits the language model and the fusion over processes;
-encoders that are frozen stay whole on each.
+The language model and the fusion are split over the processes; frozen encoders stay whole on each.
 """
 
 from __future__ import annotations
@@ -15,39 +14,44 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
-from merv.checkpoints.folder import clear_up, find_folder, read_config, save_folder, swap, write_config
+from merv.checkpoints.folder import find_folder, read_config, remove_leftovers, save_folder, write_config
 from merv.errors import CheckpointError, TrainingError
-from merv.utils.files import temporary_beside
+from merv.utils.files import replace_folder, temporary_beside
 
-META = "training.pt"  # of a checkpoint: all but tensors of the model
+META = "training.pt"  # holds everything in a checkpoint except config and model tensors
 
 
 def shard(model: Any, mesh: Any) -> None:
-    """Split a VideoLLM over the processes of a device mesh, in place: layer by layer, and the fusion.
+    """Split a VideoLLM over the processes of a device mesh, in place: the LLM's layers and the fusion.
 
     Encoders stay whole on each process.
-    Raises TrainingError where that cannot be done.
+
+    Raises:
+        TrainingError: The installed torch, the quantization or the trained parts do not allow it.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
         raise TrainingError(
-            f"Sharding needs a newer torch than {torch.__version__}; DDP works with this one."
+            f"Sharding needs a newer torch than {torch.__version__}. Upgrade it, or set "
+            "trainer.strategy: ddp."
         )
     if model.identity["quantize"]:
         raise TrainingError(
-            "A quantized LLM cannot be sharded; use strategy ddp, each process with all of it."
+            "A quantized LLM cannot be sharded. Set trainer.strategy: ddp; each process then holds all of it."
         )
     if any(name.startswith("mixer.") for name in model.trained):
-        raise TrainingError("Parts of a mixer (mixer.NAME) cannot be trained sharded; use strategy ddp.")
+        raise TrainingError(
+            "Parts of a mixer (mixer.NAME) cannot be trained sharded. Set trainer.strategy: ddp."
+        )
     mesh = mesh["data_parallel"]
     frozen = {p for _, encoder in model.vision.named() for p in encoder.parameters()}
     layers = set(getattr(model.llm, "_no_split_modules", None) or ())
     for module in list(model.llm.modules()):
         if type(module).__name__ in layers:
-            # A LoRA is fp32 whatever the layer is: a group of its own
-            lora = [m for n, m in module.named_modules() if ".lora_" in n and not list(m.children())]
-            lora = [m for m in lora if list(m.parameters())]
+            # A LoRA is always fp32, so it needs a group separate from the layer
+            leaves = [m for n, m in module.named_modules() if ".lora_" in n and not list(m.children())]
+            lora = [m for m in leaves if list(m.parameters())]
             if lora:
                 fully_shard(lora, mesh=mesh)
             fully_shard(module, mesh=mesh)
@@ -57,65 +61,69 @@ def shard(model: Any, mesh: Any) -> None:
 
 
 class Sharded(ModelParallelStrategy):
-    """FSDP2 over all processes, with checkpoints that each process writes its part of.
+    """FSDP2 over all processes, with NCCL or gloo. Each process writes its part of a checkpoint.
 
-    A checkpoint is a folder with what is trained, nothing frozen; `merv consolidate` makes one of it that
-    `merv ask` and `VideoLLM.from_pretrained` load. Works with NCCL and gloo.
+    A checkpoint is a folder with the trained tensors only. `merv consolidate` turns it into a folder that
+    `merv ask` and `VideoLLM.from_pretrained` load.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, **options)
 
     def setup_environment(self) -> None:
-        """All processes share the data."""
+        """Spread the data over all processes."""
         self._data_parallel_size = self.num_processes * self.num_nodes
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What is trained, each process its shard."""
+        """The trained tensors; each process returns its shards."""
         from torch.distributed.fsdp import FSDPModule
 
         assert self.model is not None
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # what ran without a backward pass is still whole
+                module.reshard()  # modules that ran without a backward pass are still gathered
         return self.lightning_module.state_dict()  # type: ignore[union-attr]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write a folder, whole or not at all."""
+        """Write a folder, completely or not at all."""
         import torch.distributed.checkpoint as dcp
 
-        with temporary_beside(Path(filepath)) as own:
-            path, fresh = self.broadcast((Path(filepath), own))
+        with temporary_beside(Path(filepath)) as suggested:
+            path, temporary = self.broadcast((Path(filepath), suggested))  # those of the first process
             if self.is_global_zero:
-                clear_up(path)
-                fresh.mkdir(parents=True)
+                remove_leftovers(path)
+                temporary.mkdir(parents=True)
             self.barrier()
             states = {"state_dict": checkpoint.pop("state_dict")}
             for number, state in enumerate(checkpoint.pop("optimizer_states", [])):
                 states[f"optimizer_{number}"] = state
-            dcp.save(states, checkpoint_id=fresh)
+            dcp.save(states, checkpoint_id=temporary)
             if self.is_global_zero:
-                write_config(fresh, "VideoLLM", checkpoint["config"])
-                torch.save(checkpoint, fresh / META)
-                swap(fresh, path)
+                write_config(temporary, "VideoLLM", checkpoint["config"])
+                torch.save(checkpoint, temporary / META)
+                replace_folder(temporary, path)
             self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Fill the model and the optimizers; returns the rest."""
+        """Load the tensors into the model and the optimizers; return the rest of the checkpoint."""
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
         path = Path(self.broadcast(checkpoint_path))
         if not is_sharded(path):
-            raise CheckpointError(f"{path} is no sharded checkpoint; it was written by another strategy.")
+            raise CheckpointError(
+                f"Cannot resume from {path}: it is not a sharded checkpoint. "
+                "Use the trainer.strategy that wrote it."
+            )
         assert self.lightning_module is not None
         assert self.model is not None
         dcp.load({"state_dict": self.lightning_module.state_dict()}, checkpoint_id=path)
         for number, optimizer in enumerate(self.optimizers):
-            state = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
-            dcp.load(state, checkpoint_id=path)
-            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state[f"optimizer_{number}"])
+            key = f"optimizer_{number}"
+            states = {key: get_optimizer_state_dict(self.model, optimizer)}
+            dcp.load(states, checkpoint_id=path)
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=states[key])
         return torch.load(path / META, weights_only=True)
 
     def remove_checkpoint(self, filepath: Any) -> None:
@@ -125,41 +133,48 @@ class Sharded(ModelParallelStrategy):
 
 
 def register() -> None:
-    """Let Lightning know the strategy by its name; once is enough."""
+    """Register `trainer.strategy: sharded` with Lightning, if it is not registered yet."""
     if "sharded" not in StrategyRegistry:
         StrategyRegistry.register("sharded", Sharded, description="FSDP2 over all processes")
 
 
 def is_sharded(path: str | Path) -> bool:
-    """Whether a folder is a checkpoint that `Sharded` wrote."""
+    """Whether `Sharded` wrote the checkpoint in this folder."""
     return (Path(path) / ".metadata").is_file() and (Path(path) / META).is_file()
 
 
 def whole_state(path: str | Path) -> Mapping[str, torch.Tensor]:
-    """The model's tensors of a sharded checkpoint, put together in this one process.
+    """Read the model's tensors from a sharded checkpoint, in one process.
 
-    Raises CheckpointError where `path` is none.
+    Raises:
+        CheckpointError: The folder is not a sharded checkpoint.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     if not is_sharded(path):
-        raise CheckpointError(f"{path} is no sharded checkpoint of merv.")
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        raise CheckpointError(f"{path} is not a sharded checkpoint of merv.")
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     state = {
-        name: torch.empty(about.size, dtype=about.properties.dtype)
-        for name, about in stored.items()
-        if name.startswith("state_dict.") and isinstance(about, TensorStorageMetadata)
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
     }
     dcp.load(state, checkpoint_id=path, no_dist=True)
-    return {name.removeprefix("state_dict.").removeprefix("model."): t for name, t in state.items()}
+    return {name.removeprefix("state_dict.model."): tensor for name, tensor in state.items()}
 
 
 def consolidate(folder: str | Path, out: str | Path) -> None:
-    """A sharded checkpoint as a folder that `VideoLLM.from_pretrained` loads; whole or not at all.
+    """Turn a sharded checkpoint into a folder that `VideoLLM.from_pretrained` loads.
 
-    The model has to fit into this machine's memory. Optimizers are left out.
-    Raises CheckpointError where `folder` is no sharded checkpoint, or `out` is not merv's to replace.
+    The model must fit into this machine's memory. The optimizer state is left out.
+
+    Args:
+        folder: The sharded checkpoint.
+        out: The folder to write. It is written completely or not at all.
+
+    Raises:
+        CheckpointError: `folder` is not a sharded checkpoint, or `out` exists and is not merv's.
     """
     folder = find_folder(folder)
     state = whole_state(folder)
