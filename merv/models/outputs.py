@@ -1,4 +1,4 @@
-"""What the steps of a VideoLLM give: visual tokens, and what is expected where the answers are."""
+"""The results of a VideoLLM: visual tokens, and logits at the tokens of the answers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from merv.models.chat import NOT_LEARNED
 
 @dataclass(frozen=True, eq=False)
 class VisualTokens:
-    """The videos of a batch as the LLM gets them.
+    """The visual tokens of a batch.
 
-    tokens: [V, L], of all videos, each distinct one once. ranges: for each video in the prompts, in order,
-    which of the tokens are its own. mix_weights: what each encoder counted, on average over all cells,
-    0-dim; empty where the mixer has no weights.
+    Attributes:
+        tokens: Tokens of all distinct videos, shape [V, L].
+        ranges: For each video in the prompts, in order, the range of its tokens.
+        mix_weights: Encoder name → its mean weight over all cells, a scalar. Empty if the mixer has no
+            weights.
     """
 
     tokens: Tensor
@@ -26,11 +28,15 @@ class VisualTokens:
 
 @dataclass(frozen=True, eq=False)
 class VideoLLMOutput:
-    """What a VideoLLM makes of a batch of conversations.
+    """The output of a VideoLLM for a batch of conversations.
 
-    logits: [B, K, vocabulary], fp32, where any row has an answer's token. labels: [B, K], those tokens,
-    NOT_LEARNED where the row has none. branches: [B, K], which conversation of its group a token is of, from
-    1. mix_weights: as of VisualTokens.
+    The batch has B rows. K is the number of positions at which any row has a token of an answer.
+
+    Attributes:
+        logits: Predictions in float32, shape [B, K, vocabulary].
+        labels: Tokens of the answers, shape [B, K]; NOT_LEARNED where the row has none.
+        branches: Number of the conversation in its group, from 1, that each token belongs to; shape [B, K].
+        mix_weights: See `VisualTokens`.
     """
 
     logits: Tensor
@@ -40,15 +46,15 @@ class VideoLLMOutput:
 
     @property
     def loss_sum(self) -> Tensor:
-        """Negative log-likelihood summed over the answers' tokens: what adds up over batches."""
+        """Negative log-likelihood, summed over the tokens of the answers."""
         return cross_entropy(self.logits.flatten(0, 1), self.labels.flatten(), reduction="sum")
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens the answers have."""
+        """Number of tokens of the answers."""
         return int((self.labels != NOT_LEARNED).sum())
 
     @property
     def loss(self) -> Tensor:
-        """Mean negative log-likelihood of the answers' tokens."""
+        """Mean negative log-likelihood of the tokens of the answers."""
         return self.loss_sum / max(self.num_tokens, 1)

@@ -1,15 +1,15 @@
-"""Pack: prompts with visual tokens → the LLM's input, padded, masked, labeled.
+"""Pack prompts with visual tokens into the LLM's input: padded, masked, labeled.
 
-Conversations about the same video may share it: a group of them is packed into one row, their
-common beginning once, then each one's own turn as a branch that sees the beginning and itself.
-That is exact, not an approximation: positions go on from the shared beginning in every branch.
-Several groups may share a row too, to waste less on padding: they do not see each other.
+A group of conversations about the same video is packed into one row. Their common prefix comes first. Then
+each conversation has a branch that attends to the prefix and to itself. The position ids of every branch
+continue after the prefix, so the result is exact. Several groups can share a row, to reduce padding; they do
+not attend to each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,21 +20,21 @@ from merv.models.chat import NOT_LEARNED, Prompt, Visual
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """One conversation: `ids` [n] (a visual token i is −1−i) and `labels` [n]."""
+    """One conversation: `ids` and `labels`, each of shape [n]. Visual token i has the id −1−i."""
 
     ids: Tensor
     labels: Tensor
 
 
-def tokens_of(prompt: Prompt, runs: Iterator[range]) -> Tokens:
-    """A prompt as ids and labels, the visual tokens of its videos taken from `runs` in order."""
+def tokens_of(prompt: Prompt, ranges: Iterator[range]) -> Tokens:
+    """Return the ids and labels of a prompt; `ranges` gives the visual tokens of its videos in order."""
     ids: list[int] = []
     labels: list[int] = []
     for piece, learned in zip(prompt.pieces, prompt.learned, strict=True):
         if isinstance(piece, Visual):
-            places = [-1 - i for i in next(runs)]
-            ids += places
-            labels += [NOT_LEARNED] * len(places)
+            visual_ids = [-1 - i for i in next(ranges)]
+            ids += visual_ids
+            labels += [NOT_LEARNED] * len(visual_ids)
         else:
             ids += piece
             labels += [i if flag else NOT_LEARNED for i, flag in zip(piece, learned, strict=True)]
@@ -43,11 +43,16 @@ def tokens_of(prompt: Prompt, runs: Iterator[range]) -> Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """What the LLM gets.
+    """The input of the LLM.
 
-    ids: [B, S]; −1−i means visual token i. mask: [B, S], True for a real token, or
-    [B, 1, S, S], True where a token (third axis) may see another. positions, labels: [B, S].
-    branches: [B, S], 0 in the common beginning, n in the n-th conversation of the group, −1 in the padding.
+    Attributes:
+        ids: Token ids, shape [B, S]; −1−i stands for visual token i.
+        mask: True for a real token, shape [B, S]; or True where a token (third axis) attends to another one,
+            shape [B, 1, S, S].
+        positions: Position ids, shape [B, S].
+        labels: Tokens of the answers, NOT_LEARNED elsewhere, shape [B, S].
+        branches: 0 in the common prefix, n in the n-th conversation of the group, −1 in the padding, shape
+            [B, S].
     """
 
     ids: Tensor
@@ -57,14 +62,15 @@ class Packed:
     branches: Tensor
 
     def embed(self, table: torch.nn.Module, visual: Tensor) -> Tensor:
-        """Input embeddings [B, S, L]: text by the LLM's table, visual tokens [V, L] in their places."""
-        words = table(self.ids.clamp(min=0))
-        places = self.ids < 0  # where there are none, `visual` still is part of what is computed
-        # index_put, not where: its gradient adds up where branches or rows share a token
-        return words.index_put((places,), visual[-1 - self.ids[places]].to(words))
+        """Return input embeddings [B, S, L]: text from the LLM's `table`, and the visual tokens [V, L]."""
+        embeddings = table(self.ids.clamp(min=0))
+        is_visual = self.ids < 0
+        # Without visual tokens, `visual` still is part of the graph. index_put sums the gradients of a visual
+        # token that several rows share.
+        return embeddings.index_put((is_visual,), visual[-1 - self.ids[is_visual]].to(embeddings))
 
     def attention_mask(self, like: Tensor, additive: bool) -> Tensor:
-        """The mask as the LLM takes it; `additive` makes one [B, 1, S, S] numbers to add to its scores."""
+        """Return the mask for the LLM, [B, 1, S, S] masks as values to add to its scores if `additive`."""
         if self.mask.ndim == 2 or not additive:
             return self.mask
         return like.new_zeros(self.mask.shape).masked_fill(~self.mask, torch.finfo(like.dtype).min)
@@ -74,81 +80,103 @@ def pack(
     groups: Sequence[Sequence[Tokens]],
     pad_id: int,
     side: Literal["left", "right"] = "right",
-    fill: int | None = None,
+    packed_length: int | None = None,
 ) -> Packed:
-    """Groups of conversations to one row each; a group of one is an ordinary row.
+    """Pack each group of conversations into one row.
 
-    side: where the padding goes; generation wants it on the left.
-    fill: put groups together in rows of up to so many tokens; a longer group has a row of its own.
+    side: Side of the padding; generation needs "left".
+    packed_length: Put several groups into one row of at most this many tokens. A longer group has its own
+        row.
     """
     rows = [_row(group) for group in groups]
-    if fill is not None:
-        rows = _bin_pack(rows, fill)
-    length = max(len(row[0]) for row in rows)
+    if packed_length is not None:
+        rows = _bin_pack(rows, packed_length)
+    length = max(len(row.ids) for row in rows)
 
-    def padded(column: int, blank: int) -> Tensor:
-        out = torch.full((len(rows), length), blank, dtype=torch.long)
+    def padded(column: str, padding: int) -> Tensor:
+        out = torch.full((len(rows), length), padding, dtype=torch.long)
         for i, row in enumerate(rows):
-            n = len(row[column])
-            out[i, (length - n if side == "left" else 0) : (length if side == "left" else n)] = row[column]
+            values = getattr(row, column)
+            start = length - len(values) if side == "left" else 0
+            out[i, start : start + len(values)] = values
         return out
 
-    branches, parts = padded(3, -1), padded(4, -1)
+    branches = padded("branches", -1)
     mask = branches >= 0
     if any(len(group) > 1 for group in groups) or len(rows) < len(groups):
-        mask = _attention_mask(branches, parts)
-    return Packed(padded(0, pad_id), mask, padded(2, 0), padded(1, NOT_LEARNED), branches)
+        mask = _attention_mask(branches, padded("groups", -1))
+    return Packed(
+        padded("ids", pad_id), mask, padded("positions", 0), padded("labels", NOT_LEARNED), branches
+    )
 
 
-def _row(group: Sequence[Tokens]) -> tuple[Tensor, ...]:
-    """ids, labels, positions, branch (0 is the common beginning) and number in its row (0) of a group."""
-    shared = _common(group)
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """The columns of `Packed` for one row without padding, and the number of the group in the row."""
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    branches: Tensor
+    groups: Tensor
+
+
+def _row(group: Sequence[Tokens]) -> _Row:
+    """Return the row of one group: the common prefix, then the rest of each conversation."""
+    prefix = _prefix_length(group)
     first = group[0]
-    ids, labels = [first.ids[:shared]], [first.labels[:shared]]
-    positions, branches = [torch.arange(shared)], [torch.zeros(shared, dtype=torch.long)]
+    ids, labels = [first.ids[:prefix]], [first.labels[:prefix]]
+    positions, branches = [torch.arange(prefix)], [torch.zeros(prefix, dtype=torch.long)]
     for number, sequence in enumerate(group, start=1):
-        ids.append(sequence.ids[shared:])
-        labels.append(sequence.labels[shared:])
-        positions.append(torch.arange(shared, len(sequence.ids)))
-        branches.append(torch.full((len(sequence.ids) - shared,), number))
+        ids.append(sequence.ids[prefix:])
+        labels.append(sequence.labels[prefix:])
+        positions.append(torch.arange(prefix, len(sequence.ids)))
+        branches.append(torch.full((len(sequence.ids) - prefix,), number))
     columns = [torch.cat(column) for column in (ids, labels, positions, branches)]
-    return *columns, torch.zeros_like(columns[0])
+    return _Row(*columns, groups=torch.zeros_like(columns[0]))
 
 
-def _bin_pack(rows: Sequence[tuple[Tensor, ...]], most: int) -> list[tuple[Tensor, ...]]:
-    """Rows put one behind the other into fewer: the longest first, each where it still has room."""
-    fuller: list[list[tuple[Tensor, ...]]] = []
-    for row in sorted(rows, key=lambda row: -len(row[0])):
-        for other in fuller:
-            if sum(len(part[0]) for part in other) + len(row[0]) <= most:
-                other.append(row)
+def _bin_pack(rows: Sequence[_Row], max_length: int) -> list[_Row]:
+    """Concatenate rows into fewer rows: the longest first, each into the first bin with enough room."""
+    bins: list[list[_Row]] = []
+    for row in sorted(rows, key=lambda row: -len(row.ids)):
+        for candidate in bins:
+            if sum(len(other.ids) for other in candidate) + len(row.ids) <= max_length:
+                candidate.append(row)
                 break
         else:
-            fuller.append([row])
-    numbered = [[(*row[:-1], row[-1] + number) for number, row in enumerate(own)] for own in fuller]
-    return [tuple(torch.cat(column) for column in zip(*own, strict=True)) for own in numbered]
+            bins.append([row])
+    return [_concatenate(rows_of_bin) for rows_of_bin in bins]
 
 
-def _common(group: Sequence[Tokens]) -> int:
-    """Tokens that all conversations of a group begin with, before any answer."""
+def _concatenate(rows: Sequence[_Row]) -> _Row:
+    """Concatenate rows, and number their groups."""
+    numbered = [replace(row, groups=row.groups + number) for number, row in enumerate(rows)]
+    return _Row(
+        *(torch.cat(column) for column in zip(*(vars(row).values() for row in numbered), strict=True))
+    )
+
+
+def _prefix_length(group: Sequence[Tokens]) -> int:
+    """Return the number of tokens that all conversations of a group start with, before any answer."""
     if len(group) == 1:
         return 0
-    least = min(len(sequence.ids) for sequence in group)
-    rows = torch.stack([sequence.ids[:least] for sequence in group])
-    learned = torch.stack([sequence.labels[:least] != NOT_LEARNED for sequence in group])
+    shortest = min(len(sequence.ids) for sequence in group)
+    rows = torch.stack([sequence.ids[:shortest] for sequence in group])
+    learned = torch.stack([sequence.labels[:shortest] != NOT_LEARNED for sequence in group])
     differs = (rows != rows[:1]).any(dim=0) | learned.any(dim=0)
     if not differs.any():
-        return least - 1
+        return shortest - 1
     first = int(differs.nonzero()[0])
-    # What predicts an answer's first token is the token before it, which therefore is each one's own.
+    # The token before an answer predicts its first token, so every conversation needs its own one.
     return max(first - 1, 0) if learned[:, first].any() else first
 
 
-def _attention_mask(branches: Tensor, parts: Tensor) -> Tensor:
-    """[B, S] branches and group in the row → [B, 1, S, S]: causal, of one's own group the common
-    beginning and one's own branch."""
+def _attention_mask(branches: Tensor, groups: Tensor) -> Tensor:
+    """Return a causal mask [B, 1, S, S]: tokens attend to their branch and to the prefix of their group."""
     length = branches.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    own = (branches[:, :, None] == branches[:, None, :]) | (branches[:, None, :] == 0)
-    sees = causal & own & (parts[:, :, None] == parts[:, None, :]) & (branches[:, None, :] >= 0)
-    return (sees | torch.eye(length, dtype=torch.bool))[:, None]  # padding sees itself: no empty row
+    visible = (branches[:, :, None] == branches[:, None, :]) | (branches[:, None, :] == 0)
+    same_group = groups[:, :, None] == groups[:, None, :]
+    mask = causal & visible & same_group & (branches[:, None, :] >= 0)
+    return (mask | torch.eye(length, dtype=torch.bool))[:, None]  # padding attends to itself: no empty row

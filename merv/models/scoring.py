@@ -1,4 +1,4 @@
-"""Scoring: how likely given answers are, and whether greedy decoding would give them, without generating."""
+"""Score given answers without generating: log-probabilities and exact match with greedy decoding."""
 
 from __future__ import annotations
 
@@ -24,17 +24,33 @@ class ScoringMixin:
 
     @torch.no_grad()
     def log_probs(self, conversations: Sequence[Conversation]) -> list[Tensor]:
-        """Log-probability of each token of the assistant's turns, a float tensor a conversation."""
+        """Compute the log-probability of each token of the given answers.
+
+        Args:
+            conversations: Conversations with at least one answer of the assistant.
+
+        Returns:
+            A tensor of shape [tokens] for each conversation, in float32.
+
+        Raises:
+            PromptError: A conversation has no answer.
+        """
         if not conversations:
             return []
         out = self([[conversation] for conversation in conversations])
-        chosen = out.logits.log_softmax(dim=-1).gather(2, out.labels.clamp(min=0)[..., None])[..., 0]
-        return [row[own != NOT_LEARNED] for row, own in zip(chosen, out.labels, strict=True)]
+        log_probs = out.logits.log_softmax(dim=-1).gather(2, out.labels.clamp(min=0)[..., None])[..., 0]
+        return [row[labels != NOT_LEARNED] for row, labels in zip(log_probs, out.labels, strict=True)]
 
     def exact_match(self, groups: Sequence[Sequence[Conversation]]) -> list[list[bool]]:
-        """For each conversation whether greedy decoding would give exactly its answer and stop.
+        """Check whether greedy decoding would give exactly the answer of each conversation and then stop.
 
-        One pass, without generating: the first token that differs already decides.
+        This takes one forward pass and no generation, because the first token that differs decides.
+
+        Args:
+            groups: Conversations with answers, grouped as in `VideoLLM.forward`.
+
+        Returns:
+            For each group, True or False for each of its conversations.
         """
         return self.score_batch(groups)[0]
 
@@ -42,7 +58,7 @@ class ScoringMixin:
     def score_batch(
         self, groups: Sequence[Sequence[Conversation]]
     ) -> tuple[list[list[bool]], VideoLLMOutput]:
-        """What `exact_match` and `forward` give, in one pass."""
+        """Return the results of `exact_match` and `forward`, computed in one pass."""
         out = self(groups)
         wrong = (out.logits.argmax(dim=-1) != out.labels) & (out.labels != NOT_LEARNED)
         exact = iter(

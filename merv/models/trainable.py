@@ -1,4 +1,4 @@
-"""Trainable parts: which parameters a VideoLLM has, by part, and which of them are trained."""
+"""The parts of a VideoLLM: their parameters, and which of them are trained."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 
 class TrainablePartsMixin(nn.Module):
-    """`parts`, `train_only` and what follows from them, of a VideoLLM.
+    """`parts`, `train_only` and related methods of a VideoLLM.
 
-    trained: the parts that are. lora: the LoRA on the LLM, or None.
+    Attributes:
+        trained: Names of the parts that are trained.
+        lora: Options of the LoRA on the LLM, or None.
     """
 
     llm: Any
@@ -34,13 +36,14 @@ class TrainablePartsMixin(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trained, self.lora = (), None
-        self._llm_changed = False  # whether the LLM is no longer as its source has it
+        self._llm_modified = False  # whether the weights of the LLM may differ from those of its source
         self._gradient_hooks: list[Any] = []
 
     def parts(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Parameters by part: projector, mixer, lora (if there is one), llm, and each encoder by its name.
+        """Return the parameters by part: {part: {parameter name: parameter}}.
 
-        `projector.NAME` and `mixer.NAME` are those of one encoder alone.
+        The parts are "projector", "mixer", "llm", "lora" if there is one, and each encoder by its name.
+        "projector.NAME" and "mixer.NAME" are the parts of one encoder.
         """
         fusion = {f"vision.fusion.{name}": p for name, p in self.fusion.named_parameters()}
         llm = {f"llm.{name}": p for name, p in self.llm.named_parameters()}
@@ -50,30 +53,43 @@ class TrainablePartsMixin(nn.Module):
             "lora": {name: p for name, p in llm.items() if "lora_" in name},
             "llm": {name: p for name, p in llm.items() if "lora_" not in name},
         }
-        shared = [f"vision.fusion.mixer.{name}" for name in self.fusion.mixer.per_encoder_parameters or ()]
+        per_encoder = [
+            f"vision.fusion.mixer.{name}" for name in self.fusion.mixer.per_encoder_parameters or ()
+        ]
         for name, encoder in self.vision.named():
-            before = f"vision.encoders.{name}."
-            parts[name] = {before + own: p for own, p in encoder.named_parameters()}
-            before = f"vision.fusion.projectors.{name}."
-            parts[f"projector.{name}"] = {n: p for n, p in fusion.items() if n.startswith(before)}
-            parts[f"mixer.{name}"] = {name: fusion[name] for name in shared}
-        return {name: own for name, own in parts.items() if own or name in ("projector", "mixer")}
+            prefix = f"vision.encoders.{name}."
+            parts[name] = {prefix + n: p for n, p in encoder.named_parameters()}
+            prefix = f"vision.fusion.projectors.{name}."
+            parts[f"projector.{name}"] = {n: p for n, p in fusion.items() if n.startswith(prefix)}
+            parts[f"mixer.{name}"] = {n: fusion[n] for n in per_encoder}
+        return {
+            name: parameters
+            for name, parameters in parts.items()
+            if parameters or name in ("projector", "mixer")
+        }
 
     def train_only(self, trained: Sequence[str]) -> None:
-        """Make exactly these of the parts trainable.
+        """Make exactly these parts trainable and freeze all others.
 
-        Raises TrainingError for a part that is not there.
+        Args:
+            trained: Names of parts; see `parts`.
+
+        Raises:
+            TrainingError: A part is unknown, or is named together with the part that contains it.
         """
         parts = self.parts()
         for name in trained:
             if name not in parts:
                 raise TrainingError(
-                    f"Unknown part {name!r}.{nearest(name, parts)} There are: {', '.join(parts)}."
+                    f"Unknown part {name!r}.{nearest(name, parts)} Available: {', '.join(parts)}."
                 )
-            if "." in name and name.partition(".")[0] in trained:
-                raise TrainingError(f"{name} is a part of {name.partition('.')[0]}, which is trained whole.")
+            whole = name.partition(".")[0]
+            if "." in name and whole in trained:
+                raise TrainingError(
+                    f"{name} is a part of {whole}, which is trained as a whole. Name only one."
+                )
         self.trained = tuple(trained)
-        self._llm_changed |= "llm" in trained
+        self._llm_modified |= "llm" in trained
         for hook in self._gradient_hooks:
             hook.remove()
         for parameter in self.parameters():
@@ -81,44 +97,62 @@ class TrainablePartsMixin(nn.Module):
         for name in trained:
             for parameter in parts[name].values():
                 parameter.requires_grad_(True)
-        self._gradient_hooks = [] if "mixer" in trained else self._keep_others(trained)
+        self._gradient_hooks = [] if "mixer" in trained else self._mask_mixer_gradients(trained)
 
-    def _keep_others(self, trained: Sequence[str]) -> list[Any]:
-        """Where parts of the mixer are trained: hooks that leave the rest of their parameters as it is."""
-        own: dict[str, Tensor] = {}
+    def _mask_mixer_gradients(self, trained: Sequence[str]) -> list[Any]:
+        """Mask gradients so that only the blocks of the encoders whose "mixer.NAME" is trained change."""
+        masks: dict[str, Tensor] = {}
         for number, name in enumerate(self.vision.encoders):
             if f"mixer.{name}" in trained:
                 for parameter, mask in self.fusion.mixer.encoder_mask(number).items():
-                    own[parameter] = mask | own.get(parameter, mask)
-        of_mixer = self.fusion.mixer.get_parameter
-        return [of_mixer(name).register_hook(partial(torch.mul, mask)) for name, mask in own.items()]
+                    masks[parameter] = mask | masks.get(parameter, mask)
+        get_parameter = self.fusion.mixer.get_parameter
+        return [get_parameter(name).register_hook(partial(torch.mul, mask)) for name, mask in masks.items()]
 
     def add_lora(self, options: LoraOptions) -> None:
-        """Put a LoRA on the LLM; it is trained when `lora` is among the parts."""
+        """Add a LoRA to the LLM. It is trained if "lora" is among the trained parts.
+
+        Raises:
+            MissingDependency: peft is not installed.
+            WeightsError: The LLM has none of the target modules.
+        """
         add_lora(self.llm, options)
         self.lora = options
         self.train_only(self.trained)
 
     def add_encoder(self, name: str, encoder: Encoder, num_frames: int | None = None) -> None:
-        """Take in another encoder: a fresh projector, and a share in the mixer that is small at first.
+        """Add an encoder: a new projector, and near-zero initial weight in the mixer.
 
-        num_frames: how many it gets, if not what its spec says.
-        Train it by `train_only([f"projector.{name}", f"mixer.{name}"])`.
+        To train only the new encoder's part, call `train_only([f"projector.{name}", f"mixer.{name}"])`.
+
+        Args:
+            name: Name of the encoder in this model.
+            encoder: The encoder.
+            num_frames: Number of frames that it gets per video. Defaults to that of its spec.
+
+        Raises:
+            EncoderError: The name is already used, or num_frames does not fit the encoder.
+            ShapeError: No encoder can be added to the mixer.
         """
         self.vision.add_encoder(name, encoder, num_frames)
         self.train_only(self.trained)
 
     def modified_parts(self) -> set[str]:
-        """Frozen parts, `llm` or encoders, that are no longer as their source has them."""
-        return self.vision.modified_parts() | ({"llm"} if self._llm_changed else set())
+        """Return the frozen parts ("llm" or encoders) whose weights may differ from those of their source."""
+        return self.vision.modified_parts() | ({"llm"} if self._llm_modified else set())
 
     def trainable_state_dict(self, modified: Collection[str] | None = None) -> dict[str, Tensor]:
-        """What a checkpoint holds: all of the fusion, the LoRA, and whatever else was ever trained.
+        """Return the tensors of a checkpoint: the fusion, the LoRA, and the modified frozen parts.
 
-        modified: which frozen parts those are, if not what `modified_parts` says.
+        Args:
+            modified: Names of the modified frozen parts. Defaults to `modified_parts()`.
         """
-        parts = self.parts()
         fusion = {f"vision.fusion.{name}": t for name, t in self.fusion.state_dict().items()}
-        others = {"lora", *(self.modified_parts() if modified is None else modified)}
-        own = {name: p for part, named in parts.items() if part in others for name, p in named.items()}
-        return {**fusion, **own}
+        saved_parts = {"lora", *(self.modified_parts() if modified is None else modified)}
+        others = {
+            name: parameter
+            for part, parameters in self.parts().items()
+            if part in saved_parts
+            for name, parameter in parameters.items()
+        }
+        return {**fusion, **others}

@@ -1,4 +1,4 @@
-"""VideoLLM: a causal language model of transformers that sees through a MultiEncoder."""
+"""VideoLLM: a causal language model of transformers with visual tokens from a MultiEncoder."""
 
 from __future__ import annotations
 
@@ -25,23 +25,28 @@ from merv.models.trainable import TrainablePartsMixin
 
 
 class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMixin):
-    """Any causal LM, any encoders: chat messages with videos in, answers out.
+    """A causal language model that answers questions about videos and images.
 
-    llm, tokenizer: of transformers. vision: a MultiEncoder whose output_dim is the LLM's width.
-    feature_store: where aligned features are kept, so that encoders run once per video.
+    Args:
+        llm: Causal language model of transformers, for example from `merv.models.llm.load_llm`.
+        tokenizer: Its tokenizer.
+        vision: MultiEncoder whose `output_dim` is the embedding dimension of the LLM.
+        feature_store: Store for aligned features. With a store, each video is encoded only once.
 
-    Raises ShapeError where the widths differ.
+    Raises:
+        ShapeError: The `output_dim` of `vision` is not the embedding dimension of the LLM.
 
-    >>> from merv.testing import tiny_llm
-    >>> llm, tokenizer = tiny_llm()
-    >>> vision = MultiEncoder(["fake"], grid=(2, 2, 2), output_dim=llm.config.hidden_size)
-    >>> model = VideoLLM(llm, tokenizer, vision).eval()
-    >>> video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
-    >>> from merv.models.chat import user_message
-    >>> len(model.generate([user_message("What is this?", video)], max_new_tokens=4))
-    1
-    >>> model([[user_message("What is this?", video, answer="Nothing.")]]).loss.shape
-    torch.Size([])
+    Example:
+        >>> from merv.testing import tiny_llm
+        >>> llm, tokenizer = tiny_llm()
+        >>> vision = MultiEncoder(["fake"], grid=(2, 2, 2), output_dim=llm.config.hidden_size)
+        >>> model = VideoLLM(llm, tokenizer, vision).eval()
+        >>> video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+        >>> from merv.models.chat import user_message
+        >>> len(model.generate([user_message("What is this?", video)], max_new_tokens=4))
+        1
+        >>> model([[user_message("What is this?", video, answer="Nothing.")]]).loss.shape
+        torch.Size([])
     """
 
     kind = "VideoLLM"
@@ -50,39 +55,45 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         self, llm: Any, tokenizer: Any, vision: MultiEncoder, feature_store: FeatureStore | None = None
     ) -> None:
         super().__init__()
-        width = llm.get_input_embeddings().embedding_dim
-        if vision.fusion is None or vision.fusion.output_dim != width:
-            came = None if vision.fusion is None else vision.fusion.output_dim
+        embed_dim = llm.get_input_embeddings().embedding_dim
+        output_dim = None if vision.fusion is None else vision.fusion.output_dim
+        if output_dim != embed_dim:
             raise ShapeError(
-                f"The LLM is {width} wide; build the MultiEncoder with output_dim={width}, not {came}."
+                f"Expected a MultiEncoder with output_dim={embed_dim}, the embedding dimension of the LLM; "
+                f"got output_dim={output_dim}."
             )
         self.llm, self.tokenizer, self.vision = llm, tokenizer, vision
         self.feature_store = feature_store
         self.identity = identity(llm)
         self.train_only(("projector", "mixer"))
 
-    # The path -----------------------------------------------------------------------------
+    # From conversations to logits ---------------------------------------------------------
 
     def forward(
         self, groups: Sequence[Sequence[Conversation]], packed_length: int | None = None
     ) -> VideoLLMOutput:
-        """What the LLM expects where the answers are; `.loss` of it is the training loss.
+        """Predict the tokens of the answers.
 
-        groups: conversations that end in an answer; those of a group share their video, which
-            the LLM then reads once for all of them, if its attention can
-            (`merv.models.llm.supports_shared_prefix`).
-            Without any, the result has nothing to learn, and still a gradient, zero, for all that is trained.
-        packed_length: put groups together in rows of up to so many tokens.
+        Args:
+            groups: Groups of conversations with answers. The conversations of a group are about the same
+                video. If the attention of the LLM allows it (`merv.models.llm.supports_shared_prefix`), they
+                share a row in which the video occurs once. Without groups, the loss and all gradients are
+                zero, so that a process without data can take part in a step.
+            packed_length: Put several groups into one row of at most this many tokens.
 
-        Raises PromptError where a conversation has no answer.
+        Returns:
+            The logits and labels of the answers; the property `loss` is the training loss.
+
+        Raises:
+            PromptError: A conversation has no answer.
         """
         if not groups:
-            return self._nothing()
+            return self._zero_loss()
         _check_answered(groups)
         prompts = self.render(groups)  # messages → token ids, with gaps for the videos
         visual = self.encode_visuals(prompts)  # videos → tokens: read, encode, align, fuse
         packed = self.pack(prompts, visual, packed_length=packed_length)  # both → rows for the LLM
-        keep = _before_answers(packed)
+        keep = _positions_before_answers(packed)
         logits = self.logits(packed, visual.tokens, keep)
         return VideoLLMOutput(
             logits.float(),
@@ -92,27 +103,27 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         )
 
     def rows(self, groups: Sequence[Sequence[Conversation]]) -> list[Sequence[Conversation]]:
-        """The groups as rows of a batch; each conversation has its own where the LLM cannot share one."""
+        """Return the conversations of each row: a group, or a single one if the LLM cannot share rows."""
         if supports_shared_prefix(self.llm):
             return list(groups)
         return [[conversation] for group in groups for conversation in group]
 
     def render(self, groups: Sequence[Sequence[Conversation]]) -> list[list[Prompt]]:
-        """The prompts of the conversations in each row."""
+        """Return the prompts of the conversations in each row."""
         return [[render(messages, self.tokenizer) for messages in row] for row in self.rows(groups)]
 
     def encode_visuals(self, prompts: Sequence[Sequence[Prompt]]) -> VisualTokens:
-        """The tokens of all videos in the prompts."""
+        """Return the tokens of all videos and images in the prompts."""
         visuals = [visual for row in prompts for prompt in row for visual in prompt.visuals]
-        if not visuals:  # for gradients, and for other processes
-            return VisualTokens(self.fusion.nothing()[:0].to(self.device), [], {})
+        if not visuals:  # the fusion still needs gradients, and takes part in collective operations
+            return VisualTokens(self.fusion.dummy_tokens()[:0].to(self.device), [], {})
         keys = [(source_key(v.source), v.question if self.fusion.mixer.conditioned else "") for v in visuals]
         distinct = dict(zip(keys, visuals, strict=True))
-        fused = self._see(list(distinct.values())).fused
+        fused = self._encode_and_fuse(list(distinct.values())).fused
         ends = fused.mask.sum(dim=1).cumsum(0).tolist()
-        own = {key: range(start, end) for key, start, end in zip(distinct, [0, *ends], ends, strict=False)}
-        shares = _mean_weights(fused.mix_weights, self.fusion.names)
-        return VisualTokens(fused.tokens[fused.mask], [own[key] for key in keys], shares)
+        ranges = {key: range(start, end) for key, start, end in zip(distinct, [0, *ends], ends, strict=False)}
+        mix_weights = _mean_weights(fused.mix_weights, self.fusion.names)
+        return VisualTokens(fused.tokens[fused.mask], [ranges[key] for key in keys], mix_weights)
 
     def pack(
         self,
@@ -122,7 +133,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         side: Literal["left", "right"] = "right",
         packed_length: int | None = None,
     ) -> Packed:
-        """Prompts and visual tokens as the LLM's input; side: where the padding goes."""
+        """Pack prompts and visual tokens into the LLM's input, with padding on the given side."""
         ranges = iter(visual.ranges)
         sequences = [[tokens_of(prompt, ranges) for prompt in row] for row in prompts]
         packed = pack(sequences, self.pad_id, side, packed_length)
@@ -131,75 +142,91 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
     def prepare(
         self, groups: Sequence[Sequence[Conversation]], **options: Any
     ) -> tuple[Packed, VisualTokens]:
-        """All that comes before the LLM: `render`, `encode_visuals` and `pack`, whose options these are."""
+        """Call `render`, `encode_visuals` and `pack`; the options are those of `pack`."""
         prompts = self.render(groups)
         visual = self.encode_visuals(prompts)
         return self.pack(prompts, visual, **options), visual
 
     def logits(self, packed: Packed, visual: Tensor, keep: Tensor) -> Tensor:
-        """What follows the tokens `keep` [K] of each row: [B, K, vocabulary]."""
+        """Return the logits [B, K, vocabulary] at the positions `keep` [K] of each row."""
         embeddings = packed.embed(self.llm.get_input_embeddings(), visual)
         eager = self.llm.config.get_text_config()._attn_implementation == "eager"
-        shared = {"position_ids": packed.positions} if packed.mask.ndim == 4 else {}  # else 0, 1, 2, …
+        # Rows without branches need no position ids: the LLM's default is 0, 1, 2, …
+        positions = {"position_ids": packed.positions} if packed.mask.ndim == 4 else {}
         out = self.llm(
             inputs_embeds=embeddings,
             attention_mask=packed.attention_mask(like=embeddings, additive=eager),
             logits_to_keep=keep,
             use_cache=False,
-            **shared,
+            **positions,
         )
         return out.logits
 
     def encode(self, conversation: Conversation) -> Encoded:
-        """Features, tokens and weights of the videos of one conversation: a batch of them, in order."""
+        """Encode the videos and images of one conversation.
+
+        Args:
+            conversation: Messages; an answer is not needed.
+
+        Returns:
+            Features, tokens and mix weights, with one entry in the batch for each video, in order.
+
+        Raises:
+            PromptError: The conversation has no video or image.
+        """
         visuals = render(conversation, self.tokenizer).visuals
         if not visuals:
-            raise PromptError("There is no video or image in this conversation.")
-        return self._see(visuals)
+            raise PromptError(
+                f"Expected a conversation with a video or image, got {str(conversation)[:200]}."
+            )
+        return self._encode_and_fuse(visuals)
 
-    def _see(self, visuals: Sequence[Visual]) -> Encoded:
-        question = self._embed([v.question for v in visuals]) if self.fusion.mixer.conditioned else None
+    def _encode_and_fuse(self, visuals: Sequence[Visual]) -> Encoded:
+        question = None
+        if self.fusion.mixer.conditioned:
+            question = self._embed_questions([visual.question for visual in visuals])
         return self.vision([visual.source for visual in visuals], question, store=self.feature_store)
 
-    def _embed(self, questions: Sequence[str]) -> Tensor:
-        """The mean embedding of each question's tokens, [B, L]: what a mixer may be conditioned on."""
+    def _embed_questions(self, questions: Sequence[str]) -> Tensor:
+        """Return the mean embedding of each question's tokens, [B, L]."""
         table = self.llm.get_input_embeddings()
         ids = [self.tokenizer(q or " ", add_special_tokens=False).input_ids for q in questions]
-        return torch.stack([table(torch.tensor(own, device=self.device)).mean(dim=0) for own in ids])
+        return torch.stack([table(torch.tensor(row, device=self.device)).mean(dim=0) for row in ids])
 
-    def _nothing(self) -> VideoLLMOutput:
-        """All that is trained, run on nothing: a process without data still takes part in a step."""
-        visual = self.fusion.nothing()
-        words = self.llm.get_input_embeddings()(torch.tensor([[self.pad_id]], device=self.device))
-        embeddings = torch.cat([words, visual[None, :1].to(words)], dim=1)
+    def _zero_loss(self) -> VideoLLMOutput:
+        """Run every trained parameter on a dummy input with no labels: loss and gradients are zero."""
+        visual = self.fusion.dummy_tokens()
+        text = self.llm.get_input_embeddings()(torch.tensor([[self.pad_id]], device=self.device))
+        embeddings = torch.cat([text, visual[None, :1].to(text)], dim=1)
         logits = self.llm(inputs_embeds=embeddings, use_cache=False).logits.float()
-        none = torch.full(logits.shape[:2], NOT_LEARNED, device=logits.device)
-        return VideoLLMOutput(logits, none, torch.full_like(none, -1), {})
+        labels = torch.full(logits.shape[:2], NOT_LEARNED, device=logits.device)
+        return VideoLLMOutput(logits, labels, torch.full_like(labels, -1), {})
 
     @property
     def pad_id(self) -> int:  # type: ignore[override]
-        """What fills up short rows: masked, so that any token will do."""
-        own = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if own is None else own
+        """Id of the padding token; it is masked, so EOS is used if the tokenizer has none."""
+        pad_id = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad_id is None else pad_id
 
     @property
     def fusion(self) -> Fusion:  # type: ignore[override]
-        """The MultiEncoder's projectors and mixer."""
+        """Projectors and mixer of the MultiEncoder."""
         assert self.vision.fusion is not None
         return self.vision.fusion
 
     @property
     def device(self) -> torch.device:
-        """Where the LLM is."""
+        """Device of the LLM."""
         return self.llm.get_input_embeddings().weight.device
 
     # Saving -------------------------------------------------------------------------------
 
     def config(self) -> dict[str, Any]:
-        """All that `from_pretrained` needs besides tensors, as JSON.
+        """Return everything that `from_pretrained` needs besides tensors, as JSON.
 
-        Raises CheckpointError where an encoder has random weights, which nothing could load again, or where
-        a part was put in by hand.
+        Raises:
+            CheckpointError: An encoder has random weights, which cannot be loaded again, or the mixer, a
+                projector or the aligner was replaced.
         """
         return {
             "llm": {**self.identity, "dtype": str(self.llm.dtype).removeprefix("torch.")},
@@ -222,40 +249,51 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         quantize: str | None = None,
         feature_store: FeatureStore | None = None,
     ) -> VideoLLM:
-        """Load what `save_pretrained` or `push_to_hub` wrote: a folder, or "owner/name@revision".
+        """Load a model that was saved by `save_pretrained` or pushed by `push_to_hub`.
 
-        llm: where the language model is now, if not where it was. weights: the same for encoders,
-        by name. dtype: of the LLM; None: as it was. quantize: its weights, see `load_llm`.
-        feature_store: as of the constructor.
-        Raises CheckpointError where something is not what it was, naming both.
+        Args:
+            folder: A folder, or "owner/name" or "owner/name@revision" of the hub.
+            llm: Folder or hub id of the language model, if it has moved.
+            weights: Encoder name → where its weights are, for encoders whose weights have moved.
+            dtype: Dtype of the LLM: "fp32", "bf16" or "fp16". Defaults to the saved one.
+            quantize: Quantize the weights of the LLM: "nf4" or "int8"; see `load_llm`.
+            feature_store: Store for aligned features.
+
+        Returns:
+            The model in eval mode.
+
+        Raises:
+            CheckpointError: The folder is not a saved VideoLLM, or the LLM or an encoder has other weights
+                than when the model was saved.
+            WeightsError: The model, the LLM or the weights of an encoder could not be loaded.
+            PluginError: The model names a class that is neither registered nor imported.
         """
         folder = find_model(folder)
         config, state = load_folder(folder, cls.kind)
-        was = config["llm"]
-        names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-        source = llm or bundled_llm(folder, was["source"]) or was["source"]
-        loaded, tokenizer = load_llm(source, dtype or names.get(was["dtype"], "auto"), quantize)
-        model = cls(
-            loaded, tokenizer, MultiEncoder.from_config(config["vision"], weights or {}), feature_store
-        )
-        check_same(was, model.identity, folder)
+        saved_llm = config["llm"]
+        dtypes = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+        source = llm or bundled_llm(folder, saved_llm["source"]) or saved_llm["source"]
+        network, tokenizer = load_llm(source, dtype or dtypes.get(saved_llm["dtype"], "auto"), quantize)
+        vision = MultiEncoder.from_config(config["vision"], weights or {})
+        model = cls(network, tokenizer, vision, feature_store)
+        check_same(saved_llm, model.identity, folder)
         if config["lora"] is not None:
             model.add_lora(LoraOptions(**config["lora"]))
         model.train_only(config["trained"])
-        model._fill(state, config["modified_parts"], folder)
+        model._load_saved(state, config["modified_parts"], folder)
         return model.eval()
 
-    def _fill(self, state: Mapping[str, Tensor], modified: Sequence[str], folder: Path) -> None:
-        """Copy in what was saved; modified: the frozen parts that are in it."""
+    def _load_saved(self, state: Mapping[str, Tensor], modified: Sequence[str], folder: Path) -> None:
+        """Copy the saved tensors into the model; `modified` names the frozen parts among them."""
         fill_exactly(self.trainable_state_dict(modified), state, folder)
-        self._llm_changed |= "llm" in modified
+        self._llm_modified |= "llm" in modified
         for name, encoder in self.vision.named():
             if name in modified:
                 encoder.mark_modified()
 
 
-def _before_answers(packed: Packed) -> Tensor:
-    """[K], the places of a row whose next token is an answer's in any row."""
+def _positions_before_answers(packed: Packed) -> Tensor:
+    """Return the positions [K] at which the next token of any row belongs to an answer."""
     return (packed.labels[:, 1:] != NOT_LEARNED).any(dim=0).nonzero()[:, 0]
 
 
@@ -263,11 +301,14 @@ def _check_answered(groups: Sequence[Sequence[Conversation]]) -> None:
     for conversation in (conversation for group in groups for conversation in group):
         check_messages(conversation)
         if not any(turn["role"] == "assistant" for turn in conversation):
-            raise PromptError("There is nothing to predict where a conversation has no assistant's turn.")
+            raise PromptError(
+                "Expected a conversation with an answer, a message whose role is 'assistant'; got "
+                f"{str(conversation)[:200]}. To generate an answer, call generate()."
+            )
 
 
 def _mean_weights(weights: Tensor | None, names: Sequence[str]) -> dict[str, Tensor]:
-    """Mean weight [B, E, t, h, w] of each encoder over all cells, 0-dim; nothing where a mixer has none."""
+    """Return the mean over all cells of each encoder's weights [B, E, t, h, w]; empty without weights."""
     if weights is None:
         return {}
     return dict(zip(names, weights.detach().float().mean(dim=(0, 2, 3, 4)), strict=True))
