@@ -1,1 +1,1 @@
-"""The contract of an encoder: its base class, its weights, its windows of frames, encoders by name."""
+"""Encoders: their base class, weights, windows of frames, and creation by name."""

@@ -1,4 +1,4 @@
-"""Encoders by name; how they are registered and found is in `merv.utils.plugins`."""
+"""Create encoders by name. `merv.utils.plugins` describes how plug-ins are registered."""
 
 from __future__ import annotations
 
@@ -21,57 +21,81 @@ ENCODERS = Registry("encoder", "merv.encoders", _contract)
 
 
 def list_encoders() -> list[Plugin]:
-    """All registered encoders, by name, without importing any.
+    """List all registered encoders without importing them.
 
-    >>> [e.value for e in list_encoders() if e.full_name == "merv:fake"]
-    ['merv.encoders.fake:Fake']
+    Returns:
+        The plug-ins, sorted by name. Each has the fields `name`, `distribution`, `version` and `value`
+        ("module:Class").
+
+    Example:
+        >>> [e.value for e in list_encoders() if e.full_name == "merv:fake"]
+        ['merv.encoders.fake:Fake']
     """
     return ENCODERS.plugins()
 
 
 def find_encoder(name: str) -> type[Encoder]:
-    """The encoder class of that name: `name`, `distribution:name` or `module:Class`.
+    """Import the class of an encoder.
 
-    Raises UnknownPlugin, AmbiguousPlugin, BrokenPlugin.
+    Args:
+        name: `name`, `distribution:name` or `module:Class`.
 
-    >>> find_encoder("fake").__name__
-    'Fake'
+    Raises:
+        UnknownPlugin: No encoder has this name.
+        AmbiguousPlugin: Several distributions register this name.
+        BrokenPlugin: The class cannot be imported, or is not a valid encoder.
+
+    Example:
+        >>> find_encoder("fake").__name__
+        'Fake'
     """
     return ENCODERS.load(name)
 
 
-def name_and_variant(typed: str) -> tuple[str, str | None]:
-    """The two parts of "dinov2/base"; no variant where there is no slash.
+def name_and_variant(text: str) -> tuple[str, str | None]:
+    """Split "dinov2/base" into name and variant; the variant is None if there is no slash.
 
-    Raises EncoderError for a slash without a variant.
+    Raises EncoderError if the variant is empty, or if the text is the path of a file.
 
     >>> name_and_variant("dinov2/base"), name_and_variant("my_module:MyEncoder")
     (('dinov2', 'base'), ('my_module:MyEncoder', None))
     """
-    if typed.partition(":")[0].endswith(".py"):  # a file, whose path has slashes of its own
-        return typed, None
-    name, slash, variant = typed.partition("/")
+    if text.partition(":")[0].endswith(".py"):
+        raise EncoderError(
+            f"{text!r} is a file. Use module:Class, and run merv from the folder of the module or add that "
+            "folder to PYTHONPATH."
+        )
+    name, slash, variant = text.partition("/")
     if slash and not variant:
-        raise EncoderError(f"No variant after the / of {typed!r}. Type {name!r} for the default.")
+        raise EncoderError(f"{text!r} has no variant after the slash. Use {name!r} for the default variant.")
     return name, variant or None
 
 
 def create_encoder(name: str, **options: Any) -> Encoder:
-    """An encoder, ready to use; `name` may carry a variant, as in "dinov2/base".
+    """Create an encoder with its weights, frozen and ready to use.
 
-    options: those of `Encoder`: variant, weights, preset.
+    Args:
+        name: Name of the encoder, as in `find_encoder`, with or without a variant: "dinov2", "dinov2/base".
+        **options: Arguments of `Encoder`: variant, weights, preset.
 
-    Raises UnknownPlugin, AmbiguousPlugin, BrokenPlugin, PluginError for an option that it does not have,
-    and what the encoder raises.
+    Raises:
+        UnknownPlugin: No encoder has this name.
+        AmbiguousPlugin: Several distributions register this name.
+        BrokenPlugin: The encoder cannot be imported or created.
+        PluginError: The encoder does not have one of the options.
+        EncoderError: The encoder does not have this variant or preset.
+        WeightsError: The weights cannot be loaded, or do not fit.
 
-    >>> create_encoder("fake", weights=None).training
-    False
+    Example:
+        >>> create_encoder("fake", weights=None).training
+        False
     """
     name, variant = name_and_variant(name)
     if variant:
         if options.get("variant") not in (None, variant):
             raise EncoderError(
-                f"Two variants of {name!r}: {variant!r} in its name and {options['variant']!r}. Give one."
+                f"Two variants of {name!r}: {variant!r} in the name and variant={options['variant']!r}. "
+                "Use one of them."
             )
         options["variant"] = variant
     return ENCODERS.create(name, **options)

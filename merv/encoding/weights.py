@@ -1,9 +1,8 @@
-"""Weights: find them on a hub, in a folder, file or installed package; load them key by key.
+"""Find the weights of an encoder (on the hub, in a folder, file or package) and load them key by key.
 
-Two steps, so that an encoder can read the config.json beside its weights before it builds its
-network: `locate` turns what a user typed into a `Source`, `load_exactly` copies a state dict into a module
-and accepts no key missing, none left over and none of another shape. Nothing is ever substituted
-for what was asked, and no file is ever fully unpickled.
+There are two steps, so that an encoder can read the config.json beside its weights before it builds its
+network: `locate` turns the user's text into a `Source`, and `load_exactly` copies a state dict into a module.
+A key that is missing, unexpected or of another shape is an error. Pickled objects are never loaded.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from merv.errors import WeightsError
 from merv.utils.files import fetched_folder, files_digest, package_folders
 from merv.utils.hub import download, find_on_hub
+from merv.utils.torch_modules import first_few, state_dict_mismatch
 
 PRETRAINED = "pretrained"
 BUILT_IN = "built-in"
@@ -33,16 +33,19 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-WRAPPERS = ("state_dict", "model")  # what training scripts call the weights beside their other state
+WRAPPERS = ("state_dict", "model")  # keys under which training scripts store the weights
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Which weights an encoder runs on: what was asked for, the commit, a hash of the bytes.
+    """Name and hash of the weights that an encoder runs on.
 
-    sha256 is that of the file, or of the hashes of several: the shards in order, then config.json where
-    the encoder reads it. Built-in weights are hashed tensor by tensor. Random ones have neither hash nor
-    revision.
+    Attributes:
+        source: A hub id, an absolute path, "package:MODULE/GLOB", "built-in" or "random".
+        revision: The commit, if the weights come from the hub.
+        sha256: Hash of the file. For several files, hash of their hashes: the shards in order, then
+            config.json if the encoder reads it. For built-in weights, hash of the tensors. None for random
+            weights.
     """
 
     source: str
@@ -52,7 +55,13 @@ class Identity:
 
 @dataclass(frozen=True)
 class Source:
-    """Weights that were found: their name, the files that hold them, the commit if from a hub."""
+    """The files that hold the weights.
+
+    Attributes:
+        name: A hub id, an absolute path or "package:MODULE/GLOB".
+        files: The file, or the shards in order.
+        revision: The commit, if the files come from the hub.
+    """
 
     name: str
     files: tuple[Path, ...]
@@ -60,68 +69,79 @@ class Source:
     _also_read: list[Path] = field(default_factory=list, compare=False, repr=False)
 
     def config(self) -> dict:
-        """The config.json that lies beside the weights; reading it makes it part of their identity.
+        """Read the config.json beside the weights. This makes it part of their identity.
 
-        Raises WeightsError where there is none, or it is damaged.
+        Raises:
+            WeightsError: There is no config.json, or it is damaged.
         """
         path = self.files[0].parent / "config.json"
         if self.revision is not None:
             path = find_on_hub(self.name, self.revision, [path.name]) or path
         if not path.is_file():
             raise WeightsError(
-                f"{self.name}: no config.json beside {self.files[0].name}. It says how the network is "
-                "built, so it is needed: pass a folder that has both."
+                f"{self.name}: there is no config.json beside {self.files[0].name}, but the encoder reads "
+                "the structure of its network from there. Pass a folder that has both files."
             )
         self._also_read[:] = [path]
         return _json(path)
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors by name, on the CPU, in the dtype that they were saved in.
+        """Read all tensors by name, on the CPU, in the dtype of the file.
 
-        Raises WeightsError where a file is damaged or holds something other than named tensors, and
-        where two files hold a tensor of the same name.
+        Raises:
+            WeightsError: A file is damaged or does not hold a state dict, or two files hold the same name.
         """
         state: dict[str, Tensor] = {}
         for file in self.files:
-            read = _read(file)
-            twice = [key for key in read if key in state]
-            if twice:
-                raise WeightsError(f"{file} holds tensors that another file of it has too ({_few(twice)}).")
-            state.update(read)
+            tensors = _read(file)
+            duplicates = [key for key in tensors if key in state]
+            if duplicates:
+                raise WeightsError(
+                    f"{file} holds tensors that another shard holds too ({first_few(duplicates)})."
+                )
+            state.update(tensors)
         return state
 
     def identity(self) -> Identity:
-        """Name, commit, and the hash of all that was read."""
+        """Name, commit, and the hash of the files that were read."""
         return Identity(self.name, self.revision, files_digest([*self.files, *self._also_read]))
 
 
 def locate(weights: str | os.PathLike[str], names: Sequence[str] = WEIGHT_FILES) -> Source:
-    """Find weights: a file, a folder in the hub's layout, `package:MODULE/GLOB`, or a hub id.
+    """Find the files of weights.
 
-    names: which files to look for in a folder or hub repository, best first. A hub id may carry a
-    revision: "owner/name@revision". A whole commit that is in the cache is taken from there; otherwise
-    the hub is asked, and the cache only where it does not answer. HF_HOME, HF_HUB_OFFLINE and HF_TOKEN
-    are honored; see docs/weights.md. The name of what was found is an absolute path or a hub id, so
-    that it can be found again from another directory.
+    A commit that is in the cache is read from there. For any other revision the hub is asked, and the cache
+    is used only if the hub does not answer. HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are honored; see
+    docs/weights.md.
 
-    Raises WeightsError where nothing is found; it says what else to type.
+    Args:
+        weights: A file, a folder in the layout of a hub repository, "package:MODULE/GLOB", or a hub id
+            ("owner/name" or "owner/name@revision").
+        names: File names to look for in a folder or hub repository, best first.
 
-    >>> locate("/nowhere")
-    Traceback (most recent call last):
-    merv.errors.WeightsError: No weights at /nowhere: no such file or folder.
+    Returns:
+        The files. Their name is an absolute path or a hub id, so it is valid in any working directory.
+
+    Raises:
+        WeightsError: There are no such weights.
+
+    Example:
+        >>> locate("/nowhere")
+        Traceback (most recent call last):
+        merv.errors.WeightsError: No weights at /nowhere: no such file or folder.
     """
     if not isinstance(weights, (str, os.PathLike)) or not os.fspath(weights):
         raise WeightsError(
-            f"weights={weights!r} names none. Wanted: 'pretrained', a folder, a file, a hub id, or None for "
-            "random ones."
+            f"weights={weights!r} is not a source of weights; expected 'pretrained', a folder, a file, a hub "
+            "id, or None for random weights."
         )
     weights = os.fspath(weights)
     if weights.startswith(PACKAGE):
         module, _, pattern = weights.removeprefix(PACKAGE).partition("/")
         try:
             return Source(weights, (package_file(module, pattern),))
-        except (ValueError, NotImplementedError) as error:  # of find_spec, of glob
-            raise WeightsError(f"{weights!r} is no {PACKAGE}MODULE/GLOB: {error}.") from error
+        except (ValueError, NotImplementedError) as error:  # from find_spec and glob
+            raise WeightsError(f"Expected {PACKAGE}MODULE/GLOB, got {weights!r}: {error}.") from error
     path = Path(weights).expanduser()
     if path.is_file():
         return Source(str(path.absolute()), _shards(path))
@@ -132,66 +152,59 @@ def locate(weights: str | os.PathLike[str], names: Sequence[str] = WEIGHT_FILES)
         raise WeightsError(f"No weights at {weights}: no such file or folder.")
     first = find_on_hub(repo, revision or None, names)
     if first is None:
-        raise WeightsError(f"{repo} is on the hub, but holds none of {', '.join(names)}.")
-    commit = first.parent.name  # the cache's layout: …/snapshots/<commit>/<file>
+        raise WeightsError(f"The hub repository {repo} has none of the files {', '.join(names)}.")
+    commit = first.parent.name  # layout of the cache: …/snapshots/<commit>/<file>
     return Source(repo, _shards(first, lambda name: download(repo, commit, name)), commit)
 
 
 def load_exactly(module: nn.Module, state: dict[str, Tensor], name: str, owner: str) -> None:
-    """Copy `state` into `module`: all its keys, and no others, in the dtype of the module.
+    """Copy a state dict into a module, in the dtype of the module. Keys and shapes must match.
 
-    name, owner: what the weights and the module are called in the message.
+    Args:
+        module: The module to fill.
+        state: Tensors by the names of the module.
+        name: Name of the weights, for messages.
+        owner: Name of the module, for messages.
 
-    Raises WeightsError with the first few keys that are missing, left over, of another shape, or integers
-    (quantized weights, say) where the module has floating-point numbers.
+    Raises:
+        WeightsError: A key is missing, unexpected or of another shape, or holds integers (as quantized
+            weights do) instead of floating-point numbers.
     """
-    wanted = module.state_dict()
-    faults = {
-        "missing": [key for key in wanted if key not in state],
-        "unexpected": [key for key in state if key not in wanted],
-        "of another shape": [
-            f"{key} {list(state[key].shape)}, wanted {list(wanted[key].shape)}"
-            for key in wanted
-            if key in state and state[key].shape != wanted[key].shape
-        ],
-        "not floating-point": [
-            f"{key} {state[key].dtype}"
-            for key in wanted
-            if key in state and wanted[key].is_floating_point() and not state[key].is_floating_point()
-        ],
-    }
-    if any(faults.values()):
-        said = "; ".join(f"{len(keys)} {what} ({_few(keys)})" for what, keys in faults.items() if keys)
-        raise WeightsError(f"The weights {name} do not fit {owner}: {said}. {_way_out(wanted, state)}")
+    expected = module.state_dict()
+    if mismatch := state_dict_mismatch(expected, state):
+        raise WeightsError(
+            f"The weights {name} do not fit {owner}: {mismatch}. {_suggest_rename(expected, state)}"
+        )
     module.load_state_dict(state)
 
 
-def _way_out(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """What to do about weights that do not fit: all that is wrong may be a prefix."""
-    if prefix := _prefix(state, wanted):
-        how = (
-            f"all names begin with {prefix!r}, which merv.encoding.weights.select(state, prefix={prefix!r}) "
-            "takes off"
+def _suggest_rename(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Say what to do about weights that do not fit. Often the names differ only by a prefix."""
+    if prefix := _common_prefix(state, expected):
+        fix = (
+            f"All names begin with {prefix!r}. Remove it with "
+            f"merv.encoding.weights.select(state, prefix={prefix!r})"
         )
-    elif prefix := _prefix(wanted, state):
-        how = (
-            f"all names lack {prefix!r}, which merv.encoding.weights.renamed(state, {{'^': {prefix!r}}}) adds"
+    elif prefix := _common_prefix(expected, state):
+        fix = (
+            f"All names lack {prefix!r}. Add it with "
+            f"merv.encoding.weights.renamed(state, {{'^': {prefix!r}}})"
         )
     else:
-        return "Are they those of another variant or model?"
-    return f"But {how}: in the encoder's rename(), or before the file is saved."
+        return "Are they the weights of another variant or model?"
+    return f"{fix} in the encoder's rename(), or before you save the file."
 
 
-def _prefix(longer: Collection[str], shorter: Collection[str]) -> str:
-    """What each name of `longer` has before one of `shorter`, or nothing; a prefix keeps their order."""
-    prefix = min(longer, default="").removesuffix(min(shorter, default=""))
+def _common_prefix(longer: Collection[str], shorter: Collection[str]) -> str:
+    """The prefix that turns the names `shorter` into `longer`; empty if there is none."""
+    prefix = min(longer, default="").removesuffix(
+        min(shorter, default="")
+    )  # a prefix keeps the order of names
     return prefix if {prefix + key for key in shorter} == set(longer) else ""
 
 
 def select(state: dict[str, Tensor], *, prefix: str = "", drop: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """A state dict without the keys that begin with one of `drop`, and with `prefix` taken off the rest.
-
-    What is left out is named, so that nothing is left out unseen.
+    """Drop the keys that begin with one of `drop`, and remove `prefix` from the others.
 
     >>> list(select({"visual.proj": torch.ones(1), "logit_scale": torch.ones(1)}, prefix="visual.",
     ...             drop=("logit_scale",)))
@@ -201,7 +214,7 @@ def select(state: dict[str, Tensor], *, prefix: str = "", drop: tuple[str, ...] 
 
 
 def renamed(state: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
-    r"""A state dict under other names: each pattern of `table`, in order, substituted in each.
+    r"""Rename the keys of a state dict: substitute each regular expression of `table`, in order.
 
     >>> list(renamed({"encoder.layer.0.norm": torch.ones(1)}, {r"^encoder\.layer\.": "blocks."}))
     ['blocks.0.norm']
@@ -213,7 +226,7 @@ def renamed(state: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, 
 
 
 def joined(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dict[str, Tensor]:
-    """A state dict in which tensors that differ in one step of their names are one, row under row.
+    """Concatenate tensors that differ in one part of their names, such as q, k and v of an attention layer.
 
     >>> list(joined({"a.q.bias": torch.ones(1), "a.k.bias": torch.ones(1)}, ("q", "k"), "qk"))
     ['a.qk.bias']
@@ -222,18 +235,17 @@ def joined(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dic
     for key in state:
         rows = [key.replace(f".{parts[0]}.", f".{part}.") for part in parts]
         if rows[0] != rows[1] and all(row in state for row in rows):
-            one = torch.cat([result.pop(row) for row in rows])
-            result[key.replace(f".{parts[0]}.", f".{whole}.")] = one
+            result[key.replace(f".{parts[0]}.", f".{whole}.")] = torch.cat([result.pop(row) for row in rows])
     return result
 
 
 def identity_of(module: nn.Module) -> Identity:
-    """The identity of weights that a module makes itself: the hash of its tensors."""
+    """The identity of weights that a module creates itself: the hash of its tensors."""
     return Identity(BUILT_IN, None, values_digest(module))
 
 
 def values_digest(module: nn.Module) -> str:
-    """SHA-256 of the names and bytes of all tensors of a module, on whatever device."""
+    """SHA-256 of the names and bytes of all tensors of a module. It does not depend on the device."""
     digest = hashlib.sha256()
     for key, tensor in module.state_dict().items():
         digest.update(key.encode())
@@ -242,102 +254,104 @@ def values_digest(module: nn.Module) -> str:
 
 
 def package_file(module: str, pattern: str) -> Path:
-    """The file that `pattern` matches in the folder of an installed package, or of a fetched one.
+    """Find a file in the folder of a package, installed or downloaded by `merv download`.
 
-    The package is not imported. Raises WeightsError with the command that fetches it.
+    The package is not imported.
+
+    Raises:
+        WeightsError: The package is not there, or no file matches the pattern.
     """
     for folder in [*package_folders(module), fetched_folder(module)]:
-        found = sorted(folder.glob(pattern))
-        if found:
-            return found[0]
+        files = sorted(folder.glob(pattern))
+        if files:
+            return files[0]
     raise WeightsError(
         f"The weights in the package {module} are not on this machine. Run `merv download "
-        f"{module.replace('_', '-')}` to fetch them, or pass weights=None for random ones."
+        f"{module.replace('_', '-')}`, or pass weights=None for random weights."
     )
 
 
 def _in_folder(weights: str, folder: Path, names: Sequence[str]) -> Source:
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if not found:
-        raise WeightsError(
-            f"No weights in the folder {weights}: looked for {', '.join(names)}. "
-            "If they have another name, pass the file itself."
-        )
-    return Source(str(folder.absolute()), _shards(found[0]))
+    for name in names:
+        if (folder / name).is_file():
+            return Source(str(folder.absolute()), _shards(folder / name))
+    raise WeightsError(
+        f"The folder {weights} has none of the files {', '.join(names)}. If the weights have another name, "
+        "pass the file itself."
+    )
 
 
 def _shards(file: Path, fetch: Callable[[str], Path] | None = None) -> tuple[Path, ...]:
-    """The files that hold the tensors: `file` itself, or those that it lists if it is an index.
+    """The files that hold the tensors: the ones that an index lists, or `file` itself.
 
-    fetch: gets one of them by name; without it they must lie beside the index.
+    fetch: Downloads a file by its name. Without it, all files must be in the folder of the index.
     """
     if not file.name.endswith(".index.json"):
         return (file,)
-    listed = _json(file).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise WeightsError(f"{file} is no index of weights: it has no weight_map.")
-    names = sorted({str(name) for name in listed.values()})
+    weight_map = _json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{file} is not an index of weights: it has no weight_map.")
+    names = sorted({str(name) for name in weight_map.values()})
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise WeightsError(f"{file} lists files that are not beside it ({_few(outside)}); they are not read.")
+        raise WeightsError(f"{file} must list files of its own folder only; got {first_few(outside)}.")
     if fetch is not None:
         return tuple(fetch(name) for name in names)
-    absent = [name for name in names if not (file.parent / name).is_file()]
-    if absent:
-        raise WeightsError(f"The folder {file.parent} lacks {len(absent)} of its files ({_few(absent)}).")
+    missing = [name for name in names if not (file.parent / name).is_file()]
+    if missing:
+        raise WeightsError(
+            f"The folder {file.parent} lacks {len(missing)} of the files that {file.name} lists "
+            f"({first_few(missing)})."
+        )
     return tuple(file.parent / name for name in names)
 
 
 def _json(file: Path) -> dict:
     try:
-        held = json.loads(file.read_text())
-    except ValueError as error:  # of the text or of its encoding
+        content = json.loads(file.read_text())
+    except ValueError as error:  # invalid JSON, or invalid UTF-8
         raise WeightsError(f"{file} is damaged: {error}") from error
-    if not isinstance(held, dict):
-        raise WeightsError(f"{file} holds a {type(held).__name__}; wanted a JSON object.")
-    return held
+    if not isinstance(content, dict):
+        raise WeightsError(f"{file} must hold a JSON object; got a {type(content).__name__}.")
+    return content
 
 
 def _read(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        with file.open("rb") as start:
-            safe = file.suffix == ".safetensors" or start.read(9)[8:] == b"{"  # whatever it is called
-        if safe:
+        with file.open("rb") as binary:
+            is_safetensors = file.suffix == ".safetensors" or binary.read(9)[8:] == b"{"
+        if is_safetensors:
             return load_file(file)
-        held = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes raise nearly anything
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise errors of many types
         raise WeightsError(f"{file} cannot be read as weights: {_reason(error)}.") from error
-    if _is_state(held):
-        return held
-    states = [key for key, value in held.items() if _is_state(value)] if isinstance(held, dict) else []
+    if _is_state(content):
+        return content
+    states = [key for key, value in content.items() if _is_state(value)] if isinstance(content, dict) else []
     if len(states) == 1 and states[0] in WRAPPERS:
-        return held[states[0]]
-    keys = _few([str(key) for key in held]) if isinstance(held, dict) else type(held).__name__
+        return content[states[0]]
+    keys = first_few([str(key) for key in content]) if isinstance(content, dict) else type(content).__name__
     raise WeightsError(
-        f"{file} holds {keys}; wanted a state dict, tensors by name, alone or as the only one in a "
-        f"dictionary under {' or '.join(map(repr, WRAPPERS))}."
+        f"{file} must hold a state dict (tensors by name), or a dictionary with exactly one, under "
+        f"{' or '.join(map(repr, WRAPPERS))}; got {keys or 'an empty dictionary'}."
     )
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of an error, without a full stop; never torch's advice to unpickle a file fully."""
+    """The first sentence of an error. Leaves out torch's advice to load the file with weights_only=False."""
     if isinstance(error, UnpicklingError):
         found = re.search(r"GLOBAL (\S+)", str(error))
         return (
-            f"it holds pickled objects{f' ({found[1]})' if found else ''}, which are never made. Save the "
-            "tensors alone: torch.save(module.state_dict(), file)"
+            f"it holds pickled objects{f' ({found[1]})' if found else ''}, which merv does not load. Save "
+            "only the tensors: torch.save(module.state_dict(), file)"
         )
     return re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
 
 
-def _is_state(held: object) -> bool:
-    """Whether it is tensors by name."""
-    if not isinstance(held, dict) or not held:
+def _is_state(value: object) -> bool:
+    """Whether a value is a non-empty dict of tensors by name."""
+    if not isinstance(value, dict) or not value:
         return False
-    return all(isinstance(key, str) and isinstance(value, Tensor) for key, value in held.items())
-
-
-def _few(keys: Sequence[str], most: int = 4) -> str:
-    return ", ".join(keys[:most]) + (", …" if len(keys) > most else "")
+    return all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items())

@@ -1,8 +1,7 @@
-"""Windows: run an encoder on each distinct window of frames once.
+"""Encode each distinct window of frames once, and reuse its features where the window is repeated.
 
-By the encoder's spec a window's features depend on no other window. A still, a frame that stays
-on screen, a short clip stretched over many frames: each is encoded once and the result reused,
-which is exact.
+The features of a window depend on no other window, so the result is exact. Windows are repeated in a still
+image, in a frame that stays on screen, and in a short clip that is stretched over many frames.
 """
 
 from __future__ import annotations
@@ -15,37 +14,44 @@ from merv.encoding.base import Encoder
 from merv.types import Frames, Grid
 from merv.utils.torch_modules import device_and_dtype
 
-FRAMES_AT_ONCE = 8  # in one forward: more is no faster on a CPU, and costs memory
+FRAMES_AT_ONCE = 8  # frames in one forward pass: more are not faster on a CPU, and need more memory
 
 
 def encode_distinct(
     encoder: Encoder, clips: Sequence[Frames], indices: Sequence[Sequence[int]]
 ) -> list[Grid]:
-    """Encode clips of batch 1: one Grid each, on the encoder's own grid.
+    """Encode clips, each distinct window once.
 
-    indices: per clip, which frame of its video each frame is; equal windows are found by them, and
-        by their pace.
+    Args:
+        encoder: The encoder.
+        clips: Frames of one clip each, pixels of shape [1, T, 3, H, W].
+        indices: For each clip, the frame of its video that each frame shows. Windows of a clip are equal if
+            they show the same frames at the same pace.
 
-    >>> from merv import create_encoder
-    >>> still_repeated = Frames.of(torch.zeros(1, 16, 3, 16, 16))
-    >>> encode_distinct(create_encoder("fake"), [still_repeated], [[0] * 16])[0].shape
-    (16, 4, 4)
+    Returns:
+        Features of each clip on the encoder's own grid, values of shape [1, t, h, w, D].
+
+    Example:
+        >>> from merv import create_encoder
+        >>> repeated_still = Frames.of(torch.zeros(1, 16, 3, 16, 16))
+        >>> encode_distinct(create_encoder("fake"), [repeated_still], [[0] * 16])[0].shape
+        (16, 4, 4)
     """
     distinct: dict[tuple, Frames] = {}
-    placed: list[list[tuple]] = []  # per clip and window: which distinct one, and when it starts
+    starts: list[list[tuple]] = []  # for each clip and window: key of the distinct window, start time
     for number, (clip, shown) in enumerate(zip(clips, indices, strict=True)):
         size = encoder.spec.window_size or len(shown)
-        placed.append([])
+        starts.append([])
         for start in range(0, len(shown), size):
             window = _window(clip, start, size)
             pace_s = (window.times_s[0] - window.times_s[0, 0]).tolist()
             key = (number, *shown[start : start + size], *(round(time_s, 6) for time_s in pace_s))
             distinct.setdefault(key, window)
-            placed[-1].append((key, clip.times_s[:, start]))
-    made = dict(zip(distinct, _encode(encoder, list(distinct.values())), strict=True))
+            starts[-1].append((key, clip.times_s[:, start]))
+    grids = dict(zip(distinct, _encode(encoder, list(distinct.values())), strict=True))
     return [
-        _join([_shifted(made[key], start_s - distinct[key].times_s[:, 0]) for key, start_s in windows])
-        for windows in placed
+        _join([_shifted(grids[key], start_s - distinct[key].times_s[:, 0]) for key, start_s in windows])
+        for windows in starts
     ]
 
 
@@ -64,11 +70,11 @@ def _encode(encoder: Encoder, windows: Sequence[Frames]) -> list[Grid]:
 
 
 def _groups(windows: Sequence[Frames]) -> Iterator[list[Frames]]:
-    """Neighbors of equal length, together at most FRAMES_AT_ONCE frames (or one window)."""
+    """Group consecutive windows of equal length, at most FRAMES_AT_ONCE frames or one window each."""
     group: list[Frames] = []
     for window in windows:
-        frames = window.mask.shape[1]
-        if group and (group[0].mask.shape[1] != frames or (len(group) + 1) * frames > FRAMES_AT_ONCE):
+        size = window.mask.shape[1]
+        if group and (group[0].mask.shape[1] != size or (len(group) + 1) * size > FRAMES_AT_ONCE):
             yield group
             group = []
         group.append(window)
@@ -76,12 +82,13 @@ def _groups(windows: Sequence[Frames]) -> Iterator[list[Frames]]:
 
 
 def _shifted(grid: Grid, by_s: torch.Tensor) -> Grid:
+    """The same features at times shifted by `by_s` seconds, of shape [1]."""
     by_s = by_s.to(grid.times_s)
     return Grid(grid.values, grid.times_s + by_s[:, None], grid.extent, grid.mask)
 
 
 def _join(windows: Sequence[Grid]) -> Grid:
-    """Windows of one clip, in order of time."""
+    """Concatenate the windows of one clip in time."""
     return Grid(
         torch.cat([grid.values for grid in windows], dim=1),
         torch.cat([grid.times_s for grid in windows], dim=1),

@@ -1,7 +1,7 @@
-"""Reader: all that is done to a video before a network sees it, away from the networks.
+"""Read videos for encoders in other processes, without the encoders.
 
-A `Reader` is small and has no weights, so the workers of a data loader can have one each: they
-probe, sample, decode and preprocess, or fetch kept features, while the model trains.
+A `Reader` is small and has no weights, so each worker of a data loader can have one. Workers decode and
+preprocess videos, or load stored features, while the model trains.
 """
 
 from __future__ import annotations
@@ -16,26 +16,35 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from merv.encoding.base import Encoder, version_of
+from merv.encoding.base import Encoder
 from merv.encoding.weights import values_digest
 from merv.errors import EncoderError
 from merv.features.store import FeatureStore, video_key
 from merv.fusion.align import Aligner
 from merv.types import EncoderSpec, Grid, Preset
 from merv.utils.plugins import class_path
+from merv.utils.private import version_of
 from merv.utils.torch_modules import device_and_dtype
 from merv.video.clip import Clip, prepare
 from merv.video.reader import BACKENDS
 from merv.video.sampling import Sampling
 from merv.video.transforms import Resample
 
-VERSION = 3  # one more wherever the same options come to give other features
+VERSION = 3  # part of the key; increase it if the same options produce other features
+# Encoder → (state of its tensors, digest of its weights)
 DIGESTS: WeakKeyDictionary[Encoder, tuple[list[Any], str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class EncoderRequest:
-    """What a reader knows of an encoder. cache_key: all that its features depend on, but the video."""
+    """What a `Reader` needs to know of an encoder.
+
+    Args:
+        spec: The encoder's spec.
+        preset: The encoder's preprocessing.
+        cache_key: Everything that the features depend on except the video; see `feature_cache_key`. Empty if
+            there is no store.
+    """
 
     spec: EncoderSpec
     preset: Preset
@@ -44,34 +53,40 @@ class EncoderRequest:
 
 @dataclass(frozen=True, eq=False)
 class LoadedVideo:
-    """A video as a `Reader` leaves it; `MultiEncoder.features` takes it in a video's place.
+    """A video that a `Reader` has read; `MultiEncoder.features` accepts it instead of a video.
 
-    clip: frames for the encoders whose features are not kept yet; None where all are.
-    found: encoder name → its kept Grid. keys: encoder name → where the store keeps its features.
+    Args:
+        clip: Frames for the encoders whose features are not stored yet; None if all are.
+        stored: Encoder name → its features from the store.
+        keys: Encoder name → key of its features in the store; empty without a store.
     """
 
     clip: Clip | None
-    found: Mapping[str, Grid]
+    stored: Mapping[str, Grid]
     keys: Mapping[str, str]
 
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """`reader(video)`: the part of `MultiEncoder.features` that needs no network; see `MultiEncoder.reader`.
+    """Does the part of `MultiEncoder.features` that needs no network; `MultiEncoder.reader` creates one.
 
-    requests: encoder name → what it is. num_frames: by name, how many frames an encoder gets, if not what
-        its spec says. sampling, backend, resample: as of the MultiEncoder. store: looked up, never
-        written. One in memory stays in its process: pickled, it arrives empty.
+    Args:
+        requests: Encoder name → what the reader needs to know of the encoder.
+        sampling: How to choose times.
+        num_frames: Encoder name → number of frames, to override the encoder's spec.
+        backend: Decoding backend; see `merv.video.open.open_video`.
+        resample: How frames are resized; see `merv.video.transforms.resize`.
+        store: Where to look up features; it is never written to. Pickling drops the entries of a store in
+            memory.
 
-    Raises the errors of decoding and sampling, which name the video, and those of `video_key`.
-
-    >>> from merv import MultiEncoder
-    >>> vision = MultiEncoder(["fake"], grid=(4, 2, 2))
-    >>> loaded = vision.reader()(torch.zeros(8, 3, 32, 32, dtype=torch.uint8))
-    >>> loaded.clip.frames["fake"].pixels.shape
-    torch.Size([1, 16, 3, 16, 16])
-    >>> vision.features(loaded)["fake"].values.shape
-    torch.Size([1, 4, 2, 2, 8])
+    Example:
+        >>> from merv import MultiEncoder
+        >>> vision = MultiEncoder(["fake"], grid=(4, 2, 2))
+        >>> loaded = vision.reader()(torch.zeros(8, 3, 32, 32, dtype=torch.uint8))
+        >>> loaded.clip.frames["fake"].pixels.shape
+        torch.Size([1, 16, 3, 16, 16])
+        >>> vision.features(loaded)["fake"].values.shape
+        torch.Size([1, 4, 2, 2, 8])
     """
 
     requests: Mapping[str, EncoderRequest]
@@ -82,23 +97,36 @@ class Reader:
     store: FeatureStore | None = None
 
     def __call__(self, video: Any, seed: int | None = None) -> LoadedVideo:
-        """Everything for one video, of anything that `load_video` reads. seed: for `segment` without one."""
+        """Read one video, or load its features from the store.
+
+        Args:
+            video: Anything that `load_video` reads.
+            seed: Seed for the sampling mode "segment", if the sampling has none.
+
+        Returns:
+            Stored features, and frames for the other encoders.
+
+        Raises:
+            VideoError: The video cannot be read.
+            SamplingError: The sampling does not fit the video.
+            DataError: There is a store, but the video has no content for a key; see `video_key`.
+        """
         if seed is not None and self.sampling.seed is None:
             return replace(self, sampling=replace(self.sampling, seed=seed))(video)
         if self.store is None:
             return LoadedVideo(self.read(video), {}, {})
         keys = self.keys(video)
-        kept = {name: self.store.get(key) for name, key in keys.items()}
-        found = {name: grid for name, grid in kept.items() if grid is not None}
-        missing = [name for name in keys if name not in found]
-        return LoadedVideo(self.read(video, missing) if missing else None, found, keys)
+        entries = {name: self.store.get(key) for name, key in keys.items()}
+        stored = {name: grid for name, grid in entries.items() if grid is not None}
+        missing = [name for name in keys if name not in stored]
+        return LoadedVideo(self.read(video, missing) if missing else None, stored, keys)
 
     def keys(self, video: Any) -> dict[str, str]:
-        """Encoder name → where a store keeps this video's features."""
+        """Return encoder name → key of this video's features in a store."""
         return {name: video_key(video, request.cache_key) for name, request in self.requests.items()}
 
     def read(self, video: Any, encoders: Iterable[str] | None = None) -> Clip:
-        """Probe, sample, decode and preprocess, for all encoders or some of them."""
+        """Probe, sample, decode and preprocess a video, for all encoders or those named."""
         requests = self.requests if encoders is None else {name: self.requests[name] for name in encoders}
         return prepare(
             video, requests, self.sampling, self.num_frames, resample=self.resample, backend=self.backend
@@ -113,16 +141,17 @@ def feature_cache_key(
     backend: str,
     resample: Resample,
 ) -> str:
-    """All that an encoder's aligned features depend on, but the video: half of what `video_key` hashes.
+    """Return everything that an encoder's aligned features depend on, except the video.
 
-    Raises EncoderError where the aligner is trained: then what is aligned cannot be kept.
+    `video_key` hashes it together with the content of the video. Raises EncoderError if the aligner is
+    trained, because then features must not be stored.
     """
-    by_value = encoder.modified or encoder.identity.sha256 is None  # nothing else tells such weights apart
+    hash_values = encoder.modified or encoder.identity.sha256 is None  # the identity does not describe them
     spec, preset = encoder.spec, encoder.preset
     key = {
         "version": VERSION,
         "class": class_path(type(encoder)),
-        "weights": digest(encoder) if by_value else encoder.identity.sha256,
+        "weights": weights_digest(encoder) if hash_values else encoder.identity.sha256,
         "dtype": str(device_and_dtype(encoder)[1]),
         "variant": [
             encoder.variant,
@@ -135,7 +164,7 @@ def feature_cache_key(
         "frames": spec.num_frames if num_frames is None else num_frames,
         "rate": spec.fps if num_frames is None else None,
         "crop": [preset.crop_mode, preset.input_size, preset.resize_short_side, preset.center],
-        "resize": [preset.interpolation, resample, version("pillow")],  # not the same in all its versions
+        "resize": [preset.interpolation, resample, version("pillow")],  # Pillow versions differ
         "normalization": [preset.mean, preset.std],
         "decoder": [(package, version(package)) for package in BACKENDS[backend]],
         "sampling": [
@@ -152,47 +181,43 @@ def feature_cache_key(
 
 
 def aligner_key(aligner: nn.Module) -> tuple[Any, ...]:
-    """What features depend on of an aligner; of one put in by hand, its class and all that it holds.
+    """Return what features depend on in an aligner; for a custom one, the classes and values of its modules.
 
-    Raises EncoderError where it is trained, or holds what has no value to compare.
+    Raises EncoderError if it is trained or has an attribute that cannot be compared by value.
     """
     if type(aligner) is Aligner:
         return aligner.grid, aligner.mode
     if any(parameter.requires_grad for parameter in aligner.parameters()):
         raise EncoderError(
-            f"The aligner, {type(aligner).__name__}, is trained, so that its results cannot be kept in a "
-            "store. What is learned belongs behind the store: make it a mixer."
+            f"The aligner {type(aligner).__name__} has trainable parameters, so features cannot be "
+            "stored. Freeze it, or implement the trained part as a mixer."
         )
-    own = vars(nn.Module())  # what torch keeps on every module
-    parts = [
-        (
-            name,
-            class_path(type(module)),
-            [(k, _fact(v)) for k, v in sorted(vars(module).items()) if k not in own],
-        )
-        for name, module in aligner.named_modules()
-    ]
+    torch_attributes = vars(nn.Module())
+    parts = []
+    for name, module in aligner.named_modules():
+        attributes = sorted(item for item in vars(module).items() if item[0] not in torch_attributes)
+        parts.append((name, class_path(type(module)), [(k, _comparable(v)) for k, v in attributes]))
     return *parts, values_digest(aligner)
 
 
-def _fact(value: Any) -> Any:
-    """A value of a module as something whose repr is equal for equal values encoders."""
+def _comparable(value: Any) -> Any:
+    """Convert an attribute of a module to something that is serialized alike if the values are equal."""
     if isinstance(value, torch.Tensor):
         return values_digest(nn.ParameterList([nn.Parameter(value, requires_grad=False)]))
     if isinstance(value, (list, tuple)):
-        return [_fact(item) for item in value]
+        return [_comparable(item) for item in value]
     if isinstance(value, dict):
-        return [(key, _fact(item)) for key, item in sorted(value.items(), key=str)]
+        return [(key, _comparable(item)) for key, item in sorted(value.items(), key=str)]
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
         return value
     raise EncoderError(
-        f"The aligner holds a {type(value).__name__}, by which a store cannot tell features apart. Let it "
-        "hold numbers, texts and tensors, or use no store."
+        f"The aligner has an attribute of type {type(value).__name__}, which cannot be part of a key. "
+        "Use only numbers, strings and tensors, or no store."
     )
 
 
-def digest(encoder: Encoder) -> str:
-    """Hash of an encoder's weights as they are; taken again only when they were written to or moved."""
+def weights_digest(encoder: Encoder) -> str:
+    """Return a hash of an encoder's weights; it is recomputed only if they were modified or moved."""
     tensors = encoder.state_dict(keep_vars=True).values()
     state = [(t.data_ptr(), t.dtype, version_of(t)) for t in tensors]
     if encoder not in DIGESTS or DIGESTS[encoder][0] != state:

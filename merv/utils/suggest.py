@@ -1,4 +1,4 @@
-"""Did you mean …?: one place for suggestions in error messages."""
+"""Suggestions for misspelled names in error messages."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence that suggests the nearest of `known`, with a leading space, or nothing.
+    """A sentence that suggests the most similar known name; it starts with a space. Empty if none is similar.
 
     >>> nearest("siglp", ["dinov2", "siglip"])
     " Did you mean 'siglip'?"
     >>> nearest("nothing like it", ["dinov2"])
     ''
     """
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {found[0]!r}?" if found else ""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -1,14 +1,14 @@
-"""Modules of torch: where they are, and whether two are built alike."""
+"""PyTorch modules: their device and dtype, differences between two of them, and the speed of bfloat16."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from merv.utils.plugins import class_path
 
@@ -16,63 +16,106 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and floating-point dtype of a module, by its first such parameter or buffer."""
+    """Device and dtype of the first floating-point parameter or buffer of a module."""
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
     return torch.device("cpu"), torch.float32
 
 
-def without_weights(build: Callable[[], M], *but: type[Exception]) -> M:
-    """What `build` makes, on the meta device: shapes without numbers, in no time and no memory.
+def without_weights(build: Callable[[], M], *errors: type[Exception]) -> M:
+    """Call `build` on the meta device, where tensors have shapes but no values and need no memory.
 
-    Where a part computes with its weights while it is built, it gets random ones, on the CPU; torch's
-    random state is left as it was. but: further errors of `build` that mean the same.
+    A module that reads its own weights while it is built cannot be built there; it gets random weights on
+    the CPU instead. torch's random state is not changed.
+
+    Args:
+        build: Creates the module.
+        *errors: What `build` may raise on the meta device, besides NotImplementedError and RuntimeError.
     """
     with torch.random.fork_rng(devices=[]):
-        with suppress(NotImplementedError, RuntimeError, *but), torch.device("meta"):
+        with suppress(NotImplementedError, RuntimeError, *errors), torch.device("meta"):
             return build()
         with torch.device("cpu"):
             return build()
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """The class of a module as it was built: `fully_shard` puts one of its own in front."""
-    own = type(module)
-    return own.__mro__[2] if own.__mro__[1].__name__ == "FSDPModule" else own
+    """The class that a module was created from. `fully_shard` replaces it with a subclass."""
+    current = type(module)
+    return current.__mro__[2] if current.__mro__[1].__name__ == "FSDPModule" else current
 
 
 def first_unlike(one: nn.Module, other: nn.Module) -> str | None:
-    """The first place where two modules are not built of the same classes and shapes, in words; or None.
+    """Describe the first difference in classes or shapes between two modules; None if there is none.
 
     >>> first_unlike(nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 4)))
     '0.weight is [3, 2] in one and [4, 2] in the other'
     """
-    parts = [{name: class_path(class_of(m)) for name, m in module.named_modules()} for module in (one, other)]
+    classes = [
+        {name: class_path(class_of(m)) for name, m in module.named_modules()} for module in (one, other)
+    ]
     shapes = [{n: str(list(t.shape)) for n, t in module.state_dict().items()} for module in (one, other)]
-    for first, second in (parts, shapes):
+    for first, second in (classes, shapes):
         for name in {**first, **second}:
             if first.get(name) != second.get(name):
-                was, now = first.get(name, "absent"), second.get(name, "absent")
-                return f"{name or 'the whole'} is {was} in one and {now} in the other"
+                left, right = first.get(name, "absent"), second.get(name, "absent")
+                return f"{name or 'the module'} is {left} in one and {right} in the other"
     return None
 
 
-def bfloat16_is_slow() -> bool:
-    """Whether this CPU multiplies in bfloat16 many times slower than in float32.
+def state_dict_mismatch(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
+    """Describe how the keys, shapes and kinds of numbers of two state dicts differ; None if they match.
 
-    Measured, in a tenth of a second: a CPU without instructions for it takes 30 times as long or more.
+    Floating-point dtypes may differ from each other. Integers do not match floating-point numbers: they are
+    quantized weights, not values.
+
+    >>> state_dict_mismatch({"a": torch.zeros(1), "b": torch.zeros(2)}, {"b": torch.zeros(3)})
+    '1 missing (a); 1 of another shape (b [3], expected [2])'
     """
-    took_s = {dtype: _matmul_s(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return took_s[torch.bfloat16] > 6 * took_s[torch.float32]
+    shared = [key for key in expected if key in state]
+    differences = {
+        "missing": [key for key in expected if key not in state],
+        "unexpected": [key for key in state if key not in expected],
+        "of another shape": [
+            f"{key} {list(state[key].shape)}, expected {list(expected[key].shape)}"
+            for key in shared
+            if state[key].shape != expected[key].shape
+        ],
+        "not floating-point": [
+            f"{key} {state[key].dtype}"
+            for key in shared
+            if expected[key].is_floating_point() and not state[key].is_floating_point()
+        ],
+    }
+    parts = [f"{len(keys)} {what} ({first_few(keys)})" for what, keys in differences.items() if keys]
+    return "; ".join(parts) or None
+
+
+def first_few(names: list[str], limit: int = 4) -> str:
+    """The first names of a list, for an error message.
+
+    >>> first_few(["a", "b", "c"], limit=2)
+    'a, b, …'
+    """
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
+
+
+def bfloat16_is_slow() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices much slower than float32 ones.
+
+    The function measures it in about 0.1 s. A CPU without bfloat16 instructions is 30 or more times slower.
+    """
+    seconds = {dtype: _matmul_s(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return seconds[torch.bfloat16] > 6 * seconds[torch.float32]
 
 
 def _matmul_s(dtype: torch.dtype) -> float:
-    """The shortest of three products of 256 × 256 numbers, in seconds, after one that is not counted."""
-    numbers = torch.ones(256, 256, dtype=dtype, device="cpu")
+    """The fastest of three products of 256 × 256 matrices, in seconds, after one to warm up."""
+    matrix = torch.ones(256, 256, dtype=dtype, device="cpu")
     times_s = []
     for _ in range(4):
         start = time.perf_counter()
-        numbers @ numbers
+        matrix @ matrix
         times_s.append(time.perf_counter() - start)
     return min(times_s[1:])
