@@ -1,1 +1,1 @@
-"""The command line, one module a command; `main` has the table of them."""
+"""The command line: one module for each command, and `main`, which lists them."""

