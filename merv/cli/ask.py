@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens",
         type=int,
         default=64,
-        help="maximum length of the answer, in tokens (default: %(default)s)",
+        help="maximum number of new tokens (default: %(default)s)",
     )
     parser.add_argument(
         "--weights", action="store_true", help="also print the mixer's average weight of each encoder"

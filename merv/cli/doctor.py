@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     for section, check in SECTIONS.items():
         print(section)
         for line in run_section(section, check):
-            print(f"{MARKS[line.state]} {line.name:22}  {_redact_home(line.text)}".rstrip(), flush=True)
+            print(f"{MARKS[line.state]} {line.name:34}  {_redact_home(line.text)}".rstrip(), flush=True)
             if line.state == "broken":
                 broken.append(line.name)
         print()

