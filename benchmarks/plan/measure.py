@@ -1,14 +1,13 @@
-"""`merv plan` against runs: FLOPs and memory of training steps, predicted first and then measured.
+"""Compare `merv plan` with real runs: predicted and measured FLOPs and memory of a training step.
 
     python benchmarks/plan/measure.py --out benchmarks/results/plan.md
     python benchmarks/plan/measure.py --only lora full
 
-Each setting is a process of its own that trains a few steps by Lightning, as `merv fit` does, on a
-transformer of random weights. Measured FLOPs are torch's FlopCounterMode over a step. Measured memory
-is not our own count: it is what torch's allocator reports to its profiler, every tensor's and kernel's
-bytes from the loading of the model on, at the fullest moment of a step after the first. (CPU
-allocators have no statistics as a GPU's have; resident memory of the process, which has Python,
-libraries and freed pages in it too, is printed beside it.)
+Each setting runs in a process of its own. It trains a transformer with random weights for a few steps with
+Lightning, as `merv fit` does. Measured FLOPs come from torch's FlopCounterMode. Measured memory comes from
+the profiler events of torch's allocator, not from our own counter: all bytes allocated since the model was
+loaded, at the peak of a step after the first. CPU allocators have no peak statistics as GPU allocators have.
+The resident memory of the process is printed too; it includes Python, libraries and freed pages.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 LLAMA = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
 QWEN = {**LLAMA, "num_key_value_heads": 2}
 BIG = {"hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 8, "num_attention_heads": 10}
-FAKES = {"encoders": ["fake", "fake/video"], "store": "memory"}
+FAKES = {"encoders": ["fake", "fake/video"], "feature_store": "memory"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """llm: kind and options of its config. model, trainer: of a recipe. shape of the data: see `write`."""
+    """Kind and config of the LLM, options of a recipe, and the questions that `write` writes."""
 
     llm: tuple[str, dict[str, Any]]
     model: dict[str, Any]
@@ -86,7 +85,7 @@ SETTINGS = {
         {
             "encoders": ["shallow:ShallowSigLIP", "fake"],
             "weights": {"ShallowSigLIP": None},
-            "frames": {"ShallowSigLIP": 8},
+            "num_frames": {"ShallowSigLIP": 8},
             "grid": [8, 7, 7],
             "mixer": "concat",
             "trainable": ["projector", "mixer", "lora"],
@@ -97,7 +96,7 @@ SETTINGS = {
 
 
 def write(setting: Setting, folder: Path) -> None:
-    """An LLM of random weights, its tokenizer, clips, and questions of equal length about them."""
+    """Write an LLM with random weights, its tokenizer, clips, and questions of equal length about them."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -121,8 +120,8 @@ def write(setting: Setting, folder: Path) -> None:
     (folder / "train.jsonl").write_text("\n".join(rows))
 
 
-def one(name: str) -> dict[str, Any]:
-    """Predict, then measure, one setting."""
+def compare(name: str) -> dict[str, Any]:
+    """Predict and measure one setting."""
     import torch
     from lightning import Trainer
 
@@ -136,14 +135,14 @@ def one(name: str) -> dict[str, Any]:
         folder = Path(temporary)
         write(setting, folder)
 
-        def parts() -> tuple[Any, Any]:
+        def build() -> tuple[Any, Any]:
             data = ChatData(str(folder / "train.jsonl"), batch_size=setting.batch_size, num_workers=0)
             return Training(str(folder / "llm"), **setting.model), data
 
         precision = setting.trainer.get("precision", "32-true")
         accumulate = setting.trainer.get("accumulate_grad_batches", 1)
-        plan = make_plan(*parts(), Setup(accumulate=accumulate, precision=precision), gpu=False)
-        training, data = parts()
+        plan = make_plan(*build(), Setup(accumulate=accumulate, precision=precision), gpu=False)
+        training, data = build()
         watch = Watch(accumulate)
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = Trainer(
@@ -168,7 +167,7 @@ def one(name: str) -> dict[str, Any]:
 
 
 class Watch:
-    """Measures: memory over the second step of the optimizer, FLOPs over the third."""
+    """Measures memory in the second step of the optimizer, FLOPs in the third."""
 
     def __init__(self, accumulate: int) -> None:
         from torch.profiler import ProfilerActivity, profile
@@ -180,7 +179,7 @@ class Watch:
         self.flops = 0
 
     def callback(self) -> Any:
-        """What Lightning calls."""
+        """The callback for Lightning's Trainer."""
         from lightning.pytorch.callbacks import Callback
         from torch.profiler import record_function
 
@@ -189,7 +188,7 @@ class Watch:
         class Calls(Callback):
             def on_fit_start(self, trainer: Any, module: Any) -> None:
                 for tensor in (*module.parameters(), *module.buffers()):
-                    tensor.data = tensor.data.clone()  # out of mapped files, to where a GPU would have them
+                    tensor.data = tensor.data.clone()  # copy them from mapped files, as to a GPU
 
             def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
                 if trainer.fit_loop.epoch_loop.total_batch_idx == watch.accumulate:
@@ -207,30 +206,30 @@ class Watch:
         return Calls()
 
     def peak(self) -> int:
-        """Most bytes allocated at a time between the markers."""
+        """Peak of the allocated bytes between the markers."""
         events = self.profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
         (step,) = [event for event in events if event.name() == "the step"]
         start, end = step.start_ns(), step.start_ns() + step.duration_ns()
-        now = most = 0
+        now = peak = 0
         for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
             now += event.nbytes()
             if start <= event.start_ns() <= end:
-                most = max(most, now)
-        return most
+                peak = max(peak, now)
+        return peak
 
 
-def report(found: list[dict[str, Any]], machine: str) -> str:
-    """The table."""
+def report(results: list[dict[str, Any]], machine: str) -> str:
+    """Format the results as a Markdown table."""
     lines = [
-        "# `merv plan` against measured",
+        "# `merv plan` compared with real runs",
         "",
-        f"`python benchmarks/plan/measure.py`, {machine}. One step of the optimizer; memory is the peak",
-        "of what torch's allocator had handed out; resident is the whole process, with Python and libraries.",
+        f"`python benchmarks/plan/measure.py`, {machine}. One step of the optimizer. Memory is the peak of",
+        "torch's allocator. Resident memory is that of the whole process, with Python and libraries.",
         "",
         "| setting | GFLOP predicted | measured | ratio | MB predicted | measured | ratio | resident |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in found:
+    for row in results:
         (f, g), (m, n) = row["flops"], row["memory"]
         lines.append(
             f"| {row['name']} | {f / 1e9:,.1f} | {g / 1e9:,.1f} | {f / g:.3f} | {m / 1e6:,.0f} "
@@ -240,27 +239,27 @@ def report(found: list[dict[str, Any]], machine: str) -> str:
 
 
 def main() -> None:
-    """Each setting in a process of its own, then the table."""
+    """Run the settings and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="*", default=list(SETTINGS), help="these settings")
-    parser.add_argument("--out", type=Path, help="write the table there")
+    parser.add_argument("--only", nargs="*", default=list(SETTINGS), help="names of settings")
+    parser.add_argument("--out", type=Path, help="file for the table")
     parser.add_argument("--machine", default="AMD EPYC (Zen 4), 2 shared virtual cores, one used")
     args = parser.parse_args()
-    import lightning  # noqa: F401 - once for all: what is forked has it
+    import lightning  # noqa: F401 - imported once, before the processes are forked
     import transformers  # noqa: F401
 
-    found = []
+    results = []
     for name in args.only:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as process:
             try:
-                found.append(process.submit(one, name).result())
+                results.append(process.submit(compare, name).result())
             except Exception as error:
                 print(f"{name}: failed: {error!r}", file=sys.stderr)
                 continue
-        print(found[-1], flush=True)
-    text = report(found, args.machine)
+        print(results[-1], flush=True)
+    text = report(results, args.machine)
     print(text)
     if args.out:
         args.out.write_text(text, encoding="utf-8")

@@ -1,11 +1,11 @@
-"""What `merv plan` says of the recipes for GPUs: memory of each and hours, written into their headers.
+"""Write the memory and hours that `merv plan` predicts into the headers of the recipes for GPUs.
 
     merv download
     python benchmarks/plan/recipes.py [NAME ...] [--write]
 
-Nothing is measured. The language model is Llama-2-7B's published shape without its weights, with SmolLM2's
-tokenizer; the rows are those that `merv plan` guesses without a file (one video, 60 words asked, 20
-answered); the samples are as many as arXiv 2501.01426 trained on.
+Nothing is measured. The language model has the published shape of Llama-2-7B, without weights, and SmolLM2's
+tokenizer. The rows are the guesses of `merv plan` without a data file: one video, a question of 60 words, an
+answer of 20. The number of samples is that of arXiv 2501.01426.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from merv.training.recipes import recipes
 from merv.utils.assets import smollm2_folder
 
 CAPTIONS, INSTRUCTIONS = 1_260_000, 765_000
-GPU_OF = {"48": "l40", "24": "4090"}  # by the memory that a header names
+GPU_OF = {"48": "l40", "24": "4090"}  # by the memory in the header's Hardware line
 SAMPLES = {"merv/pretrain_projector": CAPTIONS, "merv/full_stage1": CAPTIONS}
 FOLDER = Path(__file__).parents[2] / "recipes"
 PLUG_IN = Path(__file__).parents[2] / "examples/third_party_encoder"
 
 
 def llama(folder: Path) -> Path:
-    """Llama-2-7B without its weights."""
+    """Write the config of Llama-2-7B and a tokenizer, without weights."""
     width = {"hidden_size": 4096, "intermediate_size": 11_008}
     config = LlamaConfig(vocab_size=32_000, num_hidden_layers=32, num_attention_heads=32, **width)
     config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
@@ -45,7 +45,7 @@ def llama(folder: Path) -> Path:
 
 
 def planned(name: str, llm: Path) -> tuple[str, bool]:
-    """What a header says, and whether it fits."""
+    """Return the text for a header, and whether the run fits."""
     path = FOLDER / f"{name}.yaml"
     head = path.read_text().partition("trainer:")[0]
     gpu = GPU_OF[re.search(r"Hardware: .*?(\d+) GB", head)[1]]  # type: ignore[index]
@@ -62,32 +62,30 @@ def planned(name: str, llm: Path) -> tuple[str, bool]:
     tflops = GPUS[gpu].tflops * 0.4
     once = plan["encode_flops"] * samples / plan["setup"]["devices"] if plan["stores_features"] else 0
     hours = (steps * sum(plan["flops"].values()) + once) / (tflops * 1e12 * 3600)
-    of = f"{plan['setup']['devices']} × {gpu.upper()} at 40 % of their peak"
-    said = (
-        f"{plan['peak_bytes'] / 1e9:.1f} GB a GPU; {hours:,.0f} h for {samples / 1000:,.0f} k samples on {of}"
+    devices = plan["setup"]["devices"]
+    text = (
+        f"{plan['peak_bytes'] / 1e9:.1f} GB per GPU, {hours:,.0f} h for {samples / 1000:,.0f}k samples on "
+        f"{devices} {gpu.upper()} at 40% of {'its' if devices == 1 else 'their'} peak"
     )
-    return said, plan["fits"]
+    return text, plan["fits"]
 
 
 def write(name: str, text: str) -> None:
-    """Put it into the header, behind the line of the hardware."""
+    """Replace the Planned line of a header."""
     path = FOLDER / f"{name}.yaml"
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("# Planned: ")]
-    at = next(i for i, line in enumerate(lines) if line.startswith("# Hardware:"))
-    lines.insert(at + 1, f"# Planned: {text}.")
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text(re.sub(r"(?m)^# Planned: .*$", f"# Planned: {text}.", path.read_text()))
 
 
 def run() -> None:
-    """Every recipe whose header names GPUs."""
+    """Plan every recipe whose header names GPUs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--write", action="store_true", help="into the recipes")
+    parser.add_argument("--write", action="store_true", help="write into the recipes")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         llm = llama(Path(folder))
         for name, path in recipes().items():
-            if (args.names and name not in args.names) or not re.search("GPUs? of", path.read_text()):
+            if (args.names and name not in args.names) or not re.search("GPUs? with", path.read_text()):
                 continue
             text, fits = planned(name, llm)
             print(f"{name}: {text}{'' if fits else ' DOES NOT FIT'}", flush=True)

@@ -1,10 +1,10 @@
-"""SigLIP with 3 of its 12 blocks and random weights: its shapes, at a cost that a CPU can pay."""
+"""A SigLIP with 3 of its 12 blocks and random weights: the real shapes at a cost that a CPU can pay."""
 
 from merv.encoders.siglip import SigLIP
 
 
 class ShallowSigLIP(SigLIP):
-    """Its first 3 blocks; the features are those of the second."""
+    """SigLIP's first 3 blocks; the features are those of the second."""
 
     def build(self) -> None:
         super().build()
