@@ -1,4 +1,4 @@
-"""MultiEncoder: several frozen encoders on one video, aligned and, with output_dim, fused."""
+"""MultiEncoder: encode a video with several frozen encoders, then align and fuse their features."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from merv.features.reader import EncoderRequest, LoadedVideo, Reader, feature_ca
 from merv.features.store import FeatureStore
 from merv.fusion.align import Aligner
 from merv.fusion.fusion import Fusion
-from merv.fusion.mixers import Mixer, cell_positions
+from merv.fusion.mixers import Mixer, any_present, cell_positions
 from merv.fusion.projectors import Projector
 from merv.fusion.registry import MIXERS, PROJECTORS
 from merv.models.named_encoders import (
     by_name,
-    check_names,
-    check_stream,
+    check_keys,
+    check_name,
     checked_num_frames,
     create_all,
     recreate,
@@ -47,9 +47,11 @@ from merv.video.transforms import Resample, check_resample
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """What a MultiEncoder makes of a batch of videos.
+    """The output of a MultiEncoder for a batch of videos.
 
-    features: encoder name → aligned Grid [B, t, h, w, D]. fused: the tokens made of them.
+    Attributes:
+        features: Encoder name → aligned features, values of shape [B, t, h, w, D].
+        fused: Tokens, their positions and mask, and the mix weights.
     """
 
     features: dict[str, Grid]
@@ -57,50 +59,61 @@ class Encoded:
 
     @property
     def tokens(self) -> Tensor:
-        """[B, N, L]; without output_dim the channels of all encoders side by side."""
+        """Tokens, shape [B, N, L]; without `output_dim`, the concatenated channels of all encoders."""
         return self.fused.tokens
 
     @property
     def mix_weights(self) -> Tensor | None:
-        """[B, E, t, h, w], or None where nothing is weighed."""
+        """Weights of the encoders, shape [B, E, t, h, w], or None if the mixer has none."""
         return self.fused.mix_weights
 
     @property
     def mask(self) -> Tensor:
-        """[B, N], True for a real token."""
+        """True for a real token, shape [B, N]."""
         return self.fused.mask
 
     @property
     def times_s(self) -> Tensor:
-        """[B, N], the time of each token in seconds."""
+        """Time of each token in seconds, shape [B, N]."""
         return self.fused.positions[..., 0]
 
 
 class MultiEncoder(PretrainedMixin, nn.Module):
-    """Any set of frozen encoders, on one grid of time, rows and columns.
+    """Encode videos with any set of frozen encoders and fuse their features on one grid.
 
-    encoders: names (`merv encoders` lists them; "dinov2/base" picks a variant), modules, or a
-        mapping of names of your own to either.
-    grid: the common (t, h, w); stills get one step of time.
-    output_dim: L of the tokens, usually the LLM's. None: nothing is untrained here, and the tokens
-        are the encoders' channels side by side.
-    mixer, projector, norm, mixer_options, projector_options: see `merv.fusion.fusion.Fusion`; only with
-        output_dim. Your own mixers and projectors are given as classes, `module:Class` or entry points.
-    weights: for encoders given by name: "pretrained", a folder, a hub id, None for random, or a
-        mapping from names to these.
-    presets: by name, how an encoder's pictures are preprocessed, if not as its spec's first preset says.
-    num_frames: by name, how many frames an encoder gets, if not what its spec says.
-    sampling: a mode of `merv.video.sampling.Sampling`, or a Sampling. align: see `merv.fusion.align.Aligner`.
-    backend: what decodes videos; see `merv.video.open.open_video`. resample: how frames are resized,
-        `exact` as PIL does it or `fast` by torch; see `merv.video.transforms.resize`.
+    Args:
+        encoders: Encoder names (see `merv encoders`; "dinov2/base" selects a variant) or `merv.Encoder`
+            objects. A mapping gives them names of your own.
+        grid: Size (t, h, w) of the common grid. Stills get one step of time.
+        output_dim: Dimension L of the tokens, usually that of the LLM's embeddings. Without it, there are no
+            untrained layers: a token is the concatenation of all encoders' channels.
+        mixer: A registered name, `module:Class` or a subclass of `Mixer`. This and the next four arguments
+            are described in `merv.fusion.fusion.Fusion`. They only have an effect with `output_dim`.
+        projector: A registered name, `module:Class` or a subclass of `Projector`.
+        norm: Normalize features before projection and tokens after mixing.
+        mixer_options: Further arguments of the mixer.
+        projector_options: Further arguments of the projectors.
+        weights: Weights of the encoders that are given by name: "pretrained", a folder or file, a hub id,
+            None for random weights, or a mapping from encoder names to these.
+        presets: Encoder name → preset that preprocesses its frames. Defaults to the first preset of its spec.
+        num_frames: Encoder name → number of frames per video. Defaults to that of its spec.
+        sampling: A mode of `merv.video.sampling.Sampling`, or a Sampling.
+        align: How features are resampled to the grid: "area" or "official"; see `merv.fusion.align.Aligner`.
+        backend: Decoder of videos; see `merv.video.open.open_video`.
+        resample: How frames are resized: "exact" as in PIL, or "fast" by torch.
 
-    Raises the errors of the encoders it is made of; ShapeError for impossible grids.
+    Raises:
+        EncoderError: An encoder, its name or one of its options is invalid.
+        PluginError: An encoder, mixer or projector is unknown, cannot be created, or does not have an option.
+        WeightsError: The weights of an encoder could not be loaded.
+        ShapeError: The grid, `output_dim`, mixer or projector is invalid.
 
-    >>> video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
-    >>> MultiEncoder(["fake"], grid=(4, 2, 2))(video).tokens.shape
-    torch.Size([1, 16, 8])
-    >>> MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2), output_dim=32)(video).mix_weights.shape
-    torch.Size([1, 2, 4, 2, 2])
+    Example:
+        >>> video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+        >>> MultiEncoder(["fake"], grid=(4, 2, 2))(video).tokens.shape
+        torch.Size([1, 16, 8])
+        >>> MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2), output_dim=32)(video).mix_weights.shape
+        torch.Size([1, 2, 4, 2, 2])
 
     Source: arXiv 2501.01426.
     """
@@ -129,27 +142,27 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         super().__init__()
         check_backend(backend)
         check_resample(resample)
-        for option, given in (("mixer", mixer), ("projector", projector)):
-            if not isinstance(given, (str, type)):
+        # Before encoders are loaded, which can take minutes.
+        for option, plugin, registry in (("mixer", mixer, MIXERS), ("projector", projector, PROJECTORS)):
+            if isinstance(plugin, str):
+                registry.find(plugin)
+            elif not isinstance(plugin, type):
                 raise ShapeError(
-                    f"A MultiEncoder takes its {option} by name or class, with {option}_options, so that it "
-                    "can be saved."
+                    f"Expected {option}= to be a name or a class, got a {type(plugin).__name__}. Pass its "
+                    f"options as {option}_options=, so that the model can be saved."
                 )
-        if isinstance(mixer, str):
-            MIXERS.find(mixer)  # a misspelt name is told before encoders are loaded
-        if isinstance(projector, str):
-            PROJECTORS.find(projector)
         self.encoders = nn.ModuleDict(create_all(by_name(encoders), weights, presets or {}))
         self.num_frames = checked_num_frames(num_frames or {}, dict(self.named()))
         self.aligner = Aligner(grid, align)
         self.sampling = Sampling(cast(Mode, sampling)) if isinstance(sampling, str) else sampling
         self.fusion: Fusion | None = None
         if output_dim is None and (mixer_options or projector_options):
-            raise ShapeError("mixer_options= and projector_options= need output_dim=.")
+            raise ShapeError(
+                "mixer_options= and projector_options= have no effect without output_dim=. Set it."
+            )
         if output_dim is not None:
-            widths = {name: encoder.spec.embed_dim for name, encoder in self.named()}
             self.fusion = Fusion(
-                widths,
+                {name: encoder.spec.embed_dim for name, encoder in self.named()},
                 output_dim,
                 mixer,
                 projector=projector,
@@ -166,183 +179,239 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         encoders: Sequence[str] | None = None,
         store: FeatureStore | None = None,
     ) -> Encoded:
-        """Encode, align and fuse a video or a list of videos (anything `load_video` reads).
+        """Encode, align and fuse a video or a list of videos.
 
-        question: [B, L], for mixers conditioned on it. encoders: the encoders to use, a non-empty
-        subset; the others count as absent. store: where their features are kept.
+        Args:
+            videos: A video, or a list of videos: anything that `load_video` reads.
+            question: Mean embedding of each question's tokens, shape [B, L]; only for conditioned mixers.
+            encoders: Names of the encoders to use; the others count as absent. Defaults to all.
+            store: Store for aligned features, so that no video is encoded twice.
+
+        Returns:
+            Features, tokens and mix weights.
+
+        Raises:
+            VideoError: A video cannot be read.
+            EncoderError: A name in `encoders` is unknown.
+            ShapeError: There is no video, or the question does not fit the mixer.
         """
-        features = self.features(videos, encoders, store)  # read, encode, align: frozen, each video once
-        return self.fuse(features, question)  # project and mix: what is trained
+        features = self.features(videos, encoders, store)  # read, encode, align: frozen
+        return self.fuse(features, question)  # project and mix: trained
 
     # The stages ---------------------------------------------------------------------------
 
     def read(self, video: Any, encoders: Sequence[str] | None = None) -> Clip:
-        """Probe, sample, decode and preprocess one video for its encoders."""
+        """Sample, decode and preprocess the frames of one video for the encoders."""
         return self.reader(encoders=encoders).read(video)
 
     def encode(self, clips: Sequence[Clip]) -> dict[str, list[Grid]]:
-        """Each encoder's own features of each clip, on the encoder's own grid."""
-        made = {}
+        """Encode clips, each on the grid of the encoder: encoder name → features of each clip."""
+        features = {}
         for name in clips[0].frames:
-            encoder, own = self.encoder(name), [clip.frames[name] for clip in clips]
-            made[name] = encode_distinct(encoder, own, [clip.indices[name] for clip in clips])
-            shape = list(made[name][0].values.shape)
+            encoder = self.encoder(name)
+            frames, indices = [clip.frames[name] for clip in clips], [clip.indices[name] for clip in clips]
+            features[name] = encode_distinct(encoder, frames, indices)
+            shape = list(features[name][0].values.shape)
             if shape[-1] != encoder.spec.embed_dim:
                 raise EncoderError(
-                    f"{name} made features {shape}; by its spec they are "
-                    f"[1, t, h, w, {encoder.spec.embed_dim}]."
+                    f"Expected features [1, t, h, w, {encoder.spec.embed_dim}] from {name}, as in its spec; "
+                    f"got {shape}. Correct its encode() or the embed_dim of its spec."
                 )
-        return made
+        return features
 
     def align(self, grids: Mapping[str, Sequence[Grid]], clips: Sequence[Clip]) -> dict[str, Grid]:
-        """All of them on the common grid: encoder name → Grid [B, t, h, w, D]."""
+        """Resample features to the common grid: encoder name → batch of aligned features [B, t, h, w, D]."""
         device = next(iter(grids.values()))[0].values.device
         spans = [torch.tensor([clip.span_s], dtype=torch.float64, device=device) for clip in clips]
         aligned = {}
-        for name, own in grids.items():
+        for name, features in grids.items():
             shown = [clip.frames[name].times_s[:, [0, -1]].to(device) for clip in clips]
-            aligned[name] = Grid.batch(list(map(self.aligner, own, spans, shown)))
+            aligned[name] = Grid.batch(list(map(self.aligner, features, spans, shown)))
             if not aligned[name].mask.any():
                 warnings.warn(
-                    f"{name} sees less than half of each cell of a grid of {self.aligner.grid} and so counts "
-                    "nowhere in these clips. Take a finer grid, or a preset that does not crop.",
+                    f"{name} covers less than half of every cell of the grid {self.aligner.grid}, so it is "
+                    "not used for these clips. Choose a finer grid, or a preset that does not crop.",
                     stacklevel=2,
                 )
         return aligned
 
     def fuse(self, features: Mapping[str, Grid], question: Tensor | None = None) -> Encoded:
-        """Aligned features to tokens; the part that is trained, and all that training needs."""
+        """Fuse aligned features into tokens. This is the trained part.
+
+        Args:
+            features: Encoder name → aligned features, values of shape [B, t, h, w, D].
+            question: See `forward`.
+
+        Raises:
+            ShapeError: The features are not aligned, or the question does not fit the mixer.
+        """
         if self.fusion is not None:
             return Encoded(dict(features), self.fusion(features, question))
         if question is not None:
-            raise ShapeError("Without output_dim= there is no mixer that a question could be for.")
+            raise ShapeError(
+                "Without output_dim= there is no mixer that could use the question. Set output_dim."
+            )
         values = torch.cat([grid.values for grid in features.values()], dim=-1)
-        mask = torch.stack([grid.mask for grid in features.values()]).any(dim=0)
+        mask = torch.stack([grid.mask for grid in features.values()], dim=1)  # [B, E, t, h, w]
         grid = next(iter(features.values()))
         fused = Fused(
             rearrange(values, "b t h w d -> b (t h w) d"),
             cell_positions(grid.times_s, *grid.shape[1:]),
-            rearrange(mask, "b t h w -> b (t h w)"),
+            any_present(mask),
         )
         return Encoded(dict(features), fused)
 
     def features(
         self, videos: Any, encoders: Sequence[str] | None = None, store: FeatureStore | None = None
     ) -> dict[str, Grid]:
-        """Read, encode and align: from `store` where it has the features, else made and kept there.
+        """Read, encode and align videos, or take their features from the store.
 
-        videos: one, or a list, of anything `load_video` reads, or of what a `reader` gave (`LoadedVideo`),
-        whose features are stored if that reader had a store. One that comes twice is read and encoded once;
-        each is encoded alone, so that its features do not depend on its neighbors.
+        Each video is encoded alone, so its features do not depend on the other videos of the batch. A video
+        that occurs twice is encoded once.
+
+        Args:
+            videos: A video, or a list of videos: anything that `load_video` reads, or a `LoadedVideo` from
+                `reader`. The features of a LoadedVideo are only stored if its reader had a store.
+            encoders: Names of the encoders to use. Defaults to all.
+            store: Store where features are looked up and saved.
+
+        Returns:
+            Encoder name → aligned features, values of shape [B, t, h, w, D].
+
+        Raises:
+            VideoError: A video cannot be read.
+            EncoderError: A name in `encoders` is unknown, or a LoadedVideo lacks an encoder.
+            ShapeError: There is no video.
         """
         names = [name for name, _ in self.named(encoders)]
         reader = self.reader(store, encoders)
         batch = as_batch(videos)
         distinct = {source_key(video): video for video in batch}
         loaded = ((key, v if isinstance(v, LoadedVideo) else reader(v)) for key, v in distinct.items())
-        made = {key: self._features(video, store) for key, video in loaded}  # one at a time
-        batch = [made[source_key(video)] for video in batch]
-        if lacking := sorted({name for grids in batch for name in names if name not in grids}):
+        grids_of = {key: self._features(video, store) for key, video in loaded}  # loads one video at a time
+        grids = [grids_of[source_key(video)] for video in batch]
+        if missing := sorted({name for own in grids for name in names if name not in own}):
             raise EncoderError(
-                f"A video was loaded without {', '.join(lacking)}: its reader was made with encoders=. "
-                "Make it without, or pass the same encoders= here."
+                f"A video was loaded without {', '.join(missing)}: its reader was created with encoders=. "
+                "Create the reader without encoders=, or pass the same encoders= here."
             )
-        return {name: Grid.batch([grids[name] for grids in batch]).to(self.device) for name in names}
+        return {name: Grid.batch([own[name] for own in grids]).to(self.device) for name in names}
 
     def _features(self, video: LoadedVideo, store: FeatureStore | None) -> dict[str, Grid]:
+        """Return the aligned features of one video, encoded where the store has none."""
         grids = dict(video.stored)
-        exact = torch.autocast(self.device.type, enabled=False)  # what is kept depends on no mixed precision
-        with nullcontext() if store is None else exact:
-            made = {} if video.clip is None else self.align(self.encode([video.clip]), [video.clip])
-        for name, grid in made.items():
+        if video.clip is None:
+            return grids
+        # Stored features must not depend on whether mixed precision is on.
+        full_precision = torch.autocast(self.device.type, enabled=False)
+        with nullcontext() if store is None else full_precision:
+            encoded = self.align(self.encode([video.clip]), [video.clip])
+        for name, grid in encoded.items():
             grids[name] = store.put(video.keys[name], grid) if store and name in video.keys else grid
         return grids
 
     def reader(self, store: FeatureStore | None = None, encoders: Sequence[str] | None = None) -> Reader:
-        """What reads videos for `features` in another process: picklable, small, without weights.
+        """Create a reader, which loads videos for `features` in other processes.
 
-        Make it when the encoders have their final dtype and weights: kept features depend on them.
+        A reader is small, has no weights and can be pickled. Create it when the encoders have their final
+        dtype and weights, because the keys of the store depend on them.
+
+        Args:
+            store: Store where the reader looks up features.
+            encoders: Names of the encoders to read for. Defaults to all.
+
+        Raises:
+            EncoderError: `store` is not a FeatureStore, or a name in `encoders` is unknown.
         """
-        how: dict[str, Any] = {"backend": self.backend, "resample": self.resample}
+        options: dict[str, Any] = {"backend": self.backend, "resample": self.resample}
         if not isinstance(store, FeatureStore | None):
-            raise EncoderError(f"store= takes a FeatureStore, as FeatureStore({store!r}); got {store!r}.")
+            raise EncoderError(
+                f"Expected store= to be a FeatureStore, got {store!r}. Pass FeatureStore({store!r})."
+            )
         requests = {}
         for name, encoder in self.named(encoders):
             key = ""
             if store is not None:
                 key = feature_cache_key(
-                    encoder, self.num_frames.get(name), self.sampling, self.aligner, **how
+                    encoder, self.num_frames.get(name), self.sampling, self.aligner, **options
                 )
             requests[name] = EncoderRequest(encoder.spec, encoder.preset, key)
-        return Reader(requests, self.sampling, self.num_frames, store=store, **how)
+        return Reader(requests, self.sampling, self.num_frames, store=store, **options)
 
     def add_encoder(self, name: str, encoder: str | Encoder, num_frames: int | None = None) -> None:
-        """Take in another encoder, behind the others; in the mixer it hardly counts until it is trained.
+        """Add an encoder after the others, with near-zero initial weight in the mixer.
 
-        num_frames: how many it gets, if not what its spec says.
-        Raises EncoderError where one has that name already, ShapeError where the mixer cannot grow.
+        Args:
+            name: Name of the encoder in this model.
+            encoder: An encoder name or a `merv.Encoder`.
+            num_frames: Number of frames that it gets per video. Defaults to that of its spec.
+
+        Raises:
+            EncoderError: The name is invalid or already used, or num_frames does not fit the encoder.
+            ShapeError: No encoder can be added to the mixer.
         """
         if name in self.encoders:
-            raise EncoderError(f"This MultiEncoder has an encoder {name!r} already.")
-        check_stream(name)
-        made = create_encoder(encoder) if isinstance(encoder, str) else encoder
-        counts = {} if num_frames is None else checked_num_frames({name: num_frames}, {name: made})
+            raise EncoderError(f"This MultiEncoder already has an encoder {name!r}. Choose another name.")
+        check_name(name)
+        created = create_encoder(encoder) if isinstance(encoder, str) else encoder
+        counts = {} if num_frames is None else checked_num_frames({name: num_frames}, {name: created})
         if self.fusion is not None:
-            self.fusion.add_encoder(name, made.spec.embed_dim)
-        self.encoders[name] = made
+            self.fusion.add_encoder(name, created.spec.embed_dim)
+        self.encoders[name] = created
         self.num_frames.update(counts)
 
     # Parts --------------------------------------------------------------------------------
 
     def named(self, encoders: Sequence[str] | None = None) -> Iterator[tuple[str, Encoder]]:
-        """Names and encoders, in the order of the streams; `encoders` restricts them."""
+        """Yield names and encoders in the order of the streams, of all encoders or of those in `encoders`."""
         if encoders is not None:
             encoders = [encoders] if isinstance(encoders, str) else encoders
             for name in encoders:
                 if name not in self.encoders:
                     raise EncoderError(
-                        f"This MultiEncoder has no encoder {name!r}.{nearest(name, self.encoders)} "
-                        f"It has: {', '.join(self.encoders)}."
+                        f"Unknown encoder {name!r}.{nearest(name, self.encoders)} "
+                        f"Available in this MultiEncoder: {', '.join(self.encoders)}."
                     )
             if not encoders:
-                raise EncoderError("At least one encoder is needed; encoders= is empty.")
+                raise EncoderError("Expected at least one encoder, got encoders=[].")
         return ((name, self.encoder(name)) for name in self.encoders if encoders is None or name in encoders)
 
     def modified_parts(self) -> set[str]:
-        """Encoders whose weights may be others than those of their identities."""
+        """Return the encoders whose weights may differ from those of their source."""
         return {name for name, encoder in self.named() if encoder.modified}
 
     def encoder(self, name: str) -> Encoder:
-        """The encoder of that name."""
+        """Return the encoder of that name."""
         return cast(Encoder, self.encoders[name])
 
     @property
     def device(self) -> torch.device:
-        """Where the first encoder is."""
+        """Device of the first encoder."""
         return device_and_dtype(next(iter(self.encoders.values())))[0]
 
     def key(self, video: Any, name: str) -> str:
-        """Where a store keeps the features of `video` under encoder `name`."""
+        """Return the key under which a store saves the features of a video from one encoder."""
         return self.reader(FeatureStore(), [name]).keys(video)[name]
 
     # Saving -------------------------------------------------------------------------------
 
     def config(self) -> dict[str, Any]:
-        """All that `from_config` needs to make this again, as JSON; trained weights are not in it.
+        """Return the arguments of `from_config`, as JSON; trained weights are not included.
 
-        Raises CheckpointError where an encoder has random weights, which nothing could load again, or where
-        an aligner, mixer or projector was put in by hand.
+        Raises:
+            CheckpointError: An encoder has random weights, which cannot be loaded again, or the aligner, the
+                mixer or a projector was replaced.
         """
         random = [name for name, encoder in self.named() if encoder.identity.sha256 is None]
         if random:
             raise CheckpointError(
-                f"{', '.join(random)} has random weights, which nothing could load again. "
-                "Save models whose encoders have weights from a file, folder, package or hub."
+                f"The weights of {', '.join(random)} are random and cannot be loaded again. Only save models "
+                "whose encoders have weights from a file, folder, package or hub."
             )
         if type(self.aligner) is not Aligner:
             raise CheckpointError(
-                f"The aligner is a {type(self.aligner).__name__}, put in by hand: it would be lost. Make "
-                "it a mixer, which is saved."
+                f"The aligner was replaced by a {type(self.aligner).__name__}, which cannot be saved. "
+                "Implement it as a mixer instead."
             )
         fusion = {"output_dim": None} if self.fusion is None else self.fusion.config()
         return {
@@ -353,33 +422,44 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             "backend": self.backend,
             "resample": self.resample,
             "sampling": vars(self.sampling),
-            "encoders": self.describe(),
+            "encoders": {
+                name: {
+                    "class": class_path(type(encoder)),
+                    "variant": encoder.variant,
+                    "preset": encoder.preset_name,
+                    "identity": vars(encoder.identity),
+                }
+                for name, encoder in self.named()
+            },
         }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], weights: Mapping[str, str | None]) -> MultiEncoder:
-        """The MultiEncoder that `config` describes, its fusion untrained."""
+        """Create a MultiEncoder from the result of `config`, with an untrained fusion."""
         options = dict(config)
         for registry, option in ((MIXERS, "mixer"), (PROJECTORS, "projector")):
             path = options.get(option, "")
             if not isinstance(path, str):
-                raise CheckpointError(f"config.json has {option} {path!r}; wanted a name or module:Class.")
+                raise CheckpointError(
+                    f"Expected {option} in config.json to be a name or module:Class, got {path!r}."
+                )
             if ":" in path:
                 registry.check_trusted(path, f"The {option}")
-        check_names("weights", weights, options["encoders"])
+        check_keys("weights", weights, options["encoders"])
         encoders = {name: recreate(name, saved, weights) for name, saved in options.pop("encoders").items()}
         sampling = Sampling(**options.pop("sampling"))
         return cls(encoders, sampling=sampling, **{**options, "grid": tuple(options["grid"])})
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: projectors and mixer. Frozen encoders are named, not copied.
+        """Return the tensors of a checkpoint: projectors and mixer. Frozen encoders are saved by name.
 
-        Raises CheckpointError where an encoder was trained: only a VideoLLM keeps that.
+        Raises:
+            CheckpointError: The weights of an encoder were modified; only a VideoLLM saves these.
         """
-        if self.modified_parts():
+        if modified := sorted(self.modified_parts()):
             raise CheckpointError(
-                f"{', '.join(sorted(self.modified_parts()))} has been trained or loaded anew and would be "
-                "lost: save a VideoLLM, or make the encoder from a file of these weights."
+                f"The weights of {', '.join(modified)} were modified after loading, and a MultiEncoder does "
+                "not save them. Save a VideoLLM, or load the encoder from a file with these weights."
             )
         return {} if self.fusion is None else self.fusion.state_dict()
 
@@ -387,11 +467,17 @@ class MultiEncoder(PretrainedMixin, nn.Module):
     def from_pretrained(
         cls, folder: str | Path, *, weights: Mapping[str, str | None] | None = None
     ) -> MultiEncoder:
-        """Load what `save_pretrained` or `push_to_hub` wrote: a folder, or "owner/name@revision".
+        """Load a model that was saved by `save_pretrained` or pushed by `push_to_hub`.
 
-        weights: by encoder, where its weights are now, if not where they were.
-        Raises CheckpointError where the folder, or the identity of an encoder, is not as saved;
-        WeightsError where the hub has no such model.
+        Args:
+            folder: A folder, or "owner/name" or "owner/name@revision" of the hub.
+            weights: Encoder name → where its weights are, for encoders whose weights have moved.
+
+        Raises:
+            CheckpointError: The folder is not a saved MultiEncoder, or an encoder has other weights than when
+                the model was saved.
+            WeightsError: The model or the weights of an encoder could not be loaded.
+            PluginError: The model names a class that is neither registered nor imported.
         """
         folder = find_model(folder)
         config, state = load_folder(folder, cls.kind)
@@ -399,27 +485,15 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         fill_exactly(model.trainable_state_dict(), state, folder)
         return model
 
-    def describe(self) -> dict[str, dict[str, Any]]:
-        """Of each encoder: how to make it again, and the identity of its weights."""
-        return {
-            name: {
-                "class": class_path(type(encoder)),
-                "variant": encoder.variant,
-                "preset": encoder.preset_name,
-                "identity": vars(encoder.identity),
-            }
-            for name, encoder in self.named()
-        }
-
 
 def source_key(source: Any) -> Any:
-    """Equal for equal paths and for one and the same object."""
+    """Return a key that is equal for equal paths, and for the same object."""
     return str(source) if isinstance(source, (str, Path)) else id(source)
 
 
 def as_batch(videos: Any) -> list:
-    """A list of videos is a batch; anything else is one video."""
+    """Return a list of videos as it is, and one video as a list."""
     batch = list(videos) if isinstance(videos, (list, tuple)) else [videos]
     if not batch:
-        raise ShapeError("There is no video in the list; give at least one.")
+        raise ShapeError("Expected at least one video, got an empty list.")
     return batch

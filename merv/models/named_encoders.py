@@ -1,4 +1,4 @@
-"""Streams: the encoders of a MultiEncoder by name, made from what was typed or saved."""
+"""Create the encoders of a MultiEncoder by name, from what the user passes or from a saved config."""
 
 from __future__ import annotations
 
@@ -16,48 +16,62 @@ from merv.utils.suggest import nearest
 
 
 def by_name(encoders: Sequence[str | Encoder] | Mapping[str, str | Encoder]) -> dict[str, str | Encoder]:
-    """Names for the streams: as given, as typed, or the spec's name."""
+    """Return the encoders with names: the keys of a mapping, or else a default name for each.
+
+    Raises EncoderError if there is no encoder, or if a name is invalid or used twice.
+    """
     if isinstance(encoders, (str, Encoder)):
         encoders = [encoders]
-    for encoder in encoders.values() if isinstance(encoders, Mapping) else encoders:
-        if not isinstance(encoder, (str, Encoder)):
-            came = (
-                f"the class {encoder.__name__}"
-                if isinstance(encoder, type)
-                else f"a {type(encoder).__name__}"
-            )
-            raise EncoderError(
-                f"Expected an encoder name or a merv.Encoder, got {came}. "
-                "docs/encoders.md says how to wrap a network."
-            )
     if isinstance(encoders, Mapping):
         named = dict(encoders)
+        for encoder in named.values():
+            _check_type(encoder)
     else:
-        names = [stream_name(encoder) for encoder in encoders]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise EncoderError(
-                f"Two encoders are called {', '.join(twice)}; give them names: "
-                f"MultiEncoder({{'{twice[0]}_a': ..., '{twice[0]}_b': ...}})."
-            )
-        named = dict(zip(names, encoders, strict=True))
+        named = {}
+        for encoder in encoders:
+            _check_type(encoder)
+            name = default_name(encoder)
+            if name in named:
+                raise EncoderError(
+                    f"Two encoders are called {name}. Give them names: "
+                    f"MultiEncoder({{'{name}_a': ..., '{name}_b': ...}})."
+                )
+            named[name] = encoder
     if not named:
-        raise EncoderError("A MultiEncoder needs at least one encoder; see `merv encoders` for names.")
+        raise EncoderError("Expected at least one encoder. `merv encoders` lists the available names.")
     for name in named:
-        check_stream(name)
+        check_name(name)
     return named
 
 
-def check_stream(name: str) -> None:
-    """Raise EncoderError for a name that torch does not let a part of a module have."""
+def _check_type(encoder: object) -> None:
+    if not isinstance(encoder, (str, Encoder)):
+        got = f"the class {encoder.__name__}" if isinstance(encoder, type) else f"a {type(encoder).__name__}"
+        raise EncoderError(
+            f"Expected an encoder name or a merv.Encoder, got {got}. See docs/encoders.md for how to wrap a "
+            "network."
+        )
+
+
+def default_name(encoder: str | Encoder) -> str:
+    """Return the name of an encoder that the user did not name.
+
+    >>> default_name("dinov2/base")
+    'dinov2_base'
+    >>> default_name("package.module:Class")
+    'Class'
+    """
+    name = encoder if isinstance(encoder, str) else encoder.spec.name
+    return name.rpartition(":")[2].replace("/", "_").replace(".", "_").replace("-", "_")
+
+
+def check_name(name: object) -> None:
+    """Raise EncoderError for a name that torch does not allow for a submodule."""
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise EncoderError(f"No encoder can be called {name!r} here: torch keeps that name. Take another.")
-
-
-def stream_name(encoder: str | Encoder) -> str:
-    """`dinov2/base` → dinov2_base, `package.module:Class` → Class, a module → its spec's name."""
-    typed = encoder if isinstance(encoder, str) else encoder.spec.name
-    return typed.rpartition(":")[2].replace("/", "_").replace(".", "_").replace("-", "_")
+        raise EncoderError(
+            f"An encoder cannot be called {name!r}, because torch does not allow it as the name of a "
+            "submodule. Choose another name."
+        )
 
 
 def create_all(
@@ -65,72 +79,78 @@ def create_all(
     weights: str | Mapping[str, str | None] | None,
     presets: Mapping[str, str],
 ) -> dict[str, Encoder]:
-    """The encoders, made where only a name was given."""
+    """Create the encoders that are given by name, with their weights and presets."""
     if isinstance(weights, Mapping):
-        check_names("weights", weights, encoders)
-    check_names("presets", presets, encoders)
-    made = {}
+        check_keys("weights", weights, encoders)
+    check_keys("presets", presets, encoders)
+    created = {}
     for name, encoder in encoders.items():
-        if not isinstance(encoder, str):
-            for option, given in (("presets", presets), ("weights", weights)):
-                if isinstance(given, Mapping) and name in given:
-                    raise EncoderError(
-                        f"{option}= names {name!r}, which is made already: give it its {option} then."
-                    )
-            made[name] = encoder
+        if isinstance(encoder, str):
+            source = weights.get(name, PRETRAINED) if isinstance(weights, Mapping) else weights
+            created[name] = create_encoder(encoder, weights=source, preset=presets.get(name))
             continue
-        own = weights.get(name, PRETRAINED) if isinstance(weights, Mapping) else weights
-        made[name] = create_encoder(encoder, weights=own, preset=presets.get(name))
-    return made
+        for option, values in (("presets", presets), ("weights", weights)):
+            if isinstance(values, Mapping) and name in values:
+                raise EncoderError(
+                    f"{option}= names {name!r}, which is already an Encoder object. Pass its {option} when "
+                    "you create it."
+                )
+        created[name] = encoder
+    return created
 
 
-def check_names(option: str, given: Any, known: Iterable[str]) -> None:
-    """Raise EncoderError where an option is not told by encoder, or names one that is not there."""
-    if not isinstance(given, Mapping):
-        example = {next(iter(known)): given}
-        raise EncoderError(f"{option} must map encoder names to values, e.g. {example}; got {given!r}.")
-    for name in given:
-        if name not in known:
+def check_keys(option: str, values: Any, encoders: Iterable[str]) -> None:
+    """Raise EncoderError unless `values` is a mapping whose keys are names of the encoders."""
+    if not isinstance(values, Mapping):
+        example = {next(iter(encoders)): values}
+        raise EncoderError(f"{option} must map encoder names to values, e.g. {example}; got {values!r}.")
+    for name in values:
+        if name not in encoders:
             raise EncoderError(
-                f"{option}= names {name!r}, which is no encoder here.{nearest(name, known)} "
-                f"There are: {', '.join(known)}."
+                f"{option}= names {name!r}, which is not one of the encoders.{nearest(name, encoders)} "
+                f"Available: {', '.join(encoders)}."
             )
 
 
 def checked_num_frames(num_frames: Mapping[str, int], encoders: Mapping[str, Encoder]) -> dict[str, int]:
-    """Numbers of frames by encoder, each a multiple of its window."""
-    check_names("num_frames", num_frames, encoders)
+    """Return the numbers of frames as int; each must be a multiple of the encoder's window."""
+    check_keys("num_frames", num_frames, encoders)
     for name, count in num_frames.items():
         window = encoders[name].spec.window_size or encoders[name].spec.tubelet_size
         if not is_count(count) or count % window:
             raise EncoderError(
-                f"{name} takes frames in windows of {window}, at least one; got num_frames={count!r}."
+                f"Expected num_frames of {name} to be a positive multiple of {window}, the size of its "
+                f"window; got {count!r}."
             )
     return {name: int(count) for name, count in num_frames.items()}
 
 
 def recreate(name: str, saved: Mapping[str, Any], weights: Mapping[str, str | None]) -> Encoder:
-    """An encoder as it was saved, checked to be the same, of a class that is registered or imported already.
+    """Create an encoder from its entry in a saved config and verify its weights.
 
-    Raises PluginError for another class, WeightsError where its weights cannot be loaded, CheckpointError for
-    other ones.
+    Raises:
+        PluginError: The class is neither registered nor imported.
+        WeightsError: The weights could not be loaded.
+        CheckpointError: The weights are not those of the saved encoder.
     """
     path = saved["class"]
     ENCODERS.check_trusted(path, f"Encoder {name!r}")
-    was = saved["identity"]
-    source = was["source"] if was["revision"] is None else f"{was['source']}@{was['revision']}"
-    given = weights.get(name, source)
+    identity = saved["identity"]
+    source = identity["source"]
+    if identity["revision"] is not None:
+        source = f"{source}@{identity['revision']}"
     try:
-        encoder = create_encoder(path, variant=saved["variant"], preset=saved["preset"], weights=given)
+        encoder = create_encoder(
+            path, variant=saved["variant"], preset=saved["preset"], weights=weights.get(name, source)
+        )
     except WeightsError as error:
         raise WeightsError(
-            f"{error} If the weights of {name!r} have moved, pass weights={{{name!r}: '/where/they/are'}}."
+            f"{error} If the weights of {name!r} have moved, pass weights={{{name!r}: '/path/to/weights'}}."
         ) from error
-    now = vars(encoder.identity)
-    if now["sha256"] != was["sha256"]:
+    if encoder.identity.sha256 != identity["sha256"]:
         raise CheckpointError(
-            f"Encoder {name!r} has other weights than when this was saved: {was['source']} "
-            f"({was['sha256']}) then, {now['source']} ({now['sha256']}) now. "
-            f"Pass weights={{{name!r}: '/folder/with/the/right/ones'}}."
+            f"Encoder {name!r} has other weights than when the model was saved. Saved: {identity['source']} "
+            f"(sha256 {identity['sha256']}). Loaded: {encoder.identity.source} (sha256 "
+            f"{encoder.identity.sha256}). Pass weights={{{name!r}: '/path/to/saved/weights'}}."
         )
     return encoder
