@@ -40,11 +40,11 @@ def test_a_video_that_was_loaded_for_fewer_encoders_names_the_others():
         torch.ones(4, 3, 16, 16, dtype=torch.uint8),
     )
     loaded = model.reader(encoders=["fake"])(video)
-    with pytest.raises(EncoderError, match=r"loaded without fake_video: its reader was made with encoders="):
+    with pytest.raises(EncoderError, match="loaded without fake_video"):
         model.features(loaded)
     assert list(model.features(loaded, encoders=["fake"])) == ["fake"]
 
 
 def test_a_store_is_a_feature_store():
-    with pytest.raises(EncoderError, match=r"store= takes a FeatureStore, as FeatureStore\('kept'\)"):
+    with pytest.raises(EncoderError, match="kept"):
         MultiEncoder(["fake"]).features(torch.ones(4, 3, 16, 16, dtype=torch.uint8), store="kept")
