@@ -1,4 +1,4 @@
-"""Small videos with known pictures: every frame carries its own index as eight bars, bit by bit."""
+"""Small videos with known content: each frame shows its own index as eight bars, one per bit."""
 
 import struct
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ HEIGHT, WIDTH = 32, 64
 
 
 def picture(index: int) -> np.ndarray:
-    """uint8 [32, 64, 3]: bars for the bits of `index` above (lowest left), black below."""
+    """Return uint8 [32, 64, 3]: bars for the bits of `index` at the top (lowest bit left), black below."""
     bars = np.repeat([255 * (index >> bit & 1) for bit in range(8)], WIDTH // 8)
     rgb = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     rgb[: HEIGHT // 2] = bars[None, :, None]
@@ -22,13 +22,13 @@ def picture(index: int) -> np.ndarray:
 
 
 def index_of(rgb: Tensor) -> int:
-    """The index that an upright picture [3, 32, 64] carries."""
+    """Return the index that an upright picture [3, 32, 64] shows."""
     bars = rgb[:, : HEIGHT // 2].float().reshape(3, HEIGHT // 2, 8, -1).mean((0, 1, 3))
     return sum(1 << bit for bit, level in enumerate(bars.tolist()) if level > 127)
 
 
 def indices_of(pixels: Tensor) -> list[int]:
-    """The indices that pictures [T, 3, 32, 64] carry."""
+    """Return the indices that pictures [T, 3, 32, 64] show."""
     return [index_of(rgb) for rgb in pixels]
 
 
@@ -45,20 +45,26 @@ def make_video(
     options: dict[str, str] | None = None,
     container: dict[str, str] | None = None,
 ) -> Path:
-    """A video of `picture(0)`, `picture(1)`, …; its container is told by the suffix of `path`.
+    """Write a video of `picture(0)`, `picture(1)`, …; the suffix of `path` selects the container.
 
-    times_ms: when each frame is shown, instead of at a steady `fps`. start_s: when the first
-    one is. rotation: degrees
-    clockwise that a player has to turn the pictures by; they are stored turned back. pixel_aspect:
-    width of a pixel over its height.
-    options, container: of the codec and of the file format.
+    Args:
+        path: Where to write it.
+        frames: Number of frames.
+        fps: Frames per second.
+        times_ms: When each frame is shown, instead of a constant `fps`.
+        start_s: Time of the first frame.
+        codec: FFmpeg's name of the encoder.
+        rotation: Degrees by which a player must rotate the frames clockwise; they are stored rotated back.
+        pixel_aspect: Width of a pixel over its height.
+        options: Options of the codec.
+        container: Options of the file format.
     """
     tick = Fraction(1, fps if times_ms is None else 1000)
     all_pts = range(frames) if times_ms is None else times_ms
     with av.open(str(path), "w", options=container or {}) as file:
         stream = file.add_stream(codec, rate=1 / tick, options=options or {})
-        turned = rotation % 180 != 0
-        stream.width, stream.height = (HEIGHT, WIDTH) if turned else (WIDTH, HEIGHT)
+        sideways = rotation % 180 != 0
+        stream.width, stream.height = (HEIGHT, WIDTH) if sideways else (WIDTH, HEIGHT)
         stream.pix_fmt = "yuv420p"
         if pixel_aspect:
             stream.codec_context.sample_aspect_ratio = pixel_aspect
@@ -75,14 +81,14 @@ def make_video(
 
 
 def make_gif(path: Path, durations_ms: Sequence[int]) -> Path:
-    """An animated GIF or WebP of `picture(0)`, `picture(1)`, …"""
+    """Write an animated GIF or WebP of `picture(0)`, `picture(1)`, …"""
     images = [Image.fromarray(picture(i)) for i in range(len(durations_ms))]
     images[0].save(path, save_all=True, append_images=images[1:], duration=list(durations_ms), lossless=True)
     return path
 
 
 def make_folder(path: Path, names: Sequence[str]) -> Path:
-    """A folder of images, `picture(0)`, `picture(1)`, … under these names."""
+    """Write `picture(0)`, `picture(1)`, … as images of these names into a new folder."""
     path.mkdir()
     for index, name in enumerate(names):
         Image.fromarray(picture(index)).save(path / name)
@@ -90,7 +96,7 @@ def make_folder(path: Path, names: Sequence[str]) -> Path:
 
 
 def overwrite(path: Path, begin: float, end: float, seed: int = 0) -> Path:
-    """Noise instead of the bytes from `begin` to `end`, as fractions of the file."""
+    """Replace the bytes from `begin` to `end`, as fractions of the file, with noise."""
     data = bytearray(path.read_bytes())
     part = slice(int(begin * len(data)), int(end * len(data)))
     data[part] = np.random.default_rng(seed).bytes(part.stop - part.start)
@@ -99,10 +105,10 @@ def overwrite(path: Path, begin: float, end: float, seed: int = 0) -> Path:
 
 
 def _set_rotation(path: Path, degrees: int) -> None:
-    """Write the display matrix of an mp4's first track, as a phone does."""
+    """Set the display matrix of the first track of an mp4, as a phone does."""
     a, b = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
     one = 1 << 16
     matrix = struct.pack(">9i", a * one, b * one, 0, -b * one, a * one, 0, 0, 0, 1 << 30)
     data = path.read_bytes()
-    place = data.index(b"tkhd") + 44
-    path.write_bytes(data[:place] + matrix + data[place + len(matrix) :])
+    offset = data.index(b"tkhd") + 44
+    path.write_bytes(data[:offset] + matrix + data[offset + len(matrix) :])

@@ -34,7 +34,7 @@ from merv.video.open import open_video
 
 LIMIT_S = 30
 SLOW_S = 10.0
-ADVICE = ("on_error=", "Give ", "max_pixels=", "download it", "Save it", "load_video(", "Check ")
+ADVICE = ("on_error=", "Pass ", "max_pixels=", "download it", "Save it", "load_video(", "Check ")
 ROW = "{:17} {:28} {:16} {:>7} {:>7} {:>6}  {}"
 
 

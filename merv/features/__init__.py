@@ -1,1 +1,1 @@
-"""What is read for encoders without running them, and the features that are kept."""
+"""Read videos for encoders without running them, and store the features that encoders compute."""

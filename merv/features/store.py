@@ -1,7 +1,7 @@
-"""Store: aligned features, kept so that frozen encoders run once per video.
+"""Store aligned features, so that frozen encoders run once per video.
 
-Keyed by content: the bytes of the video and everything that the features depend on. What comes
-out is what went in, bit for bit. In memory, or one safetensors file per video and encoder.
+A key is a hash of the content of the video and of everything else that the features depend on. The features
+that are read back equal those that were stored, bit for bit.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ logger = logging.getLogger(__name__)
 
 
 class FeatureStore:
-    """A dictionary of Grids, in memory or in a folder.
+    """A dictionary of features, in memory or as one safetensors file per video and encoder.
 
-    folder: where to keep them; None keeps them in memory. An entry is written whole or not at all, so
-    that an interrupted run goes on where it stopped. One that cannot be read counts as not there,
-    with a warning in the log. What is in memory stays in its process: a pickled store arrives empty.
+    Entries are written atomically, so an interrupted run can be continued. An entry that cannot be read
+    counts as missing, and a warning is logged. Pickling a store in memory drops its entries.
 
-    >>> store = FeatureStore()
-    >>> store.get("nothing") is None
-    True
+    Args:
+        folder: Where to store features; None stores them in memory.
+
+    Example:
+        >>> store = FeatureStore()
+        >>> store.get("unknown key") is None
+        True
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
@@ -45,73 +48,76 @@ class FeatureStore:
         return {"folder": self.folder, "memory": {}}
 
     def get(self, key: str) -> Grid | None:
-        """The grid of `key`, or None."""
+        """Return the features stored under `key`, or None."""
         if self.folder is None:
             return self.memory.get(key)
-        path = self.folder / _place(key)
+        path = _entry_path(self.folder, key)
         return _read(path) if path.is_file() else None
 
     def put(self, key: str, grid: Grid) -> Grid:
-        """Keep `grid` under `key`, on the CPU; returns what `get` will."""
-        with torch.inference_mode(False):  # or training could not use what validation put here
+        """Store `grid` under `key` and return it on the CPU, as `get` will."""
+        with torch.inference_mode(False):  # training cannot use tensors made in inference mode
             grid = Grid(**{name: tensor.detach().cpu().clone() for name, tensor in vars(grid).items()})
         if self.folder is None:
             self.memory[key] = grid
         else:
-            _write(self.folder / _place(key), grid)
+            _write(_entry_path(self.folder, key), grid)
         return grid
 
 
 def video_key(video: Any, cache_key: str) -> str:
-    """Hash of a video's content and of the cache_key that makes features of it.
+    """Return a hash of a video's content and of `cache_key`.
 
-    Raises UnreadableVideo for a path that cannot be read, DataError for what has no content.
+    Raises UnreadableVideo for a path that cannot be read, and DataError for an object that has no content or
+    can be read only once.
     """
-    return hashlib.sha256(f"{cache_key}{_content(video)}".encode()).hexdigest()
+    return hashlib.sha256(f"{cache_key}{_content_digest(video)}".encode()).hexdigest()
 
 
-def _content(video: Any) -> str:
-    """Hash of what `video` holds: the bytes of files, of tensors and arrays."""
+def _content_digest(video: Any) -> str:
+    """Return a hash of the bytes of a file, tensor or array."""
     if isinstance(video, (bytes, bytearray, memoryview)):
         return hashlib.sha256(video).hexdigest()
     if isinstance(video, (str, os.PathLike)):
-        return _path_content(path_of(video))
+        return _path_digest(path_of(video))
     if isinstance(video, np.ndarray):
-        video = torch.from_numpy(np.array(video, order="C"))  # which knows no negative strides
+        video = torch.from_numpy(np.array(video, order="C"))  # torch does not support negative strides
     if isinstance(video, Tensor):
         pixels = video.cpu().contiguous()
-        kind = f"{pixels.dtype}{tuple(pixels.shape)}".encode()
-        return hashlib.sha256(kind + pixels.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
-    if hasattr(type(video), "__array_interface__"):  # a PIL image: its palette and orientation count too
+        header = f"{pixels.dtype}{tuple(pixels.shape)}".encode()
+        return hashlib.sha256(header + pixels.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    if hasattr(
+        type(video), "__array_interface__"
+    ):  # a PIL image, as decoded with its palette and orientation
         with open_video(video) as reader:
-            return _content(reader.read([0]))
-    binary = hasattr(video, "read") and not isinstance(video, TextIOBase)
-    if binary and getattr(video, "seekable", lambda: False)():
-        where = video.tell()
+            return _content_digest(reader.read([0]))
+    is_binary_file = hasattr(video, "read") and not isinstance(video, TextIOBase)
+    if is_binary_file and getattr(video, "seekable", lambda: False)():
+        position = video.tell()
         video.seek(0)
-        content = hashlib.sha256(video.read()).hexdigest()
-        video.seek(where)
-        return content
+        digest = hashlib.sha256(video.read()).hexdigest()
+        video.seek(position)
+        return digest
     raise DataError(
-        f"Features of a {type(video).__name__} cannot be stored: it has no content to key them by, or none "
-        "that can be read twice. Give a path, or the bytes."
+        f"Cannot store features of a {type(video).__name__}: it has no content for a key, or can be read "
+        "only once. Pass a path or bytes."
     )
 
 
-def _path_content(path: Path) -> str:
-    """Hash of a file's bytes, or of the names and bytes of the files in a folder."""
+def _path_digest(path: Path) -> str:
+    """Return a hash of the bytes of a file, or of the names and bytes of the files in a folder."""
     try:
         if not path.is_dir():
             return file_digest(path)
         files = sorted(p for p in path.iterdir() if p.is_file())
-        named = [f"{file.name} {file_digest(file)}" for file in files]
+        digests = [f"{file.name} {file_digest(file)}" for file in files]
     except OSError as error:
         raise UnreadableVideo(f"{path}: {error.strerror or error}.") from error
-    return hashlib.sha256("\n".join(named).encode()).hexdigest()
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def _place(key: str) -> Path:
-    return Path(key[:2]) / f"{key}.safetensors"
+def _entry_path(folder: Path, key: str) -> Path:
+    return folder / key[:2] / f"{key}.safetensors"
 
 
 def _write(path: Path, grid: Grid) -> None:
@@ -128,5 +134,5 @@ def _read(path: Path) -> Grid | None:
     try:
         return Grid(**load_file(path))
     except (SafetensorError, OSError, TypeError, ShapeError) as error:
-        logger.warning("%s is damaged and will be made again: %s", path, error)
+        logger.warning("%s is damaged; its features will be recomputed: %s", path, error)
         return None

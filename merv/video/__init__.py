@@ -1,1 +1,1 @@
-"""A source to frames at chosen times, as an encoder wants them: open, sample, decode, transform."""
+"""Turn a video source into the frames that an encoder expects: open, sample, decode, preprocess."""

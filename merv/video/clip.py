@@ -1,7 +1,7 @@
-"""Prepare: one video, probed, sampled, decoded once and preprocessed for several encoders.
+"""Read one video for several encoders: probe it, sample, decode each frame once, preprocess.
 
-Each encoder gets its own frames at its own times; what two of them share (the decoding of a
-frame, a resize of the same geometry) is done once.
+Each encoder gets its own frames at its own times. Encoders share the work that is the same for them: a frame
+is decoded once, and resized once per geometry.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from torch import Tensor
 from merv.types import EncoderSpec, Frames, Preset, VideoInfo
 from merv.video.open import open_video
 from merv.video.sampling import Sampling, frame_indices_at
-from merv.video.transforms import Resample, normalize, resize
+from merv.video.transforms import Extent, Resample, normalize, resize
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """One video as its encoders will see it.
+    """One video, preprocessed for its encoders.
 
-    span_s: start and end of what is looked at, in seconds; equal for a still.
-    frames: encoder name → preprocessed Frames of batch 1.
-    indices: encoder name → which frame of the video each of those is.
+    Args:
+        info: Properties of the video.
+        span_s: Start and end of the sampled range, in seconds; (0, 0) for a still.
+        frames: Encoder name → preprocessed Frames with batch size 1.
+        indices: Encoder name → the index in the video of each of those frames.
     """
 
     info: VideoInfo
@@ -35,7 +37,7 @@ class Clip:
 
 
 class HasSpecAndPreset(Protocol):
-    """An encoder, or whatever stands for it where no network is: its needs."""
+    """What `prepare` needs to know of an encoder; the network itself is not needed."""
 
     @property
     def spec(self) -> EncoderSpec: ...
@@ -49,58 +51,70 @@ def prepare(
     sampling: Sampling,
     num_frames: Mapping[str, int] | None = None,
     resample: Resample = "exact",
-    **reading: Any,
+    **open_options: Any,
 ) -> Clip:
-    """Read `source` for all `encoders`; `reading` goes to `merv.video.open.open_video`.
+    """Read `source` for all `encoders`.
 
-    num_frames: by encoder, how many frames it gets, if not what its spec says.
-    resample: how frames are resized; see `merv.video.transforms.resize`.
+    If a video has fewer frames than an encoder expects, frames are repeated: each sampled time gets the frame
+    that is on screen then. The last frame is repeated to complete a window or tubelet.
 
-    A video of fewer frames than an encoder wants shows frames for longer: a wanted time gets the
-    frame that is on screen then. The last frame fills up a last window. Raises the errors of decoding
-    and sampling, which name the source.
+    Args:
+        source: What to read; see `merv.video.open.open_video`.
+        encoders: Encoder name → its spec and preset.
+        sampling: How to choose times.
+        num_frames: Encoder name → number of frames, to override the encoder's spec.
+        resample: How frames are resized; see `merv.video.transforms.resize`.
+        open_options: Options of `merv.video.open.open_video`.
 
-    >>> from merv import create_encoder
-    >>> video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
-    >>> clip = prepare(video, {"fake": create_encoder("fake")}, Sampling())
-    >>> clip.frames["fake"].pixels.shape
-    torch.Size([1, 16, 3, 16, 16])
+    Returns:
+        The frames of each encoder.
+
+    Raises:
+        VideoError: The video cannot be read.
+        SamplingError: The sampling does not fit the video.
+
+    Example:
+        >>> from merv import create_encoder
+        >>> video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+        >>> clip = prepare(video, {"fake": create_encoder("fake")}, Sampling())
+        >>> clip.frames["fake"].pixels.shape
+        torch.Size([1, 16, 3, 16, 16])
     """
-    with open_video(source, **reading) as reader:
+    with open_video(source, **open_options) as reader:
         info = reader.info
-        times, indices = {}, {}
+        times_s, indices = {}, {}
         for name, encoder in encoders.items():
-            wanted = wanted_times(encoder.spec, info, sampling, (num_frames or {}).get(name))
-            missing = -len(wanted) % (encoder.spec.window_size or encoder.spec.tubelet_size)
-            times[name] = extend_times(wanted, missing)
-            shown = frame_indices_at(info.times_s, wanted)
-            indices[name] = (*shown, *[shown[-1]] * missing)
+            sampled_s = encoder_times(encoder.spec, info, sampling, (num_frames or {}).get(name))
+            padding = -len(sampled_s) % (encoder.spec.window_size or encoder.spec.tubelet_size)
+            times_s[name] = extend_times(sampled_s, padding)
+            shown = frame_indices_at(info.times_s, sampled_s)
+            indices[name] = (*shown, *[shown[-1]] * padding)
         union = sorted({index for chosen in indices.values() for index in chosen})
         pixels = reader.read(union)  # [len(union), 3, H, W], uint8
     presets = {name: encoder.preset for name, encoder in encoders.items()}
-    prepared = _preprocess(pixels, union, indices, presets, times, resample)
+    frames = _preprocess(pixels, union, indices, presets, times_s, resample)
     end_s = info.duration_s if sampling.end_s is None else min(sampling.end_s, info.duration_s)
-    return Clip(info, (0.0, 0.0) if info.is_still else (sampling.start_s, end_s), prepared, indices)
+    return Clip(info, (0.0, 0.0) if info.is_still else (sampling.start_s, end_s), frames, indices)
 
 
-def wanted_times(
-    spec: EncoderSpec, info: VideoInfo, sampling: Sampling, frames: int | None = None
+def encoder_times(
+    spec: EncoderSpec, info: VideoInfo, sampling: Sampling, num_frames: int | None = None
 ) -> list[float]:
-    """Times in seconds that an encoder wants of a video; where there is a rate, not in whole windows.
+    """Return the times at which an encoder sees a video, in seconds; with a rate, windows may be incomplete.
 
-    frames: how many, instead of the number or rate of the spec.
+    `num_frames` overrides the number of frames and the rate of the spec.
     """
-    return sampling.times(info, frames or spec.num_frames, None if frames else spec.fps)
+    return sampling.times(info, num_frames or spec.num_frames, None if num_frames else spec.fps)
 
 
-def extend_times(times_s: Sequence[float], more: int) -> list[float]:
-    """`more` times after the last, at its pace: what fills a window lies beyond the end of the clip.
+def extend_times(times_s: Sequence[float], count: int) -> list[float]:
+    """Append `count` times at the same spacing, for padding frames after the end of the clip.
 
     >>> extend_times([0.5, 1.5], 2), extend_times([0.0], 1)
     ([0.5, 1.5, 2.5, 3.5], [0.0, 0.0])
     """
     step_s = times_s[-1] - times_s[-2] if len(times_s) > 1 else 0.0
-    return [*times_s, *(times_s[-1] + step_s * i for i in range(1, more + 1))]
+    return [*times_s, *(times_s[-1] + step_s * i for i in range(1, count + 1))]
 
 
 def _preprocess(
@@ -108,30 +122,31 @@ def _preprocess(
     union: Sequence[int],
     indices: Mapping[str, Sequence[int]],
     presets: Mapping[str, Preset],
-    times: Mapping[str, Sequence[float]],
+    times_s: Mapping[str, Sequence[float]],
     resample: Resample,
 ) -> dict[str, Frames]:
-    """Resize once per geometry, then pick and normalize for each encoder."""
-    place = {index: i for i, index in enumerate(union)}
-    geometry = {n: _geometry(preset) for n, preset in presets.items()}
-    resized: dict[tuple, tuple[Tensor, tuple[float, float, float, float], dict[int, int]]] = {}
+    """Resize once per geometry, then select and normalize for each encoder."""
+    pixel_row = {index: row for row, index in enumerate(union)}
+    geometry = {name: _geometry(preset) for name, preset in presets.items()}
+    resized: dict[tuple, tuple[Tensor, Extent, dict[int, int]]] = {}
     frames = {}
     for name, preset in presets.items():
         key = geometry[name]
         if key not in resized:
-            shared = sorted({i for n, chosen in indices.items() if geometry[n] == key for i in chosen})
-            picture, extent = resize(pixels[[place[i] for i in shared]], preset, resample)
-            resized[key] = picture, extent, {index: i for i, index in enumerate(shared)}
-        picture, extent, row = resized[key]
-        chosen = normalize(picture[[row[i] for i in indices[name]]], preset)
+            sharing = [other for other in presets if geometry[other] == key]
+            shared = sorted({index for other in sharing for index in indices[other]})
+            scaled, extent = resize(pixels[[pixel_row[i] for i in shared]], preset, resample)
+            resized[key] = scaled, extent, {index: row for row, index in enumerate(shared)}
+        scaled, extent, scaled_row = resized[key]
+        normalized = normalize(scaled[[scaled_row[i] for i in indices[name]]], preset)
         frames[name] = Frames.of(
-            chosen[None], torch.tensor([times[name]], dtype=torch.float64), torch.tensor([extent])
+            normalized[None], torch.tensor([times_s[name]], dtype=torch.float64), torch.tensor([extent])
         )
     return frames
 
 
 def _geometry(preset: Preset) -> tuple:
-    """All of a preset that `resize` depends on; a letterbox is filled with the mean."""
+    """Return everything in a preset that `resize` depends on; a letterbox is filled with the mean."""
     fill = preset.mean if preset.crop_mode == "letterbox" else None
     return (
         preset.crop_mode,

@@ -1,4 +1,4 @@
-"""Readers of what is already a row of pictures: images, GIFs, folders of frames, arrays."""
+"""Readers for sources that consist of images: images, animations, folders of frames, arrays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from merv.video.reader import VideoReader, check_size, unreadable
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
-BROKEN = (  # what PIL raises
+ORIENTATION = 0x0112  # EXIF tag
+PIL_ERRORS = (  # what PIL raises for a broken image
     OSError,
     SyntaxError,
     ValueError,
@@ -31,194 +32,212 @@ BROKEN = (  # what PIL raises
 )
 
 
-class PicturesReader(VideoReader):
-    """Reads pictures that `picture(index)` gives, as uint8 [3, H, W] or raising one of BROKEN."""
+class ImagesReader(VideoReader):
+    """Reads images with `load(index)`, which returns uint8 [3, H, W] or raises one of PIL_ERRORS."""
 
     def __init__(
         self,
         info: VideoInfo,
-        picture: Callable[[int], Tensor],
+        load: Callable[[int], Tensor],
         close: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self.info = info
-        self._picture = picture
+        self._load = load
         self.close = close  # type: ignore[method-assign]
 
-    def _decode(self, wanted: list[int]) -> Iterator[tuple[int, Tensor]]:
-        for index in wanted:
+    def _decode(self, indices: list[int]) -> Iterator[tuple[int, Tensor]]:
+        for index in indices:
             try:
-                yield index, self._picture(index)
-            except BROKEN as error:
-                self._met = self._met or _why(error)
+                yield index, self._load(index)
+            except PIL_ERRORS as error:
+                self._frame_error = self._frame_error or _message(error)
 
 
-def array_reader(source: Any, name: str, fps: float) -> PicturesReader:
-    """Reader of a uint8 array or tensor, [T, 3, H, W] or [T, H, W, 3], without T for a still."""
+# Arrays
+
+
+def array_reader(source: Any, name: str, fps: float) -> ImagesReader:
+    """Return a reader of a uint8 array or tensor: [T, 3, H, W] or [T, H, W, 3], or one image without T."""
     if isinstance(source, Image.Image):
         try:
             source = _upright_rgb(source)
         except ValueError as error:
             raise ShapeError(f"{name}: {error}.") from error
-        except BROKEN as error:
-            raise unreadable(name, _why(error)) from error
-    given = source.detach().cpu() if isinstance(source, Tensor) else np.array(source)
-    if given.dtype not in (torch.uint8, np.uint8):
+        except PIL_ERRORS as error:
+            raise unreadable(name, _message(error)) from error
+    array = source.detach().cpu() if isinstance(source, Tensor) else np.array(source)
+    if array.dtype not in (torch.uint8, np.uint8):
         raise ShapeError(
-            f"{name}: pixels are uint8, 0 to 255; got {given.dtype}. For floats in [0, 1]: "
+            f"{name}: expected uint8 pixels in 0 to 255; got {array.dtype}. Convert floats in [0, 1] with "
             "(pixels * 255).round().to(torch.uint8)."
         )
-    pixels = torch.as_tensor(given)
-    first = pixels.ndim in (3, 4) and pixels.shape[-3] == 3
-    last = pixels.ndim in (3, 4) and pixels.shape[-1] == 3
-    if first == last or not pixels.numel():
-        why = "both could be the channels" if first and last else "no axis is 3 channels"
+    pixels = torch.as_tensor(array)
+    channels_first = pixels.ndim in (3, 4) and pixels.shape[-3] == 3
+    channels_last = pixels.ndim in (3, 4) and pixels.shape[-1] == 3
+    if channels_first == channels_last or not pixels.numel():
+        reason = "two axes could be the channels" if channels_first else "no axis for the channels has size 3"
         if not pixels.numel():
-            why = "one axis is 0: there are no frames"
+            reason = "an axis has size 0, so there are no frames"
         elif pixels.ndim == 5:
-            why = "five axes are several videos: pass them as a list, list(batch)"
+            reason = "5 axes are a batch of videos; pass it as a list, list(batch)"
         raise ShapeError(
-            f"{name}: wanted [T, 3, H, W] or [T, H, W, 3], or one picture without T; got "
-            f"{list(pixels.shape)}, where {why}."
+            f"{name}: expected shape [T, 3, H, W] or [T, H, W, 3], or one image without T; got "
+            f"{list(pixels.shape)}: {reason}."
         )
-    if last:
+    if channels_last:
         pixels = pixels.movedim(-1, -3)
     if pixels.ndim == 3:
         pixels = pixels[None]
-    return PicturesReader(_clocked(name, pixels.shape, fps, "array"), lambda index: pixels[index])
+    return ImagesReader(_constant_rate_info(name, pixels.shape, fps, "array"), lambda index: pixels[index])
 
 
-def folder_reader(folder: Path, name: str, fps: float, max_pixels: int) -> PicturesReader:
-    """Reader of a folder of frame images, in natural order: frame2.png before frame10.png."""
+# Folders of frames
+
+
+def folder_reader(folder: Path, name: str, fps: float, max_pixels: int) -> ImagesReader:
+    """Return a reader of a folder of images, in natural order: frame2.png before frame10.png."""
     paths = sorted(
         (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")),
-        key=lambda p: [(not part.isdecimal(), int(part) if part.isdecimal() else part) for part in _parts(p)],
+        key=_natural_order,
     )
     if not paths:
-        raise unreadable(name, f"the folder holds no images ({', '.join(SUFFIXES)})")
+        raise unreadable(name, f"the folder contains no images ({', '.join(SUFFIXES)})")
     size = next((size for size in map(_size, paths) if size), None)
     if size is None:
-        raise unreadable(name, f"none of the folder's {len(paths)} images could be read")
+        raise unreadable(name, f"none of the {len(paths)} images in the folder could be read")
 
-    def picture(index: int) -> Tensor:
+    def load(index: int) -> Tensor:
         with paths[index].open("rb") as file:
-            image = _image(file)
+            image = _open_image(file)
             check_size(str(paths[index]), image.width, image.height, max_pixels)
             pixels = _tensor(_upright_rgb(image))
         if pixels.shape[1:] != size:
             raise UnreadableVideo(
-                f"{paths[index]} is {pixels.shape[2]}×{pixels.shape[1]} pixels, frames before it "
-                f"{size[1]}×{size[0]}. Frames of one clip have one size."
+                f"{paths[index]} has {pixels.shape[2]}×{pixels.shape[1]} pixels, the first readable image "
+                f"{size[1]}×{size[0]}. All frames of a clip must have the same size."
             )
         return pixels
 
-    return PicturesReader(_clocked(name, (len(paths), 3, *size), fps, "images"), picture)
+    return ImagesReader(_constant_rate_info(name, (len(paths), 3, *size), fps, "images"), load)
 
 
-def image_reader(file: BinaryIO, name: str, *, owned: bool, max_pixels: int) -> PicturesReader | None:
-    """Reader of an image or an animated one, or None if the file is no image that PIL knows."""
+def _natural_order(path: Path) -> list[tuple[bool, int | str]]:
+    """Sort key that compares digits as numbers and puts them before text."""
+    parts = [part for part in re.split(r"(\d+)", path.name) if part]
+    return [(not part.isdecimal(), int(part) if part.isdecimal() else part) for part in parts]
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    """Return the upright (height, width) of an image file, or None if it cannot be read."""
     try:
-        image = _image(file)
+        with path.open("rb") as file:
+            return _upright_size(_open_image(file))
+    except PIL_ERRORS:
+        return None
+
+
+def _constant_rate_info(name: str, shape: Sequence[int], fps: float, codec: str) -> VideoInfo:
+    """Return the VideoInfo of images [T, 3, H, W] that are shown at a constant rate."""
+    frames, _, height, width = shape
+    times_s = tuple(i / fps for i in range(frames))
+    return VideoInfo(name, frames / fps if frames > 1 else 0.0, times_s, width, height, codec=codec)
+
+
+# Image files and animations
+
+
+def image_reader(file: BinaryIO, name: str, *, owned: bool, max_pixels: int) -> ImagesReader | None:
+    """Return a reader of an image or animation, or None if PIL does not recognize the file."""
+    try:
+        image = _open_image(file)
     except UnidentifiedImageError:
         file.seek(0)
         return None
-    except BROKEN as error:
-        raise unreadable(name, _why(error)) from error
+    except PIL_ERRORS as error:
+        raise unreadable(name, _message(error)) from error
     check_size(name, image.width, image.height, max_pixels)
     animated = image.format in ("GIF", "WEBP") or (
         image.format == "PNG" and getattr(image, "is_animated", False)
     )
-    first = int(getattr(image, "default_image", False))  # an APNG's picture for who cannot animate it
-    begins_s, damage = _clock(image, first) if animated else ([0.0, 0.0], "")
-    *times_s, end_s = begins_s
+    # An APNG may begin with an image that only viewers without support for animation show.
+    first = int(getattr(image, "default_image", False))
+    starts_s, damage = _frame_starts(image, first) if animated else ([0.0, 0.0], "")
+    *times_s, end_s = starts_s
     if not times_s:
-        raise unreadable(name, f"its first picture cannot be read{damage and '; ' + damage}")
+        raise unreadable(name, f"its first frame cannot be read{damage and '; ' + damage}")
     height, width = _upright_size(image)
 
-    def picture(index: int) -> Tensor:
+    def load(index: int) -> Tensor:
         image.seek(first + index)
         return _tensor(_upright_rgb(image))
 
     codec = str(image.format).lower()
     duration_s = 0.0 if len(times_s) == 1 else end_s
     info = VideoInfo(name, duration_s, tuple(times_s), width, height, codec=codec, backend="pillow")
-    reader = PicturesReader(info, picture, close=file.close if owned else lambda: None)
+    reader = ImagesReader(info, load, close=file.close if owned else lambda: None)
     reader.damage = damage
     return reader
 
 
-def _clock(image: Image.Image, first: int) -> tuple[list[float], str]:
-    """When each frame of an animated image begins and the last one ends, in seconds; what is damaged.
+def _frame_starts(image: Image.Image, first: int) -> tuple[list[float], str]:
+    """Return when each frame of an animation starts and the last one ends, in seconds, and the damage.
 
-    It ends before the first frame that cannot be read: others build on it.
+    The list ends before the first frame that cannot be read, because later frames build on it.
     """
-    begins_ms = [0.0]
+    starts_ms = [0.0]
     while True:
         try:
-            image.seek(first + len(begins_ms) - 1)
-            image.load()  # WebP knows a frame's duration only now
+            image.seek(first + len(starts_ms) - 1)
+            image.load()  # WebP sets the duration of a frame only here
         except EOFError:  # there is no next frame
-            return [ms / 1000 for ms in begins_ms], ""
-        except BROKEN as error:
-            damage = f"the file is broken after {len(begins_ms) - 1} of its pictures ({_why(error)})"
-            return [ms / 1000 for ms in begins_ms], damage
+            return [ms / 1000 for ms in starts_ms], ""
+        except PIL_ERRORS as error:
+            damage = f"the file is damaged after {len(starts_ms) - 1} frames ({_message(error)})"
+            return [ms / 1000 for ms in starts_ms], damage
         duration_ms = image.info.get("duration", 0)
-        begins_ms.append(begins_ms[-1] + (duration_ms if duration_ms > 10 else 100))  # as browsers do
+        # Like browsers, show a frame for 100 ms if its duration is 10 ms or less.
+        starts_ms.append(starts_ms[-1] + (duration_ms if duration_ms > 10 else 100))
 
 
-def _clocked(name: str, shape: Sequence[int], fps: float, codec: str) -> VideoInfo:
-    frames, _, height, width = shape
-    times_s = tuple(i / fps for i in range(frames))
-    return VideoInfo(name, frames / fps if frames > 1 else 0.0, times_s, width, height, codec=codec)
+def _open_image(file: BinaryIO) -> Image.Image:
+    """Open an image with PIL without decoding it.
 
-
-def _size(path: Path) -> tuple[int, int] | None:
-    try:
-        with path.open("rb") as file:
-            return _upright_size(_image(file))
-    except BROKEN:
-        return None
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) after the picture has been turned upright."""
-    turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap the axes
-    return (image.width, image.height) if turned else (image.height, image.width)
-
-
-def _image(file: BinaryIO) -> Image.Image:
-    """Opened, not yet decoded; by PIL, but not by Image.open, whose bound on the size no caller can raise."""
+    `Image.open` is not used, because a caller cannot raise its limit on the size.
+    """
     file.seek(0)
     start = file.read(16)
     Image.init()
     for name in FORMATS:
         create, accepts = Image.OPEN[name]
-        with suppress(SyntaxError, IndexError, TypeError, struct.error):  # broken, or not of that format
+        with suppress(SyntaxError, IndexError, TypeError, struct.error):  # another format, or a broken file
             if accepts and accepts(start) is True:
                 file.seek(0)
                 return create(file, "")
     raise UnidentifiedImageError(f"cannot identify image file {getattr(file, 'name', '')}".rstrip())
 
 
-def _why(error: Exception) -> str:
-    """What PIL says, without a full stop, and whose bound it is that a picture exceeds."""
-    bound = isinstance(error, Image.DecompressionBombError)
-    return str(error).rstrip(".") + bound * "; the limit is PIL's own: 2 * PIL.Image.MAX_IMAGE_PIXELS"
+def _message(error: Exception) -> str:
+    """Return PIL's message without a full stop; it says if the limit on the size is PIL's own."""
+    is_limit = isinstance(error, Image.DecompressionBombError)
+    return str(error).rstrip(".") + is_limit * "; the limit is PIL's own: 2 * PIL.Image.MAX_IMAGE_PIXELS"
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return (height, width) after the EXIF orientation is applied."""
+    swapped = image.getexif().get(ORIENTATION, 1) >= 5  # orientations 5 to 8 swap the axes
+    return (image.width, image.height) if swapped else (image.height, image.width)
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF says, in 8 bits; transparency is left out."""
+    """Apply the EXIF orientation and convert to 8-bit RGB; the alpha channel is dropped."""
     upright = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") and image.format != "PNG":
-        raise ValueError("its levels are 32-bit numbers of no known range; convert it to 8 or 16 bits")
-    if image.mode[0] == "I":  # 16 bits, which `convert` would cut at 255
+        raise ValueError("its 32-bit pixels have no known range; convert it to 8 or 16 bits")
+    if image.mode[0] == "I":  # 16 bits, which `convert` would clip at 255
         upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
     return upright.convert("RGB")
 
 
 def _tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def _parts(path: Path) -> list[str]:
-    return [part for part in re.split(r"(\d+)", path.name) if part]

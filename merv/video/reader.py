@@ -1,4 +1,4 @@
-"""Reader: frames of one source by index, whatever decodes them; `merv.video.open` picks the reader."""
+"""The base class of all readers: it returns frames of one source by index."""
 
 from __future__ import annotations
 
@@ -13,56 +13,69 @@ from torch.nn.functional import interpolate
 from merv.errors import DamagedVideo, UnreadableVideo, VideoError
 from merv.types import VideoInfo
 
-BACKENDS = {"pyav": ("av",), "torchcodec": ("av", "torchcodec")}  # and the packages that decode
-MAX_PIXELS = 8192 * 8192  # of a frame: 200 MB as RGB
-SKIP = "load_video(…, on_error='skip') passes over such files."
+BACKENDS = {"pyav": ("av",), "torchcodec": ("av", "torchcodec")}  # backend → packages that decode
+MAX_PIXELS = 8192 * 8192  # per frame: 200 MB as RGB
+SKIP = "To skip such files: load_video(…, on_error='skip')."
 
 
 class VideoReader:
-    """Reads frames of one source by index; what `open_video` returns.
+    """Reads frames of one source by index. `open_video` returns one.
 
-    info: what is known without decoding. missing: indices that turned out to be unreadable.
-    damage: what is wrong with the source as a whole, or "".
+    A subclass sets `info` and implements `_decode`, which yields upright frames of any size. `read`
+    scales them to the size in `info`, which assumes square pixels.
 
-    A subclass sets `info` and yields upright pictures in `_decode`, of any size: they are scaled
-    to that of `info`, which counts in square pixels.
+    Attributes:
+        info: What is known without decoding.
+        damage: What is wrong with the source as a whole; empty if nothing is.
+        missing: Indices of frames that could not be decoded so far.
     """
 
     info: VideoInfo
     damage: str = ""
-    _met: str = ""  # what was wrong with a frame of the last read
+    _frame_error: str = ""  # the first problem with a single frame in the last `read`
 
     def __init__(self) -> None:
         self.missing: set[int] = set()
 
     def read(self, indices: Iterable[int], on_error: Literal["raise", "partial"] = "raise") -> Tensor:
-        """Frames of these indices, in this order: uint8 RGB [len(indices), 3, H, W], upright.
+        """Decode frames.
 
-        An index may come twice. With `partial`, unreadable frames are left out (see
-        `missing`); with `raise`, they raise DamagedVideo. Raises UnreadableVideo where no
-        frame could be read at all, IndexError for an index that the clip does not have.
+        Args:
+            indices: Frame indices in any order. An index may occur more than once.
+            on_error: "raise" requires every frame. "partial" leaves out frames that cannot be decoded
+                and adds their indices to `missing`.
+
+        Returns:
+            Upright uint8 RGB frames in the order of `indices`, shape [len(indices), 3, H, W].
+
+        Raises:
+            DamagedVideo: Some frames could not be decoded and `on_error` is "raise".
+            UnreadableVideo: No frame could be decoded.
+            IndexError: The clip has no frame with that index.
         """
         if on_error not in ("raise", "partial"):
-            raise VideoError(f"on_error is 'raise' or 'partial' here; got {on_error!r}.")
-        indices = [operator.index(index) for index in indices]  # tensors are not equal to their like
-        wanted = sorted(set(indices))
-        if not wanted or wanted[0] < 0 or wanted[-1] >= self.info.frames:
-            raise IndexError(f"{self.info.name} has frames 0 to {self.info.frames - 1}; asked for {indices}.")
-        pixels = torch.empty(len(wanted), 3, self.info.height, self.info.width, dtype=torch.uint8)
-        place = {index: i for i, index in enumerate(wanted)}
-        got = set()
-        self._met = ""
-        for index, picture in self._decode(wanted):  # picture: [3, H, W]
-            pixels[place[index]] = _scaled(picture, self.info.height, self.info.width)
-            got.add(index)
-        self.missing |= set(wanted) - got
-        self._check(len(got), len(wanted), on_error)
-        if indices == wanted and len(got) == len(wanted):
+            raise VideoError(f"on_error must be 'raise' or 'partial'; got {on_error!r}.")
+        indices = [operator.index(index) for index in indices]  # tensors are hashed by identity
+        unique = sorted(set(indices))
+        if not unique or unique[0] < 0 or unique[-1] >= self.info.frames:
+            raise IndexError(
+                f"{self.info.name}: frame indices must be in 0 to {self.info.frames - 1}; got {indices}."
+            )
+        pixels = torch.empty(len(unique), 3, self.info.height, self.info.width, dtype=torch.uint8)
+        row_of = {index: row for row, index in enumerate(unique)}
+        decoded = set()
+        self._frame_error = ""
+        for index, frame in self._decode(unique):  # frame: [3, H, W]
+            pixels[row_of[index]] = _scaled(frame, self.info.height, self.info.width)
+            decoded.add(index)
+        self.missing |= set(unique) - decoded
+        self._check(len(decoded), len(unique), on_error)
+        if indices == unique and len(decoded) == len(unique):
             return pixels
-        return pixels[[place[index] for index in indices if index in got]]
+        return pixels[[row_of[index] for index in indices if index in decoded]]
 
     def close(self) -> None:
-        """Close what was opened; a file that was handed over open stays open."""
+        """Close the file, unless the caller opened it."""
 
     def __enter__(self) -> VideoReader:
         return self
@@ -70,44 +83,46 @@ class VideoReader:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _decode(self, wanted: list[int]) -> Iterator[tuple[int, Tensor]]:
-        """(index, uint8 [3, H, W]) of those of `wanted` (ascending) that can be read."""
+    def _decode(self, indices: list[int]) -> Iterator[tuple[int, Tensor]]:
+        """Yield (index, uint8 [3, H, W]) for each of the ascending `indices` that can be decoded."""
         raise NotImplementedError
 
-    def _check(self, got: int, wanted: int, on_error: str) -> None:
-        fault = self.damage or self._met
-        fault = fault and f"; {fault}"
-        if not got:
-            raise unreadable(self.info.name, f"none of the {wanted} wanted frames could be decoded{fault}")
-        if on_error == "partial" or (got == wanted and not self.damage):
+    def _check(self, decoded: int, requested: int, on_error: str) -> None:
+        reason = self.damage or self._frame_error
+        reason = reason and f"; {reason}"
+        if not decoded:
+            raise unreadable(
+                self.info.name, f"none of the {requested} requested frames could be decoded{reason}"
+            )
+        if on_error == "partial" or (decoded == requested and not self.damage):
             return
         raise DamagedVideo(
-            f"{self.info.name}: {got} of the {wanted} wanted frames could be decoded{fault}. "
-            "load_video(…, on_error='partial') takes what is readable, 'skip' passes over such files."
+            f"{self.info.name}: {decoded} of the {requested} requested frames could be decoded{reason}. "
+            "load_video(…, on_error='partial') returns the readable frames, on_error='skip' skips such files."
         )
 
 
-def unreadable(name: str, why: str, advice: str = SKIP) -> UnreadableVideo:
-    """The error for a source that cannot be used: what it is, why, and what to do about it."""
-    return UnreadableVideo(f"{name}: {why}. {advice}")
+def unreadable(name: str, reason: str, advice: str = SKIP) -> UnreadableVideo:
+    """Return the error for a source that cannot be used: its name, the reason and what to do."""
+    return UnreadableVideo(f"{name}: {reason}. {advice}")
 
 
 def check_size(name: str, width: int, height: int, max_pixels: int) -> None:
-    """Raise UnreadableVideo for pictures of more than `max_pixels`."""
+    """Raise UnreadableVideo for frames of more than `max_pixels`."""
     if width * height > max_pixels:
         raise unreadable(
             name,
-            f"its pictures have {width}×{height} pixels, more than max_pixels={max_pixels}",
-            f"If the file is to be trusted: open_video(…, max_pixels={width * height}).",
+            f"its frames have {width}×{height} pixels, more than max_pixels={max_pixels}",
+            f"If you trust the file: open_video(…, max_pixels={width * height}).",
         )
 
 
 def display_size(width: int, height: int, pixel_aspect: float) -> tuple[int, int]:
-    """(width, height) of a picture as it is to be seen, whose pixels are `pixel_aspect` as wide as high.
+    """Return the display size (width, height) after correcting for non-square pixels.
 
-    It is enlarged, never shrunk. Pixels within 5 % of a square count as square, because encoders
-    that round sizes write aspects such as 640:639; 0 is unknown; beyond 1:8 or 8:1 it is an error
-    of the file.
+    `pixel_aspect` is the width of a pixel over its height. One side is enlarged; neither is shrunk.
+    Pixels within 5 % of a square count as square, because encoders that round sizes write aspects such
+    as 640:639. Aspects of 0 (unknown) and beyond 1:8 or 8:1 (errors in the file) are ignored.
 
     >>> display_size(720, 576, 16 / 11), display_size(720, 480, 8 / 9), display_size(426, 320, 640 / 639)
     ((1047, 576), (720, 540), (426, 320))
@@ -117,8 +132,7 @@ def display_size(width: int, height: int, pixel_aspect: float) -> tuple[int, int
     return round(width * max(pixel_aspect, 1)), round(height / min(pixel_aspect, 1))
 
 
-def _scaled(picture: Tensor, height: int, width: int) -> Tensor:
-    """[3, H, W] in the size of its clip, where its own is another."""
-    if picture.shape[1:] == (height, width):
-        return picture
-    return interpolate(picture[None], (height, width), mode="bilinear", antialias=True)[0]
+def _scaled(frame: Tensor, height: int, width: int) -> Tensor:
+    if frame.shape[1:] == (height, width):
+        return frame
+    return interpolate(frame[None], (height, width), mode="bilinear", antialias=True)[0]

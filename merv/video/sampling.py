@@ -1,7 +1,6 @@
-"""Sample: from what is known of a clip to the times, in seconds, that one encoder wants.
+"""Choose the times, in seconds, at which an encoder sees a clip.
 
-Pure arithmetic: nothing is decoded here. Times are on the clip's own clock, where the
-first frame is at 0.
+This is arithmetic only: nothing is decoded. Time 0 is the first frame of the clip.
 """
 
 from __future__ import annotations
@@ -21,102 +20,108 @@ from merv.utils.suggest import nearest
 
 Mode = Literal["uniform", "fps", "segment", "official"]
 
-OFFICIAL_FRAMES = 32  # the released MERV reads these of a clip; its encoders take every k-th
-NOISE_S = 1e-6  # 0.1 + 0.2 is not 0.3: a time this little before a frame still sees it
+OFFICIAL_FRAMES = 32  # the released MERV reads 32 frames of a clip; its encoders take every k-th
+TOLERANCE_S = 1e-6  # float rounding (0.1 + 0.2 > 0.3) must not select the frame before
 
 
-def uniform_times(duration_s: float, frames: int, start_s: float = 0.0) -> list[float]:
-    """Centers of `frames` equal segments of the `duration_s` seconds that begin at `start_s`.
+def uniform_times(duration_s: float, num_frames: int, start_s: float = 0.0) -> list[float]:
+    """Return the centers of `num_frames` equal segments of the `duration_s` seconds from `start_s` on.
 
     >>> uniform_times(8.0, 4)
     [1.0, 3.0, 5.0, 7.0]
     """
-    step_s = duration_s / _positive(frames)
-    return [start_s + step_s * (i + 0.5) for i in range(frames)]
+    step_s = duration_s / _checked_count(num_frames)
+    return [start_s + step_s * (i + 0.5) for i in range(num_frames)]
 
 
 def fps_times(duration_s: float, fps: float, max_frames: int, start_s: float = 0.0) -> list[float]:
-    """Centers of consecutive stretches of 1/fps seconds; `uniform_times` where that is too many.
+    """Return the centers of consecutive segments of 1/fps seconds, at least one.
 
-    The last stretch may run past the end of the clip, its time does not. At least one time comes
-    out, however short the clip.
+    If there are more than `max_frames`, the result is `uniform_times`. The last segment may extend beyond
+    the end of the clip; its time does not.
 
     >>> fps_times(2.0, fps=2, max_frames=8)
     [0.25, 0.75, 1.25, 1.75]
     >>> fps_times(60.0, fps=2, max_frames=4)
     [7.5, 22.5, 37.5, 52.5]
     """
-    frames = max(math.ceil(duration_s * fps - NOISE_S), 1)
-    if frames == 1 or frames > _positive(max_frames):
-        return uniform_times(duration_s, min(frames, max_frames), start_s)
-    return [start_s + min((i + 0.5) / fps, duration_s) for i in range(frames)]
+    num_frames = max(math.ceil(duration_s * fps - TOLERANCE_S), 1)
+    if num_frames == 1 or num_frames > _checked_count(max_frames):
+        return uniform_times(duration_s, min(num_frames, max_frames), start_s)
+    return [start_s + min((i + 0.5) / fps, duration_s) for i in range(num_frames)]
 
 
 def segment_times(
-    duration_s: float, frames: int, start_s: float = 0.0, generator: random.Random | None = None
+    duration_s: float, num_frames: int, start_s: float = 0.0, generator: random.Random | None = None
 ) -> list[float]:
-    """One random time in each of `frames` equal segments, for training. generator: None is Python's own.
+    """Return one random time in each of `num_frames` equal segments, for training.
 
-    Idea: Temporal Segment Networks, https://arxiv.org/abs/1608.00859.
+    `generator` defaults to Python's global one. Idea: Temporal Segment Networks,
+    https://arxiv.org/abs/1608.00859.
 
     >>> times = segment_times(8.0, 4, generator=random.Random(0))
     >>> [int(time_s // 2) for time_s in times]
     [0, 1, 2, 3]
     """
     draw = generator.random if generator else random.random
-    step_s = duration_s / _positive(frames)
-    return [start_s + step_s * (i + draw()) for i in range(frames)]
+    step_s = duration_s / _checked_count(num_frames)
+    return [start_s + step_s * (i + draw()) for i in range(num_frames)]
 
 
-def official_indices(n_frames: int, frames: int, total: int = OFFICIAL_FRAMES) -> list[int]:
-    """The frames of a clip of `n_frames` that the released MERV gives an encoder of `frames`.
+def official_indices(clip_frames: int, num_frames: int, total: int = OFFICIAL_FRAMES) -> list[int]:
+    """Return which of a clip's `clip_frames` frames the released MERV gives to an encoder.
 
-    It reads `total` at linspace(0, n_frames − 1), cut to whole numbers, and an encoder takes
-    every (total / frames)-th of them. Raises SamplingError where `frames` does not divide
-    `total`: the release silently gives another number of frames there (16 for 12).
+    It reads `total` frames at linspace(0, clip_frames - 1), rounded down; the encoder takes every
+    (total / num_frames)-th of them. Raises SamplingError if `num_frames` does not divide `total`; there the
+    release silently returns another number of frames (16 for 12).
 
     >>> official_indices(100, 4)
     [0, 25, 51, 76]
     """
-    if total % _positive(frames):
+    if total % _checked_count(num_frames):
         divisors = ", ".join(str(k) for k in range(1, total + 1) if total % k == 0)
         raise SamplingError(
-            f"Official sampling takes every k-th of {total} frames; {frames} does not divide {total}. "
-            f"Ask for one of {divisors} frames, or use sampling='uniform'."
+            f"Official sampling takes every k-th of {total} frames; {num_frames} does not divide {total}. "
+            f"Use one of {divisors} frames, or sampling='uniform'."
         )
-    every = np.linspace(0, n_frames - 1, total).astype(int)
-    return every[:: total // frames].tolist()
+    indices = np.linspace(0, clip_frames - 1, total).astype(int)
+    return indices[:: total // num_frames].tolist()
 
 
-def frame_indices_at(times_s: Sequence[float], wanted_s: Sequence[float]) -> list[int]:
-    """Index of the frame on screen at each wanted time: the latest that has begun by then.
+def frame_indices_at(frame_times_s: Sequence[float], times_s: Sequence[float]) -> list[int]:
+    """Return the index of the frame that is on screen at each of `times_s`: the latest that has started.
 
-    Before the first frame that is the first. `times_s` must ascend.
+    Times before the first frame give the first frame. `frame_times_s` must be ascending.
 
     >>> frame_indices_at([0.0, 0.5, 1.0], [0.1, 0.5, 0.99, 7.0])
     [0, 1, 1, 2]
     """
-    return [max(bisect_right(times_s, wanted + NOISE_S) - 1, 0) for wanted in wanted_s]
+    return [max(bisect_right(frame_times_s, time_s + TOLERANCE_S) - 1, 0) for time_s in times_s]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How times are chosen, and from which part of a clip.
+    """How to choose times, and from which range of a clip.
 
-    mode: `uniform`, centers of equal segments, or at a rate where `fps` or the encoder gives
-        one; `fps`, always at a rate; `segment`, random within equal segments; `official`,
-        index for index as the released MERV.
-    start_s, end_s: the part of the clip to look at; an end beyond the clip's is the clip's.
-    fps: frames per second, instead of the encoder's own rate.
-    seed: makes `segment` repeatable; None: Python's `random` draws, and `merv fit` from its own seed.
-    total: how many frames `official` reads, of which an encoder takes every k-th; the release reads
-        as many as its encoder with the most frames takes.
+    Args:
+        mode: "uniform" takes the centers of equal segments, or a rate if `fps` or the encoder sets one.
+            "fps" always takes a rate. "segment" takes a random time in each of equal segments. "official"
+            takes the same frames as the released MERV.
+        start_s: Start of the range, in seconds from the first frame.
+        end_s: End of the range; None, or a time after the end, for the end of the clip.
+        fps: Frames per second, instead of the encoder's own rate.
+        seed: Makes "segment" repeatable. With None, Python's `random` draws the times; `merv fit` draws them
+            from its own seed.
+        total: Number of frames that "official" reads, of which an encoder takes every k-th. The release
+            reads as many as its encoder with the most frames takes.
 
-    Raises SamplingError for what cannot be meant, here or once the clip is known.
+    Raises:
+        SamplingError: An option is invalid, or, in `times`, does not fit the clip.
 
-    >>> clip = VideoInfo("clip", 4.0, times_s=(0.0, 1.0, 2.0, 3.0), width=8, height=8)
-    >>> Sampling(start_s=2.0).times(clip, frames=2)
-    [2.5, 3.5]
+    Example:
+        >>> clip = VideoInfo("clip", 4.0, times_s=(0.0, 1.0, 2.0, 3.0), width=8, height=8)
+        >>> Sampling(start_s=2.0).times(clip, num_frames=2)
+        [2.5, 3.5]
     """
 
     mode: Mode = "uniform"
@@ -130,32 +135,43 @@ class Sampling:
         modes = get_args(Mode)
         if self.mode not in modes:
             raise SamplingError(
-                f"Unknown sampling {self.mode!r}.{nearest(str(self.mode), modes)} "
-                f"There are: {', '.join(modes)}."
+                f"Unknown sampling mode {self.mode!r}.{nearest(str(self.mode), modes)} "
+                f"Available: {', '.join(modes)}."
             )
         numbers = (self.start_s, self.end_s, self.fps)
-        if any(isinstance(each, str) for each in numbers):
-            raise SamplingError(f"start_s, end_s and fps are numbers; got {', '.join(map(repr, numbers))}.")
+        if any(isinstance(number, str) for number in numbers):
+            raise SamplingError(
+                f"start_s, end_s and fps must be numbers; got {', '.join(map(repr, numbers))}."
+            )
         if not 0 <= self.start_s < (float("inf") if self.end_s is None else self.end_s):
             raise SamplingError(
-                f"A clip range wants 0 ≤ start_s < end_s, in seconds; got start_s={self.start_s}, "
+                f"A range must satisfy 0 ≤ start_s < end_s, in seconds; got start_s={self.start_s}, "
                 f"end_s={self.end_s}."
             )
-        if self.fps is not None and (not self.fps > 0 or self.mode in ("segment", "official")):
+        if self.fps is not None and self.mode in ("segment", "official"):
             raise SamplingError(
-                f"fps={self.fps} does not go with sampling={self.mode!r}: it is a positive rate, for "
-                "'fps' and 'uniform'."
+                f"sampling={self.mode!r} does not support fps; got fps={self.fps}. Use 'fps' or 'uniform'."
             )
+        if self.fps is not None and not self.fps > 0:
+            raise SamplingError(f"fps must be greater than 0; got fps={self.fps}.")
         if not is_count(self.total):
             raise SamplingError(
                 f"Official sampling reads at least 1 frame of a clip; got total={self.total!r}."
             )
 
-    def times(self, info: VideoInfo, frames: int, fps: float | None = None) -> list[float]:
-        """The times that a consumer of `frames` frames wants of the clip, or of `fps` a second.
+    def times(self, info: VideoInfo, num_frames: int, fps: float | None = None) -> list[float]:
+        """Choose times for one encoder.
 
-        With a rate, `frames` is the most that come out. A still has one time, 0. Raises
-        SamplingError where the range does not meet the clip, or `frames` does not suit `official`.
+        Args:
+            info: The clip.
+            num_frames: Number of times; with a rate, the maximum. A still image has one time, 0.
+            fps: The encoder's own rate in frames per second, if it has one.
+
+        Returns:
+            Times in seconds from the first frame of the clip, ascending.
+
+        Raises:
+            SamplingError: The range starts after the end of the clip, or `num_frames` is invalid.
         """
         if info.is_still:
             return [0.0]
@@ -163,33 +179,31 @@ class Sampling:
         duration_s = end_s - self.start_s
         rate = self.fps or fps
         if self.mode == "official":
-            return self._official(info, frames, end_s)
+            return self._official_times(info, num_frames, end_s)
         if self.mode == "segment":
-            return segment_times(duration_s, frames, self.start_s, self._generator())
+            generator = None if self.seed is None else random.Random(self.seed)
+            return segment_times(duration_s, num_frames, self.start_s, generator)
         if rate:
-            return fps_times(duration_s, rate, frames, self.start_s)
+            return fps_times(duration_s, rate, num_frames, self.start_s)
         if self.mode == "fps":
-            raise SamplingError("sampling='fps' wants a rate, and none is given. Try fps=2.")
-        return uniform_times(duration_s, frames, self.start_s)
-
-    def _generator(self) -> random.Random | None:
-        return None if self.seed is None else random.Random(self.seed)
+            raise SamplingError("sampling='fps' needs a rate, but fps is not set. Try fps=2.")
+        return uniform_times(duration_s, num_frames, self.start_s)
 
     def _end_s(self, info: VideoInfo) -> float:
         if self.start_s >= info.duration_s:
             raise SamplingError(
-                f"{info.name}: the range begins at start_s={self.start_s:g}, and the clip lasts "
-                f"{info.duration_s:g} s. Times are seconds from the clip's first frame."
+                f"{info.name}: the range starts at start_s={self.start_s:g}, but the clip lasts "
+                f"{info.duration_s:g} s. Times are seconds from the first frame of the clip."
             )
         return info.duration_s if self.end_s is None else min(self.end_s, info.duration_s)
 
-    def _official(self, info: VideoInfo, frames: int, end_s: float) -> list[float]:
+    def _official_times(self, info: VideoInfo, num_frames: int, end_s: float) -> list[float]:
         first = frame_indices_at(info.times_s, [self.start_s])[0]
-        inside = [time_s for time_s in info.times_s[first:] if time_s < end_s - NOISE_S]
-        return [inside[i] for i in official_indices(len(inside), frames, self.total)]
+        in_range = [time_s for time_s in info.times_s[first:] if time_s < end_s - TOLERANCE_S]
+        return [in_range[i] for i in official_indices(len(in_range), num_frames, self.total)]
 
 
-def _positive(frames: int) -> int:
-    if not is_count(frames):
-        raise SamplingError(f"Sampling wants a whole number of frames, at least 1; got {frames!r}.")
-    return frames
+def _checked_count(num_frames: int) -> int:
+    if not is_count(num_frames):
+        raise SamplingError(f"The number of frames must be a whole number of at least 1; got {num_frames!r}.")
+    return num_frames

@@ -1,7 +1,7 @@
-"""Reader of video files by torchcodec: the frames and times of the PyAV reader, decoded elsewhere.
+"""Read video files with torchcodec: the same frames and times as the PyAV reader.
 
-PyAV's pass over the packets tells which frames there are and when each is shown. torchcodec gets
-that list, so both number the frames alike, and every frame that it gives is held against it.
+The PyAV reader scans the packets for the list of frames and their times. torchcodec gets that list, so both
+readers number the frames alike. Each frame that torchcodec returns is checked against the list.
 """
 
 from __future__ import annotations
@@ -16,53 +16,52 @@ import torch
 from torch import Tensor
 
 from merv.errors import DamagedVideo, MissingDependency, VideoError
-from merv.video.pyav import PyAVReader, _video_stream
+from merv.video.pyav import PyAVReader, video_stream
 
-BROKEN = (RuntimeError, IndexError, ValueError, OSError)  # what torchcodec or the file object raises
+DECODE_ERRORS = (RuntimeError, IndexError, ValueError, OSError)  # raised by torchcodec or the file object
 
 
 class TorchcodecReader(PyAVReader):
     """Reads a seekable binary file; see `open_video`.
 
-    torchcodec gets the open file, never a path or an address, and allows no protocol inside it;
-    playlists are refused before, by PyAV's pass. What is damaged, has no times of its own (AVI, bare
-    H.264) or comes with other times than asked for is refused with an error that names `pyav`.
-    Damage that torchcodec's FFmpeg conceals is not noticed, where PyAV's reader may notice it.
+    torchcodec gets the open file, never a path or an address, and allows no protocol inside it. The scan
+    with PyAV refuses playlists before torchcodec opens them. Damaged files, files without times (AVI, raw
+    H.264) and frames whose times differ from the scan raise an error that suggests `pyav`. Damage that
+    torchcodec's FFmpeg conceals is not noticed; the PyAV reader may notice it.
     """
 
     def __init__(self, file: BinaryIO, name: str, **options: Any) -> None:
         self._decoder_class = load_decoder()
         super().__init__(file, name, **options)
         if self._by_count:
-            raise self._refusal("its frames carry no times of their own, by which torchcodec finds them")
+            raise self._refusal("its frames have no times, which torchcodec needs to find them")
         if self.damage:
             raise self._refusal(self.damage, DamagedVideo)
         self.info = replace(self.info, backend="torchcodec")
 
-    def _decode(self, wanted: list[int]) -> Iterator[tuple[int, Tensor]]:
+    def _decode(self, indices: list[int]) -> Iterator[tuple[int, Tensor]]:
         try:
             decoder = self._decoder()
-            turned = round(
-                (decoder.metadata.rotation or 0.0) / 90
-            )  # quarters counter-clockwise, by torchcodec
-            for index in wanted:
+            # torchcodec has rotated the frames by this many quarter turns, but ignores mirroring. Undo it.
+            quarter_turns = round((decoder.metadata.rotation or 0.0) / 90)  # counter-clockwise
+            for index in indices:
                 frame = decoder.get_frame_at(index)
-                coded = torch.rot90(frame.data, -turned, (1, 2))  # [3, H, W]
+                coded = torch.rot90(frame.data, -quarter_turns, (1, 2))  # [3, H, W]
                 self._check_frame(index, frame.pts_seconds, coded)
-                yield index, self._turn(coded)  # which knows of mirrored pictures, too
-        except BROKEN as error:
+                yield index, self._orientation(coded)
+        except DECODE_ERRORS as error:
             raise self._refusal(first_line(error), DamagedVideo) from error
 
     def _decoder(self) -> Any:
         with self._open() as container:
-            stream = _video_stream(container).index  # torchcodec's own choice is the largest one
-        keys = set(self._keys)
-        # The last frame's duration matters only for asking by time, which is not done here.
-        frames = [{"pts": pts, "duration": 1, "key_frame": pts in keys} for pts in self._pts]
+            stream_index = video_stream(container).index  # by default torchcodec takes the largest stream
+        keyframes = set(self._keyframes)
+        # Durations matter only for reading by time, which is not done here.
+        frames = [{"pts": pts, "duration": 1, "key_frame": pts in keyframes} for pts in self._pts]
         self._file.seek(0)
         return self._decoder_class(
             self._file,
-            stream_index=stream,
+            stream_index=stream_index,
             num_ffmpeg_threads=1,
             device="cpu",
             custom_frame_mappings=json.dumps({"frames": frames}),
@@ -71,46 +70,45 @@ class TorchcodecReader(PyAVReader):
     def _check_frame(self, index: int, pts_s: float, coded: Tensor) -> None:
         error_s = pts_s - self._pts[index] * self._tick_s
         if abs(error_s) > self._tick_s / 2:
-            raise self._refusal(f"frame {index} came with a time that is {error_s:+g} s off")
-        if coded.shape[1:] != (self._first.height, self._first.width):
-            raise self._refusal(f"its pictures change in size at frame {index}")
+            raise self._refusal(f"the time of frame {index} is {error_s:+g} s off")
+        if coded.shape[1:] != (self._first_frame.height, self._first_frame.width):
+            raise self._refusal(f"the frame size changes at frame {index}")
 
-    def _refusal(self, why: str, kind: type[VideoError] = VideoError) -> VideoError:
+    def _refusal(self, reason: str, kind: type[VideoError] = VideoError) -> VideoError:
         return kind(
-            f"{self._name}: torchcodec cannot read it: {why}. backend='pyav' may, and with "
-            "load_video(…, on_error='partial') takes what is readable of damaged files."
+            f"{self._name}: torchcodec cannot read it: {reason}. Try backend='pyav', which also reads the "
+            "intact frames of damaged files with load_video(…, on_error='partial')."
         )
 
 
 def load_decoder() -> Any:
-    """torchcodec's VideoDecoder.
+    """Import torchcodec's VideoDecoder.
 
-    Raises MissingDependency where torchcodec is not installed, or finds no FFmpeg libraries.
+    Raises MissingDependency if torchcodec is not installed or does not find FFmpeg's libraries.
     """
     try:
         import torchcodec
         from torchcodec.decoders import VideoDecoder
     except ImportError as error:
         raise MissingDependency(
-            f"backend='torchcodec' needs torchcodec ({error}): pip install \"merv[torchcodec]\", and "
-            "FFmpeg's shared libraries; or use backend='pyav', which brings its own."
+            f"backend='torchcodec' needs torchcodec ({error}): pip install \"merv[torchcodec]\". It also "
+            "needs FFmpeg's shared libraries. Or use backend='pyav', which includes its own."
         ) from error
     except (RuntimeError, OSError) as error:  # built for another torch
         raise MissingDependency(
-            f"torchcodec is installed but does not load: {first_line(error)}. "
-            "Its version has to fit that of torch; or use backend='pyav'."
+            f"torchcodec is installed but cannot be loaded: {first_line(error)}. "
+            "Install the version that matches torch, or use backend='pyav'."
         ) from error
     if torchcodec.ffmpeg_major_version is None:
         raise MissingDependency(
-            "torchcodec is installed but finds no shared libraries of FFmpeg, versions 4 to 9, that fit. "
-            "Install them (apt-get install ffmpeg; conda install ffmpeg); or use backend='pyav', which "
-            "brings its own."
+            "torchcodec is installed but does not find shared libraries of FFmpeg 4 to 9. Install them "
+            "(apt-get install ffmpeg or conda install ffmpeg), or use backend='pyav', which includes its own."
         )
     return VideoDecoder
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without where in torchcodec's source it arose, and without a full stop.
+    """Return the first line of a message without the location in torchcodec's source and the full stop.
 
     >>> first_line(RuntimeError("decode, /a/b.cpp:12, Could not push packet to decoder.\\nmore"))
     'Could not push packet to decoder'

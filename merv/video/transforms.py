@@ -1,8 +1,8 @@
-"""Preprocess: uint8 frames to what one encoder wants, by the preset that it declares.
+"""Preprocess uint8 frames for one encoder, as its preset says.
 
-In two steps, so that encoders which want the same geometry share one resize:
-`resize` changes the geometry, `normalize` the numbers. The geometry is `exact`, as the installed
-Pillow does it, or `fast`, by torch on the device that the pixels are on, a step or two of 255 away.
+There are two steps, so that encoders with the same geometry share one resize: `resize` changes the geometry
+and `normalize` the pixel values. `resize` is "exact" (it uses the installed Pillow) or "fast" (it uses torch,
+on the device of the pixels, and differs by a few levels of 255).
 """
 
 from __future__ import annotations
@@ -22,22 +22,33 @@ from merv.types import WHOLE_PICTURE, Frames, Preset
 
 Extent = tuple[float, float, float, float]
 Resample = Literal["exact", "fast"]
-LONGEST = 32  # times its short side: a picture of a few bytes is not to fill the memory when that is scaled
+# Long side over short side. Without a limit, scaling the short side of a tiny file could fill the memory.
+MAX_ASPECT = 32
 
 
 def preprocess(frames: Frames, preset: Preset, resample: Resample = "exact") -> Frames:
-    """Frames as an encoder wants them: uint8 [B, T, 3, H, W] to float32 of the preset's size.
+    """Preprocess frames for an encoder.
 
-    The extent of the result tells which part of the original picture it shows. The result is where
-    `frames` are. Raises ShapeError for pixels that are not uint8, and for a crop from a picture that is
-    more than 32 times as long as it is wide, or as wide as it is long.
+    Args:
+        frames: uint8 RGB frames, pixels of shape [B, T, 3, H, W].
+        preset: The encoder's preprocessing; see `merv.types.Preset`.
+        resample: "exact" or "fast"; see `resize`.
 
-    >>> preset = Preset("crop", input_size=(32, 32))
-    >>> ready = preprocess(Frames.of(torch.zeros(1, 2, 3, 48, 64, dtype=torch.uint8)), preset)
-    >>> ready.pixels.shape
-    torch.Size([1, 2, 3, 32, 32])
-    >>> [round(edge, 3) for edge in ready.extent[0].tolist()]
-    [0.0, 0.119, 1.0, 0.881]
+    Returns:
+        Normalized float32 frames of the preset's size, on the device of `frames`. Their extent says which
+        part of the original image they show.
+
+    Raises:
+        ShapeError: The pixels are not uint8 RGB, or the preset crops and one side is more than 32 times as
+            long as the other.
+
+    Example:
+        >>> preset = Preset("crop", input_size=(32, 32))
+        >>> ready = preprocess(Frames.of(torch.zeros(1, 2, 3, 48, 64, dtype=torch.uint8)), preset)
+        >>> ready.pixels.shape
+        torch.Size([1, 2, 3, 32, 32])
+        >>> [round(edge, 3) for edge in ready.extent[0].tolist()]
+        [0.0, 0.119, 1.0, 0.881]
     """
     batch = frames.pixels.shape[0]
     pixels, extent = resize(rearrange(frames.pixels, "b t c h w -> (b t) c h w"), preset, resample)
@@ -49,34 +60,42 @@ def preprocess(frames: Frames, preset: Preset, resample: Resample = "exact") -> 
 
 
 def resize(pixels: Tensor, preset: Preset, resample: Resample = "exact") -> tuple[Tensor, Extent]:
-    """The preset's geometry alone: uint8 [T, 3, H, W] to [T, 3, *preset.input_size], and its extent.
+    """Apply only the geometry of a preset: scale, then crop or pad.
 
-    The extent is in units of the pictures that came. Pixels stay uint8, 0 to 255, except with
-    `bilinear_plain`, which makes floats, 0 to 1. It depends on the preset's crop_mode, input_size,
-    resize_short_side, interpolation and center, and for a letterbox on its mean. Nothing is resampled to its
-    own size.
+    The result depends on the preset's crop_mode, input_size, resize_short_side, interpolation and center, and
+    for a letterbox on its mean. Frames that already have the right size are not resampled.
 
-    resample: `exact` resamples as PIL does, one picture after the other, on the CPU; `fast` by torch,
-    columns before rows, as PIL did before version 13 (now it begins with rows where the height shrinks
-    much more than the width). `bilinear_plain` is the same either way.
+    Args:
+        pixels: uint8 frames of shape [T, 3, H, W].
+        preset: The encoder's preprocessing.
+        resample: "exact" resamples each frame with PIL on the CPU. "fast" resamples with torch, columns
+            before rows, as PIL did before version 13 (newer versions start with the rows if the height
+            shrinks much more than the width). Both are the same for the interpolation "bilinear_plain".
+
+    Returns:
+        The frames, shape [T, 3, *preset.input_size], and their extent in units of the input frames. Pixels
+        stay uint8, except with "bilinear_plain", which returns floats in [0, 1].
+
+    Raises:
+        ShapeError: The pixels are not uint8 RGB, `resample` is unknown, or the frames are too long to crop.
     """
     check_resample(resample)
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ShapeError(
-            f"preprocess wants uint8 pixels [T, 3, H, W], 0 to 255; got {pixels.dtype} {list(pixels.shape)}."
+            f"Expected uint8 pixels [T, 3, H, W] in 0 to 255; got {pixels.dtype} {list(pixels.shape)}."
         )
     plain = preset.interpolation == "bilinear_plain"
     size = _scaled_size(pixels.shape[2], pixels.shape[3], preset)
     scaled = pixels.float() / 255 if plain else pixels
     if size != tuple(pixels.shape[2:]):
-        ways = {"exact": _resample_pil, "fast": _resample_torch}
-        scaled = (_resample_plain if plain else ways[resample])(scaled, size, preset)
-    place = {"squash": _whole, "crop": _crop, "letterbox": _letterbox}[preset.crop_mode]
-    return place(scaled, preset)
+        resamplers = {"exact": _resample_pil, "fast": _resample_torch}
+        scaled = (_resample_plain if plain else resamplers[resample])(scaled, size, preset)
+    fit = {"squash": _whole, "crop": _crop, "letterbox": _letterbox}[preset.crop_mode]
+    return fit(scaled, preset)
 
 
 def normalize(pixels: Tensor, preset: Preset) -> Tensor:
-    """The preset's numbers alone: uint8, or floats in [0, 1], to (pixel − mean) / std in float32.
+    """Convert uint8 pixels, or floats in [0, 1], to (pixel - mean) / std in float32.
 
     >>> pixels = torch.tensor([0, 255, 255], dtype=torch.uint8).reshape(1, 3, 1, 1)
     >>> normalize(pixels, Preset("squash", (1, 1))).flatten()
@@ -87,30 +106,39 @@ def normalize(pixels: Tensor, preset: Preset) -> Tensor:
 
 
 def within(outer: Tensor, inner: Extent) -> Tensor:
-    """`inner`, given in units of the rectangles `outer` [B, 4], in units of the whole picture.
+    """Convert `inner`, in units of the rectangles `outer` [B, 4], to units of the original image.
 
     >>> within(torch.tensor([[0.0, 0.5, 1.0, 1.0]]), (0.0, 0.0, 1.0, 0.5))
     tensor([[0.0000, 0.5000, 1.0000, 0.7500]])
     """
-    corner, far = outer[:, [0, 1, 0, 1]], outer[:, [2, 3, 2, 3]]
-    return corner + (far - corner) * torch.tensor(inner, dtype=outer.dtype, device=outer.device)
+    near, far = outer[:, [0, 1, 0, 1]], outer[:, [2, 3, 2, 3]]
+    return near + (far - near) * torch.tensor(inner, dtype=outer.dtype, device=outer.device)
+
+
+def check_resample(resample: str) -> None:
+    """Raise ShapeError unless `resample` is "exact" or "fast"."""
+    if resample not in get_args(Resample):
+        raise ShapeError(f"resample must be 'exact' (PIL) or 'fast' (torch); got {resample!r}.")
+
+
+# Scaling
 
 
 def _scaled_size(height: int, width: int, preset: Preset) -> tuple[int, int]:
-    """(height, width) after scaling, before anything is cut off or added."""
+    """Return (height, width) after scaling, before cropping or padding."""
     if preset.crop_mode == "squash":
         return preset.input_size
     if preset.crop_mode == "letterbox":
         scale = min(preset.input_size[0] / height, preset.input_size[1] / width)
         return max(round(height * scale), 1), max(round(width * scale), 1)
-    if max(height, width) > LONGEST * min(height, width):
+    if max(height, width) > MAX_ASPECT * min(height, width):
         raise ShapeError(
-            f"A picture of {height}×{width} pixels is too long to be scaled by its short side, as this crop "
-            f"wants: more than {LONGEST} times. A preset that squashes or letterboxes takes it."
+            f"Cannot crop frames of {height}×{width} pixels: the long side is more than {MAX_ASPECT} times "
+            "the short side. Use a preset whose crop_mode is 'squash' or 'letterbox'."
         )
     short = preset.resize_short_side or min(preset.input_size)
-    # The long side rounds down: torchvision divides last; pytorchvideo, which LanguageBind
-    # uses, divides first, and can so be one pixel smaller.
+    # The long side rounds down. torchvision divides last; pytorchvideo, which LanguageBind uses, divides
+    # first, so its result can be one pixel smaller.
     if preset.interpolation == "bilinear_plain":
         long = math.floor(max(height, width) / min(height, width) * short)
     else:
@@ -118,35 +146,28 @@ def _scaled_size(height: int, width: int, preset: Preset) -> tuple[int, int]:
     return (short, long) if height <= width else (long, short)
 
 
-def check_resample(resample: str) -> None:
-    """Raise ShapeError unless it is one of the two ways to resample."""
-    if resample not in get_args(Resample):
-        raise ShapeError(f"resample is 'exact' (as PIL) or 'fast' (by torch); got {resample!r}.")
-
-
 def _resample_pil(pixels: Tensor, size: tuple[int, int], preset: Preset) -> Tensor:
-    """uint8 [T, 3, H, W] to [T, 3, *size] as PIL does it, which torchvision and timm build on."""
+    """Resample uint8 [T, 3, H, W] to [T, 3, *size] with PIL, which torchvision and timm use too."""
     from PIL import Image
 
-    how = Image.Resampling.BICUBIC if preset.interpolation == "bicubic" else Image.Resampling.BILINEAR
-    pictures = (
-        Image.fromarray(p) for p in rearrange(pixels, "t c h w -> t h w c").contiguous().cpu().numpy()
-    )
-    resized = np.stack([np.array(picture.resize(size[::-1], how)) for picture in pictures])
+    filter_ = Image.Resampling.BICUBIC if preset.interpolation == "bicubic" else Image.Resampling.BILINEAR
+    images = (Image.fromarray(p) for p in rearrange(pixels, "t c h w -> t h w c").contiguous().cpu().numpy())
+    resized = np.stack([np.array(image.resize(size[::-1], filter_)) for image in images])
     return rearrange(torch.from_numpy(resized), "t h w c -> t c h w").to(pixels.device)
 
 
 def _resample_torch(pixels: Tensor, size: tuple[int, int], preset: Preset) -> Tensor:
-    """The same by torch: its kernels for bytes on a CPU; elsewhere there are none, and floats do it.
-
-    In two passes, then, rounded to bytes after each, as PIL does; in one, up to a fifth of them differ.
-    """
+    """Resample with torch. It has uint8 kernels for the CPU only; other devices compute in floats."""
     if pixels.device.type == "cpu":
         return interpolate(pixels, size, mode=preset.interpolation, antialias=True)
     return _two_passes(pixels, size, preset)
 
 
 def _two_passes(pixels: Tensor, size: tuple[int, int], preset: Preset) -> Tensor:
+    """Resample in floats, rounding to uint8 after each axis as PIL does.
+
+    In a single pass, up to a fifth of the values would differ from PIL's.
+    """
     values = pixels.float()
     for step in ((pixels.shape[2], size[1]), size):
         values = interpolate(values, step, mode=preset.interpolation, antialias=True)
@@ -155,8 +176,11 @@ def _two_passes(pixels: Tensor, size: tuple[int, int], preset: Preset) -> Tensor
 
 
 def _resample_plain(pixels: Tensor, size: tuple[int, int], preset: Preset) -> Tensor:
-    """float [T, 3, H, W] to [T, 3, *size], bilinear without antialiasing."""
+    """Resample float [T, 3, H, W] to [T, 3, *size], bilinear without antialiasing."""
     return interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=False)
+
+
+# Fitting scaled frames to the input size
 
 
 def _whole(pixels: Tensor, preset: Preset) -> tuple[Tensor, Extent]:
@@ -164,24 +188,25 @@ def _whole(pixels: Tensor, preset: Preset) -> tuple[Tensor, Extent]:
 
 
 def _crop(pixels: Tensor, preset: Preset) -> tuple[Tensor, Extent]:
-    """The center of `preset.input_size`, where `preset.center` puts it."""
-    (height, width), (want_h, want_w) = pixels.shape[2:], preset.input_size
-    place = round if preset.center == "nearest" else math.floor
-    top, left = place((height - want_h) / 2), place((width - want_w) / 2)
-    extent = (top / height, left / width, (top + want_h) / height, (left + want_w) / width)
-    return pixels[:, :, top : top + want_h, left : left + want_w], extent
+    """Crop the center; `preset.center` says how an odd margin is rounded."""
+    (height, width), (crop_h, crop_w) = pixels.shape[2:], preset.input_size
+    round_margin = round if preset.center == "nearest" else math.floor
+    top, left = round_margin((height - crop_h) / 2), round_margin((width - crop_w) / 2)
+    extent = (top / height, left / width, (top + crop_h) / height, (left + crop_w) / width)
+    return pixels[:, :, top : top + crop_h, left : left + crop_w], extent
 
 
 def _letterbox(pixels: Tensor, preset: Preset) -> tuple[Tensor, Extent]:
-    """Centered on `preset.input_size`, the rest filled with the preset's mean."""
-    (height, width), (want_h, want_w) = pixels.shape[2:], preset.input_size
-    top, left = (want_h - height) // 2, (want_w - width) // 2
+    """Center the frames on a canvas of the input size that is filled with the preset's mean."""
+    (height, width), (canvas_h, canvas_w) = pixels.shape[2:], preset.input_size
+    top, left = (canvas_h - height) // 2, (canvas_w - width) // 2
     mean = _channels(preset.mean, pixels)
     fill = mean if pixels.is_floating_point() else (mean * 255).round().to(pixels.dtype)
-    canvas = fill.expand(len(pixels), 3, want_h, want_w).clone()
+    canvas = fill.expand(len(pixels), 3, canvas_h, canvas_w).clone()
     canvas[:, :, top : top + height, left : left + width] = pixels
-    return canvas, (-top / height, -left / width, (want_h - top) / height, (want_w - left) / width)
+    return canvas, (-top / height, -left / width, (canvas_h - top) / height, (canvas_w - left) / width)
 
 
 def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """Return per-channel values as a tensor [3, 1, 1] on the device of `like`."""
     return torch.tensor(values, device=like.device)[:, None, None]

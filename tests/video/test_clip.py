@@ -1,4 +1,4 @@
-"""Preparing: what encoders share is shared only where it is the same."""
+"""prepare: encoders share frames and resizes only if these are the same for them."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from merv.video.transforms import normalize, resize
 
 
 class Boxed(Fake):
-    """A Fake with two letterboxes that differ in what fills them."""
+    """A Fake with two letterbox presets that are filled with different means."""
 
     variants = {
         "image": replace(
@@ -29,7 +29,7 @@ class Boxed(Fake):
 
 
 class Whole(Fake):
-    """A Fake that sees all frames of a clip at once, two to a cell."""
+    """A Fake with one window for all frames of a clip and two frames per cell."""
 
     variants = {"video": replace(Fake.variants["video"], window_size=0)}
 
@@ -38,7 +38,7 @@ class Whole(Fake):
         return cells[:, :, None, None, None].expand(-1, -1, 2, 2, self.spec.embed_dim).clone()
 
 
-def test_letterboxes_of_other_means_are_filled_apart() -> None:
+def test_letterboxes_with_different_means_are_not_shared() -> None:
     encoders = {name: Boxed(preset=name) for name in ("dark", "light")}
     clip = prepare(torch.full((1, 3, 16, 32), 99, dtype=torch.uint8), encoders, Sampling())
     for frames in clip.frames.values():
@@ -46,15 +46,15 @@ def test_letterboxes_of_other_means_are_filled_apart() -> None:
         torch.testing.assert_close(bar, torch.zeros_like(bar))  # the mean, normalized
 
 
-@pytest.mark.parametrize(("frames", "rate"), [(1, None), (75, 1.0)])
-def test_an_encoder_of_whole_clips_gets_whole_tubelets(frames: int, rate: float | None) -> None:
-    model = MultiEncoder({"whole": Whole("video")}, grid=(4, 2, 2), sampling=Sampling(fps=rate))
+@pytest.mark.parametrize(("frames", "fps"), [(1, None), (75, 1.0)])
+def test_encoder_of_whole_clips_gets_complete_tubelets(frames: int, fps: float | None) -> None:
+    model = MultiEncoder({"whole": Whole("video")}, grid=(4, 2, 2), sampling=Sampling(fps=fps))
     video = torch.zeros(frames, 3, 16, 16, dtype=torch.uint8)
     assert model.read(video).frames["whole"].pixels.shape[1] % 2 == 0
     assert model(video).mask.all()
 
 
-def test_one_resize_serves_all_encoders_of_equal_geometry(monkeypatch) -> None:
+def test_encoders_with_equal_geometry_share_one_resize(monkeypatch) -> None:
     resized = []
 
     def count(pixels, preset, resample):
@@ -62,31 +62,30 @@ def test_one_resize_serves_all_encoders_of_equal_geometry(monkeypatch) -> None:
         return resize(pixels, preset, resample)
 
     monkeypatch.setattr("merv.video.clip.resize", count)
-    other_numbers = replace(Fake.variants["image"].presets["merv"], mean=(0.1, 0.2, 0.3))
+    other_mean = replace(Fake.variants["image"].presets["merv"], mean=(0.1, 0.2, 0.3))
     encoders = {"a": Fake(), "b": Fake("video"), "c": Fake(), "d": Fake(preset="upstream")}
-    encoders["c"].preset = other_numbers
+    encoders["c"].preset = other_mean
     clip = prepare(torch.randint(0, 256, (16, 3, 24, 40), dtype=torch.uint8), encoders, Sampling())
     assert resized == [(16, "squash"), (16, "crop")]
     assert torch.equal(clip.frames["a"].pixels, clip.frames["b"].pixels)
     assert not torch.equal(clip.frames["a"].pixels, clip.frames["c"].pixels)
 
 
-def test_fast_reaches_the_frames_the_key_and_a_saved_model(tmp_path) -> None:
+def test_resample_applies_to_frames_key_and_saved_model(tmp_path) -> None:
     video = torch.randint(0, 256, (16, 3, 24, 40), dtype=torch.uint8)
-    exact, fast = (MultiEncoder(["fake"], grid=(4, 2, 2), resample=how) for how in ("exact", "fast"))
-    same = resize(video, fast.encoder("fake").preset, "fast")[0]
-    assert torch.equal(
-        fast.read(video).frames["fake"].pixels[0], normalize(same, fast.encoder("fake").preset)
-    )
+    exact, fast = (MultiEncoder(["fake"], grid=(4, 2, 2), resample=mode) for mode in ("exact", "fast"))
+    preset = fast.encoder("fake").preset
+    expected = normalize(resize(video, preset, "fast")[0], preset)
+    assert torch.equal(fast.read(video).frames["fake"].pixels[0], expected)
     assert exact.key(video, "fake") != fast.key(video, "fake")
     fast.save_pretrained(tmp_path / "saved")
     assert MultiEncoder.from_pretrained(tmp_path / "saved").key(video, "fake") == fast.key(video, "fake")
-    with pytest.raises(ShapeError, match="'exact'"):
+    with pytest.raises(ShapeError, match="'quick'"):
         MultiEncoder(["fake"], resample="quick")
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_times_leave_no_step_of_a_clip_unseen(seed) -> None:
+def test_random_times_cover_every_time_step(seed) -> None:
     model = MultiEncoder(["fake", "fake/video"], grid=(32, 2, 2), sampling=Sampling("segment", seed=seed))
     features = model.features(torch.zeros(200, 3, 16, 16, dtype=torch.uint8))
     assert all(grid.mask.all() for grid in features.values())
@@ -94,27 +93,27 @@ def test_random_times_leave_no_step_of_a_clip_unseen(seed) -> None:
 
 @pytest.mark.parametrize("sampling", [Sampling("official"), Sampling("fps", fps=1.0)])
 @pytest.mark.parametrize("frames", [3, 4, 26, 30, 60])
-def test_times_on_the_clips_own_frames_leave_no_step_unseen(sampling, frames) -> None:
+def test_sampled_times_cover_every_time_step(sampling, frames) -> None:
     model = MultiEncoder(["fake"], grid=(16, 2, 2), sampling=sampling)
     assert model(torch.zeros(frames, 3, 16, 16, dtype=torch.uint8)).mask.all()
 
 
-def test_crops_that_round_otherwise_are_cut_apart() -> None:
-    cut = Preset("crop", (16, 16), "bilinear")
+def test_crops_with_different_rounding_are_not_shared() -> None:
+    preset = Preset("crop", (16, 16), "bilinear")
     encoders = {name: Fake() for name in ("nearest", "down")}
-    encoders["nearest"].preset, encoders["down"].preset = cut, replace(cut, center="down")
+    encoders["nearest"].preset, encoders["down"].preset = preset, replace(preset, center="down")
     clip = prepare(torch.randint(0, 256, (1, 3, 16, 19), dtype=torch.uint8), encoders, Sampling())
     alone = prepare(torch.zeros(1, 3, 16, 19, dtype=torch.uint8), {"down": encoders["down"]}, Sampling())
     extents = {name: frames.extent[0, 1].item() for name, frames in clip.frames.items()}
     assert extents["down"] == alone.frames["down"].extent[0, 1].item() != extents["nearest"]
 
 
-def test_an_encoder_of_whole_clips_can_be_trained_on_padded_ones() -> None:
-    class Learned(Whole):
+def test_encoder_of_whole_clips_can_be_trained_on_padded_clips() -> None:
+    class Trainable(Whole):
         def encode(self, pixels):
             return torch.sigmoid(self.net.weight.mean() * super().encode(pixels))
 
-    encoder = Learned("video").requires_grad_(True)
+    encoder = Trainable("video").requires_grad_(True)
     frames = Frames.of(torch.ones(2, 8, 3, 16, 16))
     mask = torch.ones(2, 8, dtype=torch.bool)
     mask[1, 6:] = False
