@@ -1,1 +1,1 @@
-"""Rows of files to batches: reading, checking, their order, the place in it."""
+"""Read samples from files, check them, and load them in batches that can be resumed."""

@@ -1,7 +1,7 @@
-"""Check of data: every row, every video and image, read before training does, by all cores.
+"""Check a data set before training: read every row and open every video and image, in worker processes.
 
-Three passes, each in worker processes: rows; the videos and images in them, each once; and the
-content of those files that could be equal, because their sizes are.
+There are three rounds: the rows; the videos and images in them, each once; and the content of those files
+that may be copies of each other because they have the same size.
 """
 
 from __future__ import annotations
@@ -20,22 +20,30 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from merv.data.samples import media_parts
+from merv.data.samples import Conversation, media_parts, text_of
 from merv.data.sources import FilePart, Rows, Samples, Source, expand, open_samples
 from merv.errors import DataError, MervError
 from merv.models.chat import render
 from merv.video.open import open_video
 from merv.video.reader import SKIP
 
-CHARACTERS = 4  # of English, to a token, where no tokenizer is given
-SMALLEST = 16  # pixels: a patch of the common encoders
-DECODED = 8  # frames of each video, spread evenly, with media="decode"
-CHUNK = 32  # rows or files that a worker takes at once
+CHARACTERS_PER_TOKEN = 4  # of English, for an estimate without a tokenizer
+MIN_SIDE = 16  # pixels: a patch of the common encoders
+DECODED_FRAMES = 8  # of each video with media="decode", evenly spaced
+CHUNK_SIZE = 32  # rows or files that a worker takes at once
+
+Media = Any  # a video or image: a path, FilePart or EmbeddedMedia
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a sample: where its row is, what kind of thing, in words."""
+    """A remark about a sample or file.
+
+    Args:
+        origin: Where the row is, or the file.
+        kind: What the remark is about.
+        reason: The remark, for people.
+    """
 
     origin: str
     kind: Literal["file", "row", "media", "length", "duplicate", "leak"]
@@ -44,51 +52,55 @@ class Finding:
 
 @dataclass
 class Report:
-    """What a check found.
+    """The result of `check_data`.
 
-    bad: what training would fail on, or should not see. notes: what is worth knowing. good: the
-    samples without anything bad, by their indices. counts, numbers: statistics, by what is counted
-    or measured. samples: what was checked.
+    Args:
+        samples: The samples that were checked.
+        invalid: What training would stop at or should not see.
+        notes: Findings that do not make a sample invalid.
+        valid: Indices of the samples without an invalid finding.
+        counts: Counts by name and category, such as `counts["rows"]["valid"]`.
+        numbers: Measured values by name, such as `numbers["duration_s"]`.
     """
 
     samples: Samples
-    bad: list[Finding] = field(default_factory=list)
+    invalid: list[Finding] = field(default_factory=list)
     notes: list[Finding] = field(default_factory=list)
-    good: list[int] = field(default_factory=list)
+    valid: list[int] = field(default_factory=list)
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     numbers: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A video or image whose bytes are in a row: which one of which sample of which set."""
+class EmbeddedMedia:
+    """Names a video or image whose bytes are in a row, so that workers need not send the bytes."""
 
-    group: int
-    index: int
-    place: int
+    set_index: int
+    row_index: int
+    position: int
 
 
 @dataclass(frozen=True)
-class Row:
-    """What a worker tells of a sample; with `reason`, only that."""
+class RowCheck:
+    """What a worker finds out about a row; only `origin` and `error` if it is malformed."""
 
     origin: str
-    reason: str = ""
-    talks: tuple[bytes, ...] = ()  # a hash of the words of each conversation
-    asked: tuple[bytes, ...] = ()  # of each question with its answer
-    turns: tuple[int, ...] = ()
-    tokens: tuple[int, ...] = ()
-    media: tuple[Any, ...] = ()  # paths, FileParts, Cells, each once
-    kinds: str = ""  # of media
+    error: str = ""
+    conversation_hashes: tuple[bytes, ...] = ()
+    question_hashes: tuple[bytes, ...] = ()  # of each question with its answer
+    num_turns: tuple[int, ...] = ()  # of each conversation
+    num_tokens: tuple[int, ...] = ()  # of each conversation
+    media: tuple[Media, ...] = ()  # without repeats
+    media_types: str = ""
 
 
 @dataclass(frozen=True)
-class Medium:
-    """What a worker tells of a video or image."""
+class MediaCheck:
+    """What a worker finds out about a video or image."""
 
-    size: int = 0
-    reason: str = ""
-    shape: Mapping[str, float] = field(default_factory=dict)
+    num_bytes: int  # 0 if it cannot be read
+    error: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)  # size, duration and rate
     codec: str = ""
 
 
@@ -101,161 +113,186 @@ def check_data(
     visual_tokens: int = 1024,
     max_tokens: int | None = None,
     against: Source = (),
-    workers: int = 0,
+    num_workers: int = 0,
     progress: bool = False,
 ) -> Report:
-    """Read all samples of `files` and say what is wrong with them.
+    """Check all samples of some files.
 
-    root: as of `open_samples`. media: open each video and image (`probe`), decode some frames too,
-    or neither. tokenizer: the language model's, which renders conversations and measures lengths; without,
-    they are estimated from characters. visual_tokens: of one video or image, for those lengths. max_tokens:
-    longer conversations are bad. against: files of evaluation data, which should not be in these.
-    workers: processes besides this one. progress: whether a terminal shows bars.
+    Args:
+        files: Files of samples, as in `open_samples`.
+        root: The folder that paths in rows start at; the folder of each file by default.
+        media: "probe" opens each video and image, "decode" also decodes some of its frames, "none" only
+            looks for copies.
+        tokenizer: The language model's tokenizer, which renders conversations and measures their lengths.
+            None: lengths are estimated from characters.
+        visual_tokens: Tokens that a video or image counts as.
+        max_tokens: Longer conversations are invalid. None: no limit.
+        against: Files of evaluation data, which must not be in the training data.
+        num_workers: Worker processes; 0: this process does the work.
+        progress: Show progress bars in a terminal.
+
+    Returns:
+        The findings and statistics. A file that cannot be opened is a finding, too.
+
+    Raises:
+        DataError: A file of `against` cannot be opened.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "a.jsonl")
+        ...     _ = file.write_text('{"messages": [{"role": "user", "content": "Who?"}]}')
+        ...     report = check_data(file)
+        >>> report.valid, report.invalid[0].kind
+        ([], 'row')
     """
-    opened, report = _open(files, root)
-    sets = [opened, open_samples(against, root) if against else Samples([])]
-    run = partial(_run, workers=workers, progress=progress)
-    rows, known = (
-        list(run(partial(_row, samples, group, tokenizer, visual_tokens), range(len(samples)), "rows"))
-        for group, samples in enumerate(sets)
-    )
-    own = dict.fromkeys(medium for row in rows for medium in row.media)
-    others = dict.fromkeys(medium for row in known for medium in row.media if medium not in own)
-    about: dict[Any, Medium] = {}
-    for found, way in (own, media), (others, "none"):
-        about.update(
-            zip(found, run(partial(_medium, sets, way), list(found), "videos and images"), strict=True)
+    samples, report = _open_files(files, root)
+    sets = [samples, open_samples(against, root) if against else Samples([])]
+    parallel_map = partial(_parallel_map, num_workers=num_workers, progress=progress)
+    rows, eval_rows = (
+        list(
+            parallel_map(
+                partial(_check_row, sets[i], i, tokenizer, visual_tokens), range(len(sets[i])), "rows"
+            )
         )
-    sizes = Counter(medium.size for medium in about.values())
-    alike = [source for source, medium in about.items() if medium.size and sizes[medium.size] > 1]
-    content = dict(zip(alike, run(partial(_digest, sets), alike, "contents of equal size"), strict=True))
-    judge = _Judge(report, about, {**{source: source for source in about}, **content}, known, max_tokens)
+        for i in range(2)
+    )
+    # Dicts keep the order and drop repeats
+    train_media = dict.fromkeys(source for row in rows for source in row.media)
+    eval_media = dict.fromkeys(
+        source for row in eval_rows for source in row.media if source not in train_media
+    )
+    checks: dict[Media, MediaCheck] = {}
+    for sources, mode in (train_media, media), (eval_media, "none"):
+        results = parallel_map(partial(_check_media, sets, mode), list(sources), "videos and images")
+        checks.update(zip(sources, results, strict=True))
+    sizes = Counter(check.num_bytes for check in checks.values())
+    same_size = [s for s, check in checks.items() if check.num_bytes and sizes[check.num_bytes] > 1]
+    keys = parallel_map(partial(_content_key, sets), same_size, "contents of equal size")
+    content = {source: source for source in checks} | dict(zip(same_size, keys, strict=True))
+    builder = _ReportBuilder(report, checks, content, eval_rows, max_tokens)
     for index, row in enumerate(rows):
-        judge(index, row)
-    judge.copies(own)
+        builder.add_row(index, row)
+    builder.add_media(train_media)
     return report
 
 
-def _open(files: Source, root: str | Path | None) -> tuple[Samples, Report]:
-    """The files that can be opened, as one, and a report that names the others."""
+def _open_files(files: Source, root: str | Path | None) -> tuple[Samples, Report]:
+    """Open the files that can be opened, and start a report with findings about the others."""
     opened: list[Rows] = []
-    bad = []
+    invalid = []
     for pattern in [files] if isinstance(files, (str, Path)) else files:
         try:
             paths: Sequence[str | Path] = expand(pattern)
         except DataError as error:
-            bad.append(Finding(str(pattern), "file", str(error)))
+            invalid.append(Finding(str(pattern), "file", str(error)))
             continue
         for path in paths:
             try:
                 opened += open_samples(path, root).files
             except DataError as error:
-                bad.append(Finding(str(path), "file", str(error)))
+                invalid.append(Finding(str(path), "file", str(error)))
     samples = Samples(opened)
-    return samples, Report(samples, bad)
+    return samples, Report(samples, invalid)
 
 
-def _run(
-    work: Callable[[Any], Any], items: Sequence[Any], about: str, *, workers: int, progress: bool
+def _parallel_map(
+    work: Callable[[Any], Any], items: Sequence[Any], name: str, *, num_workers: int, progress: bool
 ) -> Iterator[Any]:
-    """`work` of each item, in order; a loader's workers have one thread each."""
-    chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
-    if not chunks:
-        return
-    loader: Any = DataLoader(_Chunks(work, chunks), batch_size=None, num_workers=min(workers, len(chunks)))  # type: ignore[arg-type]
-    with tqdm(total=len(items), desc=about, disable=None if progress else True) as bar:
-        for done in loader:
-            yield from done
-            bar.update(len(done))
+    """Yield `work(item)` of each item, in order.
+
+    A DataLoader sends `work`, which holds the index of all samples, to each worker once; a process pool would
+    send it with each chunk.
+    """
+    loader: Any = DataLoader(
+        items,  # type: ignore[arg-type]
+        batch_size=CHUNK_SIZE,
+        collate_fn=partial(_map_chunk, work),
+        num_workers=min(num_workers, -(-len(items) // CHUNK_SIZE)),
+    )
+    with tqdm(total=len(items), desc=name, disable=None if progress else True) as bar:
+        for results in loader:
+            yield from results
+            bar.update(len(results))
 
 
-@dataclass(frozen=True)
-class _Chunks:
-    work: Callable[[Any], Any]
-    chunks: Sequence[Sequence[Any]]
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, index: int) -> list[Any]:
-        return [self.work(item) for item in self.chunks[index]]
+def _map_chunk(work: Callable[[Any], Any], chunk: Sequence[Any]) -> list[Any]:
+    return [work(item) for item in chunk]
 
 
-def _row(samples: Samples, group: int, tokenizer: Any, visual_tokens: int, index: int) -> Row:
+def _check_row(samples: Samples, set_index: int, tokenizer: Any, visual_tokens: int, index: int) -> RowCheck:
     try:
         sample = samples[index]
-        tokens = tuple(_tokens(talk, tokenizer, visual_tokens) for talk in sample.conversations)
+        num_tokens = tuple(_num_tokens(turns, tokenizer, visual_tokens) for turns in sample.conversations)
     except MervError as error:
-        return Row(samples.origin(index), str(error))
-    parts = media_parts(sample.conversations[0])  # others of a sample have the same
+        return RowCheck(samples.origin(index), str(error))
+    parts = media_parts(sample.conversations[0])  # all conversations of a sample have the same
     sources = [part[part["type"]] for part in parts]
-    media = [Cell(group, index, n) if isinstance(s, bytes) else s for n, s in enumerate(sources)]
-    talks = [[(turn["role"], _words(turn)) for turn in talk] for talk in sample.conversations]
-    return Row(
+    media = [EmbeddedMedia(set_index, index, n) if isinstance(s, bytes) else s for n, s in enumerate(sources)]
+    texts = [[(turn["role"], text_of(turn["content"])) for turn in turns] for turns in sample.conversations]
+    return RowCheck(
         sample.origin,
-        talks=tuple(map(_hash, talks)),
-        asked=tuple(
-            _hash((said.strip().lower(), answer.strip().lower()))
-            for talk in talks
-            for (_, said), (role, answer) in pairwise(talk)
+        conversation_hashes=tuple(map(_hash, texts)),
+        question_hashes=tuple(
+            _hash((question.strip().lower(), answer.strip().lower()))
+            for turns in texts
+            for (_, question), (role, answer) in pairwise(turns)
             if role == "assistant"
         ),
-        turns=tuple(len(talk) for talk in talks),
-        tokens=tokens,
+        num_turns=tuple(len(turns) for turns in texts),
+        num_tokens=num_tokens,
         media=tuple(dict.fromkeys(media)),
-        kinds=" and ".join(sorted({part["type"] for part in parts})) or "text only",
+        media_types=" and ".join(sorted({part["type"] for part in parts})) or "text only",
     )
-
-
-def _words(turn: Mapping[str, Any]) -> str:
-    content = turn["content"]
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def _hash(value: Any) -> bytes:
     return blake2b(json.dumps(value).encode(), digest_size=10).digest()
 
 
-def _tokens(talk: list[dict[str, Any]], tokenizer: Any, visual_tokens: int) -> int:
+def _num_tokens(conversation: Conversation, tokenizer: Any, visual_tokens: int) -> int:
     if tokenizer is None:
-        text = sum(len(_words(turn)) for turn in talk) // CHARACTERS
+        text = sum(len(text_of(turn["content"])) for turn in conversation) // CHARACTERS_PER_TOKEN
     else:
-        text = sum(len(piece) for piece in render(talk, tokenizer).pieces if isinstance(piece, list))
-    return text + visual_tokens * len(media_parts(talk))
+        pieces = render(conversation, tokenizer).pieces
+        text = sum(len(piece) for piece in pieces if isinstance(piece, list))
+    return text + visual_tokens * len(media_parts(conversation))
 
 
-def _held(sets: Sequence[Samples], medium: Any) -> Any:
-    return sets[medium.group][medium.index].videos()[medium.place] if isinstance(medium, Cell) else medium
-
-
-def _medium(sets: Sequence[Samples], way: str, medium: Any) -> Medium:
-    """Size in bytes of a video or image; unless `way` is none, what reading it shows."""
-    source = _held(sets, medium)
-    size = _size(source)
-    if way == "none":
-        return Medium(size)
+def _check_media(sets: Sequence[Samples], mode: str, media: Media) -> MediaCheck:
+    """Measure the size of a video or image and, unless the mode is "none", open it."""
+    source = _source_of(sets, media)
+    num_bytes = _num_bytes(source)
+    if mode == "none":
+        return MediaCheck(num_bytes)
     try:
         with open_video(source) as video:
             info = video.info
             if video.damage:
-                return Medium(size, f"{info.name}: {video.damage}")
+                return MediaCheck(num_bytes, f"{info.name}: {video.damage}")
             if info.backend != "pillow" and info.frames == 1:
-                return Medium(size, f"{info.name}: a video of one frame")
-            if min(info.width, info.height) < SMALLEST:
-                return Medium(size, f"{info.name}: {info.width}×{info.height} pixels show nothing")
-            if way == "decode":
-                steps = min(DECODED, info.frames)
-                video.read([i * info.frames // steps for i in range(steps)])
+                return MediaCheck(num_bytes, f"{info.name}: a video of only one frame")
+            if min(info.width, info.height) < MIN_SIDE:
+                size = f"{info.width}×{info.height} pixels; expected at least {MIN_SIDE}×{MIN_SIDE}"
+                return MediaCheck(num_bytes, f"{info.name}: {size}")
+            if mode == "decode":
+                count = min(DECODED_FRAMES, info.frames)
+                video.read([i * info.frames // count for i in range(count)])
     except MervError as error:
-        return Medium(size, str(error).removesuffix(SKIP).strip())
-    shape: dict[str, float] = {"width": info.width, "height": info.height}
+        return MediaCheck(num_bytes, str(error).removesuffix(SKIP).strip())
+    numbers: dict[str, float] = {"width": info.width, "height": info.height}
     if not info.is_still:
-        shape |= {"duration_s": info.duration_s, "fps": info.fps}
-    return Medium(size, shape=shape, codec=info.codec)
+        numbers |= {"duration_s": info.duration_s, "fps": info.fps}
+    return MediaCheck(num_bytes, numbers=numbers, codec=info.codec)
 
 
-def _size(source: Any) -> int:
-    """In bytes; 0 for what cannot be read."""
+def _source_of(sets: Sequence[Samples], media: Media) -> Any:
+    if isinstance(media, EmbeddedMedia):
+        return sets[media.set_index][media.row_index].videos()[media.position]
+    return media
+
+
+def _num_bytes(source: Any) -> int:
     if isinstance(source, (bytes, FilePart)):
         return len(source) if isinstance(source, bytes) else source.size
     try:
@@ -266,90 +303,96 @@ def _size(source: Any) -> int:
         return 0
 
 
-def _digest(sets: Sequence[Samples], medium: Any) -> Any:
+def _content_key(sets: Sequence[Samples], media: Media) -> Any:
+    """Return a hash of the content; `media` itself if it cannot be read."""
     from merv.features.store import video_key
 
     try:
-        return video_key(_held(sets, medium), "")
+        return video_key(_source_of(sets, media), "")
     except MervError:
-        return medium
+        return media
 
 
-@dataclass
-class _Judge:
-    """Puts what the workers told into the report, row by row.
+class _ReportBuilder:
+    """Adds to a report what the workers found out, row by row.
 
-    content: of each medium what is equal where its content is. known: rows of evaluation data.
+    checks: of each video and image. content: a key for each of them, equal for equal content.
     """
 
-    report: Report
-    about: Mapping[Any, Medium]
-    content: Mapping[Any, Any]
-    known: Sequence[Row]
-    max_tokens: int | None
+    def __init__(
+        self,
+        report: Report,
+        checks: Mapping[Media, MediaCheck],
+        content: Mapping[Media, Any],
+        eval_rows: Sequence[RowCheck],
+        max_tokens: int | None,
+    ) -> None:
+        self.report, self.checks, self.content, self.max_tokens = report, checks, content, max_tokens
+        # Each of these maps to the origin of a row
+        self.eval_content = {content[source]: row.origin for row in eval_rows for source in row.media}
+        self.eval_questions = {question: row.origin for row in eval_rows for question in row.question_hashes}
+        self.first_conversation: dict[Any, str] = {}
+        self.first_use: dict[Media, str] = {}
 
-    def __post_init__(self) -> None:
-        self.seen: dict[Any, str] = {}
-        self.users: dict[Any, str] = {}
-        self.known_media = {self.content[m]: row.origin for row in self.known for m in row.media}
-        self.known_asked = {asked: row.origin for row in self.known for asked in row.asked}
-
-    def __call__(self, index: int, row: Row) -> None:
-        found = list(self._findings(row))
-        bad = [finding for finding, is_bad in found if is_bad]
-        self.report.bad += bad
-        self.report.notes += [finding for finding, is_bad in found if not is_bad]
-        if not bad:
-            self.report.good.append(index)
-        self.report.counts["rows"]["bad" if bad else "sound"] += 1
-        self._count(row)
-
-    def _findings(self, row: Row) -> Iterator[tuple[Finding, bool]]:
-        """What there is to say about a row, and whether that is bad."""
-        if row.reason:
-            yield Finding(row.origin, "row", row.reason.removeprefix(f"{row.origin}: ")), True
-            return
-        for medium in row.media:
-            self.users.setdefault(medium, row.origin)
-            if reason := self.about[medium].reason:
-                yield Finding(row.origin, "media", reason), True
-            elif where := self.known_media.get(self.content[medium]):
-                yield Finding(row.origin, "leak", f"{_named(medium)} is evaluated on, at {where}"), True
-        if self.max_tokens and max(row.tokens) > self.max_tokens:
-            yield Finding(row.origin, "length", f"{max(row.tokens)} tokens, over {self.max_tokens}"), True
-        if where := next((self.known_asked[a] for a in row.asked if a in self.known_asked), None):
-            reason = f"question and answer are those of evaluation data, at {where}"
-            yield Finding(row.origin, "leak", reason), not row.media
-        media = tuple(self.content[medium] for medium in row.media)
-        first = [self.seen.setdefault((talk, media), row.origin) for talk in dict.fromkeys(row.talks)]
-        again = [where for where in first if where != row.origin]
-        if again or len(first) < len(row.talks):
-            reason = f"a conversation that is at {(again or first)[0]} already"
-            yield Finding(row.origin, "duplicate", reason), len(again) == len(first)
-
-    def _count(self, row: Row) -> None:
+    def add_row(self, index: int, row: RowCheck) -> None:
+        """Add the findings about a row and its statistics."""
+        findings = list(self._findings(row))
+        invalid = [finding for finding, is_invalid in findings if is_invalid]
+        self.report.invalid += invalid
+        self.report.notes += [finding for finding, is_invalid in findings if not is_invalid]
+        if not invalid:
+            self.report.valid.append(index)
         counts, numbers = self.report.counts, self.report.numbers
-        if row.reason:
+        counts["rows"]["invalid" if invalid else "valid"] += 1
+        if not row.error:
+            counts["conversations"]["total"] += len(row.conversation_hashes)
+            counts["rows by content"][row.media_types] += 1
+            numbers["turns"] += row.num_turns
+            numbers["tokens"] += row.num_tokens
+
+    def _findings(self, row: RowCheck) -> Iterator[tuple[Finding, bool]]:
+        """Yield each finding about a row, and whether it makes the row invalid."""
+        if row.error:
+            yield Finding(row.origin, "row", row.error.removeprefix(f"{row.origin}: ")), True
             return
-        counts["conversations"]["all"] += len(row.talks)
-        counts["rows by content"][row.kinds] += 1
-        numbers["turns"] += row.turns
-        numbers["tokens"] += row.tokens
+        for source in row.media:
+            self.first_use.setdefault(source, row.origin)
+            if error := self.checks[source].error:
+                yield Finding(row.origin, "media", error), True
+            elif eval_origin := self.eval_content.get(self.content[source]):
+                reason = f"{_name_of(source)} is also in the evaluation data, at {eval_origin}"
+                yield Finding(row.origin, "leak", reason), True
+        if self.max_tokens and max(row.num_tokens) > self.max_tokens:
+            reason = f"{max(row.num_tokens)} tokens, but the limit is {self.max_tokens}"
+            yield Finding(row.origin, "length", reason), True
+        shared = [question for question in row.question_hashes if question in self.eval_questions]
+        if shared:
+            reason = (
+                f"question and answer are also in the evaluation data, at {self.eval_questions[shared[0]]}"
+            )
+            yield Finding(row.origin, "leak", reason), not row.media
+        content = tuple(self.content[source] for source in row.media)
+        distinct = dict.fromkeys(row.conversation_hashes)
+        origins = [self.first_conversation.setdefault((one, content), row.origin) for one in distinct]
+        earlier = [origin for origin in origins if origin != row.origin]
+        if earlier or len(distinct) < len(row.conversation_hashes):
+            reason = f"repeats a conversation of {(earlier or origins)[0]}"
+            yield Finding(row.origin, "duplicate", reason), len(earlier) == len(distinct)
 
-    def copies(self, media: Iterable[Any]) -> None:
-        """Statistics of the videos and images, and a note of each that is another one's copy."""
-        first: dict[Any, Any] = {}
+    def add_media(self, sources: Iterable[Media]) -> None:
+        """Add statistics of the videos and images, and a note about each copy."""
+        first: dict[Any, Media] = {}
         counts = self.report.counts["videos and images"]
-        for medium in media:
-            about = self.about[medium]
-            counts[about.codec or ("bad" if about.reason else "not opened")] += 1
-            for name, number in about.shape.items():
+        for source in sources:
+            check = self.checks[source]
+            counts[check.codec or ("invalid" if check.error else "not opened")] += 1
+            for name, number in check.numbers.items():
                 self.report.numbers[name].append(number)
-            other = first.setdefault(self.content[medium], medium)
-            if other is not medium and not isinstance(medium, Cell):
-                reason = f"{_named(medium)} has the content of {_named(other)}"
-                self.report.notes.append(Finding(self.users[medium], "duplicate", reason))
+            original = first.setdefault(self.content[source], source)
+            if original is not source and not isinstance(source, EmbeddedMedia):
+                reason = f"{_name_of(source)} has the same content as {_name_of(original)}"
+                self.report.notes.append(Finding(self.first_use[source], "duplicate", reason))
 
 
-def _named(medium: Any) -> str:
-    return "its video or image" if isinstance(medium, Cell) else str(medium)
+def _name_of(media: Media) -> str:
+    return "the embedded video or image" if isinstance(media, EmbeddedMedia) else str(media)

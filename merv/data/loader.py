@@ -1,7 +1,7 @@
-"""Loader: batches for training, made by worker processes, that know their place in the epoch.
+"""Loader: batches for training, prepared by worker processes, with a resumable position in the epoch.
 
-The place counts batches that were handed out, not those that workers have ready. Saved after a step
-and loaded again, it goes on with the batch after it.
+The position counts the batches that were handed out, not those that workers have prefetched. A run that
+resumes from a saved state goes on with the next batch.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +21,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from merv.data.order import EpochOrder
-from merv.data.samples import Group, Sample
+from merv.data.samples import Conversation, Group, Part, Sample
 from merv.errors import DataError, PromptError, SamplingError, ShapeError, VideoError
 from merv.features.reader import LoadedVideo, Reader
 from merv.models.chat import render
 from merv.utils.distributed import gathered
 
-# What a sample can be at fault for.
-SAMPLE_ERRORS = (VideoError, SamplingError, ShapeError, PromptError, DataError)
+SAMPLE_ERRORS = (VideoError, SamplingError, ShapeError, PromptError, DataError)  # that a sample can cause
 OnError = Literal["raise", "skip"]
 
 logger = logging.getLogger(__name__)
@@ -35,12 +35,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What one process trains on at once.
+    """The samples that one process trains on in one step.
 
-    groups: conversations that share their videos, these as `LoadedVideo` (as they came,
-        without a reader). kinds, origins: of each group, the kinds of its conversations; its row.
-    skipped: origin and reason of each sample that could not be used; nothing stands in for it, so that
-        a batch may have fewer groups than asked for, or none.
+    Args:
+        groups: For each sample, its conversations, with each video as a `LoadedVideo` (or unread, if the
+            BatchReader has no reader).
+        kinds: For each sample, the kinds of its conversations.
+        origins: For each sample, where its row is.
+        skipped: Origin and reason of each sample that could not be used. Such samples are not replaced, so a
+            batch may have fewer groups than `batch_size`, or none.
     """
 
     groups: list[Group]
@@ -50,128 +53,138 @@ class Batch:
 
 
 class BatchReader(Dataset):
-    """Makes batches of samples; what workers get a copy of. `reader[epoch, numbers]` is a Batch.
+    """Reads batches; each worker has a copy. `batch_reader[epoch, indices]` is a Batch.
 
-    questions: at most so many conversations of a sample, drawn anew in each epoch, as are the frames of
-        `segment` sampling; None: all, in order, and the frames the same in each epoch.
-    tokenizer: the language model's; a conversation that its chat template rejects is bad.
+    Args:
+        samples: The samples that indices refer to.
+        reader: Reads the videos; None leaves them unread.
+        max_questions: Number of conversations drawn from each sample, anew in every epoch; `segment` frame
+            sampling then also draws new frames in every epoch. None: all conversations in order, and the
+            same frames in every epoch.
+        seed: Seed of these draws.
+        tokenizer: The language model's tokenizer. A conversation that its chat template rejects is skipped.
     """
 
     def __init__(
         self,
         samples: Sequence[Sample],
         reader: Reader | None,
-        questions: int | None = None,
+        max_questions: int | None = None,
         seed: int = 0,
         tokenizer: Any = None,
     ) -> None:
-        self.samples, self.reader, self.questions, self.seed = samples, reader, questions, seed
+        self.samples, self.reader, self.max_questions, self.seed = samples, reader, max_questions, seed
         self.tokenizer = tokenizer
 
     def __getitem__(self, key: tuple[int, Sequence[int]]) -> Batch:
-        epoch, numbers = key
-        return self.batch(((n, lambda n=n: self.samples[n]) for n in numbers), epoch)  # type: ignore[misc]
+        epoch, indices = key
+        return self.batch(((index, partial(self.samples.__getitem__, index)) for index in indices), epoch)
 
-    def batch(self, found: Any, epoch: int) -> Batch:
-        """A batch of samples: pairs of a number and what gives the sample, or raises what is wrong."""
+    def batch(self, samples: Iterable[tuple[int, Callable[[], Sample]]], epoch: int) -> Batch:
+        """Read a batch. Each sample is its index and a function that returns it or raises its error."""
         batch = Batch([], [], [], [])
-        loaded: dict[Any, LoadedVideo | Exception] = {}  # each video is read once
-        for number, sample_of in found:
+        loaded: dict[Any, LoadedVideo | Exception] = {}  # so that each video is read once
+        for index, parse in samples:
             origin = ""
             try:
-                sample = sample_of()
+                sample = parse()
                 origin = sample.origin
-                chosen = self._drawn(len(sample.conversations), epoch, number)
-                seed = self._seed(epoch, number)
+                chosen = self._choose_conversations(len(sample.conversations), epoch, index)
+                seed = self._frame_seed(epoch, index)
                 for i in chosen if self.tokenizer is not None else ():
                     render(sample.conversations[i], self.tokenizer)
                 group = [self._read(sample.conversations[i], loaded, seed) for i in chosen]
             except SAMPLE_ERRORS as error:
-                # What is wrong with a row begins with its origin
-                origin, reason = (origin, f"{type(error).__name__}: {error}") if origin else _split(error)
-                batch.skipped.append((origin, reason))
+                if origin:
+                    batch.skipped.append((origin, f"{type(error).__name__}: {error}"))
+                else:  # the row is malformed, and the message starts with its origin
+                    origin, _, reason = str(error).partition(": ")
+                    batch.skipped.append((origin, reason))
                 continue
             batch.groups.append(group)
             batch.kinds.append(tuple(sample.kinds[i] for i in chosen))
             batch.origins.append(origin)
         return batch
 
-    def _drawn(self, conversations: int, epoch: int, number: int) -> list[int]:
-        if self.questions is None:
-            return list(range(conversations))
-        random = np.random.default_rng([self.seed, epoch, 3, number])
-        return random.permutation(conversations)[: self.questions].tolist()
+    def _choose_conversations(self, count: int, epoch: int, index: int) -> list[int]:
+        if self.max_questions is None:
+            return list(range(count))
+        random = np.random.default_rng([self.seed, epoch, 3, index])
+        return random.permutation(count)[: self.max_questions].tolist()
 
-    def _seed(self, epoch: int, number: int) -> int:
-        """Of the frames that are drawn; a function of the same things as the order, so that runs repeat."""
-        when = 0 if self.questions is None else epoch
-        return int(np.random.default_rng([self.seed, when, 5, number]).integers(2**32))
+    def _frame_seed(self, epoch: int, index: int) -> int:
+        """Return the seed for randomly drawn frames. Like the order, it repeats when a run is repeated."""
+        epoch = 0 if self.max_questions is None else epoch
+        return int(np.random.default_rng([self.seed, epoch, 5, index]).integers(2**32))
 
     def _read(
-        self, talk: list[dict[str, Any]], loaded: dict[Any, LoadedVideo | Exception], seed: int
-    ) -> list[dict[str, Any]]:
-        """The conversation with its videos read."""
+        self, conversation: Conversation, loaded: dict[Any, LoadedVideo | Exception], seed: int
+    ) -> Conversation:
+        """Return the conversation with its videos read."""
         if self.reader is None:
-            return talk
+            return conversation
         return [
             turn
             if isinstance(turn["content"], str)
             else {**turn, "content": [self._read_part(part, loaded, seed) for part in turn["content"]]}
-            for turn in talk
+            for turn in conversation
         ]
 
-    def _read_part(
-        self, part: dict[str, Any], loaded: dict[Any, LoadedVideo | Exception], seed: int
-    ) -> dict[str, Any]:
+    def _read_part(self, part: Part, loaded: dict[Any, LoadedVideo | Exception], seed: int) -> Part:
         if part["type"] == "text":
             return part
         video = part[part["type"]]
-        name = video if isinstance(video, Hashable) else id(video)
-        if name not in loaded:
+        key = video if isinstance(video, Hashable) else id(video)
+        if key not in loaded:
             assert self.reader is not None
             try:
-                loaded[name] = self.reader(video, seed)
+                loaded[key] = self.reader(video, seed)
             except SAMPLE_ERRORS as error:
-                loaded[name] = error
-        result = loaded[name]
+                loaded[key] = error
+        result = loaded[key]
         if isinstance(result, Exception):
             raise result
         return {**part, part["type"]: result}
 
 
 def bad_sample(origin: str, reason: str) -> DataError:
-    """What ends a run where bad samples are not skipped."""
+    """Return the error that ends a run at a bad sample."""
     return DataError(
-        f"{origin}: {reason} To pass over such samples, set data.on_error to skip; `merv data check` finds "
-        "them all."
+        f"{origin}: {reason} To train without such samples, set data.on_error to skip. `merv data check` "
+        "lists them all."
     )
 
 
 class BadSamplePolicy:
-    """What to do about samples that cannot be used: stop at once, or note them, up to a limit.
+    """Decides about samples that cannot be used: stop the run, or log them up to a limit.
 
-    most: so many distinct samples may be skipped. folder: `skipped.jsonl` in it gets a line for each.
+    Args:
+        on_error: "raise" or "skip".
+        max_skipped: Number of distinct samples that may be skipped.
+        folder: Skipped samples are appended to `skipped.jsonl` in this folder.
     """
 
-    def __init__(self, on_error: OnError = "raise", most: int = 0, folder: str | Path | None = None) -> None:
-        self.on_error, self.most, self.folder = on_error, most, folder
-        self.reasons: dict[str, str] = {}
+    def __init__(
+        self, on_error: OnError = "raise", max_skipped: int = 0, folder: str | Path | None = None
+    ) -> None:
+        self.on_error, self.max_skipped, self.folder = on_error, max_skipped, folder
+        self.reasons: dict[str, str] = {}  # by origin of a skipped sample
 
-    def see(self, batch: Batch) -> None:
-        """Raises DataError for the first bad sample, or for the one that is too many."""
+    def check(self, batch: Batch) -> None:
+        """Log the skipped samples of a batch; raise DataError if they may not be skipped."""
         for origin, reason in batch.skipped:
             if self.on_error == "raise":
                 raise bad_sample(origin, reason)
             if origin not in self.reasons:
                 self.reasons[origin] = reason
-                self._note(origin, reason)
-        if len(self.reasons) > self.most:
+                self._log(origin, reason)
+        if len(self.reasons) > self.max_skipped:
             raise DataError(
-                f"{len(self.reasons)} samples could not be used; data.max_skipped is {self.most}. The last: "
-                f"{next(reversed(self.reasons))}: {next(reversed(self.reasons.values()))}"
+                f"{len(self.reasons)} samples could not be used, but data.max_skipped is {self.max_skipped}. "
+                f"The last one: {next(reversed(self.reasons))}: {next(reversed(self.reasons.values()))}"
             )
 
-    def _note(self, origin: str, reason: str) -> None:
+    def _log(self, origin: str, reason: str) -> None:
         logger.warning("Skipped %s: %s", origin, reason)
         if self.folder is not None:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
@@ -180,17 +193,20 @@ class BadSamplePolicy:
 
 
 class Loader:
-    """Iterates over the batches of one process, an epoch at a time, and keeps its place.
+    """Iterates over the batches of one process, one epoch at a time, and can be resumed at any batch.
 
-    order: which samples when; process: whose batches. workers: processes that make them ahead of time,
-        each on one thread; 0: made when they are asked for, in this one. limit: how many batches of an
-        epoch are used, if not all. epoch: the first. content: a hash of the samples' files.
+    Each iteration starts the next epoch, or the saved position after `load_state_dict`. It is not a torch
+    DataLoader, so Lightning does not replace its sampler for several processes.
 
-    `state_dict` is the same in all processes, which call it together. Iterating anew begins the next
-    epoch, or, after `load_state_dict`, goes on where the state was saved.
-
-    It is no torch DataLoader on purpose: nothing that wraps those (in a sampler for several
-    processes, say) has to be told to leave it alone.
+    Args:
+        batches: The dataset of batches, such as a BatchReader.
+        order: The order of samples.
+        process: Rank of this process in `order`.
+        num_workers: Processes that prepare batches ahead, one thread each; 0: this process prepares them.
+        policy: What to do about samples that cannot be used; by default, stop at the first one.
+        limit: Returns how many batches of an epoch are used; None: all.
+        epoch: The first epoch.
+        content: Hash of the data files, by which `load_state_dict` notices that they have changed.
     """
 
     def __init__(
@@ -199,82 +215,84 @@ class Loader:
         order: EpochOrder,
         *,
         process: int = 0,
-        workers: int = 0,
-        skips: BadSamplePolicy | None = None,
+        num_workers: int = 0,
+        policy: BadSamplePolicy | None = None,
         limit: Callable[[], float] | None = None,
         epoch: int = 0,
         content: str = "",
     ) -> None:
+        self.order, self.process, self.num_workers, self.limit = order, process, num_workers, limit
+        self.policy = policy or BadSamplePolicy()
         self.content = content
-        self.order, self.process, self.skips, self.limit = order, process, skips or BadSamplePolicy(), limit
         self.epoch, self.position = epoch, 0  # of the next batch
-        self.begun = False  # whether `epoch` is
-        self.wanted: list[tuple[int, list[int]]] = []  # what its torch loader has to do next
-        self.workers = workers
+        self.started = False  # whether iteration over `epoch` has started
+        self.keys: list[tuple[int, list[int]]] = []  # of the epoch's remaining batches
         self.loader: DataLoader = DataLoader(
             batches,
-            sampler=None if isinstance(batches, IterableDataset) else self.wanted,
-            batch_size=None,  # what is made is whole batches
-            collate_fn=_as_it_is,
-            worker_init_fn=_leave_signals_to_the_run,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            prefetch_factor=1 if workers else None,  # a batch of frames is large
-            generator=torch.Generator(),  # not the global one: a resumed run draws what the whole would
+            sampler=None if isinstance(batches, IterableDataset) else self.keys,
+            batch_size=None,  # an item is a whole batch
+            collate_fn=_identity,
+            worker_init_fn=_detach_from_terminal,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            prefetch_factor=1 if num_workers else None,  # batches of frames are large
+            generator=torch.Generator(),  # leaves the global random state as it is in a resumed run
         )
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __iter__(self) -> Iterator[Batch]:
-        """All of this runs at the first `next`: Lightning calls `iter` more often than it means it."""
-        if self.begun:
+        # A generator: nothing happens before the first `next`, because Lightning may call `iter` twice
+        if self.started:
             self.epoch, self.position = self.epoch + 1, 0
-        self.begun = True
+        self.started = True
         for batch in self.batches():
-            self.skips.see(batch)
+            self.policy.check(batch)
             self.position += 1
             yield batch
 
     def batches(self) -> Iterator[Batch]:
-        """Those of the epoch from its position on."""
+        """Return the batches of the epoch from the position on."""
         rest = self.order.batches(self.epoch, self.process)[self.position :]
-        self.wanted[:] = [(self.epoch, numbers.tolist()) for numbers in rest]
+        self.keys[:] = [(self.epoch, indices.tolist()) for indices in rest]
         return iter(self.loader)
 
     def close(self) -> None:
-        """End the workers. Left to the garbage collection they may take five seconds each."""
-        running: Any = self.loader._iterator  # as Lightning does it for torch's own loaders
-        if self.workers and running is not None:
-            running._shutdown_workers()
+        """Stop the workers. Garbage collection may take five seconds for each."""
+        iterator: Any = self.loader._iterator  # Lightning does the same for torch's loaders
+        if self.num_workers and iterator is not None:
+            iterator._shutdown_workers()
         self.loader._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The place of the batch that comes next, and what it is a place in; plain values."""
+        """Return the position of the next batch; all processes have to call this together.
+
+        The state has plain values and is the same in all processes.
+        """
         at_end = self.position >= min(len(self), self.limit() if self.limit else len(self))
         epoch, position = (self.epoch + 1, 0) if at_end else (self.epoch, self.position)
-        skipped = dict(gathered((self.process, [list(each) for each in self.skips.reasons.items()])))
+        skipped = dict(gathered((self.process, [list(item) for item in self.policy.reasons.items()])))
         return {"epoch": epoch, "position": position, "of": self.order_fingerprint(), "skipped": skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on there at the next `iter`.
-
-        Raises DataError where the order is another than that of the state.
-        """
-        was, now = state["of"], self.order_fingerprint()
-        differ = [
-            f"{name} was {was.get(name)} and is {now[name]}" for name in now if was.get(name) != now[name]
+        """Set the position at which the next `iter` starts; raises DataError if the order has changed."""
+        saved, current = state["of"], self.order_fingerprint()
+        changes = [
+            f"{name} was {saved.get(name)} and is now {value}"
+            for name, value in current.items()
+            if saved.get(name) != value
         ]
-        if differ:
+        if changes:
             raise DataError(
-                f"Cannot resume: the data order has changed: {'; '.join(differ)}. Resume with "
-                "the same data and options, or begin a new run with what was trained."
+                f"Cannot resume: the data order has changed: {'; '.join(changes)}. Resume with the same data "
+                "and options, or start a new run from the trained model with --model.init_from."
             )
-        self.epoch, self.position, self.begun = state["epoch"], state["position"], False
-        self.skips.reasons = dict(state["skipped"][self.process])
+        self.epoch, self.position, self.started = state["epoch"], state["position"], False
+        self.policy.reasons = dict(state["skipped"][self.process])
 
     def order_fingerprint(self) -> dict[str, Any]:
-        """What the order depends on."""
+        """Return everything that the order of samples depends on."""
         order = self.order
         return {
             "samples": list(order.sizes),
@@ -287,21 +305,15 @@ class Loader:
         }
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_run(_: int) -> None:
-    """A terminal and `timeout` signal a group of processes: the run needs its workers to end a step and save.
+def _detach_from_terminal(_: int) -> None:
+    """Keep Ctrl-C and `timeout` from stopping a worker, which the run needs to finish its step and save.
 
-    SIGTERM alone still ends a worker, or the run could not end it when it exits.
+    A terminal signals a process group. SIGTERM keeps its default, so that the run can stop its workers.
     """
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _split(error: Exception) -> tuple[str, str]:
-    """What a DataError about a row says: origin, reason."""
-    origin, _, reason = str(error).partition(": ")
-    return origin, reason

@@ -1,9 +1,9 @@
-"""Batches: which samples come when, as a pure function of seed, epoch and number of processes.
+"""Order: which samples come when, as a pure function of seed, epoch and number of processes.
 
-An epoch is a row of steps. A step is what all processes train on at once: `batch_size` samples for each
-of them, fewer in the last step. Its samples are dealt to the processes like cards, so that all have
-equally many batches, of like length. Nothing is repeated or dropped: where a step has fewer samples
-than there are processes, the last ones get an empty batch.
+An epoch is a sequence of steps. A step is what all processes train on at once: `batch_size` samples for each
+of them, fewer in the last step. Its samples are dealt to the processes in turn, so all processes have the
+same number of batches, of similar lengths. No sample is repeated or dropped: if a step has fewer samples
+than there are processes, the last processes get an empty batch.
 """
 
 from __future__ import annotations
@@ -19,29 +19,37 @@ from numpy.typing import NDArray
 from merv.errors import DataError
 
 Indices = NDArray[np.int64]
-KINDS = ("video", "image", "text")  # of a sample, by what is most work in it
-MEGABATCH_STEPS = 50  # steps whose samples are sorted by length together: more pad less and are less random
+KINDS = ("video", "image", "text")  # of a sample: the first of these that it has
+MEGABATCH_STEPS = (
+    50  # steps whose samples are sorted by length together; more means less padding, less random
+)
 
 
 @dataclass(frozen=True, eq=False)
 class EpochOrder:
     """The steps of every epoch.
 
-    sizes: samples in each set; they are numbered through, the second set after the first.
-    weights: how the sets are mixed, as proportions. An epoch is then as long as it can be without a
-        sample that comes twice: one set is used whole, of the others each epoch has another part, and
-        all parts once before one comes again. None: all of every set.
-    shuffle: False keeps the order of the sets.
-    kinds, lengths: of each sample, a number of KINDS and any measure of its length. With them a
-        step is of one kind and of like lengths (the rest of each kind shares the last steps), and the longest
-        step of each kind comes first, so that memory runs out at once or not at all.
+    Args:
+        sizes: Number of samples in each set. Samples are numbered across the sets, in order.
+        batch_size: Samples per step and process.
+        processes: Number of processes that share the data.
+        seed: Seed of the order.
+        weights: Proportions in which the sets are mixed. An epoch is then as long as it can be without a
+            repeated sample: it has all of one set and a part of each other set. All parts of a set come
+            before one comes again. None: every epoch has all samples.
+        shuffle: False keeps the order of the sets.
+        kinds: Index into KINDS of each sample.
+        lengths: Length of each sample, in any unit. With `kinds` and `lengths`, a step has samples of one
+            kind and of similar lengths; what remains of each kind shares the last steps. The longest step
+            of each kind comes first, so if memory runs out, it runs out at the start.
 
-    >>> order = EpochOrder([5], batch_size=2)
-    >>> len(order), sorted(index for step in order.epoch(0) for index in step.tolist())
-    (3, [0, 1, 2, 3, 4])
+    Example:
+        >>> order = EpochOrder([5], batch_size=2)
+        >>> len(order), sorted(index for step in order.epoch(0) for index in step.tolist())
+        (3, [0, 1, 2, 3, 4])
 
-    Source: grouping by length within shuffled stretches is that of transformers' `group_by_length`; by kind,
-    of LLaVA (arXiv 2304.08485).
+    Source: grouping by length within shuffled megabatches is `group_by_length` of transformers; grouping by
+    kind is from LLaVA (arXiv 2304.08485).
     """
 
     sizes: Sequence[int]
@@ -60,63 +68,68 @@ class EpochOrder:
 
     @cached_property
     def portions(self) -> list[int]:
-        """How many samples of each set an epoch has."""
+        """Number of samples of each set in an epoch."""
         return portions(self.sizes, self.weights)
 
     def __len__(self) -> int:
-        """Steps in an epoch, which are the batches of each process; the same in every epoch."""
+        """Return the number of steps in every epoch, which is the number of batches of each process."""
         return math.ceil(sum(self.portions) / self.step_size)
 
     def epoch(self, epoch: int) -> list[Indices]:
-        """The steps of that epoch: the numbers of their samples."""
-        chosen = self._chosen(epoch)
+        """Return the steps of an epoch, each as the indices of its samples."""
+        chosen = self._choose(epoch)
         if self.kinds is None or self.lengths is None:
-            return _cut(chosen, self.step_size)
-        return self._grouped(chosen, np.random.default_rng([self.seed, epoch, 1]))
+            return _split(chosen, self.step_size)
+        return self._group(chosen, np.random.default_rng([self.seed, epoch, 1]))
 
     def batches(self, epoch: int, process: int = 0) -> list[Indices]:
-        """The batches of one process in that epoch."""
+        """Return the batches of one process in an epoch."""
         return [step[process :: self.processes] for step in self.epoch(epoch)]
 
-    def _chosen(self, epoch: int) -> Indices:
-        """The samples of the epoch, in random order."""
-        parts, start = [], 0
+    def _choose(self, epoch: int) -> Indices:
+        """Return the samples of an epoch, in random order."""
+        chosen, start = [], 0
         for number, (size, portion) in enumerate(zip(self.sizes, self.portions, strict=True)):
-            turn, part = divmod(epoch, size // portion)  # each turn cuts the set, shuffled anew, into parts
+            cycle, part = divmod(
+                epoch, size // portion
+            )  # each cycle shuffles the set and splits it into parts
             shuffled = np.arange(size)
             if self.shuffle:
-                np.random.default_rng([self.seed, turn, 2, number]).shuffle(shuffled)
-            parts.append(start + shuffled[part * portion : (part + 1) * portion])
+                np.random.default_rng([self.seed, cycle, 2, number]).shuffle(shuffled)
+            chosen.append(start + shuffled[part * portion : (part + 1) * portion])
             start += size
-        chosen = np.concatenate(parts)
+        samples = np.concatenate(chosen)
         if self.shuffle:
-            np.random.default_rng([self.seed, epoch, 0]).shuffle(chosen)
-        return chosen
+            np.random.default_rng([self.seed, epoch, 0]).shuffle(samples)
+        return samples
 
-    def _grouped(self, chosen: Indices, random: np.random.Generator) -> list[Indices]:
+    def _group(self, chosen: Indices, random: np.random.Generator) -> list[Indices]:
+        """Split the samples into steps of one kind and of similar lengths."""
         assert self.kinds is not None
-        assert self.lengths is not None
         steps, rest = [], []
         for kind in range(len(KINDS)):
-            own = chosen[self.kinds[chosen] == kind]
-            whole = len(own) // self.step_size * self.step_size
-            stretch = self.step_size * max(1, min(MEGABATCH_STEPS, whole // self.step_size // 4))
-            for start in range(0, whole, stretch):
-                stretched = own[start : min(start + stretch, whole)]
-                steps += _cut(self._longest_first(stretched), self.step_size)
-            rest.append(self._longest_first(own[whole:]))
-        steps += _cut(np.concatenate(rest), self.step_size)
+            samples = chosen[self.kinds[chosen] == kind]
+            full_steps = len(samples) // self.step_size
+            end = full_steps * self.step_size
+            megabatch = self.step_size * max(1, min(MEGABATCH_STEPS, full_steps // 4))
+            for start in range(0, end, megabatch):
+                group = samples[start : min(start + megabatch, end)]
+                steps += _split(self._longest_first(group), self.step_size)
+            rest.append(self._longest_first(samples[end:]))
+        steps += _split(np.concatenate(rest), self.step_size)
         steps = [steps[i] for i in random.permutation(len(steps))]
-        largest = [max(range(len(steps)), key=lambda i: self._memory(steps[i], k)) for k in range(len(KINDS))]
-        first = list(dict.fromkeys(i for k, i in enumerate(largest) if self._memory(steps[i], k)))
+        largest = [
+            max(range(len(steps)), key=lambda i: self._memory(steps[i], kind)) for kind in range(len(KINDS))
+        ]
+        first = list(dict.fromkeys(i for kind, i in enumerate(largest) if self._memory(steps[i], kind)))
         return [steps[i] for i in first] + [step for i, step in enumerate(steps) if i not in first]
 
     def _memory(self, step: Indices, kind: int) -> int:
-        """What the samples of one kind take in a step, in lengths: all are padded to the longest."""
+        """Return the padded length of the samples of one kind in a step: all are padded to the longest."""
         assert self.kinds is not None
         assert self.lengths is not None
-        own = self.lengths[step[self.kinds[step] == kind]]
-        return len(own) * int(own.max(initial=0))
+        lengths = self.lengths[step[self.kinds[step] == kind]]
+        return len(lengths) * int(lengths.max(initial=0))
 
     def _longest_first(self, samples: Indices) -> Indices:
         assert self.lengths is not None
@@ -124,9 +137,9 @@ class EpochOrder:
 
 
 def portions(sizes: Sequence[int], weights: Sequence[float] | None) -> list[int]:
-    """How many samples of each set an epoch has: all, or as many as the weights allow without repeats.
+    """Return how many samples of each set an epoch has: all, or as many as `weights` allow without repeats.
 
-    Raises DataError for weights that are not positive, or so unequal that a set would not come at all.
+    Raises DataError if a weight is not positive, or if the weights are so unequal that a set gets no sample.
 
     >>> portions([100, 30], None), portions([100, 30], [1, 1]), portions([100, 30], [3, 1])
     ([100, 30], [30, 30], [90, 30])
@@ -134,16 +147,16 @@ def portions(sizes: Sequence[int], weights: Sequence[float] | None) -> list[int]
     if weights is None:
         return list(sizes)
     if len(weights) != len(sizes) or not all(weight > 0 and math.isfinite(weight) for weight in weights):
-        raise DataError(f"Weights of data sets are positive numbers, one a set; got {list(weights)}.")
+        raise DataError(f"Expected {len(sizes)} positive weights, one per data set; got {list(weights)}.")
     scale = min(size / weight for size, weight in zip(sizes, weights, strict=True))
-    found = [min(size, round(weight * scale)) for size, weight in zip(sizes, weights, strict=True)]
-    if not all(found):
+    counts = [min(size, round(weight * scale)) for size, weight in zip(sizes, weights, strict=True)]
+    if not all(counts):
         raise DataError(
-            f"With the weights {list(weights)} for sets of {list(sizes)} samples, an epoch in which no "
-            f"sample comes twice has {found} of them. Give the sets without any more weight."
+            f"The weights {list(weights)} are too unequal for sets of {list(sizes)} samples: an epoch "
+            f"without repeated samples would have {counts} of them. Raise the smallest weight."
         )
-    return found
+    return counts
 
 
-def _cut(samples: Indices, size: int) -> list[Indices]:
+def _split(samples: Indices, size: int) -> list[Indices]:
     return [samples[start : start + size] for start in range(0, len(samples), size)]

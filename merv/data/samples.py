@@ -1,20 +1,20 @@
-"""Samples: conversations about videos and images, from rows of JSON in any of three forms.
+"""Samples: conversations about videos and images, parsed from rows of JSON.
 
-Ours, questions about one video that are learned in one pass over it; chat messages, with any
-number of videos, images and turns; and LLaVA's, where `<image>` and `<video>` stand for files:
+A row has one of three forms: questions about one video; chat messages with any number of videos, images
+and turns; or a LLaVA conversation, in which `<image>` and `<video>` are placeholders for files:
 
     {"video": "clips/a.mp4", "questions": [{"question": "…", "answer": "…", "kind": "count"}, …]}
     {"messages": [{"role": "user", "content": […]}, {"role": "assistant", "content": "…"}]}
     {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", …}]}
 
-`kind` is free: accuracy is reported by it. docs/data.md says what else a row may have.
+`kind` is any string; validation accuracy is reported per kind. docs/data.md describes the other keys.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,211 +22,248 @@ from typing import Any
 from merv.errors import DataError
 from merv.models.chat import VISUAL
 
-Group = list[list[dict[str, Any]]]  # conversations about the same video
-Part = dict[str, Any]
+Conversation = list[dict[str, Any]]  # messages of {"role": …, "content": …}
+Group = list[Conversation]  # conversations about the same video
+Part = dict[str, Any]  # of a message's content, such as {"type": "video", "video": "a.mp4"}
 MEDIA = ("video", "image")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-PLACE = re.compile(r"\n?<(video|image)>\n?")
+PLACEHOLDER = re.compile(r"\n?<(video|image)>\n?")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A row: conversations that share their video, the kind of each, and where the row stands.
+    """One row: conversations that share their videos and images.
 
-    origin: for messages, as `train.jsonl:17` (a line), `train.json[16]` (an index) or
-        `shard.tar/00042` (a key).
+    Args:
+        conversations: Each is a list of messages.
+        kinds: The kind of each conversation, or "".
+        origin: Where the row is, for messages: `train.jsonl:17` (a line), `train.json[16]` (an index) or
+            `shard.tar/00042` (a key).
     """
 
-    conversations: tuple[list[dict[str, Any]], ...]
+    conversations: tuple[Conversation, ...]
     kinds: tuple[str, ...]
     origin: str = ""
 
     def videos(self) -> list[Any]:
-        """Every video and image in it, in order, repeated as it comes."""
-        return [part[part["type"]] for talk in self.conversations for part in media_parts(talk)]
+        """Return every video and image in order, once for each time that it occurs."""
+        return [part[part["type"]] for messages in self.conversations for part in media_parts(messages)]
 
 
-def media_parts(talk: Sequence[Mapping[str, Any]]) -> list[Part]:
-    """The parts of a conversation's content that are no text, in order."""
-    contents = [turn["content"] for turn in talk if not isinstance(turn["content"], str)]
+def media_parts(conversation: Sequence[Mapping[str, Any]]) -> list[Part]:
+    """Return the videos and images of a conversation as content parts, in order."""
+    contents = [message["content"] for message in conversation if not isinstance(message["content"], str)]
     return [part for content in contents for part in content if part["type"] != "text"]
 
 
+def text_of(content: str | Sequence[Mapping[str, Any]]) -> str:
+    """Return the text in the content of a message.
+
+    >>> text_of("Who?"), text_of([{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "Who?"}])
+    ('Who?', 'Who?')
+    """
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
 def sample_of(row: Any, origin: str = "", root: Path | None = None) -> Sample:
-    """A row of any of the forms as a Sample. Relative paths in it begin at `root`.
+    """Parse a row of any of the three forms.
 
-    Raises DataError that begins with `origin` and says what is wrong.
+    Args:
+        row: A JSON object.
+        origin: Where the row is. Error messages begin with it.
+        root: The folder that relative paths in the row start at; the current folder by default.
 
-    >>> row = {"video": "a.mp4", "conversations": [
-    ...     {"from": "human", "value": "<video>\\nWhat moves?"}, {"from": "gpt", "value": "A square."}]}
-    >>> sample_of(row, root=Path("clips")).conversations[0][0]["content"]
-    [{'type': 'video', 'video': 'clips/a.mp4'}, {'type': 'text', 'text': 'What moves?'}]
+    Returns:
+        The sample, with paths joined to `root`.
+
+    Raises:
+        DataError: The row is malformed.
+
+    Example:
+        >>> row = {"video": "a.mp4", "conversations": [
+        ...     {"from": "human", "value": "<video>\\nWhat moves?"}, {"from": "gpt", "value": "A square."}]}
+        >>> sample_of(row, root=Path("clips")).conversations[0][0]["content"]
+        [{'type': 'video', 'video': 'clips/a.mp4'}, {'type': 'text', 'text': 'What moves?'}]
     """
     try:
         if not isinstance(row, Mapping):
-            raise ValueError(f"a row is a JSON object; got {_short(row)}")
-        talks, kinds = _talks({key: value for key, value in row.items() if value is not None}, root or Path())
-        for talk in talks:
-            _check_talk(talk)
-        if wrong := [kind for kind in kinds if not isinstance(kind, str)]:
-            raise ValueError(f"'kind' is a text; got {_short(wrong[0])}")
+            raise ValueError(f"expected a JSON object; got {_short(row)}")
+        row = {key: value for key, value in row.items() if value is not None}
+        conversations, kinds = _conversations(row, root or Path())
+        for conversation in conversations:
+            _check_conversation(conversation)
+        for kind in kinds:
+            if not isinstance(kind, str):
+                raise ValueError(f"'kind' must be a string; got {_short(kind)}")
     except ValueError as error:
         raise DataError(f"{origin}: {error}.") from error
-    return Sample(tuple(talks), tuple(kinds), origin)
+    return Sample(tuple(conversations), tuple(kinds), origin)
 
 
-def row_of(sample: Sample, place: Any = str) -> dict[str, Any]:
-    """The row that `sample_of` makes this sample of: messages, or questions where it has several.
+def row_of(sample: Sample, path_of: Callable[[Any], Any] = str) -> dict[str, Any]:
+    """Return a row that `sample_of` parses into this sample.
 
-    place: what to write for a video or image.
+    The row has `messages`, or `questions` if the sample has several conversations. `path_of` maps each
+    video and image to what is written in the row.
     """
     if len(sample.conversations) == 1:
-        (talk,), (kind,) = sample.conversations, sample.kinds
-        written = [{**turn, "content": _written(turn["content"], place)} for turn in talk]
-        return {"messages": written, **({"kind": kind} if kind else {})}
+        (conversation,), (kind,) = sample.conversations, sample.kinds
+        messages = [{**turn, "content": _content_row(turn["content"], path_of)} for turn in conversation]
+        return {"messages": messages, **({"kind": kind} if kind else {})}
     row: dict[str, Any] = {"questions": []}
     for part in media_parts(sample.conversations[0]):
-        row.setdefault(part["type"], []).append(place(part[part["type"]]))
-    for (asked, answer), kind in zip(sample.conversations, sample.kinds, strict=True):
-        question = {"question": asked["content"][-1]["text"], "answer": answer["content"], "kind": kind}
+        row.setdefault(part["type"], []).append(path_of(part[part["type"]]))
+    for (user, assistant), kind in zip(sample.conversations, sample.kinds, strict=True):
+        question = {"question": text_of(user["content"]), "answer": assistant["content"], "kind": kind}
         row["questions"].append(question)
     return row
 
 
-def _written(content: Any, place: Any) -> Any:
+def _content_row(content: str | list[Part], path_of: Callable[[Any], Any]) -> Any:
     if isinstance(content, str):
         return content
-    return [part if part["type"] == "text" else _media(part, place(part[part["type"]])) for part in content]
+    return [
+        part if part["type"] == "text" else {**part, part["type"]: path_of(part[part["type"]])}
+        for part in content
+    ]
 
 
-def _media(part: Part, source: Any) -> Part:
-    return {"type": part["type"], part["type"]: source}
-
-
-def _talks(row: dict[str, Any], root: Path) -> tuple[list[list[dict[str, Any]]], list[Any]]:
-    """The conversations of a row, and the kind of each."""
+def _conversations(row: Mapping[str, Any], root: Path) -> tuple[list[Conversation], list[Any]]:
+    """Return the conversations of a row, and the kind of each."""
     files = [
         {"type": kind, kind: _source(source, root)}
         for kind in MEDIA
         for key in (kind, f"{kind}s")
-        for source in _listed(row.get(key, []))
+        for source in _as_list(row.get(key, []))
     ]
     if "questions" in row:
         if not files:
-            raise ValueError("a row with 'questions' has no 'video' or 'image' that they are about")
-        asked = [_question(each, files) for each in _list_of_objects(row["questions"], "questions")]
-        return [talk for talk, _ in asked], [kind for _, kind in asked]
+            raise ValueError("a row with 'questions' needs a 'video' or an 'image'")
+        questions = _list_of_objects(row["questions"], "questions")
+        kinds = ["" if question.get("kind") is None else question["kind"] for question in questions]
+        return [_question_conversation(question, files) for question in questions], kinds
     name = next((name for name in ("messages", "conversations") if name in row), None)
     if name is None:
-        raise ValueError(f"wanted 'messages', 'conversations' or 'questions'; got {sorted(map(str, row))}")
-    marked = name == "conversations" or bool(files)  # in other messages <video> is only a word
-    turns = [_turn(turn, root, marked) for turn in _list_of_objects(row[name], name)]
-    return [_placed(turns, files)], [row.get("kind", "")]
+        raise ValueError(
+            "expected one of the keys 'messages', 'conversations' and 'questions'; got "
+            f"{sorted(map(str, row))}"
+        )
+    # Without files beside them, <video> in chat messages is plain text
+    has_placeholders = name == "conversations" or bool(files)
+    turns = [_turn(turn, root, has_placeholders) for turn in _list_of_objects(row[name], name)]
+    return [_insert_files(turns, files)], [row.get("kind", "")]
 
 
-def _question(each: Mapping[str, Any], files: list[Part]) -> tuple[list[dict[str, Any]], Any]:
+def _question_conversation(question: Mapping[str, Any], files: list[Part]) -> Conversation:
     for key in ("question", "answer"):
-        if not isinstance(each.get(key), str):
-            raise ValueError(f"each of 'questions' has a text as {key!r}; got {_short(each.get(key))}")
-    content = [*map(dict, files), {"type": "text", "text": each["question"]}]
-    talk = [{"role": "user", "content": content}, {"role": "assistant", "content": each["answer"]}]
-    return talk, "" if each.get("kind") is None else each["kind"]
+        if not isinstance(question.get(key), str):
+            raise ValueError(f"each of 'questions' needs a string {key!r}; got {_short(question.get(key))}")
+    content = [*map(dict, files), {"type": "text", "text": question["question"]}]
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": question["answer"]}]
 
 
-def _turn(turn: Mapping[str, Any], root: Path, marked: bool) -> dict[str, Any]:
-    """Role and content; of a file that is only marked, there is a part without its source."""
-    said, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if not isinstance(said, str) or said not in ROLES:
-        raise ValueError(f"unknown role {_short(said)}; wanted one of {', '.join(ROLES)}")
-    if isinstance(content, str) and not (marked and PLACE.search(content)):
-        return {"role": ROLES[said], "content": content}
+def _turn(turn: Mapping[str, Any], root: Path, has_placeholders: bool) -> dict[str, Any]:
+    """Return a message in merv's form. A placeholder becomes a part without a source."""
+    role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"unknown role {_short(role)}; expected one of {', '.join(ROLES)}")
+    if isinstance(content, str) and not (has_placeholders and PLACEHOLDER.search(content)):
+        return {"role": ROLES[role], "content": content}
     if isinstance(content, str):
-        texts = PLACE.split(content)  # text, kind, text, kind, …, text
-        pieces = [{"type": p} if n % 2 else {"type": "text", "text": p} for n, p in enumerate(texts) if p]
-        return {"role": ROLES[said], "content": pieces}
+        pieces = PLACEHOLDER.split(content)  # text, kind, text, kind, …, text
+        parts = [{"type": p} if n % 2 else {"type": "text", "text": p} for n, p in enumerate(pieces) if p]
+        return {"role": ROLES[role], "content": parts}
     if not isinstance(content, list) or not content:
-        raise ValueError(f"the content of a turn is a text or a list of parts; got {_short(content)}")
-    return {"role": ROLES[said], "content": [_part(part, root) for part in content]}
+        raise ValueError(f"'content' must be a string or a non-empty list of parts; got {_short(content)}")
+    return {"role": ROLES[role], "content": [_part(part, root) for part in content]}
 
 
 def _part(part: Any, root: Path) -> Part:
-    """A part of a content in our form: {"type": "image_url", …} of other libraries becomes it."""
+    """Return a content part in merv's form; {"type": "image_url", …} of other libraries is converted."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     media = str(kind).removesuffix("_url")
     if media not in MEDIA:
-        raise ValueError(f"a part of a content is a text, video or image; got {_short(part)}")
+        raise ValueError(f"a content part must be a text, video or image; got {_short(part)}")
     source = part.get(kind)
     if isinstance(source, Mapping) and "url" in source:
         source = source["url"]
     return {"type": media} if source is None else {"type": media, media: _source(source, root)}
 
 
-def _placed(turns: list[dict[str, Any]], files: list[Part]) -> list[dict[str, Any]]:
-    """The turns with each file where it is marked, or all of them before the first question."""
+def _insert_files(turns: Conversation, files: list[Part]) -> Conversation:
+    """Put each file at its placeholder; without placeholders, all files before the first question."""
     parts = media_parts(turns)
-    holes = [part for part in parts if part["type"] not in part]
-    if files and len(holes) < len(parts):
-        raise ValueError("it names files both in the content and under 'video' or 'image'")
-    if files and not holes:
-        asked = next((turn for turn in turns if turn["role"] == "user"), turns[0])
-        said = asked["content"]
-        asked["content"] = [*files, *([{"type": "text", "text": said}] if isinstance(said, str) else said)]
+    placeholders = [part for part in parts if part["type"] not in part]
+    if files and len(placeholders) < len(parts):
+        raise ValueError("files are given both in 'content' and under 'video' or 'image'; use one of the two")
+    if files and not placeholders:
+        first = next((turn for turn in turns if turn["role"] == "user"), turns[0])
+        content = first["content"]
+        first["content"] = [
+            *files,
+            *([{"type": "text", "text": content}] if isinstance(content, str) else content),
+        ]
         return turns
-    if len(holes) != len(files):
-        raise ValueError(f"{len(holes)} places for videos and images, but {len(files)} files")
+    if len(placeholders) != len(files):
+        raise ValueError(f"{len(placeholders)} placeholders for videos and images, but {len(files)} files")
     kinds = Counter(part["type"] for part in files)
-    by_name = Counter(part["type"] for part in holes) == kinds
-    if not by_name and len(kinds) > 1:
-        raise ValueError(f"the places are for {[p['type'] for p in holes]}, the files are {dict(kinds)}")
-    for hole in holes:  # a video may stand at <image>, as LLaVA's own data has it
-        file = next(file for file in files if not by_name or file["type"] == hole["type"])
+    kinds_match = Counter(part["type"] for part in placeholders) == kinds
+    if not kinds_match and len(kinds) > 1:
+        raise ValueError(
+            f"the placeholders are for {[p['type'] for p in placeholders]}, but the files are {dict(kinds)}"
+        )
+    for placeholder in placeholders:  # LLaVA's own data uses <image> for videos, too
+        file = next(file for file in files if not kinds_match or file["type"] == placeholder["type"])
         files.remove(file)
-        hole.update(file)
+        placeholder.update(file)
     return turns
 
 
-def _check_talk(talk: list[dict[str, Any]]) -> None:
-    """Raise ValueError unless user and assistant take turns, and everybody says something."""
-    roles = [turn["role"] for turn in talk]
+def _check_conversation(conversation: Conversation) -> None:
+    """Raise ValueError unless user and assistant alternate and no message is empty."""
+    roles = [turn["role"] for turn in conversation]
     turns = roles[1:] if roles[0] == "system" else roles
     if not turns or len(turns) % 2 or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise ValueError(f"roles are user and assistant in turns, the last one assistant; got {roles}")
-    for turn in talk:
-        parts = [{"type": "text", "text": turn["content"]}]
-        if not isinstance(turn["content"], str):
-            parts = turn["content"]
-        text = "".join(part["text"] for part in parts if part["type"] == "text")
-        media = any(part["type"] != "text" for part in parts)
-        if media and turn["role"] != "user":
-            raise ValueError(f"videos and images belong into turns of the user, not of the {turn['role']}")
-        if not media and not text.strip():
-            raise ValueError(f"the {turn['role']} says nothing: {_short(turn['content'])}")
+        raise ValueError(f"roles must alternate between user and assistant, assistant last; got {roles}")
+    for turn in conversation:
+        role, content = turn["role"], turn["content"]
+        text = text_of(content)
+        has_media = bool(media_parts([turn]))
+        if has_media and role != "user":
+            raise ValueError(f"videos and images are only allowed in user messages; the {role} has one")
+        if not has_media and not text.strip():
+            raise ValueError(f"the {role} message is empty: {_short(content)}")
         if VISUAL in text:
-            raise ValueError("the character U+E000 in its text stands for videos; take it out")
+            raise ValueError("the text contains U+E000, which is reserved for videos; remove it")
 
 
 def _source(value: Any, root: Path) -> Any:
-    """A path made absolute; what holds bytes as it is, and of both, as `datasets` has them, the bytes."""
+    """Return a path joined to `root`, or bytes or a file object unchanged.
+
+    `datasets` gives {"bytes": …, "path": …}, of which the bytes are used if there are any.
+    """
     if isinstance(value, Mapping) and {"bytes", "path"} & set(value):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and value:
         if "://" in value or value.startswith("data:"):
-            raise ValueError(f"only local files are read, not {_short(value)}: download it and give its path")
+            raise ValueError(
+                f"only local files are supported; got {_short(value)}. Download it and give its path"
+            )
         return str(root / Path(value).expanduser())
     if isinstance(value, bytes) or hasattr(value, "read"):
         return value
-    raise ValueError(f"a video or image is a path; got {_short(value)}")
+    raise ValueError(f"a video or image must be a path; got {_short(value)}")
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
 def _list_of_objects(value: Any, name: str) -> list[Mapping[str, Any]]:
-    if not isinstance(value, list) or not value or not all(isinstance(each, Mapping) for each in value):
-        raise ValueError(f"{name!r} is a list of one object or more; got {_short(value)}")
+    if not isinstance(value, list) or not value or not all(isinstance(item, Mapping) for item in value):
+        raise ValueError(f"{name!r} must be a non-empty list of objects; got {_short(value)}")
     return value
 
 

@@ -1,7 +1,7 @@
-"""Sources: files of samples, opened without being read whole.
+"""Sources: open files of samples without reading them whole.
 
-JSON and JSONL files and the shards of WebDataset are indexed once and then read at offsets;
-Parquet files and the folders of Hugging Face `datasets` are memory-mapped by that library.
+JSON and JSONL files and WebDataset shards are indexed once and then read at byte offsets. Parquet files and
+folders of Hugging Face `datasets` are memory-mapped by that library.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import re
 import tarfile
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from glob import glob
 from itertools import accumulate, chain
 from pathlib import Path
@@ -24,15 +25,15 @@ from merv.errors import DataError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 VIDEOS = (".mp4", ".m4v", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif")
-CAPTION = "Describe what is shown."  # what a caption, the .txt of a shard, answers
+CAPTION_QUESTION = "Describe what is shown."  # the .txt of a WebDataset sample is the answer
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 Source = str | Path | Sequence[str | Path]
 
 
 class Samples(Sequence[Sample]):
-    """The samples of some files, each read when it is asked for; see `open_samples`.
+    """The samples of some files, each read when it is indexed; see `open_samples`.
 
-    It pickles as the index that it is, for workers of a loader.
+    It pickles as its index, so each worker of a data loader can have a copy.
     """
 
     def __init__(self, files: Sequence[Rows]) -> None:
@@ -49,73 +50,82 @@ class Samples(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        rows, at = self._place(index)
-        return sample_of(rows.row(at), rows.origin(at), rows.root)
+        rows, row_index = self._locate(index)
+        return sample_of(rows.row(row_index), rows.origin(row_index), rows.root)
 
     def origin(self, index: int) -> str:
-        """What `samples[index].origin` is, without reading the row."""
-        rows, at = self._place(index)
-        return rows.origin(at)
+        """Return `samples[index].origin` without reading the row."""
+        rows, row_index = self._locate(index)
+        return rows.origin(row_index)
 
-    def _place(self, index: int) -> tuple[Rows, int]:
-        index = range(len(self))[index]  # an IndexError, and what negative ones mean
+    def _locate(self, index: int) -> tuple[Rows, int]:
+        index = range(len(self))[index]  # resolves negative indices and raises IndexError
         file = bisect_right(self._ends, index) - 1
         return self.files[file], index - self._ends[file]
 
 
 @dataclass
 class Rows:
-    """The rows of one file. Paths in them begin at `root`."""
+    """The rows of one file. Relative paths in them start at `root`."""
 
     path: Path
     root: Path
 
     def __post_init__(self) -> None:
-        """Index the file; an OSError, ValueError or TarError where it cannot be."""
+        """Index the file; raises OSError, ValueError or TarError if that fails."""
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def origin(self, index: int) -> str:
-        """Where a row stands, for messages."""
+        """Return where a row is, for messages."""
         return f"{self.path}[{index}]"
 
     def row(self, index: int) -> Any:
-        """What stands there; raises DataError where that is no JSON."""
+        """Read a row; raises DataError if it is not JSON."""
         raise NotImplementedError
 
 
 def open_samples(source: Source, root: str | Path | None = None) -> Samples:
-    """The samples of one or more files, as a sequence that reads them one by one.
+    """Open one or more files as a sequence of samples, which reads them one by one.
 
-    source: .jsonl, .json, .parquet or .tar files, or a folder that `datasets` saved; `*` and
-        `{0000..0003}` in a path stand for several. root: the folder that paths in rows begin
-        at, by default the one that the file is in.
+    Args:
+        source: .jsonl, .json, .parquet or .tar files, or folders written by `save_to_disk` of `datasets`.
+            A path may be a pattern: `*` and `{0000..0003}` expand to several files.
+        root: The folder that relative paths in rows start at; the folder of each file by default.
 
-    Raises DataError for a file that is missing, empty or no such file at all; for a row that is
-    wrong, `samples[i]` raises it, with the row's origin.
+    Returns:
+        A sequence of `Sample`. `samples[i]` raises DataError if that row is malformed.
 
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     file = Path(folder, "a.jsonl")
-    ...     _ = file.write_text('{"video": "a.mp4", "questions": [{"question": "?", "answer": "!"}]}')
-    ...     samples = open_samples(file)
-    ...     len(samples), samples[0].origin.endswith("a.jsonl:1")
-    (1, True)
+    Raises:
+        DataError: A file is missing, empty, or not in one of the formats.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "a.jsonl")
+        ...     _ = file.write_text('{"video": "a.mp4", "questions": [{"question": "?", "answer": "!"}]}')
+        ...     samples = open_samples(file)
+        ...     len(samples), samples[0].origin.endswith("a.jsonl:1")
+        (1, True)
     """
     return Samples([_open(path, Path(root or path.parent).expanduser()) for path in expand(source)])
 
 
-def read_samples(path: str | Path) -> list[Sample]:
-    """All samples of a file, as `open_samples` reads it; raises its DataError."""
-    return list(open_samples(path))
-
-
 def stream_samples(source: Any, root: str | Path | None = None, split: str = "train") -> SampleStream:
-    """The samples of a dataset too large to hold, one after the other.
+    """Stream the samples of a dataset that is too large to index.
 
-    source: Parquet files, as of `open_samples`; the name of a dataset on the hub, of which `split` is
-        taken; or a `datasets.IterableDataset`. root: the folder that paths in rows begin at.
+    Args:
+        source: Parquet files, with patterns as in `open_samples`; the name of a dataset on the Hugging Face
+            Hub; or a `datasets.IterableDataset`.
+        root: The folder that relative paths in rows start at.
+        split: The split of a dataset on the hub.
+
+    Returns:
+        An iterable of `Sample` that can be sharded and resumed.
+
+    Raises:
+        DataError: The source cannot be streamed.
     """
     from datasets import IterableDataset, load_dataset
 
@@ -126,54 +136,62 @@ def stream_samples(source: Any, root: str | Path | None = None, split: str = "tr
         paths = expand(source)
         rows = IterableDataset.from_parquet([str(path) for path in paths])
         return SampleStream(rows, root or paths[0].parent, str(source))
-    if last.suffix in FORMS or last.exists():
-        raise DataError(f"{source} needs no streaming: open_samples reads it row by row. Parquet can stream.")
+    if last.suffix in FORMATS or last.exists():
+        raise DataError(
+            f"{source} cannot be streamed; expected Parquet files. Use open_samples, which reads other "
+            "formats row by row (data.stream: false)."
+        )
     try:
         return SampleStream(load_dataset(str(source), split=split, streaming=True), root, str(source))
-    except (OSError, ValueError) as error:  # not there, no connection, no such split
-        raise DataError(f"The dataset {str(source)!r} cannot be streamed: {error}") from error
+    except (OSError, ValueError) as error:  # no such dataset or split, no connection
+        raise DataError(f"Could not stream the dataset {str(source)!r}: {error}") from error
 
 
 class SampleStream:
-    """Samples of a `datasets.IterableDataset`, in its order. A row that is wrong raises DataError."""
+    """Samples of a `datasets.IterableDataset`, in its order. A malformed row raises DataError."""
 
     def __init__(self, rows: Any, root: str | Path | None, name: str) -> None:
         self.rows, self.root, self.name = rows.with_format("arrow"), Path(root or ""), name
-        self.taken = 0
+        self.num_read = 0
 
     def __iter__(self) -> Iterator[Sample]:
-        for table in self.rows.iter(batch_size=1):  # in a worker, iter(rows) would split it once more
-            (row,) = table.to_pylist()
-            self.taken += 1
-            yield sample_of(row, f"{self.name}[{self.taken - 1}]", self.root)
-        self.taken = 0
+        for parse in self.unparsed():
+            yield parse()
 
-    def part(self, index: int, count: int) -> SampleStream:
-        """Part `index` of `count`, for one of so many processes; together they are the whole."""
+    def unparsed(self) -> Iterator[Callable[[], Sample]]:
+        """Yield a function per row that parses it, so that iteration can go on after a malformed row."""
+        for table in self.rows.iter(batch_size=1):  # in a worker, iter(rows) would shard it again
+            (row,) = table.to_pylist()
+            self.num_read += 1
+            yield partial(sample_of, row, f"{self.name}[{self.num_read - 1}]", self.root)
+        self.num_read = 0
+
+    def shard(self, index: int, count: int) -> SampleStream:
+        """Return shard `index` of `count`. Each process reads one; together they are the whole stream."""
         from datasets.distributed import split_dataset_by_node
 
         rows = split_dataset_by_node(self.rows, index, count)
-        return SampleStream(rows, self.root, f"{self.name}, part {index} of {count}")
+        return SampleStream(rows, self.root, f"{self.name}, shard {index} of {count}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is: what was handed out is not handed out again."""
-        return {"rows": self.rows.state_dict(), "taken": self.taken}
+        """Return the position in the stream: the samples that were yielded do not come again."""
+        return {"rows": self.rows.state_dict(), "num_read": self.num_read}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there, at the next `iter`."""
+        """Set the position at which the next `iter` starts."""
         self.rows.load_state_dict(state["rows"])
-        self.taken = state["taken"]
+        self.num_read = state["num_read"]
 
 
 class FilePart(io.RawIOBase):
-    """Some bytes in the middle of a file, as a file of their own: a member of a shard.
+    """A range of bytes of a file, such as a member of a shard, as a file object of its own.
 
-    It opens the file only while it reads, and pickles as its place.
+    It opens the file only while it reads, and pickles as path and range.
     """
 
     def __init__(self, path: str, start: int, size: int, name: str) -> None:
-        self.place, self.name, self.size = (path, start, size, name), name, size
-        self._at = 0
+        self.location, self.name, self.size = (path, start, size, name), name, size
+        self._position = 0
 
     def readable(self) -> bool:
         return True
@@ -182,59 +200,58 @@ class FilePart(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
-    def seek(self, place: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, place + (0, self._at, self.size)[whence])
-        return self._at
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = max(0, offset + (0, self._position, self.size)[whence])
+        return self._position
 
     def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self.size - self._at)
-        path, start, *_ = self.place
+        left = max(0, self.size - self._position)
+        path, start, *_ = self.location
         with open(path, "rb") as file:
-            file.seek(start + self._at)
+            file.seek(start + self._position)
             data = file.read(left if size is None or size < 0 else min(size, left))
-        self._at += len(data)
+        self._position += len(data)
         return data
 
     def __reduce__(self) -> tuple[type, tuple]:
-        return FilePart, self.place
+        return FilePart, self.location
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, FilePart) and self.place == other.place
+        return isinstance(other, FilePart) and self.location == other.location
 
     def __hash__(self) -> int:
-        return hash(self.place)
+        return hash(self.location)
 
     def __repr__(self) -> str:
         return self.name
 
 
 def expand(source: Source) -> list[Path]:
-    """The paths that a pattern, or several, stand for; raises DataError where there is none.
+    """Expand one or more patterns to paths; raises DataError if a pattern matches no file.
 
     >>> [path.name for path in expand([__file__])]
     ['sources.py']
     """
-    found: list[Path] = []
+    paths: list[Path] = []
     for pattern in [source] if isinstance(source, (str, Path)) else source:
         name = str(Path(pattern).expanduser())
-        names = [name] if Path(name).exists() else [each for one in _braces(name) for each in _glob(one)]
-        if missing := next((each for each in names or [name] if not Path(each).exists()), None):
-            raise DataError(f"No data at {missing}: no such file. Paths are relative to where you are.")
-        found += map(Path, names)
-    return found
+        names = [name] if Path(name).exists() else [path for one in _braces(name) for path in _glob(one)]
+        if missing := next((path for path in names or [name] if not Path(path).exists()), None):
+            raise DataError(f"No such data file: {missing}. Relative paths start at the current folder.")
+        paths += map(Path, names)
+    return paths
 
 
 def _braces(name: str) -> list[str]:
-    """`a{08..10}.tar` as a08.tar, a09.tar, a10.tar; `{train,val}.json` as both."""
+    """Expand `a{08..10}.tar` to a08.tar, a09.tar and a10.tar, and `{train,val}.json` to both."""
     if not (braces := BRACES.search(name)):
         return [name]
     first, last, words = braces.groups()
-    inner = words.split(",") if words else [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
-    return [
-        whole for each in inner for whole in _braces(name[: braces.start()] + each + name[braces.end() :])
-    ]
+    choices = words.split(",") if words else [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
+    before, after = name[: braces.start()], name[braces.end() :]
+    return [expanded for choice in choices for expanded in _braces(before + choice + after)]
 
 
 def _glob(name: str) -> list[str]:
@@ -242,44 +259,44 @@ def _glob(name: str) -> list[str]:
 
 
 def _open(path: Path, root: Path) -> Rows:
-    form = TableRows if path.is_dir() else FORMS.get(path.suffix.lower())
-    if form is None:
+    rows_class = TableRows if path.is_dir() else FORMATS.get(path.suffix.lower())
+    if rows_class is None:
         raise DataError(
-            f"{path} is no file of samples; wanted .jsonl, .json, .parquet, .tar (not compressed), or a "
-            "folder that save_to_disk of `datasets` wrote."
+            f"Unknown data format: {path}. Expected .jsonl, .json, .parquet, .tar (not compressed), or a "
+            "folder written by `save_to_disk` of `datasets`."
         )
     try:
-        rows = form(path, root)
+        rows = rows_class(path, root)
     except (OSError, ValueError, tarfile.TarError) as error:
-        raise DataError(f"{path} cannot be read: {str(error).rstrip('.')}.") from error
+        raise DataError(f"{path} could not be read: {str(error).rstrip('.')}.") from error
     if not len(rows):
-        raise DataError(f"{path} is empty; wanted one row or more.")
+        raise DataError(f"{path} is empty. Expected at least one row.")
     return rows
 
 
 class JsonRows(Rows):
-    """Rows of a JSONL file, or of a file that is one JSON list, found by their places in it."""
+    """Rows of a JSONL file, or of a file that is one JSON list, read at byte offsets."""
 
     def __post_init__(self) -> None:
         with self.path.open("rb") as file:
-            self.listed = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-        places = array("Q", chain.from_iterable(_items(self.path) if self.listed else _lines(self.path)))
-        self.starts, self.sizes, self.lines = places[::3], places[1::3], places[2::3]
+            self.is_list = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        index = array("Q", chain.from_iterable(_items(self.path) if self.is_list else _lines(self.path)))
+        self.starts, self.sizes, self.numbers = index[::3], index[1::3], index[2::3]
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def origin(self, index: int) -> str:
-        return super().origin(index) if self.listed else f"{self.path}:{self.lines[index]}"
+        return super().origin(index) if self.is_list else f"{self.path}:{self.numbers[index]}"
 
     def row(self, index: int) -> Any:
         with self.path.open("rb") as file:
             file.seek(self.starts[index])
-            return _parsed(file.read(self.sizes[index]), self.origin(index))
+            return _parse(file.read(self.sizes[index]), self.origin(index))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, int]]:
-    """Start, size and number of each line that is not blank."""
+    """Yield start in bytes, size in bytes, and line number of each line that is not blank."""
     start = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -289,53 +306,56 @@ def _lines(path: Path) -> Iterator[tuple[int, int, int]]:
 
 
 def _items(path: Path) -> Iterator[tuple[int, int, int]]:
-    """Start and size in bytes, and index, of each item of the list that a file is."""
-    text = path.read_bytes().decode("utf-8")  # read_text would make one character of \r\n
+    """Yield start in bytes, size in bytes, and index of each item of a JSON list."""
+    text = path.read_bytes().decode("utf-8")  # read_text would turn \r\n into one character
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
 
-    def skip(place: int) -> int:
-        return space.match(text, place).end()  # type: ignore[union-attr]
+    def skip_space(position: int) -> int:
+        return space.match(text, position).end()  # type: ignore[union-attr]
 
-    place = text.index("[") + 1
-    start, begin, index = len(text[:place].encode()), skip(place), 0
+    position = text.index("[") + 1
+    start, begin, index = len(text[:position].encode()), skip_space(position), 0
     while index or text[begin : begin + 1] != "]":
-        start += begin - place  # between items all is ASCII
+        start += begin - position  # only ASCII between items, so characters are bytes
         _, end = decoder.raw_decode(text, begin)
         size = len(text[begin:end].encode())
         yield start, size, index
-        start, place, after, index = start + size, end, skip(end), index + 1
+        start, position, after, index = start + size, end, skip_space(end), index + 1
         if text[after : after + 1] == "]":
             begin = after
             break
         if text[after : after + 1] != ",":
             raise json.JSONDecodeError("Expecting ',' delimiter", text, after)
-        begin = skip(after + 1)
-    if skip(begin + 1) < len(text):
+        begin = skip_space(after + 1)
+    if skip_space(begin + 1) < len(text):
         raise json.JSONDecodeError("Extra data", text, begin + 1)
 
 
-def _parsed(data: bytes, origin: str) -> Any:
-    def no_number(word: str) -> None:
-        raise ValueError(f"{word} is no JSON")
+def _parse(data: bytes, origin: str) -> Any:
+    def reject(constant: str) -> None:
+        raise ValueError(f"{constant} is not allowed in JSON")
 
     try:
-        return json.loads(data.decode("utf-8-sig"), parse_constant=no_number)
-    except ValueError as error:  # of the encoding as of the form
-        raise DataError(f"{origin}: no JSON in UTF-8: {error}; got {data[:60]!r}.") from error
+        return json.loads(data.decode("utf-8-sig"), parse_constant=reject)
+    except ValueError as error:  # a JSONDecodeError or a UnicodeDecodeError, too
+        raise DataError(f"{origin}: not JSON in UTF-8: {error}; got {data[:60]!r}.") from error
 
 
 class ShardRows(Rows):
-    """Samples of a WebDataset shard: the members of one key are a row and its videos and images."""
+    """Samples of a WebDataset shard: the members with the same key are a row and its videos and images.
+
+    The library webdataset can only stream a shard; this reads any sample at once.
+    """
 
     def __post_init__(self) -> None:
-        found: dict[str, dict[str, tuple[int, int]]] = {}
+        offsets: dict[str, dict[str, tuple[int, int]]] = {}  # key → suffix → start and size in bytes
         with tarfile.open(self.path, "r:") as tar:
             for member in filter(tarfile.TarInfo.isfile, tar):
                 folder, _, name = member.name.rpartition("/")
-                key, _, suffix = name.partition(".")
-                place = member.offset_data, member.size
-                found.setdefault(f"{folder}/{key}".lstrip("/"), {})[f".{suffix.lower()}"] = place
-        self.keys, self.members = list(found), list(found.values())
+                stem, _, suffix = name.partition(".")
+                key = f"{folder}/{stem}".lstrip("/")
+                offsets.setdefault(key, {})[f".{suffix.lower()}"] = member.offset_data, member.size
+        self.keys, self.offsets = list(offsets), list(offsets.values())
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -344,17 +364,17 @@ class ShardRows(Rows):
         return f"{self.path}/{self.keys[index]}"
 
     def row(self, index: int) -> Any:
-        """A row whose videos and images are files, read at their places in the shard."""
+        """Read a row. Its videos and images are file objects, not read yet."""
         origin, path = self.origin(index), str(self.path)
-        members = {s: FilePart(path, *at, f"{origin}{s}") for s, at in self.members[index].items()}
+        members = {s: FilePart(path, *range_, f"{origin}{s}") for s, range_ in self.offsets[index].items()}
         row: Any
         if ".json" in members:
-            row = _parsed(members[".json"].read(), origin)
+            row = _parse(members[".json"].read(), origin)
         elif ".txt" in members:
             caption = members[".txt"].read().decode(errors="replace")
-            row = {"questions": [{"question": CAPTION, "answer": caption}]}
+            row = {"questions": [{"question": CAPTION_QUESTION, "answer": caption}]}
         else:
-            raise DataError(f"{origin}: no .json or .txt among its members {sorted(members)}.")
+            raise DataError(f"{origin}: expected a .json or .txt member; got {', '.join(sorted(members))}.")
         for kind, suffixes in ("video", VIDEOS), ("image", IMAGES):
             files = [part for suffix, part in members.items() if suffix.endswith(suffixes)]
             if files and isinstance(row, dict):
@@ -363,7 +383,7 @@ class ShardRows(Rows):
 
 
 class TableRows(Rows):
-    """Rows of a Parquet file, or of a folder that `datasets` saved; media stay undecoded."""
+    """Rows of a Parquet file, or of a folder written by `datasets`. Videos and images are not decoded."""
 
     def __post_init__(self) -> None:
         from datasets import Dataset
@@ -372,11 +392,11 @@ class TableRows(Rows):
         path = str(self.path)
         if self.path.is_dir():
             table = Dataset.load_from_disk(path)
-        elif read_metadata(path).num_rows:  # an ArrowInvalid, a ValueError, where it is none
+        elif read_metadata(path).num_rows:  # raises ArrowInvalid, a ValueError, if it is not a Parquet file
             table = Dataset.from_parquet(path)
         else:
             table = Dataset.from_list([])
-        self.table = table.with_format("arrow")  # which decodes neither videos nor images
+        self.table = table.with_format("arrow")  # does not decode videos and images
 
     def __len__(self) -> int:
         return len(self.table)
@@ -386,6 +406,6 @@ class TableRows(Rows):
         return row
 
 
-FORMS: dict[str, type[Rows]] = {
+FORMATS: dict[str, type[Rows]] = {
     ".json": JsonRows, ".jsonl": JsonRows, ".parquet": TableRows, ".tar": ShardRows
 }  # fmt: skip

@@ -1,14 +1,15 @@
-"""Stream loader: batches from a dataset that is read once through, and nowhere held whole.
+"""Stream loader: batches from a dataset that is read in passes and never held in memory.
 
-Each worker of each process reads its own part of the stream, block by block; a block is shuffled
-and cut into batches. At the end of its part it begins again. The place in a stream is the place of the
-block and how much of it was used, so nothing is lost or repeated by stopping.
+Each worker of each process reads its own shard of the stream. It fills a buffer, shuffles it, and splits it
+into batches; at the end of the shard it starts the next pass. The state of a shard is where the current
+buffer starts in the stream and how much of the buffer was used, so resuming loses and repeats nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,21 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from merv.data.loader import Batch, BatchReader, Loader
 from merv.data.order import EpochOrder
-from merv.data.samples import Sample
 from merv.data.sources import SampleStream
 from merv.errors import DataError
 from merv.utils.distributed import gathered
 
 
 class StreamReader(IterableDataset):
-    """What workers get: an endless iterable of (batch, number of the part, its state after the batch).
+    """An endless iterable of (batch, number of the shard, state of the shard after the batch).
 
-    block: samples that are shuffled together. process, processes: whose parts. states: of the parts, to go
-        on from. first: the part whose turn it is.
+    Args:
+        stream: The whole stream.
+        reader: Reads the batches.
+        batch_size: Samples in a batch.
+        shuffle_buffer_size: Samples that are shuffled together.
+        process: Rank of this process.
+        processes: Number of processes that share the stream.
     """
 
     def __init__(
@@ -34,131 +39,118 @@ class StreamReader(IterableDataset):
         stream: SampleStream,
         reader: BatchReader,
         batch_size: int,
-        block: int,
+        shuffle_buffer_size: int,
         process: int,
         processes: int,
     ) -> None:
         self.stream, self.reader, self.batch_size = stream, reader, batch_size
-        self.block = math.ceil(block / batch_size) * batch_size  # else each block would end in a short batch
+        # A multiple of batch_size: otherwise each buffer would end with a short batch
+        self.shuffle_buffer_size = math.ceil(shuffle_buffer_size / batch_size) * batch_size
         self.process, self.processes = process, processes
-        self.states: dict[int, dict[str, Any]] = {}
-        self.first = 0
+        self.states: dict[int, dict[str, Any]] = {}  # of this process's shards, from which to continue
+        self.first_shard = 0  # the shard that the next batch comes from
 
     def __iter__(self) -> Iterator[tuple[Batch, int, dict[str, Any]]]:
-        about = get_worker_info()
-        worker, workers = (about.id, about.num_workers) if about else (0, 1)
-        own = (worker + self.first) % workers
-        part, parts = self.process * workers + own, self.processes * workers
-        state = self.states.get(own) or {"turn": 0, "blocks": 0, "used": 0, "stream": None}
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        own_shard = (worker + self.first_shard) % num_workers
+        shard, num_shards = self.process * num_workers + own_shard, self.processes * num_workers
+        state = self.states.get(own_shard) or _start_of_pass(0)
         while True:
-            stream = self.stream.part(part, parts)
+            stream = self.stream.shard(shard, num_shards)
             if state["stream"] is not None:
                 stream.load_state_dict(state["stream"])
-            empty = state["stream"] is None
-            for batch, state in self._turn(stream, state, part, parts):  # noqa: B020 — it goes on from there
-                empty = False
-                yield batch, own, state
-            if empty:
-                raise DataError(f"Part {part} of {parts} of the stream has no samples: use fewer workers.")
-            state = {"turn": state["turn"] + 1, "blocks": 0, "used": 0, "stream": None}
+            is_empty = state["stream"] is None
+            for batch, state in self._one_pass(stream, state, shard, num_shards):  # noqa: B020 — the last state
+                is_empty = False
+                yield batch, own_shard, state
+            if is_empty:
+                raise DataError(
+                    f"Shard {shard} of {num_shards} of {self.stream.name} has no samples. Set a smaller "
+                    "data.num_workers."
+                )
+            state = _start_of_pass(state["pass_index"] + 1)
 
-    def _turn(
-        self, stream: SampleStream, state: dict[str, Any], part: int, parts: int
+    def _one_pass(
+        self, stream: SampleStream, state: dict[str, Any], shard: int, num_shards: int
     ) -> Iterator[tuple[Batch, dict[str, Any]]]:
-        """The batches of the part from the state on, to its end; with the state after each."""
-        turn, blocks, used, before = state["turn"], state["blocks"], state["used"], state["stream"]
-        rows = _Rows(stream)
-        while block := rows.take(self.block):
-            order = np.random.default_rng([self.reader.seed, turn, 4, part, blocks]).permutation(len(block))
-            for start in range(used, len(block), self.batch_size):
+        """Yield the batches from the state to the end of the shard, each with the state after it."""
+        pass_index, num_buffers = state["pass_index"], state["num_buffers"]
+        used, buffer_start = state["used"], state["stream"]
+        size = self.shuffle_buffer_size
+        rows = stream.unparsed()
+        while buffer := list(islice(rows, size)):
+            seed = [self.reader.seed, pass_index, 4, shard, num_buffers]
+            order = np.random.default_rng(seed).permutation(len(buffer))
+            for start in range(used, len(buffer), self.batch_size):
                 chosen = order[start : start + self.batch_size].tolist()
-                found = ((parts * (blocks * self.block + i) + part, block[i]) for i in chosen)
-                batch = self.reader.batch(found, turn)
-                yield batch, {"turn": turn, "blocks": blocks, "used": start + len(chosen), "stream": before}
-            blocks, used, before = blocks + 1, 0, stream.state_dict()
+                samples = ((num_shards * (num_buffers * size + i) + shard, buffer[i]) for i in chosen)
+                batch = self.reader.batch(samples, pass_index)
+                yield (
+                    batch,
+                    {
+                        "pass_index": pass_index,
+                        "num_buffers": num_buffers,
+                        "used": start + len(chosen),
+                        "stream": buffer_start,
+                    },
+                )
+            num_buffers, used, buffer_start = num_buffers + 1, 0, stream.state_dict()
+
+
+def _start_of_pass(pass_index: int) -> dict[str, Any]:
+    return {"pass_index": pass_index, "num_buffers": 0, "used": 0, "stream": None}
 
 
 class StreamLoader(Loader):
-    """A `Loader` over a stream. An epoch is `length` batches, as a stream does not know its own length.
+    """A `Loader` over a stream, in epochs of `batches_per_epoch` batches.
 
-    Resuming wants the same number of processes and workers.
+    Resuming needs the same number of processes and workers.
     """
 
-    def __init__(self, reader: StreamReader, *, length: int, **options: Any) -> None:
-        order = EpochOrder([length * reader.batch_size], reader.batch_size, seed=reader.reader.seed)
+    def __init__(self, reader: StreamReader, *, batches_per_epoch: int, **options: Any) -> None:
+        samples = batches_per_epoch * reader.batch_size
+        order = EpochOrder([samples], reader.batch_size, seed=reader.reader.seed)
         super().__init__(reader, order, process=reader.process, **options)
         self.reader = reader
-        self.part = 0  # whose turn it is
-        self.running: Iterator[Any] | None = None
+        self.next_shard = 0  # the shard that the next batch comes from
+        self.iterator: Iterator[Any] | None = None  # goes on across epochs
 
     def batches(self) -> Iterator[Batch]:
-        """The next ones, as many as the epoch has left."""
-        if self.running is None:
-            self.running = iter(self.loader)
+        """Yield the batches that remain in the epoch."""
+        if self.iterator is None:
+            self.iterator = iter(self.loader)
         while self.position < len(self):
-            batch, part, state = next(self.running)
-            self.reader.states[part] = state
-            self.part = (part + 1) % max(self.workers, 1)
+            batch, shard, state = next(self.iterator)
+            self.reader.states[shard] = state
+            self.next_shard = (shard + 1) % max(self.num_workers, 1)
             yield batch
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop the workers."""
         super().close()
-        self.running = None
+        self.iterator = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Also the states of all parts of the stream: all processes have to call it together."""
+        """Return the position and the states of all shards; all processes have to call this together."""
         states = dict(gathered((self.process, self.reader.states)))
-        return {**super().state_dict(), "streams": states, "part": self.part}
+        return {**super().state_dict(), "shard_states": states, "next_shard": self.next_shard}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on there at the next `iter`."""
+        """Set the position at which the next `iter` starts; raises DataError if the order has changed."""
         super().load_state_dict(state)
-        self.reader.states = dict(state["streams"][self.process])
-        self.part = self.reader.first = state["part"]
-        self.running = None
+        self.reader.states = dict(state["shard_states"][self.process])
+        self.next_shard = self.reader.first_shard = state["next_shard"]
+        self.iterator = None
 
     def order_fingerprint(self) -> dict[str, Any]:
-        """What the order depends on."""
+        """Return everything that the order of samples depends on."""
         reader = self.reader
         return {
             "batch_size": reader.batch_size,
-            "shuffle_buffer_size": reader.block,
+            "shuffle_buffer_size": reader.shuffle_buffer_size,
             "processes": reader.processes,
-            "num_workers": self.workers,
+            "num_workers": self.num_workers,
             "seed": self.order.seed,
             "batches_per_epoch": len(self),
         }
-
-
-class _Rows:
-    """The samples of a stream, each as what gives it or raises what is wrong with it."""
-
-    def __init__(self, stream: SampleStream) -> None:
-        self.stream, self.rows = stream, iter(stream)
-
-    def take(self, most: int) -> list[_Deferred]:
-        """The next ones, up to so many."""
-        block: list[_Deferred] = []
-        while len(block) < most:
-            try:
-                block.append(_Deferred(next(self.rows)))
-            except StopIteration:
-                break
-            except DataError as error:
-                block.append(_Deferred(error))
-                self.stream.load_state_dict(self.stream.state_dict())  # the iterator ended with its error
-                self.rows = iter(self.stream)
-        return block
-
-
-class _Deferred:
-    """`given()` is the sample, or raises the error, that it was made with."""
-
-    def __init__(self, what: Sample | DataError) -> None:
-        self.what = what
-
-    def __call__(self) -> Sample:
-        if isinstance(self.what, DataError):
-            raise self.what
-        return self.what

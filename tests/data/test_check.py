@@ -1,4 +1,4 @@
-"""A set with every damage we could think of, among sound rows of every form: each is told, alone."""
+"""A data set with many kinds of damage among valid rows of every form: each damage is one finding."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def ours(name: str, video, answer="Yes.", **more) -> dict:
     return {"video": video, "questions": [{"question": f"{name}?", "answer": answer, **more}]}
 
 
-def talk(*turns) -> dict:
+def messages(*turns) -> dict:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
@@ -38,136 +38,152 @@ def llava(name: str, *values, **files) -> dict:
     return {"id": name, "conversations": turns, **files}
 
 
-def seen(name: str, part) -> dict:
-    return talk(("user", [part, {"type": "text", "text": name}]), ("assistant", "Yes."))
+def message_about(name: str, part) -> dict:
+    return messages(("user", [part, {"type": "text", "text": name}]), ("assistant", "Yes."))
 
 
-# name: (a row, or a line as it is; kind and reason of what should be found)
+# name: (a row, or a line of text; kind of the finding; pattern of a value that its reason names)
 DAMAGE = {
-    "missing video": (ours("1", "none.mp4"), "media", "No such file"),
-    "missing image": (llava("2", "<image>2?", "Yes.", image="none.png"), "media", "No such file"),
-    "absolute path of another machine": (ours("3", "/data/none/a.mp4"), "media", "No such file"),
-    "dangling link": (ours("4", "link.mp4"), "media", "No such file"),
-    "empty folder": (ours("5", "folder"), "media", "the folder holds no images"),
-    "pipe": (ours("6", "pipe.mp4"), "media", "a pipe or a device"),
-    "empty video": (ours("7", "empty.mp4"), "media", "the file is empty"),
-    "video cut off": (ours("8", "cut.mp4"), "media", "no video that can be decoded|too damaged"),
-    "video with a hole": (ours("9", "hole.mp4"), "media", "of the 8 wanted frames could be decoded"),
-    "video of zeros": (ours("10", "zeros.mp4"), "media", "not a video or image"),
-    "video of noise": (ours("11", "noise.mp4"), "media", "not a video or image"),
-    "text as video": (ours("12", "text.mp4"), "media", "not a video|no video"),
-    "sound only": (ours("13", "sound.mp4"), "media", "no video that can be decoded"),
-    "playlist": (ours("14", "list.m3u8"), "media", "playlist|not a video"),
-    "one frame": (ours("15", "frame.mp4"), "media", "a video of one frame"),
-    "one pixel": (llava("16", "<image>?", "Yes.", image="pixel.png"), "media", "1×1 pixels show nothing"),
-    "image cut off": (llava("17", "<image>17", "Yes.", image="cut.jpg"), "media", "truncated|frames could"),
-    "page of an error as image": (llava("18", "<image>", "Yes.", image="page.jpg"), "media", "not a video"),
+    "missing video": (ours("1", "none.mp4"), "media", r"none\.mp4"),
+    "missing image": (llava("2", "<image>2?", "Yes.", image="none.png"), "media", r"none\.png"),
+    "absolute path of another machine": (ours("3", "/data/none/a.mp4"), "media", "/data/none/a.mp4"),
+    "dangling link": (ours("4", "link.mp4"), "media", r"link\.mp4"),
+    "empty folder": (ours("5", "folder"), "media", "folder"),
+    "pipe": (ours("6", "pipe.mp4"), "media", r"pipe\.mp4"),
+    "empty video": (ours("7", "empty.mp4"), "media", r"empty\.mp4"),
+    "video cut off": (ours("8", "cut.mp4"), "media", r"cut\.mp4"),
+    "video with a hole": (ours("9", "hole.mp4"), "media", r"hole\.mp4: .* 8 "),
+    "video of zeros": (ours("10", "zeros.mp4"), "media", r"zeros\.mp4"),
+    "video of noise": (ours("11", "noise.mp4"), "media", r"noise\.mp4"),
+    "text as video": (ours("12", "text.mp4"), "media", r"text\.mp4"),
+    "sound only": (ours("13", "sound.mp4"), "media", r"sound\.mp4"),
+    "playlist": (ours("14", "list.m3u8"), "media", r"list\.m3u8"),
+    "one frame": (ours("15", "frame.mp4"), "media", r"frame\.mp4: .*one frame"),
+    "one pixel": (llava("16", "<image>?", "Yes.", image="pixel.png"), "media", r"pixel\.png: 1×1"),
+    "image cut off": (llava("17", "<image>17", "Yes.", image="cut.jpg"), "media", r"cut\.jpg"),
+    "page of an error as image": (llava("18", "<image>", "Yes.", image="page.jpg"), "media", r"page\.jpg"),
     "image too large": (llava("19", "<image>19", "Yes.", image="huge.png"), "media", "max_pixels"),
-    "address": (ours("20", "https://host/a.mp4"), "row", "only local files"),
-    "data address": (
-        seen("21", {"type": "image_url", "image_url": "data:image/png;base64,"}),
+    "URL": (ours("20", "https://host/a.mp4"), "row", "https://host/a.mp4"),
+    "data URL": (
+        message_about("21", {"type": "image_url", "image_url": "data:image/png;base64,"}),
         "row",
-        "local",
+        "data:image/png;base64,",
     ),
-    "path is a number": (ours("22", 3), "row", "a video or image is a path; got 3"),
-    "path is empty": (ours("23", ""), "row", "a video or image is a path; got ''"),
-    "no JSON": ('{"video": "a.mp4", ', "row", "no JSON in UTF-8"),
-    "two objects on a line": ("{}{}", "row", "no JSON in UTF-8: Extra data"),
-    "not an object": ("[1, 2]", "row", "a row is a JSON object"),
+    "path is a number": (ours("22", 3), "row", "path; got 3"),
+    "path is empty": (ours("23", ""), "row", "path; got ''"),
+    "no JSON": ('{"video": "a.mp4", ', "row", "JSON"),
+    "two objects on a line": ("{}{}", "row", "Extra data"),
+    "not an object": ("[1, 2]", "row", r"\[1, 2\]"),
     "wrong encoding": ('{"video": "\udce4.mp4"}', "row", "utf-8"),
-    "NaN": ('{"video": "a.mp4", "questions": NaN}', "row", "NaN is no JSON"),
-    "no known key": ({"path": A, "caption": "Yes."}, "row", "wanted 'messages'"),
-    "no video": ({"questions": [{"question": "?", "answer": "!"}]}, "row", "has no 'video' or 'image'"),
-    "no questions": ({"video": A, "questions": []}, "row", "'questions' is a list of one object"),
-    "questions are a text": ({"video": A, "questions": "Why?"}, "row", "'questions' is a list of one object"),
-    "question without answer": ({"video": A, "questions": [{"question": "?"}]}, "row", "a text as 'answer'"),
-    "null answer": (ours("33", A, None), "row", "a text as 'answer'; got None"),
-    "answer is a number": (ours("34", A, 3), "row", "a text as 'answer'; got 3"),
-    "empty answer": (ours("35", A, ""), "row", "the assistant says nothing"),
-    "answer of spaces": (ours("36", A, " \n"), "row", "the assistant says nothing"),
-    "kind is a list": (ours("37", A, kind=["count"]), "row", "'kind' is a text"),
-    "no messages": ({"messages": []}, "row", "'messages' is a list of one object"),
-    "messages are texts": ({"messages": ["Hm?", "Ah."]}, "row", "'messages' is a list of one object"),
-    "no role": ({"messages": [{"content": "Hm?"}]}, "row", "unknown role None"),
-    "unknown role": (talk(("user", "?"), ("tool", "x")), "row", "unknown role 'tool'"),
-    "two users in a row": (talk(("user", "?"), ("user", "?"), ("assistant", "x")), "row", "in turns"),
-    "ends with the user": (talk(("user", "?"), ("assistant", "x"), ("user", "?")), "row", "in turns"),
-    "begins with the assistant": (talk(("assistant", "x"), ("user", "?")), "row", "in turns"),
-    "only a system": (talk(("system", "Be brief.")), "row", "in turns"),
-    "user says nothing": (talk(("user", ""), ("assistant", "x")), "row", "the user says nothing"),
-    "content is null": (
-        talk(("user", None), ("assistant", "x")),
+    "NaN": ('{"video": "a.mp4", "questions": NaN}', "row", "NaN"),
+    "no known key": ({"path": A, "caption": "Yes."}, "row", r"\['caption', 'path'\]"),
+    "no video": ({"questions": [{"question": "?", "answer": "!"}]}, "row", "'video' or an 'image'"),
+    "no questions": ({"video": A, "questions": []}, "row", r"'questions' .*got \[\]"),
+    "questions are a text": ({"video": A, "questions": "Why?"}, "row", "'questions' .*got 'Why"),
+    "question without answer": ({"video": A, "questions": [{"question": "?"}]}, "row", "'answer'; got None"),
+    "null answer": (ours("33", A, None), "row", "'answer'; got None"),
+    "answer is a number": (ours("34", A, 3), "row", "'answer'; got 3"),
+    "empty answer": (ours("35", A, ""), "row", "assistant .*''"),
+    "answer of spaces": (ours("36", A, " \n"), "row", "assistant .*' "),
+    "kind is a list": (ours("37", A, kind=["count"]), "row", r"'kind' .*\['count'\]"),
+    "no messages": ({"messages": []}, "row", r"'messages' .*got \[\]"),
+    "messages are texts": ({"messages": ["Hm?", "Ah."]}, "row", r"'messages' .*got \['Hm"),
+    "no role": ({"messages": [{"content": "Hm?"}]}, "row", "role None"),
+    "unknown role": (messages(("user", "?"), ("tool", "x")), "row", "role 'tool'"),
+    "two users in a row": (
+        messages(("user", "?"), ("user", "?"), ("assistant", "x")),
         "row",
-        "a text or a list of parts; got None",
+        r"\['user', 'user', 'assistant'\]",
     ),
-    "content is an object": (talk(("user", {"text": "?"}), ("assistant", "x")), "row", "or a list of parts"),
-    "text of a part is a list": (seen("50", {"type": "text", "text": ["?"]}), "row", "a part of a content"),
-    "unknown type of part": (seen("51", {"type": "audio", "audio": "a.wav"}), "row", "a part of a content"),
+    "ends with the user": (
+        messages(("user", "?"), ("assistant", "x"), ("user", "?")),
+        "row",
+        r"\['user', 'assistant', 'user'\]",
+    ),
+    "begins with the assistant": (
+        messages(("assistant", "x"), ("user", "?")),
+        "row",
+        r"\['assistant', 'user'\]",
+    ),
+    "only a system": (messages(("system", "Be brief.")), "row", r"\['system'\]"),
+    "empty question": (messages(("user", ""), ("assistant", "x")), "row", "user .*''"),
+    "content is null": (messages(("user", None), ("assistant", "x")), "row", "'content' .*got None"),
+    "content is an object": (
+        messages(("user", {"text": "?"}), ("assistant", "x")),
+        "row",
+        "'content' .*got {'text'",
+    ),
+    "text of a part is a list": (message_about("50", {"type": "text", "text": ["?"]}), "row", r"\['\?'\]"),
+    "unknown type of part": (message_about("51", {"type": "audio", "audio": "a.wav"}), "row", "'audio'"),
     "video in an answer": (
-        talk(("user", "?"), ("assistant", [{"type": "video", "video": A}])),
+        messages(("user", "?"), ("assistant", [{"type": "video", "video": A}])),
         "row",
-        "belong",
+        "assistant",
     ),
-    "place without a file": (llava("53", "<image>?", "Yes."), "row", "1 places .* 0 files"),
-    "more places than files": (
+    "placeholder without a file": (llava("53", "<image>?", "Yes."), "row", "1 placeholders .* 0 files"),
+    "more placeholders than files": (
         llava("54", "<image><image>", "x", image="a.png"),
         "row",
-        "2 places .* 1 files",
+        "2 placeholders .* 1 files",
     ),
-    "more files than places": (
+    "more files than placeholders": (
         llava("55", "<image>", "x", image=["a.png"] * 2),
         "row",
-        "1 places .* 2 files",
+        "1 placeholders .* 2 files",
     ),
-    "a place of the wrong kind": (
+    "a placeholder of the wrong kind": (
         llava("56", "<image><image>", "x", image="a.png", video=A),
         "row",
-        "the places",
+        r"\['image', 'image'\], .*'video': 1",
     ),
     "files in two ways": (
-        {**seen("57", {"type": "video", "video": A}), "video": B},
+        {**message_about("57", {"type": "video", "video": A}), "video": B},
         "row",
-        "both in the content",
+        "'content' and under 'video'",
     ),
     "private character": (ours("\ue000", A), "row", "U\\+E000"),
-    "too long": (talk(("user", "word " * 2000), ("assistant", "x")), "length", "2500 tokens, over 2000"),
-    "twice": (ours("sound", A), "duplicate", r"is at sound\.jsonl:1 already"),
-    "twice, of a copy": (ours("sound", "copy.mp4"), "duplicate", r"is at sound\.jsonl:1 already"),
-    "video of evaluation": (ours("62", "test_copy.mp4"), "leak", r"is evaluated on, at test\.jsonl:1"),
-    "text of evaluation": (talk(("user", "What is 2 + 2?"), ("assistant", "4")), "leak", r"at test\.jsonl:2"),
+    "too long": (messages(("user", "word " * 2000), ("assistant", "x")), "length", "2500 .*2000"),
+    "twice": (ours("valid", A), "duplicate", r"valid\.jsonl:1"),
+    "twice, of a copy": (ours("valid", "copy.mp4"), "duplicate", r"valid\.jsonl:1"),
+    "video of evaluation": (ours("62", "test_copy.mp4"), "leak", r"test_copy\.mp4 .*test\.jsonl:1"),
+    "text of evaluation": (
+        messages(("user", "What is 2 + 2?"), ("assistant", "4")),
+        "leak",
+        r"test\.jsonl:2",
+    ),
 }
 FILES = {
-    "none.jsonl": "no such file",
-    "empty.jsonl": "is empty",
-    "cut.json": "cannot be read",
-    "a.csv": "wanted .jsonl",
-    "cut.parquet": "cannot be read",
-    "packed.tar": "cannot be read",
-    "cut.tar": "cannot be read",
+    "none.jsonl": r"none\.jsonl",
+    "empty.jsonl": r"empty\.jsonl",
+    "cut.json": r"cut\.json",
+    "a.csv": r"a\.csv.*\.jsonl",
+    "cut.parquet": r"cut\.parquet",
+    "packed.tar": r"packed\.tar",
+    "cut.tar": r"cut\.tar",
 }
-SOUND = {
-    "sound.jsonl": [
-        ours("sound", A),
+VALID = {
+    "valid.jsonl": [
+        ours("valid", A),
         ours("more", B, kind="why"),
         ours("copied", "copy.mp4"),
-        seen("image", {"type": "image", "image": "a.png"}),
-        seen("frames", {"type": "video", "video": "frames"}),
-        talk(
+        message_about("image", {"type": "image", "image": "a.png"}),
+        message_about("frames", {"type": "video", "video": "frames"}),
+        messages(
             ("system", "Be brief."),
             ("user", "Hm?"),
             ("assistant", "Ah."),
             ("user", "And?"),
             ("assistant", "So."),
         ),
-        talk(("user", "What is it?"), ("assistant", "A cat.")),
-        seen("gif", {"type": "video", "video": "a.gif"}),
+        messages(("user", "What is it?"), ("assistant", "A cat.")),
+        message_about("gif", {"type": "video", "video": "a.gif"}),
     ],
-    "sound.json": [llava("a", "<image>\nWhat?", "Ä.", image="a.png"), llava("b", "Why?", "So.", video=A)],
+    "valid.json": [llava("a", "<image>\nWhat?", "Ä.", image="a.png"), llava("b", "Why?", "So.", video=A)],
 }
 
 
 @dataclass
-class Made:
+class Checked:
     folder: Path
     report: Report
     origins: dict[str, str]
@@ -212,9 +228,9 @@ def make_media(folder: Path) -> None:
 
 
 def make_tables(folder: Path) -> None:
-    """One sound sample in a shard, a Parquet file and a saved dataset each, and broken ones of these."""
+    """Valid samples in a shard, a Parquet file and a saved dataset, and damaged copies of the files."""
     turns = llava("", "<video>\nIn a table?", "Yes.")["conversations"]
-    with tarfile.open(folder / "sound.tar", "w") as tar:
+    with tarfile.open(folder / "valid.tar", "w") as tar:
         tar.add(folder / B, "x1.mp4")
         tar.add(folder / "a.png", "x2.png")
         for name, text in ("x1.json", json.dumps({"conversations": turns})), ("x2.txt", "Noise."):
@@ -225,15 +241,15 @@ def make_tables(folder: Path) -> None:
         tar.add(folder / B, "x1.mp4")
     turns[0]["value"] = "<image>\nIn a table?"
     rows = [{"image": {"bytes": (folder / "a.png").read_bytes(), "path": None}, "conversations": turns}]
-    Dataset.from_list(rows).cast_column("image", Image()).to_parquet(folder / "sound.parquet")
+    Dataset.from_list(rows).cast_column("image", Image()).to_parquet(folder / "valid.parquet")
     rows = [{"video": str(folder / A), "conversations": llava("", "Saved?", "Yes.")["conversations"]}]
     Dataset.from_list(rows).cast_column("video", Video()).save_to_disk(folder / "saved")
-    for name in "sound.parquet", "sound.tar":
-        (folder / name.replace("sound", "cut")).write_bytes((folder / name).read_bytes()[:900])
+    for name in "valid.parquet", "valid.tar":
+        (folder / name.replace("valid", "cut")).write_bytes((folder / name).read_bytes()[:900])
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Made:
+def checked(tmp_path_factory) -> Checked:
     folder = tmp_path_factory.mktemp("set")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -242,17 +258,17 @@ def made(tmp_path_factory) -> Made:
         make_tables(folder)
         lines = [row if isinstance(row, str) else json.dumps(row) for row, *_ in DAMAGE.values()]
         Path("damaged.jsonl").write_text("\n".join(lines), "utf-8", errors="surrogateescape")
-        Path("sound.jsonl").write_text("\n".join(map(json.dumps, SOUND["sound.jsonl"])))
-        Path("sound.json").write_text(json.dumps(SOUND["sound.json"], indent=1))
+        Path("valid.jsonl").write_text("\n".join(map(json.dumps, VALID["valid.jsonl"])))
+        Path("valid.json").write_text(json.dumps(VALID["valid.json"], indent=1))
         Path("empty.jsonl").touch()
         Path("cut.json").write_text('[{"video": ')
         Path("a.csv").write_text("a,b")
-        known = ours("test", "test.mp4"), talk(("user", "what is 2 + 2? "), ("assistant", "4"))
-        Path("test.jsonl").write_text("\n".join(map(json.dumps, known)))
-        files = ["sound.jsonl", "sound.json", "sound.tar", "sound.parquet", "saved", "damaged.jsonl", *FILES]
+        evaluation = ours("test", "test.mp4"), messages(("user", "what is 2 + 2? "), ("assistant", "4"))
+        Path("test.jsonl").write_text("\n".join(map(json.dumps, evaluation)))
+        files = ["valid.jsonl", "valid.json", "valid.tar", "valid.parquet", "saved", "damaged.jsonl", *FILES]
         report = check_data(files, media="decode", max_tokens=2000, against=["test.jsonl"])
     origins = {name: f"damaged.jsonl:{n}" for n, name in enumerate(DAMAGE, start=1)}
-    return Made(folder, report, {**origins, **dict(zip(FILES, FILES, strict=True))})
+    return Checked(folder, report, {**origins, **dict(zip(FILES, FILES, strict=True))})
 
 
 EXPECTED = {name: (kind, reason) for name, (_, kind, reason) in DAMAGE.items()}
@@ -260,63 +276,63 @@ EXPECTED |= {name: ("file", reason) for name, reason in FILES.items()}
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_damage_is_told_with_its_origin_and_reason(made, name):
+def test_damage_is_one_finding_with_origin_and_reason(checked, name):
     kind, reason = EXPECTED[name]
-    (finding,) = [finding for finding in made.report.bad if finding.origin == made.origins[name]]
+    (finding,) = [finding for finding in checked.report.invalid if finding.origin == checked.origins[name]]
     assert finding.kind == kind
     assert re.search(reason, finding.reason), finding.reason
 
 
-def test_sound_rows_of_every_form_are_good(made):
-    assert {finding.origin for finding in made.report.bad} <= set(made.origins.values())
-    assert made.report.good == list(range(14))
-    assert len(made.report.samples) == 14 + len(DAMAGE)
+def test_valid_rows_of_every_form_have_no_finding(checked):
+    assert {finding.origin for finding in checked.report.invalid} <= set(checked.origins.values())
+    assert checked.report.valid == list(range(14))
+    assert len(checked.report.samples) == 14 + len(DAMAGE)
 
 
-def test_copies_are_noted_and_not_bad(made):
-    reasons = [finding.reason for finding in made.report.notes]
-    assert "copy.mp4 has the content of a.mp4" in reasons
+def test_copies_are_notes_and_stay_valid(checked):
+    reasons = [finding.reason for finding in checked.report.notes]
+    assert any({"copy.mp4", "a.mp4"} <= set(reason.split()) for reason in reasons)
     assert len(reasons) == 3  # this, and the two files of the shard
 
 
-def test_what_was_read_is_counted(made):
-    counts, numbers = made.report.counts, made.report.numbers
-    assert counts["rows"] == {"sound": 14, "bad": len(DAMAGE)}
+def test_report_counts_rows_and_measures_media(checked):
+    counts, numbers = checked.report.counts, checked.report.numbers
+    assert counts["rows"] == {"valid": 14, "invalid": len(DAMAGE)}
     assert counts["rows by content"]["image"] >= 4
     assert max(numbers["duration_s"]) == 24 / 8
     assert max(numbers["turns"]) == 5
 
 
-def test_the_clean_list_is_clean_wherever_it_is(made, tmp_path, monkeypatch):
-    monkeypatch.chdir(made.folder)
-    write_clean(made.report, tmp_path / "new" / "clean.jsonl")
+def test_clean_list_in_another_folder_has_only_valid_rows(checked, tmp_path, monkeypatch):
+    monkeypatch.chdir(checked.folder)
+    write_clean(checked.report, tmp_path / "new" / "clean.jsonl")
     again = check_data(tmp_path / "new" / "clean.jsonl", media="decode", against=["test.jsonl"])
-    assert len(again.good) == 14
-    assert not again.bad
-    before = [made.report.samples[i] for i in made.report.good]
+    assert len(again.valid) == 14
+    assert not again.invalid
+    before = [checked.report.samples[i] for i in checked.report.valid]
     assert [s.kinds for s in open_samples(tmp_path / "new" / "clean.jsonl")] == [s.kinds for s in before]
 
 
-def test_a_copy_that_was_interrupted_is_made_anew(made, tmp_path, monkeypatch):
+def test_interrupted_copy_of_a_video_is_copied_again(checked, tmp_path, monkeypatch):
     def stop(source, out):
         out.write(source.read(9))
         raise KeyboardInterrupt
 
-    monkeypatch.chdir(made.folder)
+    monkeypatch.chdir(checked.folder)
     with monkeypatch.context() as patched:
         patched.setattr("shutil.copyfileobj", stop)
         with pytest.raises(KeyboardInterrupt):
-            write_clean(made.report, tmp_path / "clean.jsonl")
-    write_clean(made.report, tmp_path / "clean.jsonl")
-    assert not check_data(tmp_path / "clean.jsonl", workers=0).bad
+            write_clean(checked.report, tmp_path / "clean.jsonl")
+    write_clean(checked.report, tmp_path / "clean.jsonl")
+    assert not check_data(tmp_path / "clean.jsonl", num_workers=0).invalid
     assert not list(tmp_path.glob("*/*.new"))
 
 
-def test_workers_find_the_same(made, monkeypatch):
-    monkeypatch.chdir(made.folder)
-    found = [check_data(["sound.jsonl", "damaged.jsonl"], media="none", workers=n) for n in (0, 2)]
-    assert found[0].bad == found[1].bad
-    assert found[0].numbers == found[1].numbers
+def test_workers_give_the_same_report(checked, monkeypatch):
+    monkeypatch.chdir(checked.folder)
+    reports = [check_data(["valid.jsonl", "damaged.jsonl"], media="none", num_workers=n) for n in (0, 2)]
+    assert reports[0].invalid == reports[1].invalid
+    assert reports[0].numbers == reports[1].numbers
 
 
 def write(path: Path, *rows: dict) -> str:
@@ -324,7 +340,7 @@ def write(path: Path, *rows: dict) -> str:
     return str(path)
 
 
-def test_lengths_are_those_of_the_rendered_conversation(tmp_path):
+def test_tokenizer_measures_the_rendered_conversation(tmp_path):
     file = write(tmp_path / "a.jsonl", ours("Why", "none.mp4", "So."))
     report = check_data(file, media="none", tokenizer=tiny_llm()[1], visual_tokens=100)
     assert report.numbers["tokens"] == [
@@ -332,36 +348,36 @@ def test_lengths_are_those_of_the_rendered_conversation(tmp_path):
     ]
 
 
-def test_a_conversation_that_cannot_be_rendered_is_bad(tmp_path):
+def test_conversation_that_the_template_rejects_is_invalid(tmp_path):
     tokenizer = tiny_llm()[1]
     tokenizer.chat_template = "{{ raise_exception('no system, please') }}"
     report = check_data(
-        write(tmp_path / "a.jsonl", talk(("user", "?"), ("assistant", "!"))), tokenizer=tokenizer
+        write(tmp_path / "a.jsonl", messages(("user", "?"), ("assistant", "!"))), tokenizer=tokenizer
     )
-    assert "no system, please" in report.bad[0].reason
+    assert "no system, please" in report.invalid[0].reason
 
 
-def test_a_question_of_evaluation_data_about_another_video_is_noted(tmp_path):
+def test_evaluation_question_about_another_video_is_a_note(tmp_path):
     files = [write(tmp_path / f"{name}.jsonl", ours("Why", f"{name}.mp4")) for name in "ab"]
     report = check_data(files[0], media="none", against=files[1])
-    assert report.good == [0]
+    assert report.valid == [0]
     assert [finding.kind for finding in report.notes] == ["leak"]
 
 
-def test_a_row_that_repeats_one_of_its_questions_is_noted(tmp_path):
+def test_question_repeated_in_its_row_is_a_note(tmp_path):
     row = ours("Why", "a.mp4")
     report = check_data(write(tmp_path / "a.jsonl", {**row, "questions": row["questions"] * 2}), media="none")
-    assert (report.good, len(report.notes)) == ([0], 1)
+    assert (report.valid, len(report.notes)) == ([0], 1)
 
 
-@pytest.mark.skipif(os.name == "nt" or not os.getuid(), reason="root may read all")
-def test_a_video_that_may_not_be_read_is_bad(tmp_path):
+@pytest.mark.skipif(os.name == "nt" or not os.getuid(), reason="root can read every file")
+def test_video_without_read_permission_is_invalid(tmp_path):
     make_video(tmp_path / "a.mp4").chmod(0)
     report = check_data(write(tmp_path / "a.jsonl", ours("Why", "a.mp4")))
-    assert "Permission denied" in report.bad[0].reason
+    assert "Permission denied" in report.invalid[0].reason
 
 
-def test_the_command_reports_and_writes_what_was_asked_for(tmp_path, monkeypatch, capsys):
+def test_command_prints_and_writes_reports_and_clean_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_video("a.mp4")
     tiny_llm("llm")
@@ -369,18 +385,17 @@ def test_the_command_reports_and_writes_what_was_asked_for(tmp_path, monkeypatch
     write(Path("a.jsonl"), ours("Why", "a.mp4"), *many)
     arguments = ["data", "check", "a.jsonl", "--workers", "0", "--report", "out", "--llm", "llm"]
     assert cli.main([*arguments, "--clean", "clean.jsonl"]) == 1
-    said = capsys.readouterr().out
-    assert "| rows | 30 bad, 1 sound |" in said
-    assert "a.jsonl:2: none.mp4: No such file or directory" in said
-    assert "… and 10 more" in said
-    assert "by its tokenizer" in said
-    assert Path("out/report.md").read_text().count("No such file") == 30
-    assert len(json.loads(Path("out/report.json").read_text())["bad"]) == 30
-    assert Path("out/report.png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert "| rows | 30 invalid, 1 valid |" in printed
+    assert printed.count("none.mp4: ") == 20
+    assert "a.jsonl:2: none.mp4: " in printed
+    assert "10 more" in printed
+    assert Path("out/report.md").read_text().count("none.mp4: ") == 30
+    assert len(json.loads(Path("out/report.json").read_text())["invalid"]) == 30
     assert cli.main(["data", "check", "clean.jsonl", "--workers", "0"]) == 0
-    assert "Bad: nothing" in capsys.readouterr().out
+    assert "| rows | 1 valid |" in capsys.readouterr().out
 
 
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path, capsys):
+def test_folder_without_a_tokenizer_is_an_error(tmp_path, capsys):
     assert cli.main(["data", "check", "a.jsonl", "--llm", str(tmp_path)]) == 2
-    assert "There is no tokenizer in" in capsys.readouterr().err
+    assert f"tokenizer from {str(tmp_path)!r}" in capsys.readouterr().err

@@ -1,9 +1,11 @@
+"""ChatData: files of samples as batches and as a list of videos."""
+
 import json
 
 import pytest
 
 from merv.data.module import ChatData
-from merv.data.sources import read_samples
+from merv.data.sources import open_samples
 from merv.errors import DataError
 
 ROW = {
@@ -13,7 +15,7 @@ ROW = {
         {"question": "How many?", "answer": "two"},
     ],
 }
-TALK = {
+MESSAGES = {
     "messages": [
         {"role": "user", "content": [{"type": "image", "image": "b.png"}, {"type": "text", "text": "Hm?"}]},
         {"role": "assistant", "content": "Ah."},
@@ -26,21 +28,21 @@ def write(path, *rows) -> str:
     return str(path)
 
 
-def test_questions_about_a_video_become_conversations_that_share_it(tmp_path):
-    (sample,) = read_samples(write(tmp_path / "a.jsonl", ROW))
+def test_questions_become_conversations_about_one_video(tmp_path):
+    (sample,) = open_samples(write(tmp_path / "a.jsonl", ROW))
     assert sample.kinds == ("first", "")
     assert sample.videos() == [str(tmp_path / "clips/a.mp4")] * 2
-    assert [talk[-1]["content"] for talk in sample.conversations] == ["cat", "two"]
+    assert [conversation[-1]["content"] for conversation in sample.conversations] == ["cat", "two"]
 
 
-def test_messages_keep_their_form_with_absolute_paths(tmp_path):
-    (sample,) = read_samples(write(tmp_path / "a.jsonl", TALK))
+def test_messages_get_absolute_paths(tmp_path):
+    (sample,) = open_samples(write(tmp_path / "a.jsonl", MESSAGES))
     assert sample.conversations[0][0]["content"][0]["image"] == str(tmp_path / "b.png")
-    assert sample.conversations[0][1] == TALK["messages"][1]
+    assert sample.conversations[0][1] == MESSAGES["messages"][1]
 
 
 @pytest.mark.parametrize(
-    "broken",
+    "line",
     [
         '{"video": "a.mp4", "questions": []}',
         '{"video": "a.mp4", "questions": [{"question": "How many?", "answer": 3}]}',
@@ -53,20 +55,20 @@ def test_messages_keep_their_form_with_absolute_paths(tmp_path):
         '{"video": "a.mp4", "questions": [{"question": "Who?"}]}',
     ],
 )
-def test_a_broken_line_is_named(tmp_path, broken):
-    path = write(tmp_path / "a.jsonl", ROW, broken)
+def test_malformed_line_is_named(tmp_path, line):
+    path = write(tmp_path / "a.jsonl", ROW, line)
     with pytest.raises(DataError, match=r"a\.jsonl:2: "):
-        read_samples(path)
+        list(open_samples(path))
 
 
-def test_missing_and_empty_files_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"No data at .*none\.jsonl: no such file"):
-        read_samples(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="is empty"):
-        read_samples(write(tmp_path / "empty.jsonl", ""))
+def test_missing_or_empty_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        open_samples(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match=r"empty\.jsonl"):
+        open_samples(write(tmp_path / "empty.jsonl", ""))
 
 
-def test_batches_are_the_same_for_the_same_seed(tmp_path):
+def test_same_seed_gives_same_batches(tmp_path):
     rows = [{**ROW, "video": f"{i}.mp4"} for i in range(10)]
 
     def order(seed: int) -> list[str]:
@@ -80,14 +82,14 @@ def test_batches_are_the_same_for_the_same_seed(tmp_path):
     assert order(1) != order(2)
 
 
-def test_at_most_so_many_questions_of_a_video_are_asked_at_once(tmp_path):
+def test_max_questions_limits_conversations_per_sample(tmp_path):
     data = ChatData(write(tmp_path / "a.jsonl", ROW), max_questions=1)
     data.setup()
     assert [len(group) for batch in data.train_dataloader() for group in batch.groups] == [1]
 
 
-def test_every_video_is_listed_once_with_its_first_row(tmp_path):
-    path = write(tmp_path / "a.jsonl", ROW, TALK, ROW)
+def test_videos_are_listed_once_with_their_first_row(tmp_path):
+    path = write(tmp_path / "a.jsonl", ROW, MESSAGES, ROW)
     data = ChatData(path, path)
     data.setup()
     assert list(data.videos()) == [

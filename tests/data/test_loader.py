@@ -1,4 +1,4 @@
-"""Loading: the batches after a resume are those that would have come."""
+"""Loading: order, resumption, bad samples, workers, streams."""
 
 import gc
 import json
@@ -25,17 +25,17 @@ pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{re.escape(words)}.*") for w
 
 
 class Recorder(LightningModule):
-    """Trains nothing and remembers the origins that it got."""
+    """Trains nothing and records the origins and questions of its batches."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen: list[tuple[str, ...]] = []
-        self.asked: list[str] = []
+        self.questions: list[str] = []
 
     def training_step(self, batch, index):
         self.seen.append(tuple(origin.rpartition("/")[2] for origin in batch.origins))
-        self.asked += [str(talk[0]["content"]) for group in batch.groups for talk in group]
+        self.questions += [str(turns[0]["content"]) for group in batch.groups for turns in group]
         return self.weight * 0
 
     def configure_optimizers(self):
@@ -43,7 +43,7 @@ class Recorder(LightningModule):
 
 
 class SaveAfter(Callback):
-    """Saves a checkpoint when so many batches have been trained on, as checkpoint callbacks do."""
+    """Saves a checkpoint after `batches` batches, like a checkpoint callback."""
 
     def __init__(self, batches: int, path) -> None:
         self.batches, self.path = batches, path
@@ -55,17 +55,17 @@ class SaveAfter(Callback):
 
 @pytest.fixture
 def files(tmp_path):
-    """Two files of text, image and video, of many lengths, mixed to six batches of two in an epoch."""
+    """Two files with text, images and videos of many lengths. Mixed, an epoch has six batches of two."""
     for name, count in (("a", 11), ("b", 6)):
         rows = []
         for number in range(count):
-            talk = [
+            messages = [
                 {"role": "user", "content": "?" * (1 + number % 5)},
                 {"role": "assistant", "content": "!"},
             ]
-            asked = [{"question": f"{name}{number}{q}", "answer": "!"} for q in "xyz"]
-            shown = {"video": f"{number}.mp4"} if number % 3 else {"image": f"{number}.png"}
-            rows.append({"messages": talk} if number % 4 == 0 else {**shown, "questions": asked})
+            questions = [{"question": f"{name}{number}{q}", "answer": "!"} for q in "xyz"]
+            media = {"video": f"{number}.mp4"} if number % 3 else {"image": f"{number}.png"}
+            rows.append({"messages": messages} if number % 4 == 0 else {**media, "questions": questions})
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return {str(tmp_path / "a.jsonl"): 1.0, str(tmp_path / "b.jsonl"): 1.0}
 
@@ -97,34 +97,34 @@ GROUPED, PLAIN = {"group_by_length": True}, {}
     [
         (1, GROUPED, {}),
         (4, PLAIN, {}),
-        (6, GROUPED, {}),  # the last of an epoch of six
+        (6, GROUPED, {}),  # the last of the six batches of an epoch
         (7, GROUPED, {}),
         (12, PLAIN, {}),
         (3, GROUPED, {"accumulate_grad_batches": 2}),
         (4, GROUPED, {"accumulate_grad_batches": 2}),
         (6, PLAIN, {"accumulate_grad_batches": 4}),
-        (4, PLAIN, {"limit_train_batches": 4}),  # the last that is used of an epoch
+        (4, PLAIN, {"limit_train_batches": 4}),  # the last used batch of an epoch
         (5, PLAIN, {"limit_train_batches": 4}),
         (7, {"num_workers": 2, "group_by_length": True}, {}),
         (12, {"num_workers": 2}, {"accumulate_grad_batches": 2}),
     ],
 )
-def test_a_resumed_run_sees_the_batches_that_the_whole_run_saw(files, tmp_path, after, data, options):
+def test_resumed_run_sees_the_batches_of_an_uninterrupted_run(files, tmp_path, after, data, options):
     whole = fit(files, tmp_path, save=(after, tmp_path / "mid.ckpt"), data=data, **options)
     rest = fit(files, tmp_path, ckpt=tmp_path / "mid.ckpt", data=data, **options)
     assert len(whole.seen) == 3 * options.get("limit_train_batches", 6)
     assert whole.seen[after:] == rest.seen
-    assert whole.asked[len(whole.asked) - len(rest.asked) :] == rest.asked
+    assert whole.questions[len(whole.questions) - len(rest.questions) :] == rest.questions
 
 
-def test_epochs_differ_and_none_has_a_sample_twice(files, tmp_path):
+def test_epochs_differ_and_repeat_no_sample(files, tmp_path):
     seen = fit(files, tmp_path).seen
     epochs = [[origin for batch in seen[start : start + 6] for origin in batch] for start in (0, 6, 12)]
     assert all(len(set(epoch)) == len(epoch) == 12 for epoch in epochs)
     assert epochs[0] != epochs[1]
 
 
-def test_the_state_counts_batches_handed_out_not_those_ready(files):
+def test_state_counts_batches_handed_out_not_prefetched(files):
     data = ChatData(files, batch_size=2, num_workers=2)
     data.setup()
     loader = data.train_dataloader()
@@ -134,39 +134,40 @@ def test_the_state_counts_batches_handed_out_not_those_ready(files):
     assert (loader.state_dict()["epoch"], loader.state_dict()["position"]) == (0, 2)
 
 
-def test_a_state_of_other_data_is_refused(files):
+def test_resuming_with_other_options_is_an_error(files):
     loaders = []
     for options in ({}, {"batch_size": 3, "seed": 1}):
         data = ChatData(files, **{"num_workers": 0, "batch_size": 2, **options})
         data.setup()
         loaders.append(data.train_dataloader())
-    with pytest.raises(DataError, match="batch_size was 2 and is 3; seed was 0 and is 1"):
+    with pytest.raises(DataError, match=r"batch_size was 2 .* 3; seed was 0 .* 1"):
         loaders[1].load_state_dict(loaders[0].state_dict())
 
 
-def test_a_state_of_files_that_have_changed_is_refused(tmp_path):
+def test_resuming_with_changed_files_is_an_error(tmp_path):
     row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
     before = chat(tmp_path / "a.jsonl", row).train_dataloader()
     same = chat(tmp_path / "moved.jsonl", row).train_dataloader()
     same.load_state_dict(before.state_dict())
     row["messages"][1]["content"] = "."
-    with pytest.raises(DataError, match="content was"):
+    with pytest.raises(DataError, match="content"):
         chat(tmp_path / "a.jsonl", row).train_dataloader().load_state_dict(before.state_dict())
 
 
-def test_a_row_with_more_videos_is_longer_than_one_with_more_words(tmp_path):
-    def asked(words: int, videos: int) -> dict:
-        shown = [{"type": "video", "video": f"{number}.mp4"} for number in range(videos)]
-        text = {"type": "text", "text": "?" * words}
+def test_row_with_more_videos_is_longer_than_row_with_more_text(tmp_path):
+    def row(characters: int, videos: int) -> dict:
+        media = [{"type": "video", "video": f"{number}.mp4"} for number in range(videos)]
+        text = {"type": "text", "text": "?" * characters}
         return {
-            "messages": [{"role": "user", "content": [*shown, text]}, {"role": "assistant", "content": "!"}]
+            "messages": [{"role": "user", "content": [*media, text]}, {"role": "assistant", "content": "!"}]
         }
 
-    data = chat(tmp_path / "a.jsonl", asked(2000, 1), asked(2, 3), group_by_length=True)
-    assert data.known[1][1] > data.known[1][0]
+    data = chat(tmp_path / "a.jsonl", row(2000, 1), row(2, 3), group_by_length=True)
+    _, lengths = data.kinds_and_lengths
+    assert lengths[1] > lengths[0]
 
 
-def test_loading_leaves_the_global_random_state_alone(files):
+def test_loading_does_not_change_the_global_random_state(files):
     data = ChatData(files, num_workers=0)
     data.setup()
     before = torch.get_rng_state()
@@ -181,11 +182,11 @@ def chat(path, *rows, **options) -> ChatData:
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
     data = ChatData(str(path), **{"num_workers": 0, "batch_size": 2, **options})
     data.setup()
-    data.reader = MultiEncoder(["fake"], grid=(2, 1, 1)).reader  # as in a training
+    data.reader = MultiEncoder(["fake"], grid=(2, 1, 1)).reader  # as in training
     return data
 
 
-def about(video: str) -> dict:
+def row_about(video: str) -> dict:
     return {"video": video, "questions": [{"question": "Who?", "answer": "cat", "kind": "who"}] * 2}
 
 
@@ -193,16 +194,16 @@ def about(video: str) -> dict:
 def rows(tmp_path):
     make_video(tmp_path / "good.mp4", frames=4)
     (tmp_path / "bad.mp4").write_bytes(b"no video")
-    return [about("good.mp4"), about("bad.mp4"), about("bad.mp4"), "{", about("good.mp4")]
+    return [row_about("good.mp4"), row_about("bad.mp4"), row_about("bad.mp4"), "{", row_about("good.mp4")]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bad_samples_are_skipped_and_listed_and_nothing_stands_in(tmp_path, rows, workers):
+def test_bad_samples_are_skipped_listed_and_not_replaced(tmp_path, rows, workers):
     data = chat(
         tmp_path / "a.jsonl", *rows, on_error="skip", num_workers=workers, batch_size=5, group_by_length=True
     )
     loader = data.train_dataloader()
-    loader.skips.folder = tmp_path
+    loader.policy.folder = tmp_path
     batches = [batch for _ in range(2) for batch in loader]
     assert all(sorted(o[-1] for o in batch.origins) == ["1", "5"] for batch in batches)
     listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
@@ -210,26 +211,26 @@ def test_bad_samples_are_skipped_and_listed_and_nothing_stands_in(tmp_path, rows
     assert {"bad.mp4", "UnreadableVideo"} <= set(re.findall(r"[\w.]+", str(listed)))
 
 
-def test_a_bad_sample_is_named_with_its_line(tmp_path, rows):
-    for row, names in ((rows[1], r"a\.jsonl:1: UnreadableVideo: .*bad\.mp4"), ("{", r"a\.jsonl:1: no JSON")):
-        with pytest.raises(DataError, match=rf"{names}(.|\n)*set data\.on_error to skip"):
+def test_bad_sample_is_named_with_its_line(tmp_path, rows):
+    for row, value in ((rows[1], r"UnreadableVideo: .*bad\.mp4"), ("{", "JSON")):
+        with pytest.raises(DataError, match=rf"a\.jsonl:1: .*{value}(.|\n)*data\.on_error"):
             next(iter(chat(tmp_path / "a.jsonl", row).train_dataloader()))
 
 
-def test_too_many_bad_samples_stop_the_run_even_after_a_resume(tmp_path, rows):
+def test_max_skipped_stops_the_run_even_after_resuming(tmp_path, rows):
     data = chat(tmp_path / "a.jsonl", *rows[1:4], on_error="skip", max_skipped=1, batch_size=1)
     first, second = data.train_dataloader(), data.train_dataloader()
     next(iter(first))
     second.load_state_dict(first.state_dict())
-    with pytest.raises(DataError, match=r"2 samples could not be used; data\.max_skipped is 1"):
+    with pytest.raises(DataError, match=r"^2 samples .*data\.max_skipped is 1"):
         next(iter(second))
 
 
-def test_workers_are_not_in_the_group_that_a_terminal_or_a_scheduler_signals(tmp_path, rows):
+def test_workers_survive_ctrl_c_in_a_process_group_of_their_own(tmp_path, rows):
     loader = chat(tmp_path / "a.jsonl", *[rows[0]] * 3, batch_size=1, num_workers=1).train_dataloader()
-    batches, known = iter(loader), multiprocessing.active_children()
+    batches, before = iter(loader), multiprocessing.active_children()
     next(batches)
-    (worker,) = set(multiprocessing.active_children()) - set(known)
+    (worker,) = set(multiprocessing.active_children()) - set(before)
     assert os.getpgid(worker.pid) == worker.pid != os.getpgrp()
     os.kill(worker.pid, signal.SIGINT)
     assert len(list(batches)) == 2
@@ -245,14 +246,14 @@ class Failing(Recorder):
 @pytest.mark.parametrize(
     ("module", "end"), [(Recorder, nullcontext()), (Failing, pytest.raises(ArithmeticError))]
 )
-def test_a_run_that_is_over_has_no_workers(files, tmp_path, module, end):
+def test_workers_stop_at_the_end_of_a_run(files, tmp_path, module, end):
     before = set(multiprocessing.active_children())
     with end:
         fit(files, tmp_path, module=module(), data={"num_workers": 2})
     assert set(multiprocessing.active_children()) <= before
 
 
-def test_a_loader_that_nobody_has_any_more_ends_its_workers_at_once(tmp_path, rows):
+def test_deleted_loader_stops_its_workers_at_once(tmp_path, rows):
     loader = chat(tmp_path / "a.jsonl", rows[0], num_workers=1).train_dataloader()
     before = set(multiprocessing.active_children())
     list(loader)
@@ -265,49 +266,43 @@ def test_a_loader_that_nobody_has_any_more_ends_its_workers_at_once(tmp_path, ro
         gc.enable()
 
 
-def test_a_video_is_read_once_in_a_batch(tmp_path, rows):
+def test_video_is_read_once_in_a_batch(tmp_path, rows):
     data = chat(tmp_path / "a.jsonl", rows[0], rows[4])
     (batch,) = data.train_dataloader()
-    loaded = {id(talk[0]["content"][0]["video"]) for group in batch.groups for talk in group}
+    loaded = {id(turns[0]["content"][0]["video"]) for group in batch.groups for turns in group}
     assert len(loaded) == 1
 
 
 def indices(loader) -> list[tuple[int, ...]]:
-    """Which frames an epoch of one clip in each batch shows."""
-    found = []
-    for batch in loader:
-        (loaded,) = {
-            id(v): v for g in batch.groups for talk in g for v in [talk[0]["content"][0]["video"]]
-        }.values()
-        found.append(loaded.clip.indices["fake"])
-    return found
+    """Frame indices in an epoch with one clip per batch."""
+    return [batch.groups[0][0][0]["content"][0]["video"].clip.indices["fake"] for batch in loader]
 
 
-def test_frames_drawn_at_random_are_the_same_in_a_run_that_repeats(tmp_path):
+def test_random_frames_repeat_when_a_run_is_repeated(tmp_path):
     make_video(tmp_path / "long.mp4", frames=64)
-    row = about("long.mp4")
+    row = row_about("long.mp4")
 
     def loader(workers: int, **options):
         data = chat(tmp_path / "a.jsonl", row, row, batch_size=1, num_workers=workers, **options)
         data.reader = MultiEncoder(["fake"], grid=(2, 1, 1), sampling="segment").reader
         return data.train_dataloader()
 
-    here, there, other = loader(0), loader(1), loader(0, seed=1)
-    epochs = [indices(here), indices(here)]
-    assert epochs == [indices(there), indices(there)]
-    assert len({*epochs[0], *epochs[1], *indices(other)}) == 6  # another draw for each sample, epoch, seed
+    no_worker, one_worker, other_seed = loader(0), loader(1), loader(0, seed=1)
+    epochs = [indices(no_worker), indices(no_worker)]
+    assert epochs == [indices(one_worker), indices(one_worker)]
+    assert len({*epochs[0], *epochs[1], *indices(other_seed)}) == 6  # a draw per sample, epoch and seed
 
 
-def test_frames_drawn_at_random_are_the_same_in_every_validation(tmp_path):
+def test_random_frames_are_the_same_in_every_validation(tmp_path):
     make_video(tmp_path / "long.mp4", frames=64)
-    data = chat(tmp_path / "a.jsonl", about("long.mp4"))
+    data = chat(tmp_path / "a.jsonl", row_about("long.mp4"))
     data.reader = MultiEncoder(["fake"], grid=(2, 1, 1), sampling="segment").reader
     data.val = data.train
     loader = data._val_dataloader()
     assert indices(loader) == indices(loader)
 
 
-def test_validation_has_the_order_of_the_file_and_all_conversations(tmp_path, rows):
+def test_validation_keeps_file_order_and_all_conversations(tmp_path, rows):
     data = chat(tmp_path / "a.jsonl", rows[0])
     data.val = Samples(data.train.files * 3)
     for _ in range(2):  # Lightning's sanity check leaves an epoch early
@@ -327,20 +322,21 @@ def test_processes_share_an_epoch(files):
     assert len(set(origins)) == len(origins) == 12
 
 
-def test_with_features_in_memory_this_process_reads(files):
+def test_features_in_memory_need_zero_workers(files):
     data = ChatData(files, num_workers=4)
     vision = MultiEncoder(["fake"])
     assert data.worker_count(vision.reader()) == data.worker_count(vision.reader(FeatureStore("folder"))) == 4
     assert data.worker_count(vision.reader(FeatureStore())) == 0
 
 
-def test_options_that_cannot_be_meant_are_refused(files):
-    for options, words in (
-        ({"batch_size": 0}, "at least 1"),
-        ({"on_error": "ignore"}, "raise or skip"),
-        ({"stream": True}, r"set data\.batches_per_epoch"),
+def test_invalid_options_are_errors(files):
+    for options, name in (
+        ({"batch_size": 0}, "batch_size"),
+        ({"on_error": "ignore"}, "'ignore'"),
+        ({"stream": True}, r"data\.batches_per_epoch"),
+        ({"stream": True, "batches_per_epoch": 1}, r"data\.group_by_length"),
     ):
-        with pytest.raises(DataError, match=words):
+        with pytest.raises(DataError, match=name):
             ChatData(files, **options)
 
 
@@ -349,17 +345,17 @@ def test_options_that_cannot_be_meant_are_refused(files):
 
 @pytest.fixture
 def parquet(tmp_path, monkeypatch):
-    """40 rows of text in four files; one row is wrong."""
+    """40 rows of text in four files; one row is malformed."""
     from datasets import Dataset, config
 
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for file in range(4):
-        talks = [
+        rows = [
             [{"role": "user", "content": f"{file}.{i}"}, {"role": "assistant", "content": "!"}]
             for i in range(10)
         ]
-        talks[5][0]["role"] = "nobody" if file == 2 else "user"
-        Dataset.from_dict({"messages": talks}).to_parquet(tmp_path / f"{file}.parquet")
+        rows[5][0]["role"] = "nobody" if file == 2 else "user"
+        Dataset.from_dict({"messages": rows}).to_parquet(tmp_path / f"{file}.parquet")
     return str(tmp_path / "*.parquet")
 
 
@@ -372,42 +368,40 @@ def stream(parquet, workers=0, process=0, processes=1):
     return data.train_dataloader()
 
 
-def said(batch) -> list[str]:
-    return [talk[0]["content"] for group in batch.groups for talk in group]
+def questions(batch) -> list[str]:
+    return [turns[0]["content"] for group in batch.groups for turns in group]
 
 
 @pytest.mark.parametrize(("workers", "processes", "batches"), [(0, 1, 14), (2, 1, 14), (0, 3, 5)])
-def test_a_pass_over_a_stream_has_each_sample_once_and_then_begins_again(
-    parquet, workers, processes, batches
-):
+def test_pass_over_a_stream_has_each_sample_once(parquet, workers, processes, batches):
     passes = [[], []]
     for process in range(processes):
         loader = stream(parquet, workers, process, processes)
         endless = (batch for _ in range(4) for batch in loader)
         for seen in passes:
-            seen += [text for _ in range(batches) for text in said(next(endless))]
+            seen += [text for _ in range(batches) for text in questions(next(endless))]
     assert sorted(passes[0]) == sorted(passes[1]) == sorted(set(passes[0]))
     assert len(passes[0]) == 39
     assert passes[0] != passes[1]
 
 
 @pytest.mark.parametrize(("workers", "after"), [(0, 1), (0, 9), (0, 17), (2, 3), (2, 16)])
-def test_a_stream_resumes_at_the_next_batch(parquet, workers, after):
+def test_stream_resumes_at_the_next_batch(parquet, workers, after):
     whole, first, rest = (stream(parquet, workers) for _ in range(3))
-    expected = [said(batch) for _ in range(3) for batch in whole]
+    expected = [questions(batch) for _ in range(3) for batch in whole]
     batches = (batch for _ in range(3) for batch in first)
-    seen = [said(next(batches)) for _ in range(after)]
-    rest.load_state_dict(json.loads(json.dumps(first.state_dict()), object_hook=_numbered))
-    seen += [said(batch) for _ in range(3 - after // 7) for batch in rest]
+    seen = [questions(next(batches)) for _ in range(after)]
+    rest.load_state_dict(json.loads(json.dumps(first.state_dict()), object_hook=_with_int_keys))
+    seen += [questions(batch) for _ in range(3 - after // 7) for batch in rest]
     assert seen == expected
 
 
-def test_a_closed_stream_has_no_workers(parquet):
+def test_closed_stream_has_no_workers(parquet):
     loader, before = stream(parquet, workers=2), set(multiprocessing.active_children())
     next(iter(loader))
     loader.close()
     assert set(multiprocessing.active_children()) <= before
 
 
-def _numbered(table):
+def _with_int_keys(table):
     return {int(key) if key.isdigit() else key: value for key, value in table.items()}

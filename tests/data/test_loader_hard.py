@@ -1,4 +1,4 @@
-"""Loading where it is hard: rows that only the tokenizer finds bad, several processes, shortened epochs."""
+"""Hard cases of loading: rows that the chat template rejects, several processes, shortened epochs."""
 
 import json
 from itertools import islice
@@ -10,29 +10,29 @@ from merv.data.module import ChatData
 from merv.errors import DataError
 
 
-def talk(*said: str) -> list[dict]:
-    roles = ["system", "user", "assistant"][-len(said) :]
-    return [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+def messages(*texts: str) -> list[dict]:
+    roles = ["system", "user", "assistant"][-len(texts) :]
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
 
 
 @pytest.fixture
 def rows(tmp_path):
-    """Two rows that are sound and one that some chat templates reject."""
-    talks = talk("1", "!"), talk("Be brief.", "2", "!"), talk("3", "!")
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": each}) for each in talks))
+    """Two valid rows, and a row that some chat templates reject."""
+    conversations = messages("1", "!"), messages("Be brief.", "2", "!"), messages("3", "!")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": each}) for each in conversations))
     return str(tmp_path / "a.jsonl")
 
 
 def chat(rows, model, **options) -> ChatData:
     data = ChatData(rows, val=rows, batch_size=3, **{"num_workers": 0, **options})
     data.setup()
-    data.model = lambda: model  # as in a training
+    data.model = lambda: model  # as in training
     return data
 
 
 @pytest.fixture(scope="module")
 def model():
-    """With a chat template that knows no system, as gemma's."""
+    """A model whose chat template rejects system messages, like that of Gemma."""
     model = tiny.build()
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     model.tokenizer.chat_template = no_system + model.tokenizer.chat_template
@@ -48,37 +48,37 @@ def test_rows_that_the_chat_template_rejects_are_skipped(rows, model, workers):
         assert [(origin[-1], "no system" in reason) for origin, reason in batch.skipped] == [("2", True)]
 
 
-def test_a_row_that_the_chat_template_rejects_is_named(rows, model):
-    with pytest.raises(DataError, match=r"a\.jsonl:2: PromptError: .*no system\. To pass over"):
+def test_row_that_the_chat_template_rejects_is_named(rows, model):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: PromptError: .*no system(.|\n)*data\.on_error"):
         next(iter(chat(rows, model).train_dataloader()))
 
 
-def test_each_process_goes_on_with_what_it_skipped_itself(rows, model, monkeypatch):
+def test_each_process_resumes_with_its_own_skipped_samples(rows, model, monkeypatch):
     def loaders() -> list:
         data = [chat(rows, model, on_error="skip", max_skipped=9) for _ in range(2)]
-        for process, own in enumerate(data):
-            own.rank_and_world_size = lambda process=process: (process, 2)
-        return [own.train_dataloader() for own in data]
+        for process, module in enumerate(data):
+            module.rank_and_world_size = lambda process=process: (process, 2)
+        return [module.train_dataloader() for module in data]
 
     before, values = loaders(), []
     for process, loader in enumerate(before):
-        loader.skips.reasons = {f"a.jsonl:{process}": "bad"}
+        loader.policy.reasons = {f"a.jsonl:{process}": "bad"}
     monkeypatch.setattr("merv.data.loader.gathered", lambda value: [values.append(value)] and values)
     *_, state = [loader.state_dict() for loader in before]
     after = loaders()
     for loader in after:
         loader.load_state_dict(state)
-    assert [loader.skips.reasons for loader in after] == [loader.skips.reasons for loader in before]
+    assert [loader.policy.reasons for loader in after] == [loader.policy.reasons for loader in before]
 
 
 @pytest.mark.parametrize("after", [4, 6])
-def test_a_stream_of_which_less_is_used_resumes_at_the_next_batch(tmp_path, monkeypatch, after):
+def test_stream_with_shortened_epochs_resumes_at_the_next_batch(tmp_path, monkeypatch, after):
     from datasets import Dataset, config
 
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for file in "ab":
-        talks = [talk(f"{file}{i}", "!") for i in range(6)]
-        Dataset.from_dict({"messages": talks}).to_parquet(tmp_path / f"{file}.parquet")
+        rows = [messages(f"{file}{i}", "!") for i in range(6)]
+        Dataset.from_dict({"messages": rows}).to_parquet(tmp_path / f"{file}.parquet")
 
     def loader():
         data = ChatData(
@@ -93,18 +93,18 @@ def test_a_stream_of_which_less_is_used_resumes_at_the_next_batch(tmp_path, monk
         return data.train_dataloader()
 
     def epochs(loader):
-        """Of four batches each, on and on."""
+        """Epochs of four batches each, without end."""
         loader.limit = lambda: 4
         while True:
-            yield from islice(loader, 4 if loader.begun else 4 - loader.position)
+            yield from islice(loader, 4 if loader.started else 4 - loader.position)
 
-    def asked(loader, batches: int) -> list[str]:
-        found = [batch.groups for batch in islice(epochs(loader), batches)]
-        return [group[0][0]["content"] for groups in found for group in groups]
+    def questions(loader, batches: int) -> list[str]:
+        read = [batch.groups for batch in islice(epochs(loader), batches)]
+        return [group[0][0]["content"] for groups in read for group in groups]
 
     whole, first, rest = loader(), loader(), loader()
-    expected, seen = asked(whole, 9), asked(first, after)
+    expected, seen = questions(whole, 9), questions(first, after)
     rest.load_state_dict(first.state_dict())
-    seen += asked(rest, 9 - after)
-    del whole, first, rest  # and so their workers, which a failing test would keep
+    seen += questions(rest, 9 - after)
+    del whole, first, rest  # and their workers, which a failing test would keep
     assert seen == expected

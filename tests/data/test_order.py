@@ -1,4 +1,4 @@
-"""The order of samples: nothing twice, nothing lost, the same again from the same seed."""
+"""The order of samples: none repeated, none lost, reproducible from the seed."""
 
 from collections import Counter
 
@@ -10,7 +10,7 @@ from merv.errors import DataError
 
 
 def dealt(order: EpochOrder, epoch: int) -> list[list[list[int]]]:
-    """By process, its batches in that epoch."""
+    """The batches of an epoch, by process."""
     return [[b.tolist() for b in order.batches(epoch, p)] for p in range(order.processes)]
 
 
@@ -20,7 +20,7 @@ def flat(batches) -> list[int]:
 
 @pytest.mark.parametrize("processes", [1, 2, 5])
 @pytest.mark.parametrize("group", [False, True])
-def test_an_epoch_has_every_sample_once(processes, group):
+def test_epoch_has_every_sample_once(processes, group):
     kinds = np.arange(37, dtype=np.int8) % 3 if group else None
     order = EpochOrder([20, 17], 3, processes, kinds=kinds, lengths=np.arange(37))
     for epoch in range(3):
@@ -28,16 +28,16 @@ def test_an_epoch_has_every_sample_once(processes, group):
 
 
 @pytest.mark.parametrize("samples", [1, 7, 12, 13])
-def test_all_processes_have_equally_many_batches(samples):
+def test_processes_have_the_same_number_of_batches(samples):
     order = EpochOrder([samples], 2, 3)
-    assert {len(own) for own in dealt(order, 0)} == {len(order)}
+    assert {len(batches) for batches in dealt(order, 0)} == {len(order)}
 
 
-def test_where_samples_run_out_the_last_processes_get_empty_batches():
+def test_last_step_may_have_empty_batches():
     assert dealt(EpochOrder([7], 2, 3, shuffle=False), 0) == [[[0, 3], [6]], [[1, 4], []], [[2, 5], []]]
 
 
-def test_the_order_is_that_of_the_seed_and_the_epoch():
+def test_order_depends_on_seed_and_epoch():
     def run(seed, epoch):
         return dealt(EpochOrder([50], 4, 2, seed), epoch)
 
@@ -46,31 +46,31 @@ def test_the_order_is_that_of_the_seed_and_the_epoch():
     assert run(1, 3) != run(1, 4)
 
 
-def test_weights_are_the_shares_of_an_epoch_in_which_nothing_comes_twice():
+def test_weights_mix_sets_without_repeated_samples():
     order = EpochOrder([10, 100], 4, weights=[1, 2])
     epochs = [flat(dealt(order, epoch)[0]) for epoch in range(5)]
     for chosen in epochs:
         assert sorted(i for i in chosen if i < 10) == list(range(10))
         assert len(set(chosen)) == len(chosen) == 30
     large = Counter(i for chosen in epochs for i in chosen if i >= 10)
-    assert set(large.values()) == {1}  # five parts of twenty: all of the large set, each sample once
+    assert set(large.values()) == {1}  # five parts of twenty samples: the whole set
     assert len(large) == 100
 
 
-def test_what_a_set_has_over_the_parts_waits_for_another_turn():
+def test_remainder_of_a_set_is_used_in_later_cycles():
     order = EpochOrder([2, 5], 2, weights=[1, 1])
-    turns = [
-        {i for epoch in (t, t + 1) for i in flat(dealt(order, epoch)[0]) if i >= 2} for t in (0, 2, 4, 6)
+    cycles = [
+        {i for epoch in (c, c + 1) for i in flat(dealt(order, epoch)[0]) if i >= 2} for c in (0, 2, 4, 6)
     ]
-    assert all(len(turn) == 4 for turn in turns)
-    assert set.union(*turns) == {2, 3, 4, 5, 6}
+    assert all(len(cycle) == 4 for cycle in cycles)
+    assert set.union(*cycles) == {2, 3, 4, 5, 6}
 
 
-def test_weights_that_mean_nothing_are_refused():
-    for weights in ([1], [1, 0], [1, float("nan")]):
-        with pytest.raises(DataError, match="positive numbers"):
+def test_invalid_weights_are_errors():
+    for weights, shown in ([1], r"\[1\]"), ([1, 0], r"\[1, 0\]"), ([1, float("nan")], r"\[1, nan\]"):
+        with pytest.raises(DataError, match=shown):
             portions([5, 5], weights)
-    with pytest.raises(DataError, match="more weight"):
+    with pytest.raises(DataError, match=r"\[1, 0\.001\]"):
         portions([3, 3], [1, 0.001])
 
 
@@ -81,14 +81,14 @@ def grouped() -> EpochOrder:
     return EpochOrder([1000], 4, 2, kinds=kinds, lengths=random.integers(1, 1000, 1000))
 
 
-def test_grouped_steps_are_of_one_kind_but_for_the_rest(grouped):
+def test_grouped_steps_have_one_kind_except_for_the_rest(grouped):
     steps = grouped.epoch(0)
     mixed = [step for step in steps if len(set(grouped.kinds[step])) > 1]
     assert len(steps) == len(grouped)
     assert len(mixed) <= 3
 
 
-def test_grouped_steps_are_of_like_lengths(grouped):
+def test_grouped_steps_have_similar_lengths(grouped):
     def padding(steps):
         return sum(len(s) * grouped.lengths[s].max() for s in steps) / grouped.lengths.sum()
 
@@ -96,19 +96,19 @@ def test_grouped_steps_are_of_like_lengths(grouped):
     assert padding(grouped.epoch(0)) < 1.15 < 1.7 < padding(plain)
 
 
-def test_the_largest_step_of_each_kind_comes_first(grouped):
+def test_largest_step_of_each_kind_comes_first(grouped):
     for epoch in range(3):
         steps = grouped.epoch(epoch)
 
         def memory(step, kind):
-            own = grouped.lengths[step[grouped.kinds[step] == kind]]
-            return len(own) * own.max(initial=0)
+            lengths = grouped.lengths[step[grouped.kinds[step] == kind]]
+            return len(lengths) * lengths.max(initial=0)
 
         for kind in range(3):
             assert memory(steps[kind], kind) == max(memory(step, kind) for step in steps)
 
 
-def test_grouped_epochs_differ_and_have_equal_lengths_under_weights(grouped):
+def test_grouped_and_weighted_epochs_differ_and_have_the_same_length(grouped):
     order = EpochOrder([400, 600], 4, 2, weights=[1, 1], kinds=grouped.kinds, lengths=grouped.lengths)
     epochs = [order.epoch(epoch) for epoch in range(6)]
     assert {len(steps) for steps in epochs} == {len(order)}

@@ -1,6 +1,9 @@
+"""Files and streams of samples."""
+
 import io
 import json
 import pickle
+import re
 import tarfile
 
 import pytest
@@ -12,13 +15,13 @@ from merv.errors import DataError, UnreadableVideo
 from merv.testing import make_video
 from merv.video.open import probe
 
-TALK = [{"from": "human", "value": "<image>\nWhät?"}, {"from": "gpt", "value": "A square."}]
-ROW = {"video": "a.mp4", "conversations": TALK}
+TURNS = [{"from": "human", "value": "<image>\nWhät?"}, {"from": "gpt", "value": "A square."}]
+ROW = {"video": "a.mp4", "conversations": TURNS}
 
 
 @pytest.fixture(autouse=True)
-def quiet(tmp_path, monkeypatch):
-    """What `datasets` converts is kept with the test's files."""
+def datasets_cache(tmp_path, monkeypatch):
+    """Keep the cache of `datasets` in the test's folder."""
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -35,7 +38,7 @@ def origins(samples) -> list[str]:
     return [sample.origin.rpartition("/")[2] for sample in samples]
 
 
-def test_lines_are_read_at_their_places(tmp_path):
+def test_jsonl_rows_are_read_by_offset(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + f"{json.dumps(ROW)}\n\n{json.dumps(ROW, ensure_ascii=False)}".encode())
     samples = open_samples(file)
@@ -45,7 +48,7 @@ def test_lines_are_read_at_their_places(tmp_path):
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_items_of_a_list_are_read_at_their_places(tmp_path, indent):
+def test_json_list_items_are_read_by_offset(tmp_path, indent):
     file = tmp_path / "a.json"
     rows = [{**ROW, "id": "ä"}, {**ROW, "video": "b.mp4"}, ROW]
     file.write_text(
@@ -56,7 +59,7 @@ def test_items_of_a_list_are_read_at_their_places(tmp_path, indent):
     assert samples[1].videos() == ["/clips/b.mp4"]
 
 
-def test_lines_may_end_as_windows_ends_them(tmp_path):
+def test_windows_line_endings(tmp_path):
     rows = [{**ROW, "video": f"{i}.mp4"} for i in range(3)]
     (tmp_path / "a.json").write_bytes(json.dumps(rows, indent=1).replace("\n", "\r\n").encode())
     (tmp_path / "a.jsonl").write_bytes("\r\n".join(map(json.dumps, rows)).encode())
@@ -65,17 +68,17 @@ def test_lines_may_end_as_windows_ends_them(tmp_path):
         assert [sample.videos() for sample in samples] == [[f"/clips/{i}.mp4"] for i in range(3)]
 
 
-def test_a_wrong_line_is_named_when_it_is_read(tmp_path):
+def test_malformed_line_is_named_when_it_is_read(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(json.dumps(ROW).encode() + b'\n{"a": NaN}\n\xff\n{\n')
     samples = open_samples(file)
-    for index, reason in (1, "NaN is no JSON"), (2, "utf-8"), (3, "Expecting property name"):
+    for index, reason in (1, "NaN"), (2, "utf-8"), (3, "JSON"):
         with pytest.raises(DataError, match=rf"a\.jsonl:{index + 1}: .*{reason}"):
             samples[index]
     assert samples[0].origin
 
 
-def test_several_files_are_one_sequence_that_pickles(tmp_path):
+def test_several_files_are_one_picklable_sequence(tmp_path):
     for name in "train-08", "train-09", "train-10", "val":
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps(ROW))
     samples = open_samples([tmp_path / "train-{08..10}.jsonl", tmp_path / "v*.jsonl"])
@@ -86,41 +89,41 @@ def test_several_files_are_one_sequence_that_pickles(tmp_path):
         samples[8]
 
 
-def test_braces_with_commas_are_words(tmp_path):
+def test_braces_with_commas_list_words(tmp_path):
     for name in "train.json", "val.json":
         (tmp_path / name).touch()
     assert [path.name for path in expand(f"{tmp_path}/{{val,train}}.json")] == ["val.json", "train.json"]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "reason"),
+    ("name", "content", "pattern"),
     [
-        ("empty.jsonl", b"\n", "is empty"),
-        ("cut.json", b'[{"a": 1}, {"b"', "cannot be read: .*Expecting"),
-        ("open.json", b'[{"a": 1}', "cannot be read: Expecting"),
-        ("latin.json", b'["\xe4"]', "cannot be read: .*utf-8"),
-        ("a.csv", b"a,b", r"wanted \.jsonl, \.json, \.parquet, \.tar"),
-        ("a.parquet", b"PAR1" * 9, r"a\.parquet cannot be read"),
-        ("a.tar", b"no tar" * 999, r"a\.tar cannot be read: invalid header"),
+        ("empty.jsonl", b"\n", r"empty\.jsonl"),
+        ("cut.json", b'[{"a": 1}, {"b"', r"cut\.json"),
+        ("open.json", b'[{"a": 1}', r"open\.json"),
+        ("latin.json", b'["\xe4"]', r"latin\.json .*utf-8"),
+        ("a.csv", b"a,b", r"a\.csv.* \.jsonl, \.json, \.parquet, \.tar"),
+        ("a.parquet", b"PAR1" * 9, r"a\.parquet"),
+        ("a.tar", b"no tar" * 999, r"a\.tar"),
     ],
 )
-def test_a_file_that_is_none_is_refused_at_once(tmp_path, name, content, reason):
+def test_file_in_no_known_format_is_an_error(tmp_path, name, content, pattern):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=reason):
+    with pytest.raises(DataError, match=pattern):
         open_samples(tmp_path / name)
 
 
-def test_a_path_or_pattern_without_a_file_is_refused(tmp_path):
-    for name in "none.jsonl", "*.tar", "a{0..1}.tar":
-        with pytest.raises(DataError, match=r"No data at .*no such file"):
+def test_missing_file_is_named(tmp_path):
+    for name, missing in ("none.jsonl", "none.jsonl"), ("*.tar", "*.tar"), ("a{0..1}.tar", "a0.tar"):
+        with pytest.raises(DataError, match=re.escape(str(tmp_path / missing))):
             open_samples(tmp_path / name)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=re.escape(str(tmp_path))):
         open_samples(tmp_path)
 
 
-def test_members_of_a_key_are_a_row_and_its_media(tmp_path):
+def test_shard_members_of_a_key_are_one_sample(tmp_path):
     video = make_video(tmp_path / "a.mp4").read_bytes()
-    row = json.dumps({"conversations": TALK}).encode()
+    row = json.dumps({"conversations": TURNS}).encode()
     file = shard(tmp_path / "a.tar", x1__mp4=video, x1__json=row, x2__txt=b"A square.", x2__MP4=video)
     samples = open_samples(file)
     assert origins(samples) == ["x1", "x2"]
@@ -131,15 +134,15 @@ def test_members_of_a_key_are_a_row_and_its_media(tmp_path):
     assert samples[1].conversations[0][-1]["content"] == "A square."
 
 
-def test_a_key_without_a_row_is_named_when_it_is_read(tmp_path):
+def test_malformed_shard_sample_is_named_when_it_is_read(tmp_path):
     samples = open_samples(shard(tmp_path / "a.tar", x1__mp4=b"", x2__json=b"{"))
-    with pytest.raises(DataError, match=r"a\.tar/x1: no \.json or \.txt"):
+    with pytest.raises(DataError, match=r"a\.tar/x1: .*\.mp4"):
         samples[0]
-    with pytest.raises(DataError, match=r"a\.tar/x2: no JSON"):
+    with pytest.raises(DataError, match=r"a\.tar/x2: .*JSON"):
         samples[1]
 
 
-def test_a_part_of_a_file_reads_as_a_file_of_its_own(tmp_path):
+def test_file_part_reads_seeks_and_compares(tmp_path):
     (tmp_path / "f").write_bytes(b"0123456789")
     part = FilePart(str(tmp_path / "f"), 2, 5, "part")
     assert (part.read(2), part.tell(), part.read(), part.read()) == (b"23", 2, b"456", b"")
@@ -150,7 +153,7 @@ def test_a_part_of_a_file_reads_as_a_file_of_its_own(tmp_path):
         probe(part)
 
 
-def test_tables_hand_over_videos_undecoded(tmp_path, monkeypatch):
+def test_saved_dataset_leaves_videos_undecoded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_video("a.mp4")
     table = Dataset.from_list([ROW, ROW]).cast_column("video", Video())
@@ -163,19 +166,19 @@ def test_tables_hand_over_videos_undecoded(tmp_path, monkeypatch):
 def parquet(path, rows: int):
     image = io.BytesIO()
     Picture.new("RGB", (6, 4)).save(image, "png")
-    row = {"image": {"bytes": image.getvalue(), "path": None}, "conversations": TALK, "video": None}
+    row = {"image": {"bytes": image.getvalue(), "path": None}, "conversations": TURNS, "video": None}
     table = Dataset.from_list([row] * rows).cast_column("image", Image())
     table.to_parquet(path)
     return path
 
 
-def test_parquet_hands_over_images_undecoded(tmp_path):
+def test_parquet_leaves_images_undecoded(tmp_path):
     samples = open_samples(parquet(tmp_path / "a.parquet", 2))
     assert probe(samples[1].videos()[0]).width == 6
     assert origins(samples) == ["a.parquet[0]", "a.parquet[1]"]
 
 
-def test_a_stream_goes_on_where_it_stood(tmp_path):
+def test_stream_resumes_at_the_next_sample(tmp_path):
     file = parquet(tmp_path / "a.parquet", 3)
     stream = stream_samples(file)
     first = next(iter(stream))
@@ -185,34 +188,34 @@ def test_a_stream_goes_on_where_it_stood(tmp_path):
     assert probe(first.videos()[0]).width == 6
 
 
-def test_parts_of_a_stream_are_the_whole(tmp_path):
+def test_shards_of_a_stream_are_the_whole_stream(tmp_path):
     rows = [
         {"messages": [{"role": r, "content": f"{r}{i}"} for r in ("user", "assistant")]} for i in range(5)
     ]
     stream = stream_samples(IterableDataset.from_generator(lambda: iter(rows)))
-    said = [s.conversations[0][0]["content"] for i in (0, 1) for s in stream.part(i, 2)]
-    assert sorted(said) == [f"user{i}" for i in range(5)]
+    questions = [s.conversations[0][0]["content"] for i in (0, 1) for s in stream.shard(i, 2)]
+    assert sorted(questions) == [f"user{i}" for i in range(5)]
 
 
-def test_a_wrong_row_of_a_stream_is_named():
+def test_malformed_row_of_a_stream_is_named():
     stream = stream_samples(IterableDataset.from_generator(lambda: iter([{"video": "a.mp4"}])))
-    with pytest.raises(DataError, match=r"^stream\[0\]: wanted 'messages'"):
+    with pytest.raises(DataError, match=r"^stream\[0\]: .*'messages'"):
         next(iter(stream))
 
 
-def test_what_cannot_or_need_not_stream_is_refused(tmp_path):
-    with pytest.raises(DataError, match="needs no streaming"):
+def test_source_that_cannot_be_streamed_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"a\.jsonl"):
         stream_samples(tmp_path / "a.jsonl")
-    with pytest.raises(DataError, match="The dataset 'no/such' cannot be streamed"):
+    with pytest.raises(DataError, match="'no/such'"):
         stream_samples("no/such")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "reason"),
     [("[{row},]", "Expecting value"), ("[{row} {row}]", "Expecting ','"), ("[{row}] more", "Extra data")],
 )
-def test_a_list_that_is_nearly_json_is_refused(tmp_path, text, said):
+def test_malformed_json_list_is_an_error(tmp_path, text, reason):
     row = '{"messages": [{"role": "user", "content": "é?"}, {"role": "assistant", "content": "b"}]}'
     (tmp_path / "a.json").write_text(text.replace("{row}", row))
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=reason):
         open_samples(str(tmp_path / "a.json"))
