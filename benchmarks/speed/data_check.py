@@ -49,9 +49,9 @@ def main() -> None:
         file = make_set(Path(folder), args.videos, args.rows)
         for media in "none", "probe", "decode":
             begun = time.perf_counter()
-            report = check_data(file, media=media, workers=args.workers)  # type: ignore[arg-type]
+            report = check_data(file, media=media, num_workers=args.workers)  # type: ignore[arg-type]
             took_s = time.perf_counter() - begun
-            assert len(report.good) == args.rows, report.bad[:3]
+            assert len(report.valid) == args.rows, report.invalid[:3]
             rate = f"{args.rows / took_s:.0f}"
             lines.append(ROW.format(media, args.rows, args.videos, f"{took_s:.2f}", rate))
             print(lines[-1], flush=True)

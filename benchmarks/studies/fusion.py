@@ -36,7 +36,7 @@ from tqdm import tqdm
 from merv import MultiEncoder
 from merv.data.module import ChatData
 from merv.data.samples import Sample
-from merv.data.sources import read_samples
+from merv.data.sources import open_samples
 from merv.demo.material import things
 from merv.demo.run import make_data, without_video
 from merv.features.store import FeatureStore
@@ -99,7 +99,8 @@ class Clips:
     def __init__(self, out: Path, train: int, test: int, image_frames: int) -> None:
         make_data(out, {"train": train, "held_out": test}, seed=0)
         self.out, self.store = out, FeatureStore(out / "features")
-        self.train, self.test = read_samples(out / "train.jsonl"), read_samples(out / "held_out.jsonl")
+        self.train = list(open_samples(out / "train.jsonl"))
+        self.test = list(open_samples(out / "held_out.jsonl"))
         self.frames = {IMAGE: image_frames, MOVING: MOVING_FRAMES}
         self.eyes = MultiEncoder(list(ENCODERS), grid=GRID, num_frames=self.frames)
         self.features: dict[str, dict[str, Grid]] = {}
