@@ -15,8 +15,8 @@ class Gated(Projector):
     """linear(x) · sigmoid(gate(x)), where x are normalized features.
 
     Args:
-        features: Input width D.
-        width: Output width L.
+        input_dim: Channels of the encoder (D).
+        output_dim: Embedding dimension of the language model (L).
         norm: Whether to normalize the features first.
         bias: Initial bias of the gate. With the default, the gate starts almost open.
     """

@@ -18,8 +18,8 @@ class Perceiver(Mixer):
     """Learned queries that attend to every cell of every encoder.
 
     Args:
-        width: Width L of a token.
-        encoders: Number of encoders E.
+        output_dim: Embedding dimension of the language model (L).
+        num_encoders: Number of encoders (E).
         tokens: Number of tokens for each video.
         heads: Number of attention heads.
     """

@@ -1,18 +1,15 @@
-"""Clips: real H.264 files whose every shot, cut and fade is planned, so ground truth is exact.
+"""Plan and render the demo's clips: H.264 files with exact ground truth.
 
-A clip is planned first (which things, from when to when, how the camera moves, how one
-shot gives way to the next) and rendered afterwards. All truth is read off the plan,
-nothing off the file.
+A clip is planned first: the things it shows, their times, the camera moves and the transitions. Then it is
+rendered. The ground truth comes from the plan.
 
-How the splits differ:
+The splits:
 
-    train      ordered tuples of things ("cat, rocket, moon") for which `split_of` says so:
-               three quarters of all tuples, chosen by a hash of the names.
-    held_out   the same things, but only the other quarter of the tuples: no clip shows the
-               things of a training clip in that clip's order, single-shot clips included.
-               Crops, moves, durations, transitions and excerpts are drawn afresh as well.
-    unseen     clips in which at least one held-out photograph appears, next to things of
-               training. Train and held_out clips never show nor name such a photograph.
+    train      Sequences of things, such as "cat, rocket, moon". A hash of the names selects three quarters of
+               all sequences.
+    held_out   The same things in the remaining sequences: no training clip shows the same things in the same
+               order. Crops, moves, durations, transitions and excerpts are also new.
+    unseen     Clips with at least one held-out photograph. The other splits never show or name one.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -30,6 +27,7 @@ from typing import TYPE_CHECKING, Literal
 
 from merv.demo.material import Thing, load_pictures
 from merv.errors import DataError
+from merv.utils.files import temporary_beside
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,19 +38,21 @@ Move = Literal["still", "pan left", "pan right", "zoom in", "zoom out"]
 FPS = 24
 SIZE = (224, 160)  # (width, height) in pixels
 MAX_SHOTS = 4
-MIN_SHOT = 16  # frames: more than the longest fade, so that fades never touch
-FRAMES = (3 * FPS, 5 * FPS)  # shortest and longest clip
+MIN_SHOT = 16  # frames; longer than the longest fade, so that fades do not overlap
+FRAMES = (3 * FPS, 5 * FPS)  # minimum and maximum length of a clip
 FADES = (8, 10, 12)  # frames
-FADE_SHARE = 1 / 3  # of the boundaries; the others are cuts
-LOOK = 1  # part of a plan's key: raise it when `render` changes what a plan looks like
+FADE_SHARE = 1 / 3  # share of boundaries with a fade; the others are cuts
+RENDER_VERSION = 1  # increase it when `render` draws the same plan differently
 
 
 @dataclass(frozen=True)
 class View:
-    """Which part of a picture is on screen.
+    """The part of a picture that is on screen.
 
-    zoom: side of the view relative to the largest one of the clip's aspect that fits.
-    x, y: where it lies in the room that is left, 0 (left, top) to 1 (right, bottom).
+    Attributes:
+        x: Horizontal position of the view, 0 (left) to 1 (right).
+        y: Vertical position of the view, 0 (top) to 1 (bottom).
+        zoom: Size of the view, relative to the largest one that fits.
     """
 
     x: float
@@ -60,12 +60,15 @@ class View:
     zoom: float
 
     def towards(self, other: View, progress: float) -> View:
-        """The view on the straight way to `other`; progress runs from 0 to 1."""
-        mix = [a + (b - a) * progress for a, b in zip(self._parts(), other._parts(), strict=True)]
-        return View(*mix)
+        """Interpolate linearly: this view at progress 0, `other` at 1."""
+        return View(
+            self.x + (other.x - self.x) * progress,
+            self.y + (other.y - self.y) * progress,
+            self.zoom + (other.zoom - self.zoom) * progress,
+        )
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """(left, top, right, bottom) in pixels of a picture of `size` (width, height).
+        """The view as (left, top, right, bottom), in pixels of a picture of `size` (width, height).
 
         >>> View(0.5, 0.5, 1.0).box((448, 448))
         (0.0, 64.0, 448.0, 384.0)
@@ -75,17 +78,22 @@ class View:
         left, top = self.x * (size[0] - width), self.y * (size[1] - height)
         return left, top, min(left + width, size[0]), min(top + height, size[1])
 
-    def _parts(self) -> tuple[float, float, float]:
-        return self.x, self.y, self.zoom
-
 
 @dataclass(frozen=True)
 class Shot:
-    """One thing on screen, from start_s until the next shot starts at end_s.
+    """One thing on screen.
 
-    fade_s: length of the cross-fade into this shot, half before and half after start_s; 0
-        for a cut. brightness: factor. mirrored: left and right exchanged. excerpt: where
-        footage starts, 0 (as early as possible) to 1 (as late as possible).
+    Attributes:
+        name: Name of the thing.
+        start_s: Start in seconds.
+        end_s: End in seconds, which is the start of the next shot.
+        move: Camera move.
+        begin: View at the start.
+        end: View at the end.
+        fade_s: Length of the cross-fade into this shot, centered at start_s; 0 for a cut.
+        brightness: Factor on the pixel values.
+        mirrored: Whether left and right are swapped.
+        excerpt: Start of the excerpt of footage, 0 (as early as possible) to 1 (as late as possible).
     """
 
     name: str
@@ -102,37 +110,37 @@ class Shot:
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """The shots of a clip, in order and without gaps, each of another thing."""
+    """The shots of a clip, in order and without gaps. Each shows a different thing."""
 
     shots: tuple[Shot, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What is shown, in order."""
+        """The names of the things, in order."""
         return tuple(shot.name for shot in self.shots)
 
     @property
     def frames(self) -> int:
-        """How many frames the clip has, at FPS."""
+        """Number of frames of the clip."""
         return frame_at(self.shots[-1].end_s)
 
     @property
     def key(self) -> str:
-        """A hash of all that is planned: equal plans, equal keys."""
-        content = json.dumps([LOOK, SIZE, FPS, asdict(self)], sort_keys=True)
+        """A hash of the whole plan."""
+        content = json.dumps([RENDER_VERSION, SIZE, FPS, asdict(self)], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A file and the plan that it was rendered from."""
+    """A rendered clip and its plan."""
 
     path: Path
     plan: ClipPlan
 
 
 def frame_at(time_s: float) -> int:
-    """The index of the frame that starts at a planned time.
+    """The index of the frame at a planned time.
 
     >>> frame_at(1.5)
     36
@@ -140,11 +148,11 @@ def frame_at(time_s: float) -> int:
     return round(time_s * FPS)
 
 
-# Plan --------------------------------------------------------------------------------------
+# Plan -------------------------------------------------------------------------------------
 
 
 def split_of(order: Sequence[Thing]) -> Split:
-    """The split that clips of these things, in this order, belong to."""
+    """The split of clips that show these things in this order."""
     if any(thing.held_out for thing in order):
         return "unseen"
     names = ", ".join(thing.name for thing in order)
@@ -152,9 +160,9 @@ def split_of(order: Sequence[Thing]) -> Split:
 
 
 def plan_clips(split: Split, count: int, seed: int, things: Sequence[Thing]) -> list[ClipPlan]:
-    """`count` plans of a split with one, two, three, four, one, … shots.
+    """Plan `count` clips of a split, with one, two, three, four, one, … shots.
 
-    The plan of an index depends on seed and split alone: a longer list starts with the shorter.
+    A plan depends only on seed, split and index, so a larger count only adds plans.
     """
     plans = []
     for index in range(count):
@@ -165,7 +173,7 @@ def plan_clips(split: Split, count: int, seed: int, things: Sequence[Thing]) -> 
 
 
 def plan_clip(rng: random.Random, names: Sequence[str]) -> ClipPlan:
-    """A clip that shows these things in this order; everything else is drawn from `rng`.
+    """Plan a clip that shows these things in this order; everything else is random.
 
     >>> plan_clip(random.Random(0), ["cat", "rocket"]).names
     ('cat', 'rocket')
@@ -184,8 +192,8 @@ def _draw_order(rng: random.Random, split: Split, shots: int, things: Sequence[T
         if split_of(order) == split:
             return order
     raise DataError(
-        f"Found no order of {shots} out of {len(things)} things for the split {split!r}. "
-        "Give more things; 'unseen' wants at least one that is held out."
+        f"Found no sequence of {shots} out of {len(things)} things for the split {split!r}. "
+        "Pass more things. 'unseen' needs at least one that is held out."
     )
 
 
@@ -208,18 +216,21 @@ def _plan_shot(rng: random.Random, name: str, start_s: float, end_s: float) -> S
 
 def _plan_move(rng: random.Random) -> tuple[Move, View, View]:
     move: Move = rng.choice(("still", "pan left", "pan right", "zoom in", "zoom out"))
-    x, y = round(rng.uniform(0.2, 0.8), 3), round(rng.uniform(0.1, 0.6), 3)  # heads are near the top
+    x, y = (
+        round(rng.uniform(0.2, 0.8), 3),
+        round(rng.uniform(0.1, 0.6), 3),
+    )  # faces are near the top of photographs
     zoom = round(rng.uniform(0.7, 0.85), 3)
     near, far = View(x, y, zoom), View(x, y, 1.0)
     left, right = View(0.1, y, zoom), View(0.9, y, zoom)
-    ways: dict[Move, tuple[View, View]] = {
+    views: dict[Move, tuple[View, View]] = {
         "still": (near, near),
         "pan left": (right, left),
         "pan right": (left, right),
         "zoom in": (far, near),
         "zoom out": (near, far),
     }
-    return move, *ways[move]
+    return move, *views[move]
 
 
 # Render ------------------------------------------------------------------------------------
@@ -232,73 +243,73 @@ def make_clips(
     *,
     things: Sequence[Thing],
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
 ) -> list[Clip]:
-    """The clips of a split as files in `folder`; those that are there already are kept.
+    """Render the clips of a split into `folder` with a progress bar; existing files are kept.
 
-    Files are named by the content of their plans and appear whole or not at all, so an
-    interrupted call can be repeated. progress: called with (clips ready, count).
-    Raises DataError where material is missing or does not suffice for the split.
+    Files are named by the key of their plan and written atomically, so an interrupted call can be repeated.
+    Raises DataError if a picture is missing, or if there are too few things for the split.
     """
+    from tqdm import tqdm
+
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     plans = plan_clips(split, count, seed, things)
     clips = [Clip(folder / f"{plan.key}.mp4", plan) for plan in plans]
     missing = [clip for clip in clips if not clip.path.exists()]
-    shown = {name for clip in missing for name in clip.plan.names}
-    pictures = load_pictures([thing for thing in things if thing.name in shown])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL and FFmpeg work outside the GIL
-        done = pool.map(lambda clip: render(clip.plan, clip.path, pictures), missing)
-        for ready, _ in enumerate(done, start=count - len(missing) + 1):
-            if progress:
-                progress(ready, count)
+    names = {name for clip in missing for name in clip.plan.names}
+    pictures = load_pictures([thing for thing in things if thing.name in names])
+    bar = tqdm(total=count, initial=count - len(missing), desc=f"{split} clips", unit="clip", mininterval=1.0)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL and FFmpeg release the GIL
+        for _ in pool.map(lambda clip: render(clip.plan, clip.path, pictures), missing):
+            bar.update()
     return clips
 
 
 def render(plan: ClipPlan, path: str | Path, pictures: Mapping[str, Sequence[Image]]) -> None:
-    """Encode a plan to an mp4 file at `path`; pictures: name → one still, or a frame of footage each."""
+    """Render a plan to an MP4 file; pictures: name → one photograph, or the frames of footage."""
     import av
 
     path = Path(path)
-    unfinished = path.with_suffix(f".{os.getpid()}.part")  # another process may make it too
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     options = {"preset": "veryfast", "crf": "20", "threads": "1"} if codec == "libx264" else {"q:v": "3"}
-    with av.open(str(unfinished), "w", format="mp4") as container:
-        stream = container.add_stream(codec, rate=FPS, options=options)
-        assert isinstance(stream, av.VideoStream)
-        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
-        for picture in draw_frames(plan, pictures):
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
-        container.mux(stream.encode())
-    unfinished.replace(path)
+    with temporary_beside(path) as unfinished:
+        with av.open(str(unfinished), "w", format="mp4") as container:
+            stream = container.add_stream(codec, rate=FPS, options=options)
+            assert isinstance(stream, av.VideoStream)
+            stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
+            for picture in draw_frames(plan, pictures):
+                container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+            container.mux(stream.encode())
+        unfinished.replace(path)
 
 
 def draw_frames(plan: ClipPlan, pictures: Mapping[str, Sequence[Image]]) -> Iterator[Image]:
-    """The clip's frames, RGB pictures of SIZE, one after the other."""
+    """Yield the frames of a clip, RGB pictures of SIZE."""
     from PIL import Image as image
 
     for frame in range(plan.frames):
         picture = None
-        for shot, first, last, fade in _spans(plan):
-            if first <= frame < last:
-                drawn = _draw(shot, frame - first, last - first, pictures[shot.name])
-                share = (frame - first + 0.5) / fade if fade else 1.0
-                picture = drawn if picture is None or share >= 1 else image.blend(picture, drawn, share)
+        for shot, first, stop, fade in _spans(plan):
+            if first <= frame < stop:
+                shot_picture = _draw(shot, frame - first, stop - first, pictures[shot.name])
+                opacity = (frame - first + 0.5) / fade if fade else 1.0
+                faded_in = picture is None or opacity >= 1
+                picture = shot_picture if faded_in else image.blend(picture, shot_picture, opacity)
         assert picture is not None, f"no shot at frame {frame}"
         yield picture
 
 
 def _spans(plan: ClipPlan) -> list[tuple[Shot, int, int, int]]:
-    """Each shot with its first and last + 1 visible frame, fades included, and its fade's frames."""
+    """For each shot: the shot, its first visible frame, the frame after its last one, its fade in frames."""
     fades = [frame_at(shot.fade_s) for shot in plan.shots]
     return [
-        (shot, frame_at(shot.start_s) - fade // 2, frame_at(shot.end_s) + after // 2, fade)
-        for shot, fade, after in zip(plan.shots, fades, [*fades[1:], 0], strict=True)
+        (shot, frame_at(shot.start_s) - fade // 2, frame_at(shot.end_s) + next_fade // 2, fade)
+        for shot, fade, next_fade in zip(plan.shots, fades, [*fades[1:], 0], strict=True)
     ]
 
 
 def _draw(shot: Shot, frame: int, frames: int, pictures: Sequence[Image]) -> Image:
-    """The shot's own picture at its frame 0 … frames − 1; views are those of the mirrored picture."""
+    """Draw one of the shot's frames; its views refer to the mirrored picture."""
     from PIL import ImageOps
     from PIL.Image import Resampling
 
@@ -309,18 +320,20 @@ def _draw(shot: Shot, frame: int, frames: int, pictures: Sequence[Image]) -> Ima
     picture = picture.resize(SIZE, Resampling.BILINEAR, box=view.box(picture.size))
     if shot.mirrored:
         picture = ImageOps.mirror(picture)
-    return picture.point(_brightened(shot.brightness))
+    return picture.point(_brightness_table(shot.brightness))
 
 
 @lru_cache(maxsize=64)
-def _brightened(factor: float) -> list[int]:
-    """The table that PIL maps the values of red, green and blue by."""
+def _brightness_table(factor: float) -> list[int]:
+    """The new value of each of the 256 values of red, green and blue."""
     return [min(255, round(value * factor)) for value in range(256)] * 3
 
 
-def _footage_index(frame: int, frames: int, there: int, excerpt: float) -> int:
-    """Which frame of footage to show; footage that is too short runs to and fro."""
-    start = int(excerpt * max(0, there - frames))
-    period = max(1, 2 * (there - 1))
-    at = (start + frame) % period
-    return min(at, period - at) if there > 1 else 0
+def _footage_index(frame: int, frames: int, length: int, excerpt: float) -> int:
+    """The index of the frame of footage to show; too short footage plays forward and backward."""
+    if length == 1:
+        return 0
+    start = int(excerpt * max(0, length - frames))
+    period = 2 * (length - 1)
+    position = (start + frame) % period
+    return min(position, period - position)

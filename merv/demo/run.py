@@ -1,4 +1,4 @@
-"""The demo: make clips, ask a trained model about those that training never saw, draw one."""
+"""The steps of the demo around training: make clips, evaluate the trained model, draw one clip."""
 
 from __future__ import annotations
 
@@ -13,39 +13,28 @@ from typing import Any
 from merv.demo.clips import Split
 
 COUNTS: dict[Split, int] = {"train": 128, "held_out": 48, "unseen": 24}
-QUESTIONS = 6  # of each clip
+QUESTIONS_PER_CLIP = 6
 
 
 def make_data(out: Path, counts: Mapping[Split, int], seed: int) -> None:
-    """Render the clips of each split that are not there yet, and write their questions."""
-    from tqdm import tqdm
-
+    """Render the missing clips of each split and write the questions about them."""
     from merv.demo.clips import make_clips
     from merv.demo.material import things
     from merv.demo.questions import rows, write_rows
 
-    shown = things()
+    all_things = things()
     out.mkdir(parents=True, exist_ok=True)
     for split, count in counts.items():
-        with tqdm(total=count, desc=f"{split} clips", unit="clip", mininterval=1.0) as bar:
-            clips = make_clips(
-                out / "clips",
-                split,
-                count,
-                things=shown,
-                seed=seed,
-                progress=lambda ready, total, bar=bar: bar.update(ready - bar.n),  # type: ignore[misc]
-            )
-            bar.update(count - bar.n)
-        local = [replace(clip, path=clip.path.relative_to(out)) for clip in clips]
-        write_rows(out / f"{split}.jsonl", rows(local, shown, per_clip=QUESTIONS, seed=seed))
+        clips = make_clips(out / "clips", split, count, things=all_things, seed=seed)
+        clips = [replace(clip, path=clip.path.relative_to(out)) for clip in clips]
+        write_rows(out / f"{split}.jsonl", rows(clips, all_things, per_clip=QUESTIONS_PER_CLIP, seed=seed))
 
 
 def evaluate(out: Path) -> tuple[Any, dict[str, Any]]:
-    """The trained model, and its accuracy by kind of question and split."""
+    """Load the trained model and measure its accuracy in percent, by split and kind of question."""
     from tqdm import tqdm
 
-    from merv.data.sources import read_samples
+    from merv.data.sources import open_samples
     from merv.demo.questions import majority_accuracy, read_rows
     from merv.features.store import FeatureStore
     from merv.models.video_llm import VideoLLM
@@ -53,43 +42,43 @@ def evaluate(out: Path) -> tuple[Any, dict[str, Any]]:
     model = VideoLLM.from_pretrained(out / "model", feature_store=FeatureStore(out / "features"))
     results: dict[str, Any] = {}
     for split in ("held_out", "unseen"):
-        samples = read_samples(out / f"{split}.jsonl")
-        right: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
+        samples = open_samples(out / f"{split}.jsonl")
+        correct: dict[str, list[tuple[bool, bool]]] = defaultdict(list)  # kind → (with, without the video)
         batches = [samples[i : i + 8] for i in range(0, len(samples), 8)]
         for batch in tqdm(batches, f"Asking about {split} clips", unit="8 clips"):
-            seen = model.exact_match([sample.conversations for sample in batch])
-            blind = model.exact_match([without_video(sample.conversations) for sample in batch])
-            for sample, *hits in zip(batch, seen, blind, strict=True):
-                for kind, with_video, without in zip(sample.kinds, *hits, strict=True):
-                    right[kind].append((with_video, without))
-        prior = majority_accuracy(read_rows(out / "train.jsonl"), read_rows(out / f"{split}.jsonl"))
+            with_video = model.exact_match([sample.conversations for sample in batch])
+            text_only = model.exact_match([without_video(sample.conversations) for sample in batch])
+            for sample, *hits in zip(batch, with_video, text_only, strict=True):
+                for kind, hit, text_only_hit in zip(sample.kinds, *hits, strict=True):
+                    correct[kind].append((hit, text_only_hit))
+        guessing = majority_accuracy(read_rows(out / "train.jsonl"), read_rows(out / f"{split}.jsonl"))
         results[split] = {
             kind: {
                 "video": _percent(hit for hit, _ in hits),
                 "no_video": _percent(hit for _, hit in hits),
-                "commonest": round(100 * prior[kind], 1),
+                "commonest": round(100 * guessing[kind], 1),
                 "questions": len(hits),
             }
-            for kind, hits in sorted(right.items())
+            for kind, hits in sorted(correct.items())
         }
     return model, results
 
 
 def without_video(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[dict[str, Any]]]:
-    """The same conversations as text only."""
+    """Remove videos and images from conversations."""
     return [
         [
             {**turn}
             if isinstance(turn["content"], str)
             else {**turn, "content": [part for part in turn["content"] if part["type"] == "text"]}
-            for turn in talk
+            for turn in conversation
         ]
-        for talk in conversations
+        for conversation in conversations
     ]
 
 
 def show(model: Any, out: Path) -> Path:
-    """Ask three questions of a held-out clip of several shots, print the answers, draw the clip."""
+    """Ask three questions about a held-out clip of three shots, print the answers and draw the clip."""
     from merv.demo.questions import NUMBERS, read_rows
     from merv.models.chat import user_message
     from merv.utils.plot import draw_clip
@@ -99,15 +88,16 @@ def show(model: Any, out: Path) -> Path:
     row = next(row for row in rows if len(row.shots) == 3)
     video = out / row.video
     names = [name for name, _, _ in row.shots]
-    asked = [
+    questions = [
         ("What is shown first?", names[0]),
         ("What is shown last?", names[-1]),
         ("How many shots are there?", NUMBERS[len(names) - 1]),
     ]
-    said = model.generate([user_message(question, video) for question, _ in asked], max_new_tokens=8)
-    for (question, wanted), answer in zip(asked, said, strict=True):
-        print(f"  {question}  {answer}   (right: {wanted})")
-    encoded = model.encode(user_message(asked[0][0], video))
+    answers = model.generate([user_message(question, video) for question, _ in questions], max_new_tokens=8)
+    examples = [(q, answer, correct) for (q, correct), answer in zip(questions, answers, strict=True)]
+    for question, answer, correct in examples:
+        print(f"  {question}  {answer}   (correct: {correct})")
+    encoded = model.encode(user_message(questions[0][0], video))
     frames = load_video(video, num_frames=8)
     assert frames is not None  # only on_error="skip" gives None
     shots = ", ".join(f"{name} {start:.1f}–{end:.1f} s" for name, start, end in row.shots)
@@ -117,7 +107,7 @@ def show(model: Any, out: Path) -> Path:
         None if encoded.mix_weights is None else encoded.mix_weights[0].mean(dim=(2, 3)),
         next(iter(encoded.features.values())).times_s[0].tolist(),
         list(model.vision.encoders),
-        [(question, answer, wanted) for (question, wanted), answer in zip(asked, said, strict=True)],
+        examples,
         out / "clip.png",
         f"A held-out clip: {shots}",
     )
@@ -125,18 +115,19 @@ def show(model: Any, out: Path) -> Path:
 
 
 def print_table(results: Mapping[str, Any]) -> None:
+    """Print the accuracies of `evaluate`, one table for each split."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     titles = {
-        "held_out": "Held-out clips: the same things in orders, crops and lengths that training never had",
-        "unseen": "Clips with photographs that training never showed or named",
+        "held_out": "Held-out clips: known things in new sequences, with new crops and durations",
+        "unseen": "Clips with photographs that were never shown or named in training",
     }
     for split, title in titles.items():
         table = Table(title=title, title_justify="left", box=box.ASCII2)
-        for column in ("question", "with video %", "without %", "commonest answer %", "asked"):
-            table.add_column(column, justify="left" if column == "question" else "right")
+        for column in ("kind", "with video %", "without video %", "most common answer %", "questions"):
+            table.add_column(column, justify="left" if column == "kind" else "right")
         for kind, row in results[split].items():
             cells = (row["video"], row["no_video"], row["commonest"], row["questions"])
             table.add_row(kind, *map(str, cells))
@@ -149,7 +140,7 @@ def _percent(hits: Any) -> float:
 
 
 def machine() -> str:
-    """Processor and cores, for whoever reads the numbers later."""
+    """The processor and its number of cores, to store with results."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

@@ -1,3 +1,5 @@
+"""`merv demo` runs all its steps with tiny parts."""
+
 import json
 import re
 
@@ -10,7 +12,9 @@ from merv.demo.run import without_video
 from merv.testing import tiny_llm
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{re.escape(words)}.*") for words in NOISE]
-pytestmark.append(pytest.mark.filterwarnings("ignore:Glyph"))  # an untrained LLM says anything
+pytestmark.append(
+    pytest.mark.filterwarnings("ignore:Glyph")
+)  # an untrained LLM generates arbitrary characters
 
 
 @pytest.fixture
@@ -31,11 +35,11 @@ def tiny(tmp_path, monkeypatch):
     ]
 
 
-def test_the_demo_goes_through_all_its_steps(tiny, tmp_path, capsys):
+def test_demo_runs_all_steps(tiny, tmp_path, capsys):
     assert main(tiny) == 0
-    said = capsys.readouterr().out
-    assert all(f"[{step}/4]" in said for step in (1, 2, 3, 4))
-    assert "What is shown first?" in said
+    output = capsys.readouterr().out
+    assert all(f"[{step}/4]" in output for step in (1, 2, 3, 4))
+    assert "What is shown first?" in output
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert {"count", "first", "last"} <= set(results["held_out"])
     assert results["machine"]
@@ -49,11 +53,11 @@ def test_only_data_stops_before_training(tiny, tmp_path):
     assert not (tmp_path / "out/model").exists()
 
 
-def test_without_video_only_the_text_is_left():
-    talk = [
+def test_without_video_keeps_only_text():
+    conversation = [
         {"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "Who?"}]},
         {"role": "assistant", "content": "cat"},
     ]
-    (blind,) = without_video([talk])
-    assert blind == [{"role": "user", "content": [{"type": "text", "text": "Who?"}]}, talk[1]]
-    assert len(talk[0]["content"]) == 2
+    (text_only,) = without_video([conversation])
+    assert text_only == [{"role": "user", "content": [{"type": "text", "text": "Who?"}]}, conversation[1]]
+    assert len(conversation[0]["content"]) == 2
