@@ -1,4 +1,4 @@
-"""A VideoLLM small enough for tests, and videos for it."""
+"""A tiny VideoLLM and random videos for tests."""
 
 import torch
 
@@ -23,7 +23,7 @@ def build(conditioned: bool = False, **llm) -> VideoLLM:
 
 
 def count_readings(monkeypatch):
-    """A list that gets an entry for each video that is read."""
-    seen, read = [], Reader.read
-    monkeypatch.setattr(Reader, "read", lambda *args: seen.append(args) or read(*args))
-    return seen
+    """Return a list that gets an entry whenever a video is read."""
+    readings, read = [], Reader.read
+    monkeypatch.setattr(Reader, "read", lambda *args: readings.append(args) or read(*args))
+    return readings

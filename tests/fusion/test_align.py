@@ -16,17 +16,17 @@ def grid_of(values, times_s=None, extent=WHOLE_PICTURE, mask=None) -> Grid:
     return Grid(values, times_s.double().expand(batch, -1), torch.tensor(extent).expand(batch, -1), mask)
 
 
-def place_grid(h: int, w: int, extent=WHOLE_PICTURE, t: int = 1) -> Grid:
-    """A grid whose every cell says where in the picture its center is: (row, column) in [0, 1]."""
+def position_grid(h: int, w: int, extent=WHOLE_PICTURE, t: int = 1) -> Grid:
+    """A grid whose values are the centers of its cells in the picture: (row, column) in [0, 1]."""
     top, left, bottom, right = extent
     rows = top + (torch.arange(h) + 0.5) / h * (bottom - top)
     columns = left + (torch.arange(w) + 0.5) / w * (right - left)
-    places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
-    return grid_of(places.expand(1, t, h, w, 2), extent=extent)
+    positions = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
+    return grid_of(positions.expand(1, t, h, w, 2), extent=extent)
 
 
 @pytest.mark.parametrize("size", [(16, 16, 16), (16, 8, 24), (32, 8, 8)])
-def test_where_sizes_divide_area_equals_the_official_pooling(size):
+def test_area_equals_official_pooling_if_sizes_divide(size):
     values = torch.randn(2, *size, 3)
     out = Aligner((16, 8, 8))(grid_of(values))
     pooled = adaptive_avg_pool3d(values.movedim(-1, 1), (16, 8, 8)).movedim(1, -1)
@@ -47,11 +47,11 @@ def test_area_weights_cells_by_their_overlap():
     torch.testing.assert_close(out.values.flatten(), torch.tensor([(1 + 0.5 * 2) / 1.5, (0.5 * 2 + 4) / 1.5]))
 
 
-def test_squashed_cropped_and_other_grids_land_on_the_same_places():
+def test_squashed_and_cropped_features_are_aligned():
     target = Aligner((1, 8, 8))
-    squashed = target(place_grid(16, 16))
-    other = target(place_grid(24, 40))
-    cropped = target(place_grid(16, 16, extent=(0.0, 0.25, 1.0, 0.75)))
+    squashed = target(position_grid(16, 16))
+    other = target(position_grid(24, 40))
+    cropped = target(position_grid(16, 16, extent=(0.0, 0.25, 1.0, 0.75)))
     torch.testing.assert_close(squashed.values, other.values)
     assert cropped.mask[0, 0, :, 2:6].all()
     assert not cropped.mask[0, 0, :, :2].any()
@@ -60,39 +60,39 @@ def test_squashed_cropped_and_other_grids_land_on_the_same_places():
 
 
 def test_letterbox_bars_are_left_out():
-    boxed = Aligner((1, 4, 4))(place_grid(8, 8, extent=(-0.5, 0.0, 1.5, 1.0)))
+    boxed = Aligner((1, 4, 4))(position_grid(8, 8, extent=(-0.5, 0.0, 1.5, 1.0)))
     assert boxed.mask.all()
-    torch.testing.assert_close(boxed.values, Aligner((1, 4, 4))(place_grid(8, 8)).values)
+    torch.testing.assert_close(boxed.values, Aligner((1, 4, 4))(position_grid(8, 8)).values)
 
 
-def test_masked_cells_do_not_count():
+def test_masked_cells_are_ignored():
     values = torch.tensor([1.0, 100.0, 3.0, 100.0]).reshape(1, 4, 1, 1, 1)
     mask = torch.tensor([True, False, True, False]).reshape(1, 4, 1, 1)
     out = Aligner((2, 1, 1))(grid_of(values, mask=mask))
     assert out.values.flatten().tolist() == [1.0, 3.0]
 
 
-def test_cells_less_than_half_seen_are_masked():
+def test_cells_covered_less_than_half_are_masked():
     mask = torch.tensor([True, False, False, False]).reshape(1, 4, 1, 1)
     out = Aligner((1, 1, 1))(grid_of(torch.ones(1, 4, 1, 1, 1), mask=mask))
     assert not out.mask.any()
     assert out.values.item() == 0
 
 
-def test_not_a_number_behind_the_mask_does_not_leak():
+def test_masked_nan_does_not_leak():
     mask = torch.tensor([True, False]).reshape(1, 2, 1, 1)
     values = torch.tensor([1.0, float("nan")]).reshape(1, 2, 1, 1, 1)
     assert Aligner((2, 1, 1))(grid_of(values, mask=mask)).values.flatten().tolist() == [1.0, 0.0]
 
 
-def test_an_encoder_of_half_the_clip_fills_only_that_half():
+def test_features_of_half_the_clip_fill_half_of_the_cells():
     late = grid_of(torch.ones(1, 4, 1, 1, 1), times_s=[4.5, 5.5, 6.5, 7.5])
     out = Aligner((8, 1, 1))(late, torch.tensor([[0.0, 8.0]], dtype=torch.float64))
     assert out.mask.flatten().tolist() == [False] * 4 + [True] * 4
     assert out.times_s[0].tolist() == [0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5]
 
 
-def test_uneven_times_are_weighted_by_how_long_they_last():
+def test_uneven_cells_are_weighted_by_duration():
     grid = grid_of(torch.tensor([0.0, 1.0, 2.0]).reshape(1, 3, 1, 1, 1), times_s=[0.5, 1.5, 5.5])
     out = Aligner((1, 1, 1))(grid, torch.tensor([[0.0, 3.5]], dtype=torch.float64))
     assert out.values.item() == pytest.approx((0.0 * 1 + 1.0 * 2.5) / 3.5)
@@ -105,7 +105,7 @@ def test_a_still_gets_one_step_of_time():
     torch.testing.assert_close(out.values[:, 0], repeated.values.mean(dim=1))
 
 
-def test_one_feature_for_the_whole_clip_is_everywhere():
+def test_single_feature_fills_the_whole_clip():
     out = Aligner((4, 1, 1))(
         grid_of(torch.ones(1, 1, 1, 1, 1), times_s=[3.0]), torch.tensor([[0.0, 6.0]], dtype=torch.float64)
     )
@@ -117,8 +117,8 @@ def test_bf16_stays_bf16():
 
 
 @pytest.mark.parametrize("grid", [(0, 8, 8), (2, 2.5, 2), (2, 2), "222", 4])
-def test_an_impossible_grid_is_refused(grid):
-    with pytest.raises(ShapeError, match=re.escape(f"at least 1; got {grid!r}")):
+def test_invalid_grid_is_rejected(grid):
+    with pytest.raises(ShapeError, match=re.escape(repr(grid))):
         Aligner(grid)
 
 
@@ -128,14 +128,14 @@ def test_shorter_grids_are_padded_in_a_batch():
     assert batch.mask[:, :, 0, 0].tolist() == [[True, False, False, False], [True] * 4]
 
 
-def test_cells_of_the_outer_frames_reach_the_ends_of_the_clip():
+def test_cells_of_outer_frames_extend_to_the_ends_of_the_clip():
     grid = grid_of(torch.ones(1, 4, 1, 1, 1), times_s=[1.9, 3.0, 5.0, 6.1])
     span, frames = torch.tensor([[0.0, 8.0]]).double(), torch.tensor([[1.9, 6.1]]).double()
     assert not Aligner((32, 1, 1))(grid, span).mask.all()
     assert Aligner((32, 1, 1))(grid, span, frames).mask.all()
 
 
-def test_an_encoder_that_answers_for_half_of_what_it_was_shown_fills_only_that_half():
+def test_features_of_half_the_sampled_frames_fill_half_of_the_cells():
     late = grid_of(torch.ones(1, 4, 1, 1, 1), times_s=[4.5, 5.5, 6.5, 7.5])
     out = Aligner((8, 1, 1))(late, torch.tensor([[0.0, 8.0]]).double(), torch.tensor([[0.5, 7.5]]).double())
     assert out.mask.flatten().tolist() == [False] * 4 + [True] * 4
