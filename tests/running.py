@@ -1,4 +1,4 @@
-"""Whole runs of `merv fit` that take a second."""
+"""Helpers for complete runs of `merv fit` that take about a second."""
 
 import json
 import re
@@ -12,25 +12,25 @@ from merv.cli.main import main
 from merv.testing import make_video, tiny_llm
 
 QUIET = [
-    *(pytest.mark.filterwarnings(f"ignore:.*{re.escape(words)}.*") for words in NOISE),
+    *(pytest.mark.filterwarnings(f"ignore:.*{re.escape(text)}.*") for text in NOISE),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
 
 
 def make_material(folder: Path) -> Path:
-    """A tiny LLM, videos, questions with answers of unequal length, in a new folder."""
+    """Write a tiny LLM, videos, and questions with answers of different lengths."""
     tiny_llm(folder / "llm")
     rows = []
     for number in range(6):
         make_video(folder / f"{number}.mp4", frames=4)
-        asked = {"question": "Who?", "answer": "ab"[number % 2] * (1 + 3 * number), "kind": "who"}
-        rows.append({"video": f"{number}.mp4", "questions": [asked]})
+        question = {"question": "Who?", "answer": "ab"[number % 2] * (1 + 3 * number), "kind": "who"}
+        rows.append({"video": f"{number}.mp4", "questions": [question]})
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 
 def fit(material, out, **options) -> int:
-    """`merv fit` with options by part__name."""
+    """Run `merv fit`; options are written part__name. Returns the exit status."""
     values = {
         "model__llm": material / "llm",
         "model__encoders": "[fake]",

@@ -62,8 +62,8 @@ def _normalize(count: int, coefficients: Sequence[float] | None) -> list[float]:
     values = [1.0] * count if coefficients is None else list(coefficients)
     if count < 2 or len(values) != count:
         raise CheckpointError(
-            "Expected two or more checkpoints and a coefficient for each; "
-            f"got {count} checkpoints and {len(values)} coefficients."
+            "Expected at least two checkpoints and one coefficient for each; "
+            f"got {count} checkpoint(s) and {len(values)} coefficient(s)."
         )
     if not all(math.isfinite(value) and value >= 0 for value in values) or not sum(values):
         raise CheckpointError(f"Coefficients must be finite, not negative and not all 0; got {values}.")

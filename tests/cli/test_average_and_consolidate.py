@@ -1,4 +1,4 @@
-"""`merv average` and `merv consolidate`: what they write is loaded, and nothing else is taken for a model."""
+"""`merv average` and `merv consolidate` write folders that load, and accept only checkpoints."""
 
 import json
 import shutil
@@ -18,14 +18,14 @@ from merv.testing import tiny_llm
 from merv.training.sharding import Sharded, consolidate
 
 
-def thing(folder, value, config=None, kind="Thing", **tensors) -> str:
-    """A folder of one tensor of that value, in bf16, and of further ones."""
+def save_thing(folder, value, config=None, kind="Thing", **tensors) -> str:
+    """Save a bf16 tensor with this value, and further tensors."""
     tensors = {"w": torch.full((2,), value, dtype=torch.bfloat16), **tensors}
     save_folder(folder, kind, config or {"x": {"y": 1}}, tensors)
     return str(folder)
 
 
-def built(folder) -> MultiEncoder:
+def save_multi_encoder(folder) -> MultiEncoder:
     encoders = MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2), output_dim=16)
     for parameter in encoders.fusion.parameters():
         torch.nn.init.normal_(parameter)
@@ -36,44 +36,44 @@ def built(folder) -> MultiEncoder:
 # Average ------------------------------------------------------------------------------------
 
 
-def test_the_mean_of_multi_encoders_is_loaded(tmp_path):
-    one, other = built(tmp_path / "one"), built(tmp_path / "other")
+def test_mean_of_multi_encoders_loads(tmp_path):
+    one, other = save_multi_encoder(tmp_path / "one"), save_multi_encoder(tmp_path / "other")
     assert (
         main(["average", str(tmp_path / "one"), str(tmp_path / "other"), "--out", str(tmp_path / "mean")])
         == 0
     )
     mean = MultiEncoder.from_pretrained(tmp_path / "mean").trainable_state_dict()
-    wanted = {
+    expected = {
         name: (tensor + other.trainable_state_dict()[name]) / 2
         for name, tensor in one.trainable_state_dict().items()
     }
-    assert all(torch.allclose(mean[name], wanted[name]) for name in wanted)
-    assert mean.keys() == wanted.keys()
+    assert all(torch.allclose(mean[name], expected[name]) for name in expected)
+    assert mean.keys() == expected.keys()
 
 
-def test_weights_count_by_their_ratios(tmp_path):
-    folders = [thing(tmp_path / name, value) for name, value in (("a", 1.0), ("b", 2.0), ("c", 5.0))]
+def test_only_ratios_of_coefficients_matter(tmp_path):
+    folders = [save_thing(tmp_path / name, value) for name, value in (("a", 1.0), ("b", 2.0), ("c", 5.0))]
     assert main(["average", *folders, "--out", str(tmp_path / "mean"), "--coefficients", "1", "2", "1"]) == 0
     assert load_folder(tmp_path / "mean", "Thing")[1]["w"].tolist() == [2.5, 2.5]
 
 
-def test_sums_are_in_fp32_and_the_result_in_the_dtype_of_the_first(tmp_path):
+def test_sums_are_fp32_and_the_mean_has_the_first_dtype(tmp_path):
     values = (1.0, *[2**-9] * 4)  # in bf16, 1 + 2**-9 is 1
-    average([thing(tmp_path / str(i), value * 5) for i, value in enumerate(values)], tmp_path / "mean")
+    average([save_thing(tmp_path / str(i), value * 5) for i, value in enumerate(values)], tmp_path / "mean")
     mean = load_folder(tmp_path / "mean", "Thing")[1]["w"]
     assert mean.dtype == torch.bfloat16
     assert mean[0] == 1 + 2**-7
 
 
-def test_what_training_keeps_beside_the_model_is_left_out(tmp_path):
-    folders = [thing(tmp_path / name, 1.0) for name in "ab"]
+def test_training_state_is_left_out(tmp_path):
+    folders = [save_thing(tmp_path / name, 1.0) for name in "ab"]
     for folder in folders:
         torch.save({"optimizer": 1}, f"{folder}/training.pt")
     average(folders, tmp_path / "mean")
     assert sorted(path.name for path in (tmp_path / "mean").iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_a_language_model_that_was_brought_along_comes_too(tmp_path):
+def test_bundled_language_model_is_copied(tmp_path):
     tiny_llm(tmp_path / "llm")
     llm, tokenizer = load_llm(tmp_path / "llm")
     model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], output_dim=llm.config.hidden_size))
@@ -88,78 +88,79 @@ def test_a_language_model_that_was_brought_along_comes_too(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["", ".", "../elsewhere"])
-def test_only_a_folder_in_that_of_the_model_comes_along(tmp_path, source):
+def test_only_a_folder_inside_the_model_is_copied(tmp_path, source):
     (tmp_path / "elsewhere").mkdir()
-    folders = [thing(tmp_path / name, 1.0, {"llm": {"source": source}}) for name in "ab"]
+    folders = [save_thing(tmp_path / name, 1.0, {"llm": {"source": source}}) for name in "ab"]
     average(folders, tmp_path / "mean")
     assert sorted(path.name for path in (tmp_path / "mean").iterdir()) == ["config.json", "model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "elsewhere", "mean"]
 
 
-def test_a_checkpoint_may_be_replaced_by_the_mean(tmp_path):
-    folders = [thing(tmp_path / name, value) for name, value in (("a", 1.0), ("b", 3.0))]
+def test_mean_may_replace_a_checkpoint(tmp_path):
+    folders = [save_thing(tmp_path / name, value) for name, value in (("a", 1.0), ("b", 3.0))]
     average(folders, folders[0])
     assert load_folder(folders[0], "Thing")[1]["w"].tolist() == [2, 2]
 
 
-def test_where_parts_are_may_differ(tmp_path):
+def test_sources_of_parts_may_differ(tmp_path):
     places = {"a": {"source": "/x", "sha256": "1"}, "b": {"source": "/y", "revision": "main", "sha256": "1"}}
-    average([thing(tmp_path / name, 1.0, place) for name, place in places.items()], tmp_path / "mean")
+    average([save_thing(tmp_path / name, 1.0, place) for name, place in places.items()], tmp_path / "mean")
     assert load_folder(tmp_path / "mean", "Thing")[0]["source"] == "/x"
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("other", "difference"),
     [
         ({"config": {"x": {"y": 2}}}, r"a has x\.y 1, .*b has 2"),
         ({"kind": "Other"}, "a has kind Thing, .*b has Other"),
-        ({"v": torch.ones(1)}, "hold other tensors: v"),
-        ({"w": torch.ones(3)}, "hold other tensors: w"),
+        ({"v": torch.ones(1)}, r": v\."),
+        ({"w": torch.ones(3)}, r": w\."),
     ],
 )
-def test_another_model_is_not_averaged(tmp_path, other, said):
-    folders = [thing(tmp_path / "a", 1.0), thing(tmp_path / "b", 1.0, **other)]
-    with pytest.raises(CheckpointError, match=said):
+def test_different_models_are_not_averaged(tmp_path, other, difference):
+    folders = [save_thing(tmp_path / "a", 1.0), save_thing(tmp_path / "b", 1.0, **other)]
+    with pytest.raises(CheckpointError, match=difference):
         average(folders, tmp_path / "mean")
     assert not (tmp_path / "mean").exists()
 
 
-def test_counts_are_kept_where_they_are_equal_and_refused_where_not(tmp_path):
-    folders = [thing(tmp_path / name, 1.0, n=torch.tensor([7])) for name in "ab"]
+def test_integer_tensors_must_be_equal(tmp_path):
+    folders = [save_thing(tmp_path / name, 1.0, n=torch.tensor([7])) for name in "ab"]
     average(folders, tmp_path / "mean")
     assert load_folder(tmp_path / "mean", "Thing")[1]["n"].tolist() == [7]
-    thing(tmp_path / "b", 1.0, n=torch.tensor([8]))
-    with pytest.raises(CheckpointError, match=r"n is torch\.int64 and differs"):
+    save_thing(tmp_path / "b", 1.0, n=torch.tensor([8]))
+    with pytest.raises(CheckpointError, match=r"n: .*torch\.int64"):
         average(folders, tmp_path / "mean")
 
 
 @pytest.mark.parametrize(
-    ("count", "weights", "said"),
+    ("count", "coefficients", "values"),
     [
-        (1, None, "two checkpoints or more; got 1"),
-        (2, [1.0], "got 2, 1 coefficients"),
-        (2, [1.0, -1.0], r"from 0 up, not all of them 0; got \[1\.0, -1\.0\]"),
-        (2, [0.0, 0.0], "not all of them 0"),
-        (2, [1.0, float("nan")], "from 0 up"),
+        (1, None, "got 1 "),
+        (2, [1.0], "got 2 .* 1 "),
+        (2, [1.0, -1.0], r"\[1\.0, -1\.0\]"),
+        (2, [0.0, 0.0], r"\[0\.0, 0\.0\]"),
+        (2, [1.0, float("nan")], "nan"),
     ],
 )
-def test_impossible_averages_are_told(tmp_path, count, weights, said):
-    with pytest.raises(CheckpointError, match=said):
-        average([thing(tmp_path / name, 1.0) for name in "ab"[:count]], tmp_path / "mean", weights)
+def test_invalid_coefficients_are_an_error(tmp_path, count, coefficients, values):
+    folders = [save_thing(tmp_path / name, 1.0) for name in "ab"[:count]]
+    with pytest.raises(CheckpointError, match=values):
+        average(folders, tmp_path / "mean", coefficients)
 
 
-def test_a_damaged_checkpoint_is_told(tmp_path):
-    folders = [thing(tmp_path / name, 1.0) for name in "ab"]
+def test_damaged_checkpoint_is_named(tmp_path):
+    folders = [save_thing(tmp_path / name, 1.0) for name in "ab"]
     (tmp_path / "b/model.safetensors").write_bytes(b"torn")
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with pytest.raises(CheckpointError, match=str(tmp_path / "b")):
         average(folders, tmp_path / "mean")
 
 
-def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
+def test_folder_of_other_files_is_not_overwritten(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("years of work")
-    with pytest.raises(CheckpointError, match="is no checkpoint of merv; it is left as it is"):
-        average([thing(tmp_path / name, 1.0) for name in "ab"], tmp_path / "mine")
+    with pytest.raises(CheckpointError, match="mine"):
+        average([save_thing(tmp_path / name, 1.0) for name in "ab"], tmp_path / "mine")
 
 
 # Consolidate --------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
 
 @pytest.fixture
 def sharded(tmp_path):
-    """A model, and a checkpoint of it as `Sharded` writes them, of one process."""
+    """A checkpoint that `Sharded` writes in one process, and its tensors."""
     tiny_llm(tmp_path / "llm")
     llm, tokenizer = load_llm(tmp_path / "llm")
     model = VideoLLM(
@@ -187,16 +188,16 @@ def sharded(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed:UserWarning")
-def test_a_sharded_checkpoint_becomes_a_model(sharded, tmp_path):
+def test_sharded_checkpoint_becomes_a_model(sharded, tmp_path):
     folder, state = sharded
     assert main(["consolidate", str(folder), str(tmp_path / "model")]) == 0
-    kept = VideoLLM.from_pretrained(tmp_path / "model").trainable_state_dict()
-    assert all(torch.equal(kept[name.removeprefix("model.")], tensor) for name, tensor in state.items())
+    loaded = VideoLLM.from_pretrained(tmp_path / "model").trainable_state_dict()
+    assert all(torch.equal(loaded[name.removeprefix("model.")], tensor) for name, tensor in state.items())
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_a_whole_checkpoint_is_not_consolidated(tmp_path, capsys):
-    assert main(["consolidate", thing(tmp_path / "a", 1.0), str(tmp_path / "out")]) == 2
-    assert "is no sharded checkpoint of merv" in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match="no sharded checkpoint"):
+def test_consolidate_needs_a_sharded_checkpoint(tmp_path, capsys):
+    assert main(["consolidate", save_thing(tmp_path / "a", 1.0), str(tmp_path / "out")]) == 2
+    assert str(tmp_path / "a") in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="nowhere"):
         consolidate(tmp_path / "nowhere", tmp_path / "out")

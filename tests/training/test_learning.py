@@ -1,4 +1,4 @@
-"""What a step of training learns from, and what it leaves alone."""
+"""Training steps: losses, gradients, which parts are trained, added encoders, quantized LLMs."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def gradients(model: VideoLLM) -> dict[str, torch.Tensor]:
 # The loss ----------------------------------------------------------------------------------
 
 
-def test_losses_of_parts_add_up_to_that_of_the_whole():
+def test_losses_of_parts_sum_to_the_loss_of_the_batch():
     model, batch = build(), groups()
     whole = model(batch)
     parts = [model([group]) for group in batch]
@@ -59,26 +59,26 @@ def test_losses_of_parts_add_up_to_that_of_the_whole():
     assert torch.allclose(whole.loss, whole.loss_sum / whole.num_tokens)
 
 
-@pytest.mark.parametrize("fill", [60, 130, 1000])
-def test_samples_in_one_row_do_not_see_each_other(fill):
+@pytest.mark.parametrize("packed_length", [60, 130, 1000])
+def test_samples_packed_in_one_row_do_not_attend_to_each_other(packed_length):
     model, batch = build(), groups()
     apart = model(batch)
     rows = len(model.prepare(batch)[0].ids)
-    packed, _ = model.prepare(batch, packed_length=fill)
+    packed, _ = model.prepare(batch, packed_length=packed_length)
     assert len(packed.ids) < rows
-    together = model(batch, packed_length=fill)
+    together = model(batch, packed_length=packed_length)
     assert together.num_tokens == apart.num_tokens
     assert torch.allclose(together.loss_sum, apart.loss_sum, rtol=1e-5)
 
 
-def test_a_group_longer_than_a_row_has_one_of_its_own():
+def test_group_longer_than_packed_length_gets_its_own_row():
     assert len(build().prepare(groups(), packed_length=8)[0].ids) == 4
 
 
 @pytest.mark.parametrize("batch", [[], [[user_message("Only text.", answer="yes")]]])
 @pytest.mark.parametrize("options", [{}, {"conditioned": True}])
 @pytest.mark.parametrize("part", ["lora", "llm"])
-def test_a_batch_without_videos_gives_every_trained_parameter_a_gradient(batch, options, part):
+def test_batch_without_videos_gives_every_trained_parameter_a_gradient(batch, options, part):
     model = build(**options)
     model.add_lora(LoraOptions(r=2))
     model.train_only(["projector", "mixer", part])
@@ -87,32 +87,32 @@ def test_a_batch_without_videos_gives_every_trained_parameter_a_gradient(batch, 
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
-def test_gradients_with_checkpointed_layers_are_the_same():
+def test_gradient_checkpointing_gives_the_same_gradients_with_less_memory():
     model, batch = build(), groups()
     model(batch).loss_sum.backward()
     before = {name: gradient.clone() for name, gradient in gradients(model).items()}
     model.zero_grad()
     model.llm.eval()
     checkpoint_layers(model.llm, True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         loss = model(batch).loss_sum
-    fewer, kept = sum(kept), []
+    with_checkpointing, saved = sum(saved), []
     loss.backward()
     assert all(
         torch.allclose(before[name], gradient, atol=1e-6) for name, gradient in gradients(model).items()
     )
     checkpoint_layers(model.llm, False)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         _ = model(batch).loss_sum
-    assert fewer < sum(kept) / 2
+    assert with_checkpointing < sum(saved) / 2
     assert not any(module.training for module in model.llm.modules())
 
 
 # What is trained ---------------------------------------------------------------------------
 
 
-def test_an_encoder_by_its_name_is_trained():
+def test_encoder_is_trained_by_name():
     model = build()
     model.train_only(["fake", "projector"])
     model([[user_message("What?", video(), answer="a cat")]]).loss_sum.backward()
@@ -121,7 +121,7 @@ def test_an_encoder_by_its_name_is_trained():
     assert not any(name.startswith("vision.encoders.fake_video.") for name in learned)
 
 
-def test_what_an_encoder_learned_is_saved(tmp_path):
+def test_trained_encoder_is_saved(tmp_path):
     llm, tokenizer = tiny_llm(tmp_path / "llm")
     llm, tokenizer = load_llm(tmp_path / "llm")
     model = VideoLLM(
@@ -137,12 +137,12 @@ def test_what_an_encoder_learned_is_saved(tmp_path):
     assert all(torch.equal(t, state[name]) for name, t in model.vision.encoder("fake").state_dict().items())
 
 
-def test_a_part_of_what_is_trained_whole_is_refused():
-    with pytest.raises(TrainingError, match=r"projector\.fake is a part of projector"):
+def test_part_of_a_trained_part_is_an_error():
+    with pytest.raises(TrainingError, match=r"projector\.fake"):
         build().train_only(["projector", "projector.fake"])
 
 
-def test_what_an_earlier_stage_trained_is_kept_by_the_next(tmp_path):
+def test_weights_trained_in_an_earlier_stage_are_saved_by_the_next(tmp_path):
     tiny_llm(tmp_path / "llm")
     llm, tokenizer = load_llm(tmp_path / "llm")
     model = VideoLLM(
@@ -159,16 +159,16 @@ def test_what_an_earlier_stage_trained_is_kept_by_the_next(tmp_path):
     assert torch.equal(again.llm.model.norm.weight, llm.model.norm.weight)
 
 
-def test_a_misspelt_part_names_the_nearest():
-    with pytest.raises(TrainingError, match=r"Did you mean 'projector\.fake'"):
+def test_misspelled_part_suggests_the_nearest():
+    with pytest.raises(TrainingError, match=r"projecter.*projector\.fake"):
         build().train_only(["projecter.fake"])
 
 
-# Encoders that join ------------------------------------------------------------------------
+# Added encoders ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mixer", ["cross_attention", "scalar", "concat_channels"])
-def test_an_encoder_that_joins_hardly_changes_the_tokens(mixer):
+def test_added_encoder_hardly_changes_the_tokens(mixer):
     model, clip = build(mixer).eval(), video()
     before = model.vision(clip).tokens
     model.add_encoder("third", create_encoder("fake"))
@@ -179,7 +179,7 @@ def test_an_encoder_that_joins_hardly_changes_the_tokens(mixer):
         assert model.vision(clip).mix_weights[:, 2].max() < 1.1 * share / 2
 
 
-def test_only_what_is_the_new_encoders_own_is_trained():
+def test_only_the_share_of_the_new_encoder_is_trained():
     model = build()
     torch.nn.init.normal_(model.fusion.mixer.gain)
     model.add_encoder("third", create_encoder("fake"))
@@ -202,21 +202,21 @@ def test_only_what_is_the_new_encoders_own_is_trained():
     assert not changed["vision.fusion.mixer.key_of_encoder"][:2].any()
 
 
-def test_gate_has_nothing_of_an_encoders_own_and_still_grows():
+def test_gate_has_no_part_per_encoder_but_accepts_new_encoders():
     model = build("gate", hidden=16)
     model.add_encoder("third", create_encoder("fake"))
     assert model.vision(video()).mix_weights.shape[1] == 3
-    with pytest.raises(TrainingError, match=r"Unknown part 'mixer\.third'"):
+    with pytest.raises(TrainingError, match=r"mixer\.third"):
         model.train_only(["mixer.third"])
 
 
-def test_a_mixer_that_cannot_grow_says_so():
+def test_mixer_that_cannot_add_an_encoder_is_an_error():
     with pytest.raises(ShapeError, match="ConcatChannels"):
         create_mixer("concat_channels", 8, 2, norm=True).add_encoder()
     assert isinstance(create_mixer("concat_channels", 8, 2), ConcatChannels)
 
 
-def test_a_name_that_is_there_cannot_join():
+def test_added_encoder_needs_a_new_name():
     with pytest.raises(EncoderError, match="'fake'"):
         build().add_encoder("fake", create_encoder("fake"))
 
@@ -224,19 +224,19 @@ def test_a_name_that_is_there_cannot_join():
 # Quantized language models -----------------------------------------------------------------
 
 
-def test_an_unknown_quantization_is_refused(tmp_path):
+def test_unknown_quantization_is_an_error(tmp_path):
     tiny_llm(tmp_path / "llm")
     with pytest.raises(WeightsError, match="int3"):
         load_llm(tmp_path / "llm", quantize="int3")
 
 
-def test_without_bitsandbytes_it_says_what_to_install(tmp_path, monkeypatch):
+def test_missing_bitsandbytes_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("merv.models.llm.find_spec", lambda name: None)
-    with pytest.raises(MissingDependency, match=r'pip install "merv\[qlora\]"'):
+    with pytest.raises(MissingDependency, match=r"merv\[qlora\]"):
         load_llm(tmp_path / "llm", quantize="nf4")
 
 
-def test_a_quantized_llm_learns_a_lora_and_is_known_again(tmp_path):
+def test_quantized_llm_trains_a_lora_and_loads_again(tmp_path):
     tiny_llm(tmp_path / "llm")
     llm, tokenizer = load_llm(tmp_path / "llm", quantize="nf4")
     model = VideoLLM(
@@ -256,11 +256,11 @@ def test_a_quantized_llm_learns_a_lora_and_is_known_again(tmp_path):
         )
 
 
-def test_another_llm_is_told_by_what_quantizing_leaves_alone(tmp_path):
+def test_quantized_llm_is_identified_by_its_unquantized_weights(tmp_path):
     llm, _ = tiny_llm()
-    was = {**identity(llm), "quantize": "nf4"}
-    check_same(was, identity(llm), "here")
+    saved = {**identity(llm), "quantize": "nf4"}
+    check_same(saved, identity(llm), "here")
     with torch.no_grad():
         llm.get_input_embeddings().weight.mul_(2)
-    with pytest.raises(CheckpointError, match="is another"):
-        check_same(was, identity(llm), "here")
+    with pytest.raises(CheckpointError, match="here"):
+        check_same(saved, identity(llm), "here")

@@ -1,4 +1,4 @@
-"""Options of `merv fit`: what is typed wrongly, what is refused, what `--help` teaches."""
+"""Options of `merv fit`: misspelled, invalid, and in `--help`."""
 
 import inspect
 import re
@@ -23,81 +23,79 @@ def material(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("typed", "nearest"),
     [
-        ("--model.lrr=1", r"--model\.lrr: model has no option 'lrr'\. Did you mean 'lr'"),
-        ("--trainer.max_step=1", "Did you mean 'max_steps'"),
-        ("--data.batchsize=1", "Did you mean 'batch_size'"),
-        ("--modle.lr=1", "nothing is called 'modle'. Did you mean 'model'"),
+        ("--model.lrr=1", "lr"),
+        ("--trainer.max_step=1", "max_steps"),
+        ("--data.batchsize=1", "batch_size"),
+        ("--modle.lr=1", "model"),
     ],
 )
-def test_a_misspelt_option_names_the_nearest(typed, said):
-    with pytest.raises(TrainingError, match=said):
+def test_misspelled_option_suggests_the_nearest(typed, nearest):
+    with pytest.raises(TrainingError, match=f"'{nearest}'"):
         check_keys([typed])
 
 
-def test_a_misspelt_key_of_a_recipe_names_the_file_and_the_nearest(tmp_path):
+def test_misspelled_key_in_a_recipe_names_the_file_and_the_nearest(tmp_path):
     (tmp_path / "mine.yaml").write_text("model:\n  encoder: [fake]\n")
-    with pytest.raises(TrainingError, match=r"mine\.yaml: model has no option 'encoder'\. Did you mean"):
+    with pytest.raises(TrainingError, match=r"mine\.yaml.*'encoder'.*'encoders'"):
         check_keys([f"--config={tmp_path / 'mine.yaml'}"])
 
 
-@pytest.mark.parametrize(("text", "said"), [("a: [", "is no YAML"), ("- a", "is no recipe")])
-def test_a_recipe_that_is_none_is_named(tmp_path, text, said):
+@pytest.mark.parametrize("text", ["a: [", "- a"])
+def test_invalid_recipe_is_named(tmp_path, text):
     (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(TrainingError, match=said):
+    with pytest.raises(TrainingError, match=r"mine\.yaml"):
         check_keys(["--config", str(tmp_path / "mine.yaml")])
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "name"),
     [("--trainer.strategy=shardedd", "shardedd"), ("--trainer.logger=WandbLogger", "wandb")],
 )
-@pytest.mark.skipif(find_spec("wandb") is not None, reason="it can be used here")
-def test_what_lightning_cannot_make_is_told_without_a_traceback(material, tmp_path, capsys, option, said):
-    name, _, value = option.removeprefix("--").partition("=")
-    assert fit(material, tmp_path, **{name.replace(".", "__"): value}) == 2
-    assert re.search(f"(?s)merv: The run cannot be set up: .*{said}", capsys.readouterr().err)
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
+def test_option_that_lightning_rejects_is_named(material, tmp_path, capsys, option, name):
+    key, _, value = option.removeprefix("--").partition("=")
+    assert fit(material, tmp_path, **{key.replace(".", "__"): value}) == 2
+    assert name in capsys.readouterr().err
 
 
-def test_help_teaches(capsys):
+def test_help_lists_recipes_and_options(capsys):
     assert main(["fit", "--help"]) == 0
-    said = capsys.readouterr().out
-    assert all(words in said for words in ("usage: merv fit --config RECIPE", "demo", "encoders: list[str]"))
+    text = capsys.readouterr().out
+    assert all(words in text for words in ("usage: merv fit --config RECIPE", "demo", "encoders: list[str]"))
 
 
-def test_without_a_recipe_it_names_some(capsys):
+def test_missing_recipe_lists_the_available_ones(capsys):
     assert main(["fit", "--model.lr=1"]) == 2
-    assert "Name a recipe, as in `merv fit --config cpu_small`" in capsys.readouterr().err
+    assert "merv fit --config cpu_small" in capsys.readouterr().err
 
 
-def test_options_are_those_of_the_classes():
+def test_described_options_are_those_of_the_classes():
     for part, of in {"trainer": Trainer, "model": TrainingOptions, "data": ChatData}.items():
         assert list(described(part)[1]) == list(inspect.signature(of).parameters)
 
 
 @pytest.mark.parametrize(("option", "value"), [("lr", "-1"), ("betas", "[0.9, 1.5]")])
-def test_rates_that_no_optimizer_takes_are_refused(material, tmp_path, capsys, option, value):
+def test_invalid_optimizer_options_are_an_error(material, tmp_path, capsys, option, value):
     assert fit(material, tmp_path, **{f"model__{option}": value}) == 2
-    assert re.search(
-        r"model\.lr, lr_overrides, betas or weight_decay: Invalid .*[15]", capsys.readouterr().err
-    )
+    assert re.search(rf"model\.{option}|lr_overrides, {option}|betas", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "said"),
+    ("option", "value", "name"),
     [
-        ("model__encoders", "[fak]", "Did you mean 'fake'"),
-        ("model__trainable", "[projektor]", "unknown name 'projektor'. Did you mean 'projector'"),
-        ("model__lr_overrides", "{lora: 1}", "model.lr_overrides: unknown name 'lora'"),
-        ("model__mixer", "gat", "Did you mean 'gate'"),
+        ("model__encoders", "[fak]", "'fake'"),
+        ("model__trainable", "[projektor]", "'projector'"),
+        ("model__lr_overrides", "{lora: 1}", "'lora'"),
+        ("model__mixer", "gat", "'gate'"),
     ],
 )
-def test_a_value_that_names_nothing_names_the_nearest(material, tmp_path, capsys, option, value, said):
+def test_unknown_name_in_an_option_suggests_the_nearest(material, tmp_path, capsys, option, value, name):
     assert fit(material, tmp_path, **{option: value}) == 2
-    assert said in capsys.readouterr().err
+    assert name in capsys.readouterr().err
 
 
-def test_what_would_be_rounded_after_each_step_is_refused(material, tmp_path, capsys):
+def test_precision_that_rounds_trained_weights_is_an_error(material, tmp_path, capsys):
     assert fit(material, tmp_path, trainer__precision="bf16-true") == 2
-    assert "Set trainer.precision: bf16-mixed" in capsys.readouterr().err
+    assert "bf16-mixed" in capsys.readouterr().err

@@ -6,8 +6,7 @@ from running import QUIET, difference, fit, make_material, weights
 
 from merv.training.sharding import whole_state
 
-# The second is torch's own, of its distributed parts.
-pytestmark = [*QUIET, pytest.mark.usefixtures("alone"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [*QUIET, pytest.mark.usefixtures("no_process_group"), pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")
@@ -16,27 +15,27 @@ def material(tmp_path_factory):
 
 
 @pytest.fixture
-def alone():
-    """Leaves no process group behind."""
+def no_process_group():
+    """Destroy the process group after each test."""
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def test_a_sharded_run_goes_on_and_its_checkpoint_is_put_together(material, tmp_path):
+def test_sharded_run_resumes_and_its_checkpoint_is_consolidated(material, tmp_path):
     options = {"trainer__strategy": "sharded", "trainer__devices": 1, "checkpoints__every_n_steps": 3}
-    whole = {"model__trainable": "[projector,mixer,lora]", "model__lora": "{r: 2}"}
-    assert fit(material, tmp_path / "plain", **whole) == 0
-    assert fit(material, tmp_path / "sharded", **whole, **options) == 0
+    lora = {"model__trainable": "[projector,mixer,lora]", "model__lora": "{r: 2}"}
+    assert fit(material, tmp_path / "plain", **lora) == 0
+    assert fit(material, tmp_path / "sharded", **lora, **options) == 0
     assert difference(weights(tmp_path / "plain"), weights(tmp_path / "sharded")) < 1e-6
     state = whole_state(tmp_path / "sharded/checkpoints/step=6")
     assert difference(weights(tmp_path / "sharded"), state) == 0
-    again = {**options, "ckpt_path": tmp_path / "sharded/checkpoints/step=3"}
-    assert fit(material, tmp_path / "again", **whole, **again) == 0
-    assert difference(weights(tmp_path / "sharded"), weights(tmp_path / "again")) == 0
+    resume = {**options, "ckpt_path": tmp_path / "sharded/checkpoints/step=3"}
+    assert fit(material, tmp_path / "resumed", **lora, **resume) == 0
+    assert difference(weights(tmp_path / "sharded"), weights(tmp_path / "resumed")) == 0
 
 
-def test_a_sharded_llm_is_saved_right_after_it_answered_without_learning(material, tmp_path):
+def test_sharded_llm_is_saved_correctly_after_generation(material, tmp_path):
     options = {
         "model__trainable": "[projector,mixer,llm]",
         "model__dtype": "fp32",
@@ -44,14 +43,14 @@ def test_a_sharded_llm_is_saved_right_after_it_answered_without_learning(materia
         "trainer__gradient_clip_val": 0.5,
         "trainer__max_epochs": 1,
     }
-    every = {
+    every_step = {
         "trainer__val_check_interval": 1,
         "sample_answers__every_n_steps": 1,
         "checkpoints__every_n_steps": 1,
     }
     sharded = {"trainer__strategy": "sharded", "trainer__devices": 1}
     assert fit(material, tmp_path / "plain", **options) == 0
-    assert fit(material, tmp_path / "sharded", **options, **every, **sharded) == 0
+    assert fit(material, tmp_path / "sharded", **options, **every_step, **sharded) == 0
     assert difference(weights(tmp_path / "plain"), weights(tmp_path / "sharded")) < 1e-6
     state = whole_state(tmp_path / "sharded/checkpoints/step=3")
     assert difference(weights(tmp_path / "sharded"), state) == 0

@@ -1,3 +1,5 @@
+"""The LightningModule, and every recipe with tiny parts."""
+
 import json
 import re
 
@@ -18,12 +20,12 @@ from merv.training.recipes import recipes, with_recipes
 from merv.utils.plot import draw_clip, draw_loss
 from merv.video.clip import prepare
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{re.escape(words)}.*") for words in NOISE]
+pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{re.escape(text)}.*") for text in NOISE]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tiny LLM, a video and a picture, and questions about them."""
+    """A folder with a tiny LLM, a video, an image, and questions about them."""
     tiny_llm(tmp_path / "llm")
     make_video(tmp_path / "0.mp4", frames=4)
     Image.new("RGB", (32, 32), "red").save(tmp_path / "1.png")
@@ -56,7 +58,7 @@ def trainer(folder, **options) -> Trainer:
     )
 
 
-def test_training_learns_to_tell_two_videos_apart(folder):
+def test_training_learns_to_distinguish_two_videos(folder):
     module = training(folder, trainable=["projector", "mixer", "llm"], lr_overrides={"llm": 3e-3})
     data = ChatData(str(folder / "data.jsonl"), str(folder / "data.jsonl"), batch_size=2)
     fit = trainer(folder, max_steps=60, check_val_every_n_epoch=60, num_sanity_val_steps=0)
@@ -67,7 +69,7 @@ def test_training_learns_to_tell_two_videos_apart(folder):
     assert again.exact_match([sample.conversations for sample in data.val]) == [[True], [True]]
 
 
-def test_only_the_trained_parts_change(folder):
+def test_only_trained_parts_change(folder):
     module = training(folder)
     module.configure_model()
     before = {name: p.clone() for name, p in module.named_parameters()}
@@ -101,7 +103,7 @@ def test_videos_are_encoded_once(folder, monkeypatch):
     assert len(read) == 2
 
 
-def test_a_checkpoint_holds_the_trained_parameters_only_and_loads(folder):
+def test_state_dict_holds_only_trained_parameters_and_loads(folder):
     module = training(folder, feature_store="memory")
     module.configure_model()
     state = module.state_dict()
@@ -112,11 +114,11 @@ def test_a_checkpoint_holds_the_trained_parameters_only_and_loads(folder):
     again.load_state_dict(state)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in state.items())
     state.pop(next(iter(state)))
-    with pytest.raises(TrainingError, match="does not fit: it lacks"):
+    with pytest.raises(TrainingError, match=r"vision\.fusion"):
         again.load_state_dict(state)
 
 
-def test_a_run_goes_on_from_a_checkpoint_of_lightning(folder):
+def test_run_resumes_from_a_checkpoint_of_lightning(folder):
     data = ChatData(str(folder / "data.jsonl"), batch_size=2)
     parts = {"trainable": ["projector", "mixer", "lora"], "lora": LoraOptions(r=2)}
     whole = training(folder, **parts)
@@ -133,7 +135,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_lightning(folder):
     assert {name for name in half.state_dict()} == set(whole.state_dict())
 
 
-def test_a_folder_in_the_way_is_found_before_training(folder, monkeypatch, capsys):
+def test_folder_that_blocks_saving_is_found_before_training(folder, monkeypatch, capsys):
     (folder / "model").mkdir()
     (folder / "model/config.json").write_text('{"model_type": "llama"}')
     monkeypatch.setattr(Training, "training_step", None)
@@ -151,10 +153,10 @@ def test_a_folder_in_the_way_is_found_before_training(folder, monkeypatch, capsy
         "--trainer.logger=false",
     ]
     assert main(fit) == 2
-    assert "model exists and is no checkpoint of merv" in capsys.readouterr().err
+    assert str(folder / "model") in capsys.readouterr().err
 
 
-def test_matrices_decay_and_vectors_do_not(folder):
+def test_weight_decay_applies_only_to_matrices(folder):
     module = training(folder, weight_decay=0.1, lr_overrides={"mixer": 1e-5})
     module.configure_model()
     groups = module.parameter_groups()
@@ -173,19 +175,19 @@ def test_tokens_start_at_the_scale_of_the_embeddings(folder):
     assert 0.5 < tokens.square().mean().sqrt() / scale < 2
 
 
-def test_training_the_llm_itself_in_bf16_is_refused(folder):
-    with pytest.raises(TrainingError, match="Set dtype: fp32"):
+def test_training_the_llm_in_bf16_is_an_error(folder):
+    with pytest.raises(TrainingError, match="fp32"):
         training(folder, trainable=["projector", "llm"], dtype="bf16").configure_model()
 
 
-def test_a_schedule_without_an_end_is_refused(folder):
+def test_schedule_without_an_end_is_an_error(folder):
     module, data = training(folder), ChatData(str(folder / "data.jsonl"))
-    with pytest.raises(TrainingError, match=r"set trainer\.max_steps"):
+    with pytest.raises(TrainingError, match=r"trainer\.max_steps"):
         trainer(folder, max_epochs=-1).fit(module, data)
 
 
 def tiny(folder, out, **more) -> list[str]:
-    """Options that put fakes in the place of what is large in a recipe, and leave the rest as it says."""
+    """Options that replace the large parts of a recipe by tiny ones and leave the rest unchanged."""
     options = {
         "model.llm": folder / "llm",
         "model.encoders": "[fake]",
@@ -209,9 +211,9 @@ def tiny(folder, out, **more) -> list[str]:
 
 
 @pytest.mark.parametrize("name", sorted(recipes()))
-def test_every_recipe_trains_on_tiny_parts(folder, name, capsys):
-    more, started = {}, recipes()[name].read_text()
-    if "init_from:" in started:  # from a model that an earlier stage left
+def test_every_recipe_trains_with_tiny_parts(folder, name, capsys):
+    more = {}
+    if "init_from:" in recipes()[name].read_text():  # needs the model of an earlier stage
         first = "merv/full_stage1" if name == "merv/full_stage2" else "merv/lora"
         assert main(["fit", "--config", first, *tiny(folder, folder / "first")]) == 0
         more["model.init_from"] = folder / "first/model"
@@ -224,27 +226,27 @@ def test_every_recipe_trains_on_tiny_parts(folder, name, capsys):
     assert main(["ask", str(folder / "0.mp4"), "Who?", "--model", str(folder / "run/model")]) == 0
 
 
-def test_every_recipe_says_what_it_is_and_how_to_run_it():
+def test_every_recipe_has_a_complete_header():
     found = recipes()
     assert found
     for name, path in found.items():
         head = path.read_text().partition("trainer:")[0]
         assert head.startswith(f"# merv fit --config {name}")
         assert "Hardware:" in head
-        assert re.search(r"# Planned: [\d.]+ GB a GPU; \d+ h for|[\d.]+ minutes", head)  # memory, hours
-        assert re.search("Result|Expected|Reported|Published", head)
+        assert re.search(r"# Planned: [\d.]+ GB per GPU, \d+ h for|[\d.]+ minutes", head)
+        assert re.search("# (Result|Expected|Reported)", head)
 
 
-def test_a_misspelt_recipe_suggests_the_nearest():
-    with pytest.raises(TrainingError, match="Did you mean 'demo'"):
+def test_misspelled_recipe_suggests_the_nearest():
+    with pytest.raises(TrainingError, match="'demo'"):
         with_recipes(["--config", "dem"])
 
 
-def test_a_recipe_by_name_becomes_its_file():
+def test_name_of_a_recipe_is_replaced_by_its_path():
     assert with_recipes(["--config=demo"]) == [f"--config={recipes()['demo']}"]
 
 
-def test_pictures_are_drawn(tmp_path):
+def test_plots_are_drawn(tmp_path):
     draw_loss([(step, 1 / (step + 1)) for step in range(50)], tmp_path / "loss.png")
     pictures = [torch.zeros(16, 24, 3, dtype=torch.uint8).numpy()] * 3
     weights = torch.tensor([[0.2, 0.8], [0.8, 0.2]])
