@@ -1,7 +1,7 @@
-"""The documentation is true: every block of Python and every command of it is run or known.
+"""The documentation is correct: its Python runs, its commands exist, its paths and options are real.
 
-A block after `<!-- not run -->` wants what tests do not have (trained weights, a video of
-yours); it must still compile, or be a command that takes those arguments.
+A block after `<!-- not run -->` needs something that tests do not have, such as trained weights. Its Python
+must still compile, and its commands must accept their arguments.
 """
 
 import argparse
@@ -38,8 +38,8 @@ class Block:
 def blocks_of(page: Path) -> list[Block]:
     text = page.read_text()
     return [
-        Block(page, text.count("\n", 0, found.start(3)), found[2], found[3], not found[1])
-        for found in BLOCK.finditer(text)
+        Block(page, text.count("\n", 0, match.start(3)), match[2], match[3], not match[1])
+        for match in BLOCK.finditer(text)
     ]
 
 
@@ -54,16 +54,16 @@ LINES = [
 ]
 
 
-def test_there_are_blocks_to_test():
-    assert any(block.run for block in PYTHON), "no ```python block found that runs"
-    assert LINES, "no ```bash block found"
+def test_docs_have_code_blocks():
+    assert any(block.run for block in PYTHON), "found no ```python block that runs"
+    assert LINES, "found no ```bash block"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = ModuleType("page_of_the_docs")
-    monkeypatch.setitem(sys.modules, module.__name__, module)  # so that its classes pickle
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # so that its classes can be pickled
     for block in (block for block in PYTHON if block.page == page):
         code = compile("\n" * block.line + block.source, str(page), "exec")
         if block.run:
@@ -71,7 +71,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("line", "run"), LINES)
-def test_a_command_is_there_and_ours_run(line, run):
+def test_command_exists_and_runs(line, run):
     program, *arguments = shlex.split(line, comments=True)
     if program == "make":
         assert set(arguments) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -90,24 +90,24 @@ def test_a_command_is_there_and_ours_run(line, run):
 def exit_status(main, arguments: list[str]) -> int:
     try:
         return main(arguments)
-    except SystemExit as ended:
-        return ended.code or 0
+    except SystemExit as exit:
+        return exit.code or 0
 
 
-# Where things are -----------------------------------------------------------------------------
+# Paths and options ------------------------------------------------------------------------
 
 
 def packages() -> dict[str, set[str]]:
-    """Each package of merv/, and the modules in it; those of merv/ itself under ""."""
+    """The modules of each package in merv/; those of merv/ itself have the key ""."""
     modules = [path.relative_to(ROOT / "merv") for path in (ROOT / "merv").rglob("*.py")]
-    found: dict[str, set[str]] = {}
+    modules_of: dict[str, set[str]] = {}
     for path in modules:
-        if path.parts[0] not in ("encoders", "recipes"):  # links to the folders at the top
-            found.setdefault("/".join(path.parts[:-1]), set()).add(path.stem)
-    return found
+        if path.parts[0] not in ("encoders", "recipes"):  # links to top-level folders
+            modules_of.setdefault("/".join(path.parts[:-1]), set()).add(path.stem)
+    return modules_of
 
 
-def test_the_tree_of_the_readme_is_the_one_on_disk():
+def test_tree_in_the_readme_matches_the_disk():
     text = (ROOT / "README.md").read_text()
     tree = re.search(r"```text\nmerv/ .*?```", text, re.DOTALL)[0]
     inside = re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)
@@ -116,42 +116,42 @@ def test_the_tree_of_the_readme_is_the_one_on_disk():
     assert {"merv", "encoders", "recipes", "benchmarks", "examples", "docs", "tests"} == set(top)
 
 
-def test_the_packages_of_the_design_are_those_on_disk_with_all_their_files():
+def test_packages_in_the_design_match_the_disk():
     rows = re.findall(r"^\| `merv/` .*|^\| `\w+/` \| .*", (ROOT / "docs/design.md").read_text(), re.MULTILINE)
-    told = {}
+    documented = {}
     for row in rows:
         name, _, files = (cell.strip() for cell in row.strip("|").split("|"))
-        own = name.strip("`").removesuffix("/").removeprefix("merv")
-        told[own] = set(re.findall(r"`(\w+)`", files)) - ({"__init__"} if own else set())
-    on_disk = {name: own - ({"__init__"} if name else set()) for name, own in packages().items()}
-    assert told == on_disk
+        package = name.strip("`").removesuffix("/").removeprefix("merv")
+        documented[package] = set(re.findall(r"`(\w+)`", files)) - ({"__init__"} if package else set())
+    on_disk = {name: modules - ({"__init__"} if name else set()) for name, modules in packages().items()}
+    assert documented == on_disk
 
 
-def test_the_packages_of_the_design_stand_in_the_order_of_their_imports():
+def test_packages_in_the_design_and_the_readme_have_the_same_order():
     text = (ROOT / "docs/design.md").read_text()
     order = re.findall(r"^\| `(\w+)/` \| ", text, re.MULTILINE)
     tree = re.search(r"```text\nmerv/ .*?```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
     assert order[1:] == re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)
 
 
-def test_every_file_that_the_docs_name_is_there():
+def test_every_path_in_the_docs_exists():
     roots = "merv|tests|benchmarks|examples|docs|encoders|recipes"
     inside = "|".join(name for name in packages() if name)
     for page in PAGES:
         text = page.read_text()
-        named = [ROOT / path for path in re.findall(rf"`((?:{roots})/[\w/.-]+\.\w+)`", text)]
-        named += [ROOT / "merv" / path for path in re.findall(rf"[` ]((?:{inside})/\w+\.py)", text)]
-        assert all(path.exists() for path in named), [str(path) for path in named if not path.exists()]
+        paths = [ROOT / path for path in re.findall(rf"`((?:{roots})/[\w/.-]+\.\w+)`", text)]
+        paths += [ROOT / "merv" / path for path in re.findall(rf"[` ]((?:{inside})/\w+\.py)", text)]
+        assert [str(path) for path in paths if not path.exists()] == []
 
 
-def test_every_option_that_the_docs_name_is_one():
+def test_every_option_in_the_docs_exists():
     parts = "model|data|checkpoints|sample_answers"
-    named = set()
+    mentioned = set()
     for page in [*PAGES, *sorted((ROOT / "recipes").rglob("*.yaml"))]:
         text = page.read_text()
-        named |= set(re.findall(rf"--({parts})\.(\w+)", text))
-        named |= set(re.findall(rf"`({parts})\.(\w+)`", text))
-    named.discard(("model", "safetensors"))  # a file
-    assert len(named) > 10
+        mentioned |= set(re.findall(rf"--({parts})\.(\w+)", text))
+        mentioned |= set(re.findall(rf"`({parts})\.(\w+)`", text))
+    mentioned.discard(("model", "safetensors"))  # a file name
+    assert len(mentioned) > 10
     options = {part: described(part)[1] for part in parts.split("|")}
-    assert [f"{part}.{name}" for part, name in sorted(named) if name not in options[part]] == []
+    assert [f"{part}.{name}" for part, name in sorted(mentioned) if name not in options[part]] == []
