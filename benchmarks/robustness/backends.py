@@ -1,18 +1,18 @@
-"""Do the decoding backends give the same frames, and how fast is each?
+"""Compare the frames and the speed of the decoding backends.
 
     python benchmarks/robustness/backends.py FOLDER
 
-reads every sound video of material.py, made on the spot, and every file of FOLDER with PyAV and
-with torchcodec, all frames (of long clips 64) in scattered order. "carried" is how many of these
-carry the same burned index as with PyAV, max and mean the difference of pixels in levels of 255.
-Then the time for 16 frames of each file of FOLDER, uniformly spread: opening, scanning, decoding,
-the quickest of 7 runs that take turns.
+The script reads every valid video of material.py, which it generates, and every file in FOLDER with PyAV
+and with torchcodec: all frames (64 of long clips) in random order. "carried" is the number of frames that
+show the same index as with PyAV; max and mean are differences between pixels in levels of 255. Then it
+measures the time for 16 uniformly spaced frames of each file in FOLDER, including opening, scanning and
+decoding. The time is the minimum of 7 runs; the backends alternate.
 
-Why pixels differ, where they do: both convert by libswscale, and equally where it has a direct way.
-Where it has none (more than 8 bits, 4:1:0, 4:1:1, odd sizes) PyAV enlarges the color planes
-bilinearly and heeds where a frame says that its colors are sampled; torchcodec does it bicubically
-and heeds nothing. Of interlaced frames PyAV's FFmpeg converts the two fields apart, FFmpeg 5 the
-frame as one. Without these marks of a frame, and asked for bicubic, PyAV gives torchcodec's pixels.
+Why pixels differ: both backends convert with libswscale, and do so equally if it has a direct conversion.
+Otherwise (more than 8 bits, 4:1:0, 4:1:1, odd sizes) PyAV upsamples the color planes bilinearly and uses
+the chroma location of the frame, while torchcodec upsamples bicubically and ignores it. PyAV's FFmpeg
+converts the two fields of an interlaced frame separately, FFmpeg 5 converts the whole frame. Without this
+metadata, and with bicubic upsampling, PyAV returns the same pixels as torchcodec.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TIMED = "{:28} {:>8} {:>10} {:>6}"
 
 @dataclass
 class Outcome:
-    """What came of one file: a line of the table, and whether all is equal or refused."""
+    """The result for one file: a line of the table, and whether it was equal or refused."""
 
     line: str
     equal: bool = False
@@ -50,19 +50,20 @@ class Outcome:
 
 
 def compare(name: str, path: Path, carries: bool = False, gray: bool = False) -> Outcome:
-    """Read a file with both backends."""
+    """Read a file with both backends and compare."""
     with open_video(path) as ours:
         try:
             with open_video(path, backend="torchcodec") as theirs:
                 return compared(name, ours, theirs, carries, gray)
         except VideoError as error:
-            why = str(error).partition(": ")[2].removeprefix("torchcodec cannot read it: ")
-            why = f"refused: {why.partition('. backend=')[0]}"  # or by PyAV's reader, which sees damage
-            return Outcome(ROW.format(name, ours.info.frames, "", "", "", "", why), refused=True)
+            reason = str(error).partition(": ")[2].removeprefix("torchcodec cannot read it: ")
+            # Either torchcodec's reader or PyAV's scan refused the file.
+            reason = f"refused: {reason.partition('. Try backend=')[0]}"
+            return Outcome(ROW.format(name, ours.info.frames, "", "", "", "", reason), refused=True)
 
 
 def compared(name: str, ours: VideoReader, theirs: VideoReader, carries: bool, gray: bool) -> Outcome:
-    """Both readers of one file, frame by frame."""
+    """Compare two readers of one file frame by frame."""
     frames = ours.info.frames
     chosen = random.Random(0).sample(range(frames), min(frames, 64))
     same_times = ours.info.times_s == theirs.info.times_s
@@ -85,13 +86,13 @@ def compared(name: str, ours: VideoReader, theirs: VideoReader, carries: bool, g
 
 
 def color(reader: VideoReader) -> str:
-    """How the pictures of a video are stored."""
-    first = reader._first  # type: ignore[attr-defined]
+    """Describe how the frames of a video are stored."""
+    first = reader._first_frame  # type: ignore[attr-defined]
     return f"{first.format.name}, range {first.color_range}, matrix {first.colorspace}, {first.width} wide"
 
 
 def seconds(path: Path, repeats: int = 7) -> dict[str, float]:
-    """Backend → the least time that 16 frames took."""
+    """Return backend → the minimum time for 16 frames."""
     took: dict[str, list[float]] = {"pyav": [], "torchcodec": []}
     for _ in range(repeats):
         for backend, times in took.items():
@@ -102,7 +103,7 @@ def seconds(path: Path, repeats: int = 7) -> dict[str, float]:
 
 
 def main(folder: Path) -> None:
-    """Print both tables."""
+    """Print the tables of frames and of times."""
     torch.set_num_threads(1)
     clips = sorted(path for path in folder.iterdir() if path.is_file())
     print(f"PyAV {version('av')}, torchcodec {version('torchcodec')} with FFmpeg {ffmpeg_major_version}\n")

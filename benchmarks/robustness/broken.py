@@ -1,4 +1,4 @@
-"""What is cut or damaged, what is no video, and what points to other files."""
+"""Cases of truncated and damaged files, files that are not videos, and files that refer to other files."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from burned import HEIGHT, WIDTH, add_sound, mux_sound, picture, video
 from material import DAMAGED, EITHER, UNREADABLE, Case, steady
 from PIL import Image
 
-TOUCHED: list[str] = []  # what was opened because a file pointed to it
+TOUCHED: list[str] = []  # what was opened because a file referred to it
 
 
-# Cut and damaged
+# Truncated and damaged files
 
 
 def altered(
     name: str, alter: Callable[[bytes], bytes], error: tuple[str, ...] | None, **details: Any
 ) -> Case:
-    """A sound file of 50 frames, five groups of pictures, with its bytes altered."""
+    """A valid file of 50 frames in five groups of pictures, modified by `alter`."""
 
     def make(path: Path) -> None:
         if path.suffix in (".gif", ".webp"):
@@ -42,17 +42,17 @@ def altered(
 
 
 def silent(*arguments: Any, **details: Any) -> Case:
-    """As `altered`, of a codec whose decoder conceals some damage without a word."""
+    """Like `altered`, for a codec whose decoder conceals some damage silently."""
     return replace(altered(*arguments, **details), pixels=False)
 
 
 def cut(fraction: float) -> Callable[[bytes], bytes]:
-    """What is left of a download that stopped."""
+    """Keep only the start of the file, like an interrupted download."""
     return lambda data: data[: int(fraction * len(data))]
 
 
 def flipped(bits: int) -> Callable[[bytes], bytes]:
-    """Single bits flipped, all over the second half of the file."""
+    """Flip single bits across the second half of the file."""
 
     def flip(data: bytes) -> bytes:
         noise, copy = np.random.default_rng(0), bytearray(data)
@@ -64,22 +64,22 @@ def flipped(bits: int) -> Callable[[bytes], bytes]:
 
 
 def hole(data: bytes) -> bytes:
-    """A tenth of the file zeroed, as a download in parts leaves it."""
+    """Zero a tenth of the file, like an incomplete download in parts."""
     begin, end = int(0.45 * len(data)), int(0.55 * len(data))
     return data[:begin] + bytes(end - begin) + data[end:]
 
 
 def lost(data: bytes) -> bytes:
-    """A few transport packets missing."""
+    """Remove three transport packets."""
     middle = len(data) // 188 // 2 * 188
     return data[:middle] + data[middle + 3 * 188 :]
 
 
 def damaged() -> list[Case]:
-    """Files that broke on their way.
+    """Truncated and damaged files.
 
-    Where a format does not tell how long it is to be (MPEG streams, FLV of a live source), a
-    cut cannot be known: what is there is read.
+    Some formats (MPEG streams, live FLV) do not say how long a file should be. A truncated one is read to
+    its end.
     """
     faststart = {"movflags": "faststart"}
     webm = {"codec": "libvpx-vp9"}
@@ -116,16 +116,16 @@ def damaged() -> list[Case]:
 
 
 def half_photo(path: Path) -> None:
-    """A photo whose download stopped."""
+    """Write a truncated photo."""
     Image.fromarray(picture(7, 960, 640)).save(path)
     path.write_bytes(cut(0.5)(path.read_bytes()))
 
 
-# What is no video
+# Files that are not videos
 
 
 def text(name: str, content: str | bytes) -> Case:
-    """A file of this content, which is no video."""
+    """A file with this content, which is not a video."""
 
     def make(path: Path) -> None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -134,13 +134,13 @@ def text(name: str, content: str | bytes) -> Case:
 
 
 def archive(path: Path) -> None:
-    """A zip file."""
+    """Write a zip file."""
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("clip.txt", "no video")
 
 
 def song(cover: bool, path: Path) -> None:
-    """Sound alone, or with a picture on its cover."""
+    """Write an audio file, with or without cover art."""
     with av.open(str(path), "w") as file:
         stream = add_sound(file)
         if cover:
@@ -157,7 +157,7 @@ def song(cover: bool, path: Path) -> None:
 
 
 def no_video() -> list[Case]:
-    """Files of another kind."""
+    """Files that are not videos."""
     return [
         text("empty.mp4", ""),
         text("one_byte.mp4", "x"),
@@ -176,11 +176,11 @@ def no_video() -> list[Case]:
     ]
 
 
-# What points elsewhere
+# Files that refer to others
 
 
 def pointing(name: str, content: str) -> Case:
-    """A file that points to a pipe beside it (opening that would wait for ever) and to a local port."""
+    """A file that refers to a pipe next to it, which would block forever if opened, and to a local port."""
 
     def make(path: Path) -> None:
         pipe = path.with_suffix(".secret.ts")
@@ -193,7 +193,7 @@ def pointing(name: str, content: str) -> Case:
 
 
 def pointers() -> list[Case]:
-    """Playlists and the like: nothing they name is opened."""
+    """Playlists and similar files. Nothing that they refer to may be opened."""
     hls = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n%s\n#EXT-X-ENDLIST\n"
     dash = (
         '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '

@@ -1,4 +1,4 @@
-"""Videos whose every frame carries its own index in its pixels, written with PyAV alone."""
+"""Write videos whose frames show their own index, with PyAV."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import av
 import numpy as np
 
-os.environ.setdefault("SVT_LOG", "0")  # its AV1 encoder is talkative
+os.environ.setdefault("SVT_LOG", "0")  # the AV1 encoder prints a lot
 
 WIDTH, HEIGHT = 96, 64
-BITS, ROWS = 8, 3  # of the pattern: low bits, high bits, red beside blue
+BITS, ROWS = 8, 3  # of the pattern: low bits, high bits, red next to blue
 
-QUICK: dict[str, dict[str, str]] = {  # quick and legible encoders, and quiet ones
+QUICK: dict[str, dict[str, str]] = {  # fast, silent encoders whose frames stay readable
     "libx264": {"preset": "ultrafast", "x264-params": "threads=1"},
     "libx265": {"preset": "ultrafast", "x265-params": "log-level=none:pools=1:frame-threads=1"},
     "libsvtav1": {"preset": "12", "svtav1-params": "lp=1"},
@@ -26,7 +26,7 @@ QUICK: dict[str, dict[str, str]] = {  # quick and legible encoders, and quiet on
 
 
 def picture(index: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
-    """uint8 [height, width, 3]: 16 bits of `index` as 2×8 black or white blocks, red and blue below."""
+    """uint8 [height, width, 3]: the 16 bits of `index` as 2×8 black or white blocks, red and blue below."""
     blocks = np.zeros((ROWS, BITS, 3), np.uint8)
     blocks[:2] = [[[255 * (index >> (row * BITS + bit) & 1)] * 3 for bit in range(BITS)] for row in (0, 1)]
     blocks[2, : BITS // 2, 0] = blocks[2, BITS // 2 :, 2] = 255
@@ -35,7 +35,7 @@ def picture(index: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
 
 
 def index_of(rgb: np.ndarray, gray: bool = False) -> int:
-    """The index that a picture [3, H, W] carries, or -1 where it is turned, mirrored or miscoloured."""
+    """Return the index that a picture [3, H, W] shows; -1 if it is rotated, mirrored or miscolored."""
     _, height, width = rgb.shape
     levels = np.zeros((3, ROWS, BITS))
     for row in range(ROWS):
@@ -70,12 +70,26 @@ def video(
     sound: str = "",
     streams: int = 1,
 ) -> None:
-    """Write `picture(i)` for all `frames` (a count, or the indices themselves) to a path or open file.
+    """Write `picture(i)` for all `frames` to a path or an open file.
 
-    size: (width, height) as stored. pts: in `tick`s, when each is shown. shift: ticks added to
-    the time stamps of what is stored. stored: turns a picture into what is stored. levels: matrix
-    and range of the conversion from RGB, as `VideoFrame.reformat` names them. sound:
-    `before` or `after` the pictures in the order of streams. streams: further ones show 100, 101, …
+    Args:
+        target: Path or open file.
+        frames: Number of frames, or the indices that they show.
+        codec: FFmpeg's name of the encoder.
+        pix_fmt: Pixel format.
+        size: (width, height) as stored.
+        fps: Frames per second.
+        pts: When each frame is shown, in ticks, instead of a constant rate.
+        tick: Duration of a tick in seconds; one frame by default.
+        shift: Ticks to add to all stored times.
+        options: Options of the encoder.
+        container: Options of the container.
+        format: Container; by default from the suffix of the path.
+        stored: Transforms a picture before it is stored.
+        setup: Configures the stream.
+        levels: Matrix and range of the conversion from RGB, as arguments of `VideoFrame.reformat`.
+        sound: Adds an audio stream "before" or "after" the video stream.
+        streams: Number of video streams; the frames of further ones show 100, 101, …
     """
     indices = range(frames) if isinstance(frames, int) else frames
     rate = Fraction(fps).limit_denominator(1001)
@@ -109,7 +123,7 @@ def video(
 
 
 def mux(file: Any, packets: Iterable[Any], shift: int) -> None:
-    """Write packets, their times moved by `shift` ticks."""
+    """Write packets with their times shifted by `shift` ticks."""
     for packet in packets:
         packet.pts += shift
         packet.dts += shift
@@ -117,13 +131,13 @@ def mux(file: Any, packets: Iterable[Any], shift: int) -> None:
 
 
 def add_sound(file: Any) -> Any:
-    """A sound stream of a codec that the container takes."""
+    """Add an audio stream with a codec that the container supports."""
     codec = {"webm": "libopus", "flv": "aac", "mp4": "aac", "mov": "aac"}.get(file.format.name, "mp2")
     return file.add_stream(codec, rate=48000, layout="mono")
 
 
 def mux_sound(file: Any, stream: Any, seconds: float) -> None:
-    """Soft noise of that length."""
+    """Write quiet noise of this length."""
     noise = np.random.default_rng(0)
     for begin in range(0, round(seconds * 48000), 960):
         samples = (noise.standard_normal((1, 960)) * 300).astype(np.int16)

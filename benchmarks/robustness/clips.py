@@ -1,10 +1,10 @@
-"""Are the clips of a folder read with right times and orientation?
+"""Check times and orientation of the clips in a folder.
 
     python benchmarks/robustness/clips.py FOLDER
 
-Prints a table. "error" is the worst difference, in ms, between the times that merv gives
-without decoding and the time stamps of every frame as PyAV decodes them one after another;
-"pixels" the worst difference of a frame read by merv out of order from the same frame there.
+The script prints a table. "error" is the maximum difference, in ms, between merv's times, which need no
+decoding, and the times of all frames decoded in sequence by PyAV. "pixels" is the maximum difference
+between a frame that merv reads out of order and the same frame decoded in sequence.
 """
 
 import sys
@@ -21,7 +21,7 @@ ROW = "{:28} {:>6} {:>10} {:>8} {:>9} {:>9} {:>7}"
 
 
 def reference(path: Path) -> tuple[list[float], list[torch.Tensor]]:
-    """Times (s, from the first frame) and every 16th picture [H, W, 3], by plain decoding."""
+    """Decode in sequence; return times in seconds from the first frame, and every 16th frame [H, W, 3]."""
     times_s, pictures = [], []
     with av.open(str(path)) as container:
         for index, frame in enumerate(container.decode(video=0)):
@@ -33,7 +33,7 @@ def reference(path: Path) -> tuple[list[float], list[torch.Tensor]]:
 
 
 def row(path: Path) -> tuple[str, float]:
-    """A line of the table, and the worst time error in ms."""
+    """Return a line of the table and the maximum error of the times in ms."""
     times_s, pictures = reference(path)
     with open_video(path) as video:
         info = video.info
@@ -44,7 +44,7 @@ def row(path: Path) -> tuple[str, float]:
         error_ms = 1000 * max(abs(a - b) for a, b in zip(info.times_s, times_s, strict=True))
         read = video.read(list(range(0, info.frames, 16))[::-1]).flip(0)
     plain = torch.stack(pictures).permute(0, 3, 1, 2)
-    if plain.shape != read.shape:  # pixels that are not square
+    if plain.shape != read.shape:  # non-square pixels
         plain = interpolate(plain, read.shape[2:], mode="bilinear", antialias=True)
     pixels = (read.int() - plain.int()).abs().max().item()
     size = f"{info.width}×{info.height}"
@@ -53,7 +53,7 @@ def row(path: Path) -> tuple[str, float]:
 
 
 def main(folder: Path) -> None:
-    """Print the table for all files of a folder."""
+    """Print the table for all files in a folder."""
     paths = sorted(path for path in folder.iterdir() if path.is_file())
     worst, read = 0.0, 0
     print(ROW.format("file", "frames", "size", "rotation", "seconds", "error ms", "pixels"))

@@ -1,7 +1,7 @@
-"""A function in a process of its own, with a time limit: neither a hang nor a crash gets out.
+"""Run a function in its own process with a time limit, so that the caller survives a hang or a crash.
 
-Time is that of the processor, which a busy machine does not stretch; a process that waits for ever
-is ended when `PATIENCE` times the limit has passed.
+The limit is CPU time, which does not depend on the load of the machine. A process that blocks forever is
+killed after `PATIENCE` times the limit.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ PATIENCE = 12
 
 @dataclass
 class Outcome:
-    """What came of it: `read`, the name of an error, `hang` or `crash`."""
+    """The result: `read`, the name of an error, `hang` or `crash`."""
 
     outcome: str
-    seconds: float  # of the processor
+    seconds: float  # CPU time
     frames: int = 0
     wrong: list[str] = field(default_factory=list)
     megabytes: int = 0
@@ -33,7 +33,7 @@ class Outcome:
 
 
 def confined(work: Callable[[], dict[str, Any]], limit_s: int) -> Outcome:
-    """What `work` returns, as an Outcome, with its peak memory."""
+    """Run `work` and return its result as an Outcome, with its peak memory."""
     until_s = time.monotonic() + PATIENCE * limit_s
     reading, writing = os.pipe()
     child = os.fork()

@@ -1,12 +1,12 @@
-"""Is every hard input read, or refused with a helpful error?
+"""Check that every hard input is read, or refused with a helpful error.
 
     python benchmarks/robustness/hard.py [--keep FOLDER] [NAME ...]
 
-Each case is made and read in a process of its own with a time limit. A case that is read must
-give the frames asked for, told by the index in their pixels, whatever the order; the right times,
-size and colors. An error must be the one expected, name the file and tell a way out; of a damaged
-file, the frames that come with on_error="partial" must carry their own indices and times, and
-nothing that a file points to may be opened. Prints a table; NAMEs (parts of them) choose cases.
+Each case is generated and read in its own process with a time limit. A case that is read must return the
+requested frames in any order, identified by the index that they show, with the right times, size and
+colors. An error must be the expected one, name the file and suggest what to do. The frames of a damaged
+file that on_error="partial" returns must have the right indices and times. Nothing that a file refers to
+may be opened. The script prints a table. NAMEs select the cases whose names contain one of them.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ ROW = "{:17} {:28} {:16} {:>7} {:>7} {:>6}  {}"
 
 
 def cases() -> list[Case]:
-    """All of them."""
+    """Return all cases."""
     return [*sound_videos(), *pictures(), *damaged(), *no_video(), *pointers(), *odd_files()]
 
 
 def orders(frames: int) -> list[list[int]]:
-    """All frames forward and backward and some here and there; of a long clip, some."""
+    """Return lists of indices: all forward, all backward, and random ones; only the latter for long clips."""
     some = sorted(random.Random(0).sample(range(frames), min(frames, 40)))
     scattered = [some[i] for i in np.random.default_rng(1).permutation(len(some))]
     if frames > 2000:
@@ -54,7 +54,7 @@ def orders(frames: int) -> list[list[int]]:
 
 
 def misread(case: Case, source: Any) -> list[str]:
-    """What is wrong with a case that should be read; raises VideoError as reading does."""
+    """Return what is wrong with a case that should be readable; errors of reading are raised."""
     wrong = []
     with open_video(source, **dict(case.reading)) as video:
         info = video.info
@@ -72,15 +72,15 @@ def misread(case: Case, source: Any) -> list[str]:
 
 
 def misplaced(case: Case, times_s: list[float], pixels: torch.Tensor) -> list[str]:
-    """What is wrong with frames, given when they are said to be shown.
+    """Return what is wrong with frames, given their times according to merv.
 
-    A damaged file may have lost its beginning: then all times are early by the same amount.
+    If a damaged file has lost its start, all times are early by the same amount.
     """
     wrong, lags = [], []
     for time_s, rgb in zip(times_s, pixels.numpy(), strict=True):
         index = index_of(rgb, case.gray)
         if index not in case.indices:
-            wrong.append("turned, miscoloured or garbled" if index == -1 else f"frame {index}?")
+            wrong.append("rotated, miscolored or garbled" if index == -1 else f"frame {index}?")
             continue
         lags.append(case.times_s[case.indices.index(index)] - time_s)
         if not case.gray and rgb.shape[1:] == case.size[::-1]:
@@ -94,7 +94,7 @@ def misplaced(case: Case, times_s: list[float], pixels: torch.Tensor) -> list[st
 
 
 def salvaged(case: Case, source: Any) -> tuple[int, list[str]]:
-    """How many frames of a damaged file come with `partial`, and what is wrong with them."""
+    """Return how many frames of a damaged file `partial` returns, and what is wrong with them."""
     with open_video(source, **dict(case.reading)) as video:
         pixels = video.read(range(video.info.frames), on_error="partial")
         times_s = [t for i, t in enumerate(video.info.times_s) if i not in video.missing]
@@ -102,11 +102,11 @@ def salvaged(case: Case, source: Any) -> tuple[int, list[str]]:
 
 
 def verdict(case: Case, path: Path) -> dict[str, Any]:
-    """What came of a case, in the process that does it."""
+    """Generate and read a case in this process, and return the result."""
     source = case.make(path)
     source = path if source is None else source
     if os.geteuid() == os.getuid():
-        Path("/proc/self/clear_refs").write_text("5")  # memory is counted from here
+        Path("/proc/self/clear_refs").write_text("5")  # peak memory is measured from here
     called = path.name if isinstance(source, Path) else None
     begin_s = time.process_time()
     outcome, frames, wrong = "read", len(case.indices), []
@@ -131,7 +131,7 @@ def verdict(case: Case, path: Path) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the table; 0 if all went as it has to."""
+    """Print the table; return 0 if every result is as expected."""
     torch.set_num_threads(1)
     with ExitStack() as stack:
         if arguments[:1] == ["--keep"]:
@@ -142,7 +142,7 @@ def main(arguments: list[str]) -> int:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         chosen = [case for case in cases() if not arguments or any(part in case.name for part in arguments)]
         print(ROW.format("kind", "input", "outcome", "frames", "seconds", "MB", "wrong"))
-        with tempfile.TemporaryDirectory() as scratch:  # what is imported late is imported before the forks
+        with tempfile.TemporaryDirectory() as scratch:  # so that lazy imports happen before forking
             for case in (sound_videos()[0], pictures()[0]):
                 verdict(case, Path(scratch) / case.name)
         outcomes: list[Outcome] = []
@@ -155,7 +155,7 @@ def main(arguments: list[str]) -> int:
 
 
 def summary(outcomes: list[Outcome]) -> int:
-    """Print the counts."""
+    """Print the counts; return 0 if every result is as expected."""
     count = {kind: sum(o.outcome == kind for o in outcomes) for kind in ("read", "hang", "crash")}
     errors = len(outcomes) - sum(count.values())
     wrong = sum(bool(o.wrong) for o in outcomes)

@@ -1,8 +1,8 @@
-"""Hard inputs, made on the spot, and what has to come of each.
+"""Cases of hard video files, which are generated, and the expected result of each.
 
     python benchmarks/robustness/material.py FOLDER
 
-writes those that are sound video files, for trying out decoders.
+writes the valid video files, for trying out decoders.
 """
 
 from __future__ import annotations
@@ -28,14 +28,22 @@ EITHER = UNREADABLE + DAMAGED
 
 @dataclass(frozen=True)
 class Case:
-    """A hard input and what has to come of it.
+    """A hard input and its expected result.
 
-    make: writes it to a path; may return what to open instead of that path.
-    times_s, indices: when its frames are shown and what they carry; of a damaged file, those of
-    the sound one. whole: whether all of them have to come. error: names of the classes that
-    reading may raise ("" for none), None where it must not. size: (width, height) as displayed.
-    gray: it has no colors; pixels: it is large enough to carry an index. color: how far levels
-    may be off. reading: options of `open_video`. sound: a video file with nothing broken.
+    Args:
+        name: File name.
+        kind: Group in the table.
+        make: Writes the input to a path; may return what to open instead of that path.
+        times_s: When the frames are shown; for a damaged file, the times of the undamaged one.
+        indices: The indices that the frames show; for a damaged file, those of the undamaged one.
+        whole: Whether all frames must be returned.
+        error: Names of the errors that reading may raise; None if it must not raise.
+        size: (width, height) as displayed.
+        gray: Whether the video has no colors.
+        pixels: Whether the frames are large enough to show an index.
+        color: Allowed error of the colors, in levels of 255.
+        reading: Options of `open_video`.
+        sound: Whether it is a valid video file.
     """
 
     name: str
@@ -54,7 +62,7 @@ class Case:
 
 
 def clip(name: str, kind: str, frames: int = 12, fps: float = 25, **details: Any) -> Case:
-    """A case that `burned.video` writes; `shown` is its size where that is not the stored one."""
+    """A case that `burned.video` writes; `shown` is its display size if it differs from the stored size."""
     fields = ("times_s", "indices", "gray", "pixels", "reading", "color", "error", "whole", "sound")
     own: dict[str, Any] = {"sound": True} | {key: details.pop(key) for key in fields if key in details}
     size = details.pop("shown", details.get("size", SIZE))
@@ -65,7 +73,7 @@ def clip(name: str, kind: str, frames: int = 12, fps: float = 25, **details: Any
 
 
 def steady(frames: int, fps: float = 25, start_s: float = 0.0) -> tuple[float, ...]:
-    """Times at a steady rate."""
+    """Return times at a constant rate."""
     return tuple(start_s + i / fps for i in range(frames))
 
 
@@ -73,7 +81,7 @@ def steady(frames: int, fps: float = 25, start_s: float = 0.0) -> tuple[float, .
 
 
 def timing() -> list[Case]:
-    """Clocks that count otherwise, and frames that are stored in another order."""
+    """Cases with unusual clocks, and with frames that are not stored in display order."""
     uneven = (0, 40, 500, 540, 541, 2000, 2040, 9000)
     variable: dict[str, Any] = {"pts": uneven, "tick": MS, "times_s": tuple(t / 1000 for t in uneven)}
     b_frames: dict[str, Any] = {"options": {"bf": "3", "g": "10", "preset": "veryfast"}}
@@ -111,10 +119,10 @@ def timing() -> list[Case]:
 
 
 def joined(name: str, first_s: float, second_s: float) -> Case:
-    """Two transport streams one after another, whose clocks begin at these times.
+    """Two concatenated transport streams whose clocks start at these times.
 
-    The second part goes on where the first ends: a jump of the clock is no pause. A frame at the
-    seam may be missing, because the counter of packets jumps there as where packets are lost.
+    The second part must continue where the first ends: a jump of the clock is not a pause. A frame at the
+    joint may be missing, because the packet counter jumps there as if packets were lost.
     """
 
     def make(path: Path) -> None:
@@ -129,7 +137,7 @@ def joined(name: str, first_s: float, second_s: float) -> Case:
 
 
 def trimmed(path: Path) -> None:
-    """20 frames, of which the edit list shows the ten from the fifth, amid a group of pictures."""
+    """Write 20 frames, of which the edit list shows 5 to 14; frame 5 is inside a group of pictures."""
     video(path, 20, options={"g": "10"})
     data = bytearray(path.read_bytes())
     place = data.index(b"elst") + 12  # duration in ms, then the media's time: 512 ticks a frame
@@ -137,11 +145,11 @@ def trimmed(path: Path) -> None:
     path.write_bytes(data)
 
 
-# Colour
+# Color
 
 
 def tagged(space: int, full: bool = False) -> dict[str, Any]:
-    """How to store levels of a matrix (1: BT.709, 5: BT.601) and range, and to say so."""
+    """Return options to convert to, and tag, a matrix (1: BT.709, 5: BT.601) and a range."""
 
     def setup(stream: Any) -> None:
         stream.codec_context.colorspace = space
@@ -155,7 +163,7 @@ def tagged(space: int, full: bool = False) -> dict[str, Any]:
 
 
 def colors() -> list[Case]:
-    """Depths, subsamplings, RGB, gray, alpha, ranges and matrices."""
+    """Cases of bit depths, chroma subsampling, RGB, gray, alpha, ranges and matrices."""
 
     def of(name: str, codec: str, pix_fmt: str, **details: Any) -> Case:
         return clip(name, "color", codec=codec, pix_fmt=pix_fmt, **details)
@@ -194,7 +202,7 @@ def colors() -> list[Case]:
 
 
 def turned(degrees: int, mirror: bool = False) -> dict[str, Any]:
-    """Stored so that a player has to turn it clockwise by `degrees`, then mirror it."""
+    """Return options to store frames that a player must rotate clockwise by `degrees` and then mirror."""
 
     def stored(rgb: np.ndarray) -> np.ndarray:
         return np.rot90(rgb[:, ::-1] if mirror else rgb, degrees // 90)
@@ -209,7 +217,7 @@ def turned(degrees: int, mirror: bool = False) -> dict[str, Any]:
 
 
 def aspect(width: int, height: int) -> Callable[[Any], None]:
-    """Stream set-up for pixels of this aspect."""
+    """Return a setup function for a pixel aspect."""
 
     def setup(stream: Any) -> None:
         stream.codec_context.sample_aspect_ratio = Fraction(width, height)
@@ -218,7 +226,7 @@ def aspect(width: int, height: int) -> Callable[[Any], None]:
 
 
 def shapes() -> list[Case]:
-    """Turned, mirrored, stretched, interlaced, odd, tiny, huge and changing pictures."""
+    """Cases of rotated, mirrored, non-square, interlaced, odd, tiny, huge and changing frames."""
     mpeg2: dict[str, Any] = {"codec": "mpeg2video", "options": {"flags": "+ildct+ilme"}}
     sideways = turned(90)
     wide = {**sideways, "setup": lambda stream: (sideways["setup"](stream), aspect(4, 3)(stream))}
@@ -258,7 +266,7 @@ def shapes() -> list[Case]:
 
 
 def resized(path: Path, format: str) -> None:
-    """Twelve frames, then twelve of twice that size; players go on showing the first size."""
+    """Write twelve frames, then twelve of twice the size; players keep showing the first size."""
     parts = []
     for scale, frames in ((1, range(12)), (2, range(12, 24))):
         part, begins = BytesIO(), {"output_ts_offset": str(frames[0] / 25)}
@@ -272,12 +280,12 @@ def resized(path: Path, format: str) -> None:
 
 
 def containers() -> list[Case]:
-    """Codecs in their containers, raw streams, no duration in the header, several streams."""
+    """Cases of codecs and containers, raw streams, missing durations and several streams."""
 
     def of(name: str, codec: str = "libx264", frames: int = 12, **details: Any) -> Case:
         return clip(name, "container", frames, codec=codec, **details)
 
-    cif = {"size": (176, 144), "shown": (192, 144)}  # of pixels that are 12:11, as the standard has it
+    cif = {"size": (176, 144), "shown": (192, 144)}  # the standard has 12:11 pixels
     pal: dict[str, Any] = {"size": (720, 576), "shown": (768, 576)}
     fragments = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
     return [
@@ -332,12 +340,12 @@ def containers() -> list[Case]:
 
 
 def sound_videos() -> list[Case]:
-    """Every case that is a sound video file."""
+    """Return every case that is a valid video file."""
     return [*timing(), *colors(), *shapes(), *containers()]
 
 
 def generate(folder: Path) -> list[tuple[Case, Path]]:
-    """Write every sound video file into a folder."""
+    """Write every valid video file into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for case in sound_videos():

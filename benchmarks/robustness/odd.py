@@ -1,4 +1,4 @@
-"""What is no sane file: denied, deleted, growing, endless, a pipe, too large."""
+"""Cases of unusual files: not readable, deleted, growing, endless, pipes, too large."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from material import DAMAGED, EITHER, UNREADABLE, Case, clip, resized, steady
 
 
 class Endless(io.RawIOBase):
-    """A file that never ends: a sound beginning, then the same again and again."""
+    """A file that never ends: a valid start that repeats forever."""
 
     def __init__(self, data: bytes, seekable: bool) -> None:
         self.data, self.place, self.seeks = data * 100, 0, seekable
@@ -27,7 +27,7 @@ class Endless(io.RawIOBase):
         return self.seeks
 
     def seek(self, place: int, whence: int = 0) -> int:
-        self.place = place + (0, self.place, 600_000)[whence]  # a device says something
+        self.place = place + (0, self.place, 600_000)[whence]  # a device reports some size
         return self.place
 
     def readinto(self, buffer: Any) -> int:
@@ -39,7 +39,7 @@ class Endless(io.RawIOBase):
 
 
 class Failing(io.BytesIO):
-    """A file of a network drive that goes away after a while."""
+    """A file on a network drive that becomes unavailable after a few reads."""
 
     reads = 0
 
@@ -51,7 +51,7 @@ class Failing(io.BytesIO):
 
 
 def handed_over(name: str, wrap: Callable[[bytes, Path], Any], **details: Any) -> Case:
-    """An open file, or another path, instead of the path."""
+    """A case that opens the result of `wrap`, such as an open file, instead of the path."""
 
     def make(path: Path) -> Any:
         video(path, 50, options={"g": "10"})
@@ -62,7 +62,7 @@ def handed_over(name: str, wrap: Callable[[bytes, Path], Any], **details: Any) -
 
 
 def denied(data: bytes, path: Path) -> Path:
-    """A file that may not be read, even by root, who becomes nobody."""
+    """Make a file unreadable, even for root, which switches to the user nobody."""
     path.chmod(0)
     if os.geteuid() == 0:
         os.seteuid(65534)
@@ -70,14 +70,14 @@ def denied(data: bytes, path: Path) -> Path:
 
 
 def deleted(data: bytes, path: Path) -> Any:
-    """A file that is deleted once it is open."""
+    """Open a file, then delete it."""
     file = path.open("rb")
     path.unlink()
     return file
 
 
 def growing(data: bytes, path: Path) -> Path:
-    """A file that is being written."""
+    """Write the second half of a file while it is read."""
     path.write_bytes(data[: len(data) // 2])
 
     def write() -> None:
@@ -91,17 +91,17 @@ def growing(data: bytes, path: Path) -> Path:
 
 
 def pipe(path: Path) -> None:
-    """A named pipe that nobody writes to."""
+    """Create a named pipe without a writer."""
     os.mkfifo(path)
 
 
 def link(target: str, path: Path) -> None:
-    """A symbolic link."""
+    """Create a symbolic link."""
     path.symlink_to(target)
 
 
 def odd_files() -> list[Case]:
-    """Files that are denied, deleted, growing, endless or no files at all."""
+    """Files that are not readable, deleted, growing, endless or too large, and things that are not files."""
     kind = "odd file"
     small = (("max_pixels", WIDTH * HEIGHT),)
     return [

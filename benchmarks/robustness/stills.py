@@ -1,4 +1,4 @@
-"""Hard pictures and animations."""
+"""Cases of hard images and animations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 
 def still(name: str, save: Callable[[Image.Image, Path], None], **details: Any) -> Case:
-    """One picture, saved as `save` does it."""
+    """A case of one image, written by `save`."""
 
     def make(path: Path) -> None:
         save(Image.fromarray(picture(7)), path)
@@ -23,7 +23,7 @@ def still(name: str, save: Callable[[Image.Image, Path], None], **details: Any) 
 
 
 def animation(name: str, durations_ms: tuple[int, ...], **options: Any) -> Case:
-    """An animation whose frames differ in a part of the picture only."""
+    """A case of an animation whose frames differ only in a part of the image."""
 
     def make(path: Path) -> None:
         images = [Image.fromarray(picture(i)) for i in range(len(durations_ms))]
@@ -35,29 +35,29 @@ def animation(name: str, durations_ms: tuple[int, ...], **options: Any) -> Case:
 
 
 def sixteen_bit(image: Image.Image, path: Path) -> None:
-    """Gray levels in 16 bits."""
+    """Save 16-bit gray levels."""
     Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(path)
 
 
 def see_through(image: Image.Image, path: Path) -> None:
-    """A palette, of which one entry is transparent."""
+    """Save with a palette in which one entry is transparent."""
     image.quantize(8).save(path, transparency=0)
 
 
 def sideways(image: Image.Image, path: Path) -> None:
-    """A photo that its EXIF says to turn clockwise."""
+    """Save a photo whose EXIF orientation is a clockwise rotation."""
     exif = Image.Exif()
     exif[0x0112] = 6
     image.rotate(90, expand=True).save(path, exif=exif, quality=95)
 
 
 def bomb(width: int, height: int, image: Image.Image, path: Path) -> None:
-    """Some kilobytes that unpack to a huge picture."""
+    """Save a huge image in a few kilobytes."""
     Image.new("1", (width, height)).save(path)
 
 
 def pictures() -> list[Case]:
-    """Stills and animations."""
+    """Return cases of stills and animations."""
     huge = {"pixels": False, "gray": True}
     times = (50, 200, 100, 40, 60)
     return [
@@ -91,7 +91,7 @@ def pictures() -> list[Case]:
 
 
 def folder(path: Path) -> None:
-    """A folder of frames."""
+    """Write a folder of images."""
     path.mkdir()
     for index in range(5):
         Image.fromarray(picture(index)).save(path / f"frame{index + 7}.png")

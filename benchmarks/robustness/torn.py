@@ -1,13 +1,13 @@
-"""Torn and flipped copies of real clips: read, refused or salvaged, and never a wrong picture unseen?
+"""Check that damaged copies of real clips are read, refused or partly read, and count the wrong frames.
 
     python benchmarks/robustness/torn.py FOLDER [COPIES]
 
-Each copy (1,000, seeded) is read in a process of its own with a time limit: 16 frames spread over
-what it says it holds, with on_error="raise" and, where that raises DamagedVideo, with "partial".
-Frames that come are held against the sound clip's, averaged to 24×32 cells: one "differs" where a
-cell is more than 8 of 255 levels off; it is "misplaced" where the frame shown at that time is not
-the nearest of the clip's frames by more than 1 level. A copy that lost its beginning counts time from
-its first readable frame, so all its times may be off by the same amount.
+Each of about 1,000 seeded copies is read in its own process with a time limit: 16 frames, spread over the
+length that it claims, with on_error="raise" and, if that raises an error, with "partial". The returned
+frames are averaged to 24×32 cells and compared with those of the undamaged clip. A frame "differs" if a
+cell is more than 8 levels of 255 off. It is "misplaced" if another frame of the clip is nearer, by more
+than 1 level, than the frame of that time. A copy that lost its start counts time from its first readable
+frame, so all its times may be off by the same amount.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from merv.video.reader import VideoReader
 LIMIT_S = 20
 FRAMES = 16
 CELLS = (24, 32)
-SEEN = 8.0  # levels of a cell by which a picture differs
+SEEN = 8.0  # a frame differs if a cell is more levels off
 ROW = "{:16} {:>6} {:>6} {:>9} {:>11} {:>5} {:>6} {:>8}  {:>8} {:>8} {:>10}   {:>8} {:>8} {:>10}"
 
 
 def cut(data: bytearray, noise: np.random.Generator) -> bytearray:
-    """The beginning, as long as it happened to be."""
+    """Keep a start of random length."""
     return data[: int(noise.integers(1, len(data)))]
 
 
 def flips(count: int) -> Callable[[bytearray, np.random.Generator], bytearray]:
-    """Some bytes replaced by random ones."""
+    """Replace random bytes with random values."""
 
     def flip(data: bytearray, noise: np.random.Generator) -> bytearray:
         for place, value in zip(noise.integers(0, len(data), count), noise.bytes(count), strict=True):
@@ -53,20 +53,20 @@ def flips(count: int) -> Callable[[bytearray, np.random.Generator], bytearray]:
 
 
 def part(data: bytearray, noise: np.random.Generator) -> slice:
-    """Somewhere, up to a tenth of the file."""
+    """Return a random slice of up to a tenth of the file."""
     begin = int(noise.integers(0, len(data)))
     return slice(begin, begin + int(noise.integers(1, len(data) // 10)))
 
 
 def zeros(data: bytearray, noise: np.random.Generator) -> bytearray:
-    """A part zeroed."""
+    """Zero a random part."""
     where = part(data, noise)
     data[where] = bytes(len(data[where]))
     return data
 
 
 def removed(data: bytearray, noise: np.random.Generator) -> bytearray:
-    """A part missing."""
+    """Remove a random part."""
     del data[part(data, noise)]
     return data
 
@@ -82,12 +82,12 @@ HARMS = {
 
 
 def cells(pixels: Tensor) -> Tensor:
-    """[T, 3, H, W] averaged to [T, 3, 24, 32]."""
+    """Average [T, 3, H, W] to [T, 3, 24, 32]."""
     return torch.stack([adaptive_avg_pool2d(picture.float(), CELLS) for picture in pixels])
 
 
 def sound(path: Path) -> tuple[Tensor, Tensor]:
-    """Times and cells of all frames of a sound clip."""
+    """Return the times and cells of all frames of an undamaged clip."""
     with open_video(path) as video:
         parts = np.array_split(range(video.info.frames), min(video.info.frames, 10))
         pictures = [cells(video.read(part.tolist())) for part in parts]
@@ -97,20 +97,20 @@ def sound(path: Path) -> tuple[Tensor, Tensor]:
 def compared(
     video: VideoReader, indices: list[int], pixels: Tensor, clip: tuple[Tensor, Tensor]
 ) -> list[int]:
-    """How many frames came, differ, and are misplaced."""
+    """Return how many frames were returned, differ, and are misplaced."""
     times_s, pictures = clip
     came = cells(pixels)
     said = torch.tensor([video.info.times_s[i] for i in indices if i not in video.missing])
     far = torch.stack([(pictures - picture).abs().mean((1, 2, 3)) for picture in came])  # [came, all]
     lag = (times_s[far.argmin(1)] - said).median()
-    at = (times_s - (said + lag)[:, None]).abs().argmin(1)  # the frame that should have come
+    at = (times_s - (said + lag)[:, None]).abs().argmin(1)  # the frame that should have been returned
     differs = (came - pictures[at]).abs().amax((1, 2, 3)) > SEEN
     misplaced = far.gather(1, at[:, None])[:, 0] > far.amin(1) + 1
     return [len(came), int(differs.sum()), int(misplaced.sum())]
 
 
 def verdict(data: bytes, name: str, clip: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """What came of a copy."""
+    """Read a copy and return the result."""
     more: dict[str, Any] = {"raise": [0, 0, 0], "partial": [0, 0, 0]}
     outcome, wrong = "read", []
     try:
@@ -130,7 +130,7 @@ def verdict(data: bytes, name: str, clip: tuple[Tensor, Tensor]) -> dict[str, An
 
 
 def copies(folder: Path, count: int) -> list[tuple[str, Path, int]]:
-    """(harm, clip, seed) of every copy; short clips come more often, being quicker to read."""
+    """Return (harm, clip, seed) of every copy; short clips occur more often, because they are read faster."""
     paths = sorted(path for path in folder.iterdir() if path.is_file())
     often = np.array([1 / path.stat().st_size for path in paths]) ** 0.5
     chosen = np.random.default_rng(0).choice(len(paths), count, p=often / often.sum())
@@ -138,7 +138,7 @@ def copies(folder: Path, count: int) -> list[tuple[str, Path, int]]:
 
 
 def main(folder: Path, count: int = 1002) -> int:
-    """Print the table, by harm."""
+    """Print the table, one row per kind of damage."""
     torch.set_num_threads(1)
     todo = copies(folder, count)
     outcomes: dict[str, list[Outcome]] = {harm: [] for harm in HARMS}
@@ -163,7 +163,7 @@ def main(folder: Path, count: int = 1002) -> int:
 
 
 def row(harm: str, outcomes: list[Outcome]) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     kinds = Counter(outcome.outcome for outcome in outcomes)
     sums = [
         sum(outcome.more.get(mode, [0, 0, 0])[i] for outcome in outcomes)

@@ -1,14 +1,15 @@
-"""How many conversations `merv data check` reads a second.
+"""Measure how many conversations per second `merv data check` reads.
 
     python benchmarks/speed/data_check.py [--videos 600] [--rows 3000] [--workers 2]
 
-A made set: conversations about clips of 10 s, 320×240, H.264, five about each, their words drawn at random.
-Three ways: rows alone; each clip probed (its packets read, its first picture decoded), as by
-default; 8 frames of each clip decoded too. Wall-clock seconds, of one run each, workers' start
-included. The figures go to benchmarks/results/data_check.txt with the machine that made them.
+The data set is generated: H.264 clips of 10 s and 320×240, with five conversations of random words about
+each. There are three modes: "none" reads only the rows; "probe", the default, scans each clip and decodes
+its first frame; "decode" also decodes 8 frames of each clip. The times are wall-clock seconds of one run,
+including the start of the workers. The script writes them to benchmarks/results/data_check.txt, with the
+name of the machine.
 
-Predicted before the first run: 2000 a second for rows alone, 300 with clips probed, 100 decoded. Came
-out, on a busy machine: 1578, 511 and 220; for rows alone, starting the workers is most of it.
+Predicted before the first run: 2000 conversations per second for "none", 300 for "probe", 100 for "decode".
+Measured on a busy machine: 1578, 511 and 220. For "none", starting the workers takes most of the time.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ ROW = "{:8} {:>14} {:>6} {:>9} {:>16}"
 
 
 def main() -> None:
-    """Make the set, check it in three ways, keep the table."""
+    """Generate the data set, check it in three modes, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--videos", type=int, default=600)
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--machine", default=machine(), help="what to call it")
+    parser.add_argument("--machine", default=machine(), help="name of the machine in the table")
     args = parser.parse_args()
     lines = [
         f"python benchmarks/speed/data_check.py --videos {args.videos} --rows {args.rows} "
@@ -59,10 +60,11 @@ def main() -> None:
 
 
 def make_set(folder: Path, videos: int, rows: int) -> Path:
-    """A JSONL file of conversations in LLaVA's form, and its clips, each a file of its own."""
+    """Write a JSONL file of conversations in LLaVA's format, and one file per clip."""
     drawn = random.Random(0)
     first = make_video(folder / "0.mp4", frames=250, fps=25, size=(320, 240), codec="libx264")
-    for number in range(1, videos):  # the same pictures: of another size, so that no content is compared
+    # All clips have the same frames, but their files differ in size, so that contents are not compared.
+    for number in range(1, videos):
         shutil.copyfile(first, clip := folder / f"{number}.mp4")
         with clip.open("ab") as file:
             file.write(b"\0\0\0" + bytes([8 + number % 200]) + b"free" + bytes(number % 200))

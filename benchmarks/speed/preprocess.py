@@ -1,20 +1,20 @@
-"""Exact or fast preprocessing: how far `resample="fast"` is from PIL, and how much time it saves.
+"""Measure how much `resample="fast"` differs from PIL, and how much time it saves.
 
     python benchmarks/speed/preprocess.py [VIDEO ...] [--frames 8] [--threads 1]
 
-Frames of the videos, or made ones (waves, edges, noise), squashed to 224×224. Per interpolation:
-the largest and the mean difference from the installed Pillow in steps of 1/255, the share of
-numbers that differ, and CPU milliseconds a frame, the best of five runs taken in turns. `bytes` is
-what fast does on a CPU; `floats` what it does elsewhere, run here on the CPU for its error: its
-time on a GPU is not measured here. `columns` is Pillow made to do columns before rows, as it always
-did before Pillow 13.
+Frames of the videos, or generated ones (waves, edges, noise), are squashed to 224×224. For each
+interpolation, the script prints the maximum and the mean difference from the installed Pillow in levels of
+255, the percentage of values that differ, and the CPU milliseconds per frame (the minimum of five runs; the
+ways alternate). `bytes` is what "fast" does on a CPU. `floats` is what it does on other devices; here it
+runs on the CPU to measure its error, so its time on a GPU is not measured. `columns` makes Pillow resample
+columns before rows, as it always did before version 13.
 
-Predicted before the first run: fast three times as fast on one thread, no number off by more than
-1. Came out, on an AMD EPYC (Zen 4), Pillow 13: 2.4 to 7.2 times, mostly 4 to 5. Off by up to 2, in
-fewer than 1 of 100 numbers (floats: 7 of 100), where Pillow begins with columns as torch does. Not
-predicted: Pillow 13 begins with rows where the height shrinks much more than the width; there fast
-and older Pillows are off by up to 7, in 5 to 21 of 100 numbers. Floats in one pass would be off in
-10 to 20 of 100 (Pillow rounds after each).
+Predicted before the first run: "fast" is three times as fast on one thread, and no value differs by more
+than 1. Measured on an AMD EPYC (Zen 4) with Pillow 13: 2.4 to 7.2 times as fast, mostly 4 to 5 times. If
+Pillow starts with the columns, as torch does, values differ by up to 2, in less than 1 % of cases (floats:
+7 %). Not predicted: Pillow 13 starts with the rows if the height shrinks much more than the width. Then
+"fast" and older Pillow versions differ by up to 7, in 5 to 21 % of cases. Floats in a single pass would
+differ in 10 to 20 % (Pillow rounds after each pass).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ROW = "{:24} {:9} {:9} {:7} {:>4} {:>9} {:>9} {:>9} {:>7}"
 
 
 def main() -> None:
-    """Print one row for each material, interpolation and way."""
+    """Print one row for each material, interpolation and way to resample."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("videos", nargs="*", metavar="VIDEO")
     parser.add_argument("--frames", type=int, default=8)
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def material(videos: list[str], frames: int):
-    """Names and uint8 [T, 3, H, W]."""
+    """Yield names and frames, uint8 [T, 3, H, W]."""
     for video in videos:
         loaded = load_video(video, num_frames=frames)
         assert loaded is not None
@@ -66,7 +66,7 @@ def material(videos: list[str], frames: int):
 
 
 def made(frames: int, height: int, width: int) -> Tensor:
-    """Smooth waves, hard edges and a little noise, different in each frame and color."""
+    """Generate smooth waves, hard edges and a little noise, different in each frame and channel."""
     seed = torch.Generator().manual_seed(0)
     waves = interpolate(torch.rand(frames, 3, 9, 16, generator=seed), (height, width), mode="bicubic")
     edges = torch.rand(frames, 3, height // 16, width // 16, generator=seed).round()
@@ -76,7 +76,7 @@ def made(frames: int, height: int, width: int) -> Tensor:
 
 
 def compare(pixels: Tensor, preset: Preset):
-    """Way, largest and mean difference, percent that differ, milliseconds, exact's time over this."""
+    """Yield way, maximum and mean difference, percentage that differs, milliseconds, and speedup."""
     columns = replace(preset, input_size=(pixels.shape[2], preset.input_size[1]))
     ways: dict[str, Callable[[], Tensor]] = {
         "exact": lambda: resize(pixels, preset)[0],
