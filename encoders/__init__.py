@@ -1,1 +1,1 @@
-"""The first-party encoder plug-ins: one file an encoder, registered like anybody's."""
+"""The encoders of merv, one file each. They are registered in the same way as third-party encoders."""

@@ -1,7 +1,7 @@
-"""The vision tower of LanguageBind's video model, over standard layers, with the official names.
+"""The vision tower of LanguageBind's video model, with standard layers and the official parameter names.
 
-A CLIP vision transformer in which every block first attends over time: each patch looks at the same
-patch in the other frames of its window.
+It is a CLIP vision transformer. Every block first attends over time: each patch attends to the same patch in
+the other frames of its window.
 """
 
 from __future__ import annotations
@@ -19,28 +19,39 @@ from merv.errors import WeightsError
 ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
-def vision_config(source: Source, most_frames: int) -> dict:
-    """What the config.json beside the weights says of the tower.
+def vision_config(source: Source, max_frames: int) -> dict:
+    """Read the `vision_config` of the config.json beside the weights.
 
-    Raises WeightsError where it does not say, in a form known here, what the tensors cannot tell:
-    the activation, how many frames see each other, that there is attention over time.
+    The tensors do not show which activation the tower has, how many frames see each other, and that there is
+    attention over time. So these values have no default.
+
+    Raises:
+        WeightsError: One of the values is missing or not supported.
     """
     config = source.config().get("vision_config", {})
-    frames = range(1, 1 + most_frames)
-    for key, known in {"hidden_act": ACTIVATIONS, "num_frames": frames, "add_time_attn": [True]}.items():
+    counts = range(1, 1 + max_frames)
+    for key, known in {"hidden_act": ACTIVATIONS, "num_frames": counts, "add_time_attn": [True]}.items():
         if config.get(key) not in known:
             raise WeightsError(
-                f"{source.name}: its config.json says vision_config.{key} = {config.get(key)!r}; wanted one "
-                f"of {', '.join(map(str, known))}. It is read from there, without a default."
+                f"{source.name}: config.json has vision_config.{key} = {config.get(key)!r}; expected one of "
+                f"{', '.join(map(str, known))}. The value has no default."
             )
     return config
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the tower; `frames` see each other, `activation` is a key of ACTIVATIONS.
+    """Sizes of the tower.
 
-    class_tokens: 1, or one for each of the frames (in the models of version 1.5).
+    Args:
+        width: Channels.
+        layers: Number of blocks.
+        heads: Number of attention heads.
+        patch: Side of a patch in pixels.
+        size: Side of an image in pixels.
+        frames: Number of frames that see each other.
+        activation: A key of ACTIVATIONS.
+        class_tokens: 1, or the number of frames in the models of version 1.5.
     """
 
     width: int
@@ -56,7 +67,7 @@ class Shape:
 class Tower(nn.Module):
     """[K·frames, 3, size, size] → tokens [K·frames, 1 + cells, width], class token first.
 
-    They are the hidden state before the last block, which is loaded but not run.
+    The tokens are the hidden state before the last block. The last block is loaded but not run.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -81,8 +92,8 @@ class _Embeddings(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         patches = rearrange(self.patch_embedding(images), "k d h w -> k (h w) d")
         windows = images.shape[0] // self.class_embedding.shape[0]
-        start = repeat(self.class_embedding, "t d -> (k t) 1 d", k=windows)
-        return torch.cat([start, patches], dim=1) + self.position_embedding.weight
+        class_tokens = repeat(self.class_embedding, "t d -> (k t) 1 d", k=windows)
+        return torch.cat([class_tokens, patches], dim=1) + self.position_embedding.weight
 
 
 class _Blocks(nn.Module):

@@ -1,4 +1,4 @@
-"""The network of TransNetV2 over standard layers, with the names of the official weights."""
+"""The network of TransNetV2, with standard layers and the official parameter names."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LOOKUP = 101  # each frame is compared with 50 before it, itself and 50 after it
+LOOKUP = 101  # a frame is compared with the 50 frames before it, itself and the 50 frames after it
 
 
 class Network(nn.Module):
-    """[B, 3, T, 27, 48] in [0, 1] → maps [B, 256, T, 3, 6] and, if wanted, features [B, T, 1024].
+    """[B, 3, T, 27, 48] in [0, 1] → feature maps [B, 256, T, 3, 6] or features [B, T, 1024].
 
-    Dropout and the uses of the two classifiers are left out: they are for training and for cuts.
+    Dropout is left out: it is for training. The two classifiers, which find cuts, are loaded but not run.
     """
 
     def __init__(self, filters: int = 16, width: int = 1024) -> None:
@@ -28,14 +28,14 @@ class Network(nn.Module):
         self.cls_layer2 = nn.Linear(width, 1)
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
-        """What each stack makes, [B, C, T, h, w]; the last is the coarsest."""
+        """The output of each stack, [B, C, T, h, w], from fine to coarse."""
         maps = [pixels]
         for stack in self.SDDCNN:
             maps.append(stack(maps[-1]))
         return maps[1:]
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Per frame, what the classifiers see: [B, T, 1024]."""
+        """The input of the classifiers, [B, T, 1024]."""
         maps = self.maps(pixels)
         parts = [
             self.color_hist_layer(pixels),
@@ -56,7 +56,7 @@ class _Stack(nn.Module):
 
 
 class _DilatedConvs(nn.Module):
-    """Four convolutions that look 1, 2, 4 and 8 frames back and ahead, side by side."""
+    """Four parallel convolutions that see 1, 2, 4 and 8 frames before and after."""
 
     def __init__(self, inputs: int, filters: int) -> None:
         super().__init__()
@@ -101,16 +101,16 @@ class _ColorHistograms(nn.Module):
         self.fc = nn.Linear(LOOKUP, 128)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        eighths = (pixels * 255).round().clamp(0, 255).long() >> 5  # 8 levels a channel
+        eighths = (pixels * 255).round().clamp(0, 255).long() >> 5  # 8 levels per channel
         r, g, b = rearrange(eighths, "b c t h w -> c b t (h w)")
-        bins = (r << 6) + (g << 3) + b  # one of 512 colors for each pixel
+        bins = (r << 6) + (g << 3) + b  # one of 512 colors per pixel
         counts = pixels.new_zeros(*bins.shape[:2], 512)
         counts = counts.scatter_add(2, bins, torch.ones_like(bins, dtype=counts.dtype))
         return F.relu(self.fc(_around(counts)))
 
 
 def _around(x: Tensor) -> Tensor:
-    """Cosine of each frame with those around it, 0 beyond the clip: [B, T, D] → [B, T, LOOKUP]."""
+    """Cosine similarity of each frame with its neighbors, 0 beyond the clip: [B, T, D] → [B, T, LOOKUP]."""
     x = F.normalize(x, dim=2)
     cosines = F.pad(x @ x.mT, (LOOKUP // 2, LOOKUP // 2))  # [B, T, T + 100]
     return cosines.unfold(2, LOOKUP, 1).diagonal(dim1=1, dim2=2).mT

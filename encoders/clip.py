@@ -1,6 +1,6 @@
-"""CLIP (Radford et al., 2021): image features trained to match captions, OpenAI's weights.
+"""CLIP (Radford et al., 2021): an image encoder trained to match captions, with OpenAI's weights.
 
-Through open_clip, with the activation of the original (QuickGELU). https://arxiv.org/abs/2103.00020
+It runs in open_clip, with the original activation (QuickGELU). Source: https://arxiv.org/abs/2103.00020
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from merv.types import EncoderSpec, Preset
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEXT_TOWER = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
 
-# variant: hub id, size, patch, width, layers, width of the embedding shared with text, parameters
+# variant: hub id, image size, patch, channels, layers, channels of the joint embedding, parameters
 SIZES = {
     "large": ("timm/vit_large_patch14_clip_224.openai", 224, 14, 1024, 24, 768, 303_966_208),
     "large-336": ("timm/vit_large_patch14_clip_336.openai", 336, 14, 1024, 24, 768, 304_293_888),
@@ -27,7 +27,7 @@ SIZES = {
 
 
 class CLIP(Encoder):
-    """The output of the last block but one, without the class token: 16×16 a frame.
+    """The output of the second-to-last block, without the class token: 16×16 tokens per frame.
 
     >>> CLIP.variants["large"].grid, CLIP.variants["large"].embed_dim
     ((16, 16, 16), 1024)
@@ -67,8 +67,8 @@ class CLIP(Encoder):
         _, height, _ = self.spec.grid
         images = rearrange(pixels, "b t c h w -> (b t) c h w")
         layers = [len(self.net.transformer.resblocks) - 2]
-        found = self.net.forward_intermediates(
+        outputs = self.net.forward_intermediates(
             images, layers, stop_early=True, intermediates_only=True, output_fmt="NLC"
         )
-        (tokens,) = found["image_intermediates"]
+        (tokens,) = outputs["image_intermediates"]
         return rearrange(tokens, "(b t) (h w) d -> b t h w d", b=pixels.shape[0], h=height)

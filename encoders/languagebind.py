@@ -1,6 +1,6 @@
-"""LanguageBind video (Zhu et al., 2023): a CLIP ViT with attention over time in every block.
+"""LanguageBind (Zhu et al., 2023): a CLIP vision transformer with attention over time in every block.
 
-https://arxiv.org/abs/2310.01852, https://github.com/PKU-YuanGroup/LanguageBind (MIT)
+Source: https://arxiv.org/abs/2310.01852, https://github.com/PKU-YuanGroup/LanguageBind (MIT)
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from merv.encoding.weights import select
 from merv.types import EncoderSpec, Preset
 
 SIZE, PATCH = 224, 14
-# The official code crops too; it also mirrors half of the clips at random, which is not copied.
+# The official code also flips half of the clips at random; merv does not.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CROP = Preset("crop", (SIZE, SIZE), "bilinear_plain", mean=MEAN, std=STD)
-# In the same checkpoint: the text tower, and the numbers 0, 1, 2, … that older versions stored.
+# Tensors of the checkpoint that are not used: the text tower, and position ids from older versions.
 REST = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 POSITIONS = "vision_model.embeddings.position_ids"
 
-# variant: hub id, width, layers, heads, parameters
+# variant: hub id, channels, layers, heads, parameters
 SIZES = {
     "large": ("LanguageBind/LanguageBind_Video_merge", 1024, 24, 16, 404_187_136),
     "large-ft": ("LanguageBind/LanguageBind_Video_FT", 1024, 24, 16, 404_187_136),
@@ -33,10 +33,10 @@ SIZES = {
 
 
 class LanguageBind(Encoder):
-    """The hidden state before the last block, without the class token: 16×16 a frame.
+    """The hidden state before the last block, without the class token: 16×16 tokens per frame.
 
-    The activation and the number of frames that see each other come from the config.json beside the
-    weights, without a default; random weights get "gelu" and 8.
+    The config.json beside the weights gives the activation and the number of frames that see each other.
+    Random weights have "gelu" and 8 frames.
 
     >>> LanguageBind.variants["large"].grid, LanguageBind.variants["large"].window_size
     ((16, 16, 16), 8)
@@ -63,7 +63,7 @@ class LanguageBind(Encoder):
     def build(self) -> None:
         config: dict[str, Any] = {"hidden_act": "gelu", "num_frames": 8}
         if self.source:
-            config = vision_config(self.source, most_frames=self.spec.num_frames)
+            config = vision_config(self.source, max_frames=self.spec.num_frames)
         frames = config["num_frames"]
         _, width, layers, heads, _ = SIZES[self.variant]
         class_tokens = frames if config.get("clip_type") == "vl_new" else 1
@@ -75,10 +75,10 @@ class LanguageBind(Encoder):
         token, patches = "embeddings.class_embedding", "embeddings.patch_embedding.weight"
         if token in state and state[token].ndim == 1:
             state[token] = state[token][None]
-        if patches in state and state[patches].ndim == 5:  # version 1.5: a tube of one frame
+        if patches in state and state[patches].ndim == 5:  # version 1.5 has tubes of one frame
             state[patches] = state[patches].squeeze(2)
         return state
 
     def encode(self, pixels: Tensor) -> Tensor:
-        tokens = self.net(rearrange(pixels, "b t c h w -> (b t) c h w"))[:, 1:]  # without the class token
+        tokens = self.net(rearrange(pixels, "b t c h w -> (b t) c h w"))[:, 1:]
         return rearrange(tokens, "(b t) (h w) d -> b t h w d", b=pixels.shape[0], h=self.spec.grid[1])

@@ -1,6 +1,6 @@
-"""SigLIP (Zhai et al., 2023): image features trained to match captions, pair by pair.
+"""SigLIP (Zhai et al., 2023): an image encoder trained to match captions with a sigmoid loss.
 
-Through timm, without the attention pooling, of which no token is taken. https://arxiv.org/abs/2303.15343
+It runs in timm, without the attention pooling. Source: https://arxiv.org/abs/2303.15343
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from merv.encoding.base import Encoder
 from merv.encoding.weights import joined, renamed, select
 from merv.types import EncoderSpec, Preset
 
-# variant: timm's name, size, patch, width, short side before timm's crop, parameters
+# variant: name in timm, image size, patch, channels, short side before timm's crop, parameters
 SIZES = {
     "base": ("vit_base_patch16_siglip_224.webli", 224, 16, 768, 248, 85_797_120),
     "base-256": ("vit_base_patch16_siglip_256.webli", 256, 16, 768, 284, 85_843_200),
@@ -27,7 +27,7 @@ SIZES = {
     "so400m-384": ("vit_so400m_patch14_siglip_384.webli", 384, 14, 1152, 426, 412_987_248),
 }
 
-# The names in transformers' checkpoints, as timm has them.
+# Names in checkpoints of transformers → names in timm.
 TRANSFORMERS = {
     r"^vision_model\.embeddings\.patch_embedding\.": "patch_embed.proj.",
     r"^vision_model\.embeddings\.position_embedding\.weight$": "pos_embed",
@@ -41,7 +41,7 @@ REST = ("attn_pool.", "vision_model.head.", "text_model.", "logit_scale", "logit
 
 
 def specs(family: str, sizes: Mapping[str, tuple[str, int, int, int, int, int]]) -> dict[str, EncoderSpec]:
-    """One spec a row: SigLIP and SigLIP 2 are two tables of one network."""
+    """The specs of a table of variants. SigLIP and SigLIP 2 share the network but have their own tables."""
     return {
         variant: EncoderSpec(
             family,
@@ -63,7 +63,7 @@ def specs(family: str, sizes: Mapping[str, tuple[str, int, int, int, int, int]])
 
 
 class SigLIP(Encoder):
-    """The output of the last block but one, without norm: 14×14 a frame.
+    """The output of the second-to-last block, without norm: 14×14 tokens per frame.
 
     >>> SigLIP.variants["base"].grid, SigLIP.variants["base"].embed_dim
     ((16, 14, 14), 768)
@@ -80,7 +80,7 @@ class SigLIP(Encoder):
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         state = renamed(select(state, drop=REST), TRANSFORMERS)
-        if "pos_embed" in state and state["pos_embed"].ndim == 2:  # transformers' table has no batch
+        if "pos_embed" in state and state["pos_embed"].ndim == 2:  # transformers has no batch dimension
             state["pos_embed"] = state["pos_embed"][None]
         return joined(state, ("q", "k", "v"), "qkv")
 

@@ -1,7 +1,7 @@
-"""SigLIP 2 (Tschannen et al., 2025): SigLIP, trained also to describe, to point and to predict itself.
+"""SigLIP 2 (Tschannen et al., 2025): SigLIP with captioning, localization and self-supervised losses.
 
-Its checkpoints of fixed size, through timm; NaFlex, which keeps each picture's own aspect, is not here
-yet. https://arxiv.org/abs/2502.14786
+The checkpoints with a fixed image size run in timm. NaFlex, which keeps the aspect ratio, is not
+supported yet. Source: https://arxiv.org/abs/2502.14786
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from merv.encoders.siglip import SigLIP, specs
 
-# variant: timm's name, size, patch, width, short side before timm's crop, parameters
+# variant: name in timm, image size, patch, channels, short side before timm's crop, parameters
 SIZES = {
     "base": ("vit_base_patch16_siglip_224.v2_webli", 224, 16, 768, 248, 85_797_120),
     "base-256": ("vit_base_patch16_siglip_256.v2_webli", 256, 16, 768, 284, 85_843_200),
@@ -30,7 +30,7 @@ SIZES = {
 
 
 class SigLIP2(SigLIP):
-    """The output of the last block but one, without norm: 14×14 a frame.
+    """The output of the second-to-last block, without norm: 14×14 tokens per frame.
 
     >>> SigLIP2.variants["base"].grid, SigLIP2.variants["base"].embed_dim
     ((16, 14, 14), 768)

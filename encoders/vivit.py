@@ -1,6 +1,6 @@
-"""ViViT (Arnab et al., 2021): a video transformer over tubelets, trained to tell actions apart.
+"""ViViT (Arnab et al., 2021): a video transformer over tubelets, trained for action recognition.
 
-Through transformers, without its pooling and classifier. https://arxiv.org/abs/2103.15691
+It runs in transformers, without pooling and classifier. Source: https://arxiv.org/abs/2103.15691
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from merv.types import EncoderSpec, Preset
 FRAMES, SIZE, TUBELET, PATCH = 32, 224, 2, 16
 PRESETS = {
     "merv": Preset("squash", (SIZE, SIZE), "bilinear"),
-    # Its processor scales to [-1, 1] and then takes off the mean once more: (2p - 1 - .5) / .5.
+    # Its processor scales pixels to [-1, 1] and then normalizes them again: (2p - 1 - 0.5) / 0.5.
     "upstream": Preset("crop", (SIZE, SIZE), "bilinear", 256, (0.75,) * 3, (0.25,) * 3, "down"),
 }
-# The checkpoints' names in newer versions of transformers; older ones keep them.
+# Names in the checkpoints → names in newer versions of transformers.
 NEWER_NAMES = {
     r"^encoder\.layer\.": "layers.",
     r"attention\.attention\.query\.": "attention.q_proj.",
@@ -33,7 +33,7 @@ NEWER_NAMES = {
 
 
 class ViViT(Encoder):
-    """The last hidden state after the final norm, without the class token: 16×14×14 of 32 frames.
+    """The last hidden state after the final norm, without the class token: 16×14×14 cells for 32 frames.
 
     >>> ViViT.variants["b-16x2-kinetics400"].window_size
     32
@@ -72,5 +72,5 @@ class ViViT(Encoder):
     def encode(self, pixels: Tensor) -> Tensor:
         t, h, w = self.spec.grid
         windows = rearrange(pixels, "b (n t) c h w -> (b n) t c h w", t=FRAMES)
-        tokens = self.net(windows).last_hidden_state[:, 1:]  # without the class token
+        tokens = self.net(windows).last_hidden_state[:, 1:]
         return rearrange(tokens, "(b n) (t h w) d -> b (n t) h w d", b=pixels.shape[0], t=t, h=h, w=w)

@@ -1,7 +1,7 @@
-"""V-JEPA 2 (Assran et al., 2025): a video transformer that learned to predict its own features.
+"""V-JEPA 2 (Assran et al., 2025): a video transformer trained to predict features of masked patches.
 
-Through transformers, the encoder alone: the predictor is neither loaded nor run.
-https://arxiv.org/abs/2506.09985
+It runs in transformers, without the predictor.
+Source: https://arxiv.org/abs/2506.09985
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from merv.types import EncoderSpec, Preset
 TUBELET, PATCH = 2, 16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# Positions are rotations, so any number of frames goes. 16 at 256 pixels is what most of its training
-# saw, and its authors' probes on Kinetics; 64, of the last phase, cost 7 times as much.
-# variant: hub id, frames that see each other, size, short side before its processor's crop,
-# width, layers, heads, width within an MLP, license, parameters
+# Position embeddings are rotary, so any number of frames works. Most of the training and the authors' probes
+# on Kinetics used 16 frames of 256 pixels. The last training phase used 64, which cost 7 times as much.
+# variant: hub id, frames that see each other, image size, short side before the processor's crop,
+# channels, layers, heads, hidden channels of an MLP, license, parameters
 SIZES = {
     "large": ("vitl-fpc64-256", 16, 256, 292, 1024, 24, 16, 4096, "MIT", 303_885_312),
     "large-64-frames": ("vitl-fpc64-256", 64, 256, 292, 1024, 24, 16, 4096, "MIT", 303_885_312),
@@ -32,7 +32,7 @@ SIZES = {
 
 
 class VJEPA2(Encoder):
-    """The encoder's output after its final norm, on which its authors train probes: 8×16×16 of 16 frames.
+    """The output after the final norm, on which the authors train probes: 8×16×16 cells for 16 frames.
 
     >>> VJEPA2.variants["large"].grid, VJEPA2.variants["large"].embed_dim
     ((8, 16, 16), 1024)
@@ -62,13 +62,13 @@ class VJEPA2(Encoder):
     def build(self) -> None:
         from transformers import VJEPA2Config, VJEPA2Model
 
-        _, _, size, _, width, layers, heads, inside, *_ = SIZES[self.variant]
+        _, _, size, _, width, layers, heads, mlp_width, *_ = SIZES[self.variant]
         sizes: dict[str, Any] = {
             "hidden_size": width,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
         }
-        config = VJEPA2Config(crop_size=size, mlp_ratio=inside / width, pred_num_hidden_layers=1, **sizes)
+        config = VJEPA2Config(crop_size=size, mlp_ratio=mlp_width / width, pred_num_hidden_layers=1, **sizes)
         self.net = VJEPA2Model(config).encoder
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

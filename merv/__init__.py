@@ -1,11 +1,11 @@
-"""merv: any set of frozen visual encoders into any language model.
+"""merv fuses several frozen visual encoders into one video language model.
 
 >>> from merv import MultiEncoder
 >>> video = MultiEncoder(["fake"])(torch.zeros(8, 3, 32, 32, dtype=torch.uint8))
 >>> video.tokens.shape
 torch.Size([1, 1024, 8])
 
-Names are loaded on first use, so that `import merv` costs nothing.
+Names are imported on first use, so that `import merv` is fast.
 """
 
 from importlib import import_module
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from merv.video.sampling import Sampling as Sampling
     from merv.video.transforms import preprocess as preprocess
 
-_HOME = {
+_MODULES = {
     "Aligner": "merv.fusion.align",
     "Encoder": "merv.encoding.base",
     "EncoderSpec": "merv.types",
@@ -62,12 +62,12 @@ _HOME = {
     "load_video": "merv.video.load",
     "preprocess": "merv.video.transforms",
 }
-__all__ = [*_HOME]
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     if name == "__version__":
         return version("merv")
     raise AttributeError(f"module 'merv' has no attribute {name!r}")

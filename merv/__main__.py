@@ -1,4 +1,4 @@
-"""`python -m merv` is `merv`, as torchrun and the like want it."""
+"""`python -m merv` does the same as `merv`. torchrun and similar tools need this form."""
 
 import sys
 

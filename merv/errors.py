@@ -1,80 +1,80 @@
-"""Everything that merv raises for something a user can cause.
+"""The exceptions of merv. All of them derive from MervError.
 
 MervError
 ├── VideoError            a video, image or folder of frames cannot be used
-│   ├── UnreadableVideo   nothing could be decoded from it
-│   └── DamagedVideo      some frames could be decoded, not all that were wanted
-├── SamplingError         the times asked for do not fit the clip
-├── ShapeError            a tensor has another shape than its contract says
-├── PluginError           a plug-in cannot be found, loaded or trusted, or has no such option
-│   ├── UnknownPlugin     no encoder, mixer … of that name; the nearest is suggested
-│   ├── AmbiguousPlugin   two distributions register that name
-│   └── BrokenPlugin      it is there but does not load or keep its contract
-├── EncoderError          an encoder cannot do what it is asked, or makes what its spec does not say
-├── WeightsError          weights are missing, or do not fit the module
-├── CheckpointError       a saved folder does not fit what it is loaded into
+│   ├── UnreadableVideo   no frame can be decoded
+│   └── DamagedVideo      some of the requested frames cannot be decoded
+├── SamplingError         the requested times do not fit the clip
+├── ShapeError            a tensor has a wrong shape, or a preset or spec has an invalid value
+├── PluginError           a plug-in cannot be found, loaded or trusted, or does not have an option
+│   ├── UnknownPlugin     no plug-in has this name
+│   ├── AmbiguousPlugin   several distributions register this name
+│   └── BrokenPlugin      a plug-in cannot be imported or created, or does not satisfy its contract
+├── EncoderError          an encoder does not support a request, or returns what its spec does not say
+├── WeightsError          weights cannot be found or read, or do not fit the module
+├── CheckpointError       a saved folder cannot be written or read, or does not fit the model
 ├── PromptError           chat messages cannot be turned into a prompt
-├── TrainingError         what shall be trained, or how, does not fit the model
-│   └── BadLoss           a loss is no number, or a spike
-├── DataError             a training or evaluation sample is malformed
-└── MissingDependency     an optional package is needed; the message has the command
+├── TrainingError         the training options do not fit the model, the data or each other
+│   └── BadLoss           a loss is not finite, or is a spike
+├── DataError             a training or evaluation sample is invalid
+└── MissingDependency     an optional package is not installed
 
-Every message says what came, what was wanted and what to try.
+Each message says what merv got, what it expected and what to try.
 """
 
 
 class MervError(Exception):
-    """Root of the tree above."""
+    """Base class of all exceptions of merv."""
 
 
 class VideoError(MervError):
-    """A video, image or folder of frames cannot be used; the message names it."""
+    """A video, image or folder of frames cannot be used. The message names it."""
 
 
 class UnreadableVideo(VideoError):
-    """Nothing could be decoded."""
+    """No frame of a video can be decoded."""
 
 
 class DamagedVideo(VideoError):
-    """Some frames could be decoded, but not all that were wanted."""
+    """Some of the requested frames of a video cannot be decoded."""
 
 
 class SamplingError(MervError, ValueError):
-    """The times asked for do not fit the clip."""
+    """The requested times do not fit the clip."""
 
 
 class ShapeError(MervError, ValueError):
-    """A tensor has another shape than its contract says."""
+    """A tensor has a wrong shape, or a preset or spec has an invalid value."""
 
 
 class PluginError(MervError):
-    """A plug-in cannot be found, loaded or trusted, or has no such option."""
+    """A plug-in cannot be found, loaded or trusted, or does not have an option."""
 
 
 class UnknownPlugin(PluginError, KeyError):
-    """No plug-in of that name."""
+    """No plug-in has this name."""
 
     __str__ = Exception.__str__  # KeyError would print the message in quotes
 
 
 class AmbiguousPlugin(PluginError):
-    """Two distributions register the same name."""
+    """Several distributions register a plug-in with this name."""
 
 
 class BrokenPlugin(PluginError):
-    """A registered plug-in does not load, or does not keep its contract."""
+    """A plug-in cannot be imported or created, or does not satisfy its contract."""
 
 
 class EncoderError(MervError):
-    """An encoder cannot do what it is asked, or makes what its spec does not say."""
+    """An encoder does not support a request, or returns what its spec does not say."""
 
 
 class WeightsError(MervError):
-    """Weights are missing, unreachable, or do not fit the module."""
+    """Weights cannot be found or read, or do not fit the module."""
 
 
 class CheckpointError(MervError):
-    """A saved folder does not fit what it is loaded into."""
+    """A saved folder cannot be written or read, or does not fit the model."""
 
 
 class PromptError(MervError, ValueError):
@@ -82,16 +82,16 @@ class PromptError(MervError, ValueError):
 
 
 class TrainingError(MervError, ValueError):
-    """What shall be trained, or how, does not fit the model."""
+    """The training options do not fit the model, the data or each other."""
 
 
 class BadLoss(TrainingError):
-    """A loss that is not to be learned from; the message names the samples."""
+    """A loss is not finite, or is a spike. The message names the samples."""
 
 
 class DataError(MervError):
-    """A training or evaluation sample is malformed."""
+    """A training or evaluation sample is invalid."""
 
 
 class MissingDependency(MervError, ImportError):
-    """An optional package is needed; the message has the install command."""
+    """An optional package is not installed. The message has the command that installs it."""

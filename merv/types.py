@@ -1,15 +1,13 @@
-"""The five dataclasses that carry everything from a file to the LLM.
+"""The dataclasses that describe videos, encoders and features on the way from a file to the LLM.
 
-Shape legend, used in names and comments all over merv:
+Shape symbols, used in names and comments throughout merv:
 
     B batch   T frames   t, h, w grid cells (time, rows, columns)   N tokens
-    D encoder width   E encoders   L LLM width
+    D channels of an encoder   E encoders   L channels of the LLM
 
-Conventions: times are seconds from the start of the clip's own clock; masks are
-True where something real is; an extent is the rectangle that a grid or picture
-covers, as (top, left, bottom, right) in units of the original, upright picture:
-(0, 0, 1, 1) is the whole picture, a center crop lies inside it, a letterbox
-reaches beyond it.
+Times are in seconds from the start of the clip. Masks are True for real content and False for padding. An
+extent is the rectangle that a grid or image covers, (top, left, bottom, right), in units of the original
+upright image: (0, 0, 1, 1) is the whole image, a center crop lies inside it, a letterbox reaches beyond it.
 """
 
 from __future__ import annotations
@@ -35,35 +33,33 @@ Self = TypeVar("Self", bound="_Tensors")
 
 
 def is_count(value: object) -> bool:
-    """Whether it is a whole number of at least 1."""
+    """Whether a value is an integer of at least 1."""
     return isinstance(value, Integral) and int(value) >= 1
 
 
-def _expect(owner: object, name: str, shape: tuple[int | None, ...]) -> None:
-    """Raise ShapeError unless the tensor `owner.name` has `shape` (None: any size)."""
-    came = tuple(getattr(owner, name).shape)
-    if len(came) != len(shape) or any(w not in (None, c) for c, w in zip(came, shape, strict=True)):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+def _check_shape(owner: object, name: str, expected: tuple[int | None, ...]) -> None:
+    """Raise ShapeError unless the tensor `owner.name` has the expected shape. None stands for any size."""
+    shape = tuple(getattr(owner, name).shape)
+    if len(shape) != len(expected) or any(e not in (None, s) for s, e in zip(shape, expected, strict=True)):
+        sizes = ", ".join("any" if size is None else str(size) for size in expected)
         raise ShapeError(
-            f"{type(owner).__name__}.{name} has shape {list(came)}; wanted [{wanted}]. "
-            "See the shape legend in merv/types.py."
+            f"{type(owner).__name__}.{name} has shape {list(shape)}; expected [{sizes}]. "
+            "merv/types.py explains the shapes."
         )
 
 
-def _whole(numbers: object, count: int) -> bool:
-    """Whether it is a tuple or list of `count` whole numbers from 1."""
-    if not isinstance(numbers, (tuple, list)) or len(numbers) != count:
-        return False
-    return all(map(is_count, numbers))
+def _are_counts(values: object, length: int) -> bool:
+    """Whether `values` is a tuple or list of `length` integers of at least 1."""
+    return isinstance(values, (tuple, list)) and len(values) == length and all(map(is_count, values))
 
 
 class _Tensors:
-    """What the tensor-carrying dataclasses share: moving to a device or dtype."""
+    """Moving, slicing and concatenating, for the dataclasses that hold tensors."""
 
     def to(
         self: Self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
     ) -> Self:
-        """Like `Tensor.to`, for every tensor; times, extents, masks and weights keep their dtype, exactly."""
+        """Like `Tensor.to`, for all tensors. Only pixels, values and tokens change their dtype."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         moved = {}
@@ -75,26 +71,32 @@ class _Tensors:
         return replace(self, **moved)  # type: ignore[type-var]
 
     def __getitem__(self: Self, samples: slice) -> Self:
-        """Some samples of the batch, in every tensor."""
+        """A slice of the batch."""
         if not isinstance(samples, slice):
-            raise TypeError(f"Index a batch with a slice, as in [2:3]; got {samples!r}.")
+            raise TypeError(f"Index a batch with a slice, such as [2:3]; got {samples!r}.")
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return replace(self, **{n: v if v is None else v[samples] for n, v in values.items()})  # type: ignore[type-var]
 
     @classmethod
     def cat(cls: type[Self], parts: Sequence[Self]) -> Self:
-        """One batch of several whose samples have equal shapes."""
+        """Concatenate batches whose samples have equal shapes."""
         rows = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}  # type: ignore[arg-type]
         return cls(**{n: None if v[0] is None else torch.cat(v) for n, v in rows.items()})
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is known of a video before a picture of it is decoded.
+    """Properties of a video that are known before its frames are decoded.
 
-    `times_s` are the true presentation times of all its frames, ascending, the
-    first one at 0; `width` and `height` are those of the picture as it is to be seen: upright,
-    after `rotation` (degrees clockwise) has been applied, and in square pixels.
+    Args:
+        name: Path or description, for messages.
+        duration_s: Duration in seconds.
+        times_s: Presentation time of each frame in seconds, ascending. The first is 0.
+        width: Display width in pixels, after rotation and correction for non-square pixels.
+        height: Display height in pixels, after rotation and correction for non-square pixels.
+        rotation: Clockwise rotation in degrees that has been applied to width and height.
+        codec: Name of the codec.
+        backend: Name of the decoding backend.
     """
 
     name: str
@@ -108,30 +110,34 @@ class VideoInfo:
 
     @property
     def frames(self) -> int:
-        """How many frames there are."""
+        """Number of frames."""
         return len(self.times_s)
 
     @property
     def fps(self) -> float:
-        """Mean frames per second (0 for a still)."""
+        """Mean number of frames per second; 0 if the duration is 0."""
         return self.frames / self.duration_s if self.duration_s > 0 else 0.0
 
     @property
     def is_still(self) -> bool:
-        """True for an image, and for a video of one frame."""
+        """True for an image, and for a video with one frame."""
         return self.frames == 1
 
 
 @dataclass(frozen=True, eq=False)
 class Frames(_Tensors):
-    """Pictures on their way to an encoder.
+    """A batch of clips, decoded or preprocessed for an encoder.
 
-    pixels: [B, T, 3, H, W], RGB; uint8 as decoded, floating point as preprocessed.
-        Native-aspect encoders get packed patches instead: [B, P, 3·p·p] with
-        `patches` [B, T, 2] telling rows and columns of patches of each frame.
-    times_s: [B, T], the time at which each picture is on screen.
-    extent: [B, 4], the rectangle of the picture that the pixels show.
-    mask: [B, T], True for a real frame, False for padding.
+    Args:
+        pixels: RGB images [B, T, 3, H, W]: uint8 as decoded, floating point as preprocessed. Encoders that
+            keep the aspect ratio get packed patches [B, P, 3·p·p] instead.
+        times_s: Time of each frame in seconds, [B, T].
+        extent: Rectangle of the original image that the pixels show, [B, 4].
+        mask: True for a real frame, False for padding, [B, T].
+        patches: Rows and columns of patches of each frame, [B, T, 2]; None unless pixels are packed patches.
+
+    Raises:
+        ShapeError: The shapes do not match.
     """
 
     pixels: Tensor
@@ -143,23 +149,32 @@ class Frames(_Tensors):
     def __post_init__(self) -> None:
         batch, frames = self.mask.shape
         if self.patches is None:
-            _expect(self, "pixels", (batch, frames, 3, None, None))
+            _check_shape(self, "pixels", (batch, frames, 3, None, None))
         else:
-            _expect(self, "pixels", (batch, None, None))
-            _expect(self, "patches", (batch, frames, 2))
-        _expect(self, "times_s", (batch, frames))
-        _expect(self, "extent", (batch, 4))
+            _check_shape(self, "pixels", (batch, None, None))
+            _check_shape(self, "patches", (batch, frames, 2))
+        _check_shape(self, "times_s", (batch, frames))
+        _check_shape(self, "extent", (batch, 4))
 
     @classmethod
     def of(cls, pixels: Tensor, times_s: Tensor | None = None, extent: Tensor | None = None) -> Frames:
-        """Frames around [B, T, 3, H, W] pixels, all real; times default to 0, 1, 2, … s.
+        """Create Frames without padding.
 
-        >>> Frames.of(torch.zeros(2, 8, 3, 32, 32)).mask.shape
-        torch.Size([2, 8])
+        Args:
+            pixels: Images [B, T, 3, H, W].
+            times_s: Times in seconds, [B, T]; 0, 1, 2, … by default.
+            extent: Extents [B, 4]; the whole image by default.
+
+        Raises:
+            ShapeError: The pixels have another shape.
+
+        Example:
+            >>> Frames.of(torch.zeros(2, 8, 3, 32, 32)).mask.shape
+            torch.Size([2, 8])
         """
         if pixels.ndim != 5 or pixels.shape[2] != 3:
             raise ShapeError(
-                f"Frames want pixels [B, T, 3, H, W]; got {list(pixels.shape)}. Frames are channels-first."
+                f"Expected pixels [B, T, 3, H, W], got {list(pixels.shape)}. Frames are channels-first."
             )
         batch, frames = pixels.shape[:2]
         device = pixels.device
@@ -172,12 +187,16 @@ class Frames(_Tensors):
 
 @dataclass(frozen=True, eq=False)
 class Grid(_Tensors):
-    """Features of an encoder on its own space-time grid, or aligned to a common one.
+    """Features of an encoder on its own space-time grid, or aligned to a common grid.
 
-    values: [B, t, h, w, D].
-    times_s: [B, t], the center of each cell.
-    extent: [B, 4], the rectangle of the picture that the h×w cells cover.
-    mask: [B, t, h, w], True where the value comes from a real part of the video.
+    Args:
+        values: Features [B, t, h, w, D].
+        times_s: Time of the center of each step in seconds, [B, t].
+        extent: Rectangle of the original image that the h×w cells cover, [B, 4].
+        mask: True where the features come from a real part of the video, [B, t, h, w].
+
+    Raises:
+        ShapeError: The shapes do not match.
     """
 
     values: Tensor
@@ -186,16 +205,16 @@ class Grid(_Tensors):
     mask: Tensor
 
     def __post_init__(self) -> None:
-        _expect(self, "values", (*self.mask.shape, None))
-        _expect(self, "times_s", tuple(self.mask.shape[:2]))
-        _expect(self, "extent", (self.mask.shape[0], 4))
+        _check_shape(self, "values", (*self.mask.shape, None))
+        _check_shape(self, "times_s", tuple(self.mask.shape[:2]))
+        _check_shape(self, "extent", (self.mask.shape[0], 4))
 
     @classmethod
     def batch(cls, grids: Sequence[Grid]) -> Grid:
-        """One grid of several with equal h, w, D; shorter ones are padded at the end of time."""
+        """Concatenate grids with equal h, w and D. Grids with fewer steps are padded at the end."""
         t = max(grid.shape[0] for grid in grids)
 
-        def padded(x: Tensor) -> Tensor:  # [1, t', ...] → [1, t, ...], padding is zero
+        def padded(x: Tensor) -> Tensor:  # [B, t', ...] → [B, t, ...], padded with zeros
             return torch.cat([x, x.new_zeros((x.shape[0], t - x.shape[1], *x.shape[2:]))], dim=1)
 
         return cls(
@@ -214,13 +233,17 @@ class Grid(_Tensors):
 
 @dataclass(frozen=True, eq=False)
 class Fused(_Tensors):
-    """Tokens for the LLM, with all that later stages need to know of them.
+    """The fused features of several encoders: visual tokens for the LLM.
 
-    tokens: [B, N, L].
-    positions: [B, N, 3], float: time in seconds, row, column of the token's cell.
-    mask: [B, N], True for a real token, False for padding.
-    mix_weights: [B, E, t, h, w], what each encoder contributed to each cell (sums to 1
-        over the encoders present there, 0 where none is), or None where the mixer has none.
+    Args:
+        tokens: Tokens [B, N, L].
+        positions: Time in seconds, row and column of each token's cell, [B, N, 3], float.
+        mask: True for a real token, False for padding, [B, N].
+        mix_weights: Contribution of each encoder to each cell, [B, E, t, h, w]. It sums to 1 over the
+            encoders that cover the cell, and is 0 in padding. None if the mixer has no weights.
+
+    Raises:
+        ShapeError: The shapes do not match.
     """
 
     tokens: Tensor
@@ -230,26 +253,30 @@ class Fused(_Tensors):
 
     def __post_init__(self) -> None:
         batch, tokens = self.mask.shape
-        _expect(self, "tokens", (batch, tokens, None))
-        _expect(self, "positions", (batch, tokens, 3))
+        _check_shape(self, "tokens", (batch, tokens, None))
+        _check_shape(self, "positions", (batch, tokens, 3))
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How an encoder wants its pictures: geometry first, then numbers.
+    """How to preprocess frames for an encoder: first resize and crop, then normalize.
 
-    crop_mode: `squash` to `input_size` whatever the aspect; `crop`: short side to `resize_short_side`,
-        then the center `input_size`; `letterbox`: long side to `input_size`, the rest filled with the mean.
-    input_size: (height, width) in pixels.
-    resize_short_side: short side before a crop, no less than the long side of `input_size`, so that it fits
-        into upright and wide pictures; None: the short side of `input_size`, enough where that is a square.
-    interpolation: `bicubic` or `bilinear`, antialiased as PIL does it; `bilinear_plain`
-        is torch's, on floats, without antialiasing.
-    mean, std: per RGB channel, from 0 to 1 as pixels are; after it (pixel − mean) / std.
-    center: where a crop lies that leaves an odd number of pixels: half of them rounded to the
-        nearest, as torchvision does, or down, as transformers does.
+    Args:
+        crop_mode: "squash" resizes to `input_size` and ignores the aspect ratio. "crop" resizes the short
+            side to `resize_short_side` and takes the center. "letterbox" resizes the long side to
+            `input_size` and pads with the mean.
+        input_size: (height, width) in pixels.
+        interpolation: "bicubic" or "bilinear", antialiased as in PIL, or "bilinear_plain": torch's on floats,
+            without antialiasing.
+        resize_short_side: Short side before the crop, in pixels. It must be at least the long side of
+            `input_size`. None for the short side of `input_size`, which suffices for a square.
+        mean: Mean of each RGB channel, for pixels in [0, 1].
+        std: Standard deviation of each RGB channel. The result is (pixel − mean) / std.
+        center: How to round the position of a crop that leaves an odd number of pixels: "nearest" as
+            torchvision does, or "down" as transformers does.
 
-    Raises ShapeError for anything else.
+    Raises:
+        ShapeError: A value is invalid.
     """
 
     crop_mode: CropMode
@@ -261,23 +288,27 @@ class Preset:
     center: Center = "nearest"
 
     def __post_init__(self) -> None:
-        for name, of in (("crop_mode", CropMode), ("interpolation", Interpolation), ("center", Center)):
-            if getattr(self, name) not in get_args(of):
-                raise ShapeError(
-                    f"A preset's {name} is one of {', '.join(get_args(of))}; got {getattr(self, name)!r}."
-                )
-        if not _whole(self.input_size, 2) or not (
-            self.resize_short_side is None or _whole((self.resize_short_side,), 1)
+        for name, options in (
+            ("crop_mode", CropMode),
+            ("interpolation", Interpolation),
+            ("center", Center),
         ):
+            if getattr(self, name) not in get_args(options):
+                raise ShapeError(
+                    f"Preset {name} must be one of {', '.join(get_args(options))}; "
+                    f"got {getattr(self, name)!r}."
+                )
+        if not _are_counts(self.input_size, 2):
+            raise ShapeError(f"Preset input_size must be (height, width) in pixels; got {self.input_size}.")
+        if not (self.resize_short_side is None or is_count(self.resize_short_side)):
             raise ShapeError(
-                "A preset's input_size is (height, width) and its resize_short_side one side, in pixels; got "
-                f"{self.input_size} and {self.resize_short_side}."
+                f"Preset resize_short_side must be a number of pixels; got {self.resize_short_side}."
             )
-        short = self.resize_short_side or min(self.input_size)
-        if self.crop_mode == "crop" and short < max(self.input_size):
+        short_side = self.resize_short_side or min(self.input_size)
+        if self.crop_mode == "crop" and short_side < max(self.input_size):
             raise ShapeError(
-                f"A crop to {self.input_size} does not fit into all pictures whose short side is {short}; "
-                f"give resize_short_side={max(self.input_size)} or more."
+                f"A crop of {self.input_size} does not fit into an image with a short side of {short_side}. "
+                f"Set resize_short_side={max(self.input_size)} or more."
             )
         for name in ("mean", "std"):
             values = getattr(self, name)
@@ -286,29 +317,40 @@ class Preset:
                 or len(values) != 3
                 or not all(isinstance(value, Real) for value in values)
             ):
-                raise ShapeError(f"A preset's {name} is a number per channel, RGB; got {values!r}.")
+                raise ShapeError(f"Preset {name} must be three numbers, for R, G and B; got {values!r}.")
             if not all(0 <= value <= 1 for value in values):
                 raise ShapeError(
-                    f"A preset's {name} is for pixels in [0, 1]; got {values}. If that is for 0 to 255, "
-                    "divide it by 255."
+                    f"Preset {name} must be for pixels in [0, 1]; got {values}. Divide values for [0, 255] "
+                    "by 255."
                 )
         if not min(self.std) > 0:
-            raise ShapeError(f"A preset's std is greater than 0; got {self.std}.")
+            raise ShapeError(f"Preset std must be greater than 0; got {self.std}.")
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """All that the rest of merv needs to know of an encoder, before it is built.
+    """What merv knows about an encoder before it is built.
 
-    num_frames: how many it wants of a clip; fps: instead, a rate (`num_frames` is then the cap).
-    window_size: frames that see each other. Windows are independent, so equal ones are encoded
-        once; a clip is sampled to a multiple of it. 1 for an image encoder; 0 where all frames
-        of a clip, however many, are one window.
-    tubelet_size: frames per cell of its time axis.
-    grid: (t, h, w) for `num_frames` frames.
-    embed_dim: D. layer: which output is taken, in words. source, revision: the hub id of the
-        default weights. parameters: how many, all told, as loaded.
-    presets: named ways to preprocess; the first is the default.
+    Args:
+        name: Name of the encoder.
+        num_frames: Number of frames to sample from a clip; with `fps`, the maximum.
+        grid: (t, h, w) of the features of `num_frames` frames.
+        embed_dim: Channels of the features (D).
+        presets: Ways to preprocess frames, by name. The first is the default.
+        fps: Sample at this rate, in frames per second, instead of a fixed number of frames.
+        window_size: Number of frames that see each other: 1 for an image encoder, 0 if all frames of a clip
+            of any length do. Windows are independent, so equal ones are encoded once. Clips are sampled to
+            a multiple of it.
+        tubelet_size: Number of frames in one step of the encoder's time axis.
+        patch: Side of a patch in pixels; None if it does not apply.
+        layer: Description of the layer that the features come from.
+        source: Where the default weights come from: a hub id, "package:MODULE/GLOB" or "built-in".
+        revision: Commit, tag or branch of the hub repository.
+        weights_license: License of the weights.
+        parameters: Number of parameters of the loaded network.
+
+    Raises:
+        ShapeError: A value is invalid.
     """
 
     name: str
@@ -327,34 +369,35 @@ class EncoderSpec:
     parameters: int | None = None
 
     def __post_init__(self) -> None:
-        if not (_whole(self.grid, 3) and _whole((self.num_frames, self.embed_dim, self.tubelet_size), 3)):
+        if not (
+            _are_counts(self.grid, 3) and _are_counts((self.num_frames, self.embed_dim, self.tubelet_size), 3)
+        ):
             raise ShapeError(
-                f"{self.name}: num_frames, embed_dim, tubelet_size and each of the grid (t, h, w) are whole "
-                f"numbers from 1; got {self.num_frames}, {self.embed_dim}, {self.tubelet_size}, {self.grid}."
+                f"{self.name}: num_frames, embed_dim, tubelet_size and grid (t, h, w) must be integers of at "
+                f"least 1; got {self.num_frames}, {self.embed_dim}, {self.tubelet_size}, {self.grid}."
             )
         if self.fps is not None and not (isinstance(self.fps, Real) and 0 < self.fps < math.inf):
-            raise ShapeError(f"{self.name}: fps is a rate, in frames a second; got {self.fps!r}.")
-        counts = {
+            raise ShapeError(f"{self.name}: fps must be a positive number; got {self.fps!r}.")
+        optional_counts = {
             "window_size": self.window_size,
             "patch": self.patch or 0,
             "parameters": self.parameters or 0,
         }
-        for name, value in counts.items():
+        for name, value in optional_counts.items():
             if not isinstance(value, Integral) or int(value) < 0:
-                raise ShapeError(f"{self.name}: {name} is a whole number from 0; got {value!r}.")
-        if not isinstance(self.presets, Mapping) or not all(
-            isinstance(preset, Preset) for preset in self.presets.values()
-        ):
-            raise ShapeError(f"{self.name}: presets are a mapping of names to Presets; got {self.presets!r}.")
+                raise ShapeError(f"{self.name}: {name} must be an integer of at least 0; got {value!r}.")
+        presets = self.presets
+        if not presets or not isinstance(presets, Mapping):
+            raise ShapeError(f"{self.name}: presets must be a mapping with at least one Preset.")
+        if not all(isinstance(preset, Preset) for preset in presets.values()):
+            raise ShapeError(f"{self.name}: presets must map names to Presets; got {presets!r}.")
         window = self.window_size or self.num_frames
         if self.num_frames % window:
             raise ShapeError(
-                f"{self.name}: num_frames={self.num_frames} must be a positive multiple of "
+                f"{self.name}: num_frames={self.num_frames} must be a multiple of "
                 f"window_size={self.window_size}."
             )
         if window % self.tubelet_size:
             raise ShapeError(
                 f"{self.name}: window_size={window} must be a multiple of tubelet_size={self.tubelet_size}."
             )
-        if not self.presets:
-            raise ShapeError(f"{self.name}: an encoder declares at least one preset of preprocessing.")

@@ -1,4 +1,4 @@
-"""Folders in the layout of a model hub, and encoders that are deep enough for a test."""
+"""Folders in the layout of the Hugging Face hub and of its cache."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def write_hub(
     folder: Path, state: dict[str, Tensor], *, file: str = "model.safetensors", config: dict | None = None
 ) -> str:
-    """Weights (and a config.json) as a hub's repository has them; the folder as `weights=` takes it."""
+    """Write weights and a config.json as in a hub repository. Returns the folder for `weights=`."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous().clone() for name, tensor in state.items()}
     save_file(state, folder / file) if file.endswith(".safetensors") else torch.save(state, folder / file)
@@ -21,7 +21,7 @@ def write_hub(
 
 
 def write_shards(folder: Path, state: dict[str, Tensor], stem: str = "model.safetensors") -> str:
-    """The same in two files and an index."""
+    """Write weights in two shards with an index. Returns the folder for `weights=`."""
     base, _, suffix = stem.partition(".")
     names = sorted(state)
     files = {name: f"{base}-0000{1 + i % 2}-of-00002.{suffix}" for i, name in enumerate(names)}
@@ -32,16 +32,16 @@ def write_shards(folder: Path, state: dict[str, Tensor], stem: str = "model.safe
 
 
 def cache_as_hub(home: Path, repo: str, commit: str, folder: str, ref: str = "main") -> None:
-    """Put a folder where huggingface_hub keeps what it downloaded: `home` is $HF_HOME/hub."""
-    place = home / f"models--{repo.replace('/', '--')}"
-    for made in ("refs", "snapshots"):
-        (place / made).mkdir(parents=True, exist_ok=True)
-    (place / "refs" / ref).write_text(commit)
-    Path(folder).rename(place / "snapshots" / commit)
+    """Move a folder into the cache of huggingface_hub. `home` is $HF_HOME/hub."""
+    cache = home / f"models--{repo.replace('/', '--')}"
+    for folder_name in ("refs", "snapshots"):
+        (cache / folder_name).mkdir(parents=True, exist_ok=True)
+    (cache / "refs" / ref).write_text(commit)
+    Path(folder).rename(cache / "snapshots" / commit)
 
 
 def output_of(block: nn.Module, run) -> Tensor:
-    """What `block` gives while `run()` runs: a reference that needs no interface of the library."""
+    """The output of `block` during `run()`."""
     outputs = []
     hook = block.register_forward_hook(lambda *call: outputs.append(call[-1]))
     with torch.no_grad():

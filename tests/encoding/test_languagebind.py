@@ -1,4 +1,4 @@
-"""LanguageBind's tower gives what the official code gives, in the official layout."""
+"""LanguageBind's tower equals the official code and loads the official checkpoints."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ OFFICIAL = [
 
 
 def wave(like: torch.Tensor, phase: float) -> torch.Tensor:
-    """Numbers that are the same everywhere."""
+    """Values that do not depend on the machine."""
     return torch.sin(torch.arange(like.numel()) * 0.7 + phase).view(like.shape)
 
 
@@ -41,7 +41,7 @@ def tiny_tower() -> Tower:
 
 
 @torch.no_grad()
-def test_the_tower_equals_the_official_one():
+def test_tower_equals_the_official_one():
     tokens = tiny_tower()(wave(torch.empty(8, 3, 8, 8), 0))
     torch.testing.assert_close(tokens[:, 1:].mean(1)[:, :4], torch.tensor(OFFICIAL), atol=1e-4, rtol=1e-5)
 
@@ -64,7 +64,7 @@ def shallow(monkeypatch):
 
 
 def official_state(encoder: LanguageBind) -> dict[str, torch.Tensor]:
-    """The names and shapes that the hub's pytorch_model.bin has, text tower included."""
+    """A state dict with the names and shapes of the hub's pytorch_model.bin, including the text tower."""
     state = {f"vision_model.{name}": tensor for name, tensor in encoder.net.state_dict().items()}
     token = "vision_model.embeddings.class_embedding"
     state[token] = state[token][0]
@@ -73,18 +73,18 @@ def official_state(encoder: LanguageBind) -> dict[str, torch.Tensor]:
     return {**state, **dict.fromkeys([*rest, "logit_scale"], torch.ones(2))}
 
 
-def test_a_folder_of_the_hub_is_loaded_with_its_frames_and_activation(shallow, tmp_path):
+def test_hub_folder_is_loaded_with_its_frames_and_activation(shallow, tmp_path):
     pixels = torch.randn(1, 8, 3, 224, 224)
-    hub = LanguageBind(weights=None)
+    original = LanguageBind(weights=None)
     folder = write_hub(
         tmp_path,
-        official_state(hub),
+        official_state(original),
         file="pytorch_model.bin",
         config={"vision_config": {**CONFIG, "hidden_act": "gelu"}},
     )
     encoder = LanguageBind(weights=folder)
     assert encoder.spec.window_size == 8
-    torch.testing.assert_close(encoder(Frames.of(pixels)).values, hub(Frames.of(pixels)).values)
+    torch.testing.assert_close(encoder(Frames.of(pixels)).values, original(Frames.of(pixels)).values)
 
 
 def test_version_1_5_has_a_class_token_for_each_frame(shallow, tmp_path):
@@ -100,27 +100,27 @@ def test_version_1_5_has_a_class_token_for_each_frame(shallow, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value"),
     [
-        ("hidden_act", None, "vision_config.hidden_act = None; wanted one of gelu, quick_gelu"),
-        ("hidden_act", "relu", "vision_config.hidden_act = 'relu'"),
-        ("num_frames", None, "vision_config.num_frames = None"),
-        ("add_time_attn", False, "vision_config.add_time_attn = False"),
+        ("hidden_act", None),
+        ("hidden_act", "relu"),
+        ("num_frames", None),
+        ("add_time_attn", False),
     ],
 )
-def test_what_the_config_must_say_has_no_default(tmp_path, key, value, said):
+def test_config_values_have_no_default(tmp_path, key, value):
     folder = write_hub(tmp_path, {}, config={"vision_config": {**CONFIG, key: value}})
-    with pytest.raises(WeightsError, match=said):
+    with pytest.raises(WeightsError, match=f"{key}.*{value!r}"):
         LanguageBind(weights=folder)
 
 
-def test_weights_without_a_config_are_refused(tmp_path):
-    with pytest.raises(WeightsError, match=r"no config.json beside pytorch_model.bin"):
+def test_weights_without_config_raise(tmp_path):
+    with pytest.raises(WeightsError, match=r"config\.json"):
         LanguageBind(weights=write_hub(tmp_path, {}, file="pytorch_model.bin"))
 
 
-def test_a_text_tower_is_left_out_by_name_and_nothing_else(shallow, tmp_path):
+def test_only_the_text_tower_is_dropped(shallow, tmp_path):
     state = {**official_state(LanguageBind(weights=None)), "vision_model.extra": torch.ones(1)}
     folder = write_hub(tmp_path, state, config={"vision_config": CONFIG})
-    with pytest.raises(WeightsError, match=r"do not fit LanguageBind\('large'\): 1 unexpected \(extra\)"):
+    with pytest.raises(WeightsError, match=r"LanguageBind\('large'\).*1 unexpected \(extra\)"):
         LanguageBind(weights=folder)

@@ -1,4 +1,4 @@
-"""Hiera, VideoMAE, V-JEPA 2 and SigLIP 2 give what their libraries give, in the layout of their hubs."""
+"""Hiera, VideoMAE, V-JEPA 2 and SigLIP 2 equal their libraries, with weights in the layout of the hub."""
 
 import sys
 import warnings
@@ -32,14 +32,14 @@ with warnings.catch_warnings():
 VARIANTS = [
     (encoder, variant) for encoder in (Hiera, VideoMAE, VJEPA2, SigLIP2) for variant in encoder.variants
 ]
-WIDTH, HEADS = 64, 1  # of a small network; 64 a head, as in the real ones
+WIDTH, HEADS = 64, 1  # a small network; 64 channels per head, as in the real ones
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 GREY_LEVEL = 1 / 255 / 0.224
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Networks of a block or two (Hiera: one a stage), and narrow ones."""
+    """Narrow networks with one or two blocks (Hiera: one per stage)."""
     monkeypatch.setattr(
         "hiera.hiera_base_16x224", partial(hiera.hiera_base_16x224, embed_dim=8, stages=[1] * 4)
     )
@@ -58,27 +58,27 @@ def clip(frames: int, height: int = 96, width: int = 128) -> torch.Tensor:
     return torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8)
 
 
-def ready(encoder, pictures: torch.Tensor) -> Frames:
+def prepared(encoder, pictures: torch.Tensor) -> Frames:
     return preprocess(Frames.of(pictures[None]), encoder.preset)
 
 
 def scrambled(model):
-    """All parameters random: as created, biases and tables would hide mistakes."""
+    """Randomize all parameters: initial biases and tables would hide mistakes."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.1)
     return model.eval()
 
 
-# What is declared ----------------------------------------------------------------------------
+# Specs ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("encoder", "variant"), VARIANTS)
 def test_every_variant_has_the_shape_and_size_of_its_spec(encoder, variant, monkeypatch):
-    """At full size: on torch's meta device shapes are computed and numbers are not."""
-    monkeypatch.setattr("torch.linspace", partial(torch.linspace, device="cpu"))  # Hiera reads its numbers
+    """Full-size networks on the meta device, which computes shapes but no values."""
+    monkeypatch.setattr("torch.linspace", partial(torch.linspace, device="cpu"))  # Hiera reads its values
     table = "transformers.models.videomae.modeling_videomae.get_sinusoid_encoding_table"
-    monkeypatch.setattr(table, lambda *shape: torch.empty(1, *shape))  # seconds of Python
+    monkeypatch.setattr(table, lambda *shape: torch.empty(1, *shape))  # takes seconds in Python
     spec = encoder.variants[variant]
     with torch.device("meta"):
         net = encoder(variant, weights=None)
@@ -118,7 +118,7 @@ def test_defaults(name, frames, window, grid, width):
 
 
 @pytest.mark.parametrize(("variant", "model"), [(name, row[0]) for name, row in siglip2.SIZES.items()])
-def test_siglip2_upstream_presets_are_those_of_timm(variant, model):
+def test_siglip2_upstream_presets_equal_timm(variant, model):
     from timm.data import create_transform, resolve_data_config
     from timm.models import get_pretrained_cfg
 
@@ -140,17 +140,17 @@ def test_hiera_equals_its_package(small, tmp_path):
     theirs.save_pretrained(tmp_path, config=theirs.config)
     ours = Hiera("base", weights=str(tmp_path), preset="upstream")
     pictures = clip(32)
-    frames = (pictures / 255 - 0.45) / 0.225  # as SlowFast does it, of which nothing can be installed
+    frames = (pictures / 255 - 0.45) / 0.225  # as SlowFast does, which cannot be installed
     frames = interpolate(frames, size=(224, 298), mode="bilinear", align_corners=False)[..., 37:-37]
     halves = rearrange(frames, "(n t) c h w -> n c t h w", n=2)
     with torch.no_grad():
         expected = theirs(halves, return_intermediates=True)[1][-1]
-    values = ours(ready(ours, pictures)).values
+    values = ours(prepared(ours, pictures)).values
     torch.testing.assert_close(values, rearrange(expected, "n t h w d -> 1 (n t) h w d"))
 
 
-def test_hiera_cells_are_where_the_pixels_are(small):
-    """Without attention and MLPs what is left is local: a spot shows in its own cell alone."""
+def test_hiera_cells_are_at_their_pixels(small):
+    """Without attention and MLPs the network is local: a spot changes only its own cell."""
     encoder = Hiera("base", weights=None)
     for block in encoder.net.blocks:
         for layer in (block.attn.proj, block.mlp.fc2):
@@ -176,15 +176,15 @@ def test_videomae_equals_transformers(small, tmp_path, variant, model):
         **sizes, **decoder, intermediate_size=4 * WIDTH, use_mean_pooling=pooled
     )
     theirs = scrambled(getattr(transformers, model)(config))
-    theirs.save_pretrained(tmp_path)  # with the names that the hub's checkpoint has
+    theirs.save_pretrained(tmp_path)  # with the names of the checkpoint on the hub
     ours = VideoMAE(variant, weights=str(tmp_path), preset="upstream")
     pictures = clip(16)
     processor = VideoMAEImageProcessorPil(**IMAGENET)
     pixels = processor([picture.numpy() for picture in pictures], return_tensors="pt")["pixel_values"]
-    assert torch.equal(ready(ours, pictures).pixels, pixels)
+    assert torch.equal(prepared(ours, pictures).pixels, pixels)
     with torch.no_grad():
         expected = rearrange(theirs.videomae(pixels).last_hidden_state, "b (t h w) d -> b t h w d", t=8, h=14)
-    torch.testing.assert_close(ours(ready(ours, pictures)).values, expected)
+    torch.testing.assert_close(ours(prepared(ours, pictures)).values, expected)
 
 
 def test_vjepa2_equals_transformers(small, tmp_path):
@@ -192,16 +192,16 @@ def test_vjepa2_equals_transformers(small, tmp_path):
     theirs = scrambled(transformers.VJEPA2Model(transformers.VJEPA2Config(**sizes, pred_num_hidden_layers=1)))
     theirs.save_pretrained(tmp_path)
     ours = VJEPA2(weights=str(tmp_path), preset="upstream")
-    pictures = clip(16, 292, 390)  # of the size that its processor scales to
+    pictures = clip(16, 292, 390)  # the size to which its processor resizes
     pixels = transformers.VJEPA2VideoProcessor()(pictures, return_tensors="pt")["pixel_values_videos"]
     with torch.no_grad():
         expected = rearrange(theirs.get_vision_features(pixels), "b (t h w) d -> b t h w d", t=8, h=16)
-    torch.testing.assert_close(ours(ready(ours, pictures)).values, expected)
+    torch.testing.assert_close(ours(prepared(ours, pictures)).values, expected)
 
 
 @pytest.mark.parametrize(("variant", "size"), [("large", 256), ("giant-384", 384)])
-def test_vjepa2_upstream_preset_is_its_processor_to_a_grey_level(variant, size):
-    """The processor scales uint8 with torchvision, which rounds coarser than PIL."""
+def test_vjepa2_upstream_preset_equals_its_processor_within_one_grey_level(variant, size):
+    """The processor resizes uint8 with torchvision, which rounds more than PIL."""
     pictures = clip(2)
     processor = transformers.VJEPA2VideoProcessor(crop_size=size)
     theirs = processor(pictures, return_tensors="pt")["pixel_values_videos"]
@@ -225,13 +225,13 @@ def test_siglip2_equals_timm(small, tmp_path):
     ("encoder", "variant", "width"),
     [(Hiera, "base", WIDTH), (VideoMAE, "base", WIDTH), (VJEPA2, "large", WIDTH), (SigLIP2, "base", WIDTH)],
 )
-def test_it_keeps_the_contract(small, monkeypatch, encoder, variant, width):
-    spec = replace(encoder.variants[variant], embed_dim=width, parameters=None)  # those of the small network
+def test_encoder_satisfies_the_contract(small, monkeypatch, encoder, variant, width):
+    spec = replace(encoder.variants[variant], embed_dim=width, parameters=None)  # of the small network
     monkeypatch.setitem(encoder.variants, variant, spec)
     assert [str(finding) for finding in check_encoder(encoder, variant=variant) if not finding.passed] == []
 
 
-def test_hiera_without_its_package_is_listed_and_says_what_to_install(monkeypatch):
+def test_hiera_without_its_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "hiera", None)
     monkeypatch.delitem(sys.modules, "merv.encoders.hiera")
     with pytest.raises(MissingDependency, match=r'pip install "merv\[hiera\]"'):

@@ -1,6 +1,7 @@
-"""The registry: what is installed, what is broken, what is typed wrongly."""
+"""The registry of encoders: installed plug-ins, broken plug-ins and unknown names."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ not_a_class = 3
 """
 
 
-def test_every_first_party_encoder_is_registered_by_its_file():
+def test_every_file_in_encoders_is_registered():
     files = {path.stem for path in (ROOT / "encoders").glob("[!_]*.py")}
     listed = {e.name: e.value.partition(":")[0] for e in list_encoders() if e.distribution == "merv"}
     assert listed == {name: f"merv.encoders.{name}" for name in files}
@@ -63,77 +64,36 @@ def test_listing_imports_nothing(plant):
         "import no.sun.today",
     ],
 )
-def test_a_module_that_does_not_import_is_reported_with_its_distribution(plant, source):
+def test_failed_import_names_the_distribution(plant, source):
     plant("sunny-encoders", {"sunny": "raises_sunny:Sunny"}, raises_sunny=source)
     with pytest.raises(
         BrokenPlugin, match=r"'sunny' of sunny-encoders 1\.2 \(raises_sunny:Sunny\)"
     ) as caught:
         find_encoder("sunny")
     assert caught.value.__cause__ is not None
-    assert find_encoder("fake").__name__ == "Fake"  # and hides nothing
+    assert find_encoder("fake").__name__ == "Fake"  # other encoders still work
 
 
-def test_an_interrupt_during_an_import_is_the_users(plant):
+def test_keyboard_interrupt_during_import_is_raised(plant):
     plant("sunny-encoders", {"sunny": "raises_sunny:Sunny"}, raises_sunny="raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         find_encoder("sunny")
 
 
 @pytest.mark.parametrize("value", ["no path!", "sunny-module:Good", "sunny_module:Good()"])
-def test_a_malformed_entry_is_refused(plant, value):
+def test_malformed_path_names_the_distribution(plant, value):
     plant("sunny-encoders", {"sunny": value}, sunny_module=GOOD)
-    with pytest.raises(
-        BrokenPlugin, match=r'of sunny-encoders 1.2 .* is no path to a class; wanted "module:Class"'
-    ):
+    with pytest.raises(BrokenPlugin, match=rf"sunny-encoders 1\.2 \({re.escape(value)}\)"):
         find_encoder("sunny")
 
 
-def test_a_module_instead_of_a_class_is_refused(plant):
+def test_module_instead_of_class_is_refused(plant):
     plant("sunny-encoders", {"sunny": "sunny_module"}, sunny_module=GOOD)
-    with pytest.raises(
-        BrokenPlugin, match=r"is <module 'sunny_module' .*; wanted a subclass of merv.Encoder"
-    ):
+    with pytest.raises(BrokenPlugin, match="<module 'sunny_module' "):
         find_encoder("sunny")
 
 
-def test_a_slow_import_is_told_with_its_distribution(plant, monkeypatch, caplog):
-    monkeypatch.setattr("merv.utils.plugins.SLOW_S", 0.01)
-    plant(
-        "sunny-encoders", {"sunny": "sunny_module:Good"}, sunny_module="import time; time.sleep(0.02)" + GOOD
-    )
-    assert find_encoder("sunny").__name__ == "Good"
-    (record,) = caplog.records
-    assert "Encoder 'sunny' of sunny-encoders 1.2 (sunny_module:Good) took 0." in record.getMessage()
-    assert "s to import; wanted: under 0.01 s." in record.getMessage()
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "said"),
-    [
-        ("entry_points.txt", "[merv.encoders]\nsunny is sunny_module:Good", "TypeError"),
-        ("METADATA", "", "its METADATA has no name or no version"),
-    ],
-)
-def test_a_damaged_distribution_is_told_and_hides_nothing(plant, tmp_path, caplog, file, text, said):
-    plant("sunny-encoders", {"sunny": "sunny_module:Good"}, sunny_module=GOOD)
-    (tmp_path / "sunny_encoders-1.2.dist-info" / file).write_text(text)
-    names = [e.name for e in list_encoders()]
-    assert "fake" in names
-    assert "sunny" not in names
-    assert "sunny_encoders-1.2.dist-info cannot be read" in caplog.text
-    assert said in caplog.text
-
-
-@pytest.mark.parametrize("name", ["sunny/vit", "sunny:vit"])
-def test_a_name_that_cannot_be_typed_is_told_and_hides_nothing(plant, caplog, name):
-    plant("sunny-encoders", {"sunny": "sunny_module:Good", name: "sunny_module:Good"}, sunny_module=GOOD)
-    assert [e.name for e in list_encoders() if e.distribution == "sunny-encoders"] == ["sunny"]
-    assert (
-        f"Encoder '{name}' of sunny-encoders 1.2 is not listed: / and : cannot be in a name." in caplog.text
-    )
-
-
-def test_of_two_copies_of_a_distribution_the_first_on_the_path_counts(plant, tmp_path, monkeypatch):
+def test_first_copy_of_a_distribution_on_the_path_is_used(plant, tmp_path, monkeypatch):
     plant("sunny-encoders", {"sunny": "sunny_module:Good"}, sunny_module=GOOD)
     older = tmp_path / "older" / "sunny_encoders-1.1.dist-info"
     older.mkdir(parents=True)
@@ -146,13 +106,13 @@ def test_of_two_copies_of_a_distribution_the_first_on_the_path_counts(plant, tmp
 @pytest.mark.parametrize(
     ("contract", "fault"),
     [
-        ("2.0", "was made for contract 2.0 of encoders; merv .* has 1.0. Upgrade merv, or"),
-        ("1.1", "was made for contract 1.1 of encoders; merv .* has 1.0. Upgrade merv, or"),
-        ("0.9", "was made for contract 0.9 of encoders; merv .* has 1.0. Upgrade the plug-in, or"),
-        (1, 'has contract = 1; wanted "major.minor", as in "1.0"'),
+        ("2.0", r"2\.0.*1\.0.*Upgrade merv"),
+        ("1.1", r"1\.1.*1\.0.*Upgrade merv"),
+        ("0.9", r"0\.9.*1\.0.*Upgrade the plug-in"),
+        (1, "contract = 1;"),
     ],
 )
-def test_what_was_made_for_another_contract_is_refused(plant, contract, fault):
+def test_other_contract_is_refused(plant, contract, fault):
     plant(
         "sunny-encoders",
         {"sunny": "sunny_module:Good"},
@@ -162,7 +122,7 @@ def test_what_was_made_for_another_contract_is_refused(plant, contract, fault):
         find_encoder("sunny")
 
 
-def test_what_was_made_for_an_earlier_minor_contract_fits(plant, monkeypatch):
+def test_earlier_minor_contract_is_accepted(plant, monkeypatch):
     monkeypatch.setattr("merv.encoding.base.CONTRACT", "1.3")
     plant("sunny-encoders", {"sunny": "sunny_module:Good"}, sunny_module=GOOD)
     assert find_encoder("sunny").contract == "1.0"
@@ -172,125 +132,116 @@ def test_what_was_made_for_an_earlier_minor_contract_fits(plant, monkeypatch):
     ("attribute", "fault"),
     [
         ("absent", "AttributeError"),
-        ("not_a_class", "is 3; wanted a subclass of merv.Encoder"),
-        ("Encoder", "wanted a dict of name → merv.EncoderSpec"),
+        ("not_a_class", "is 3;"),
+        ("Encoder", "variants = None"),
         ("NoVariants", r"has variants = \{\}"),
-        ("WrongVariants", "declares 'base' as no merv.EncoderSpec"),
+        ("WrongVariants", r"variants\['base'\] = 'a spec'"),
     ],
 )
-def test_what_is_no_encoder_is_refused_on_arrival(plant, attribute, fault):
+def test_invalid_encoder_class_is_refused(plant, attribute, fault):
     plant("sunny-encoders", {"sunny": f"sunny_module:{attribute}"}, sunny_module=GOOD)
     with pytest.raises(BrokenPlugin, match=f"sunny-encoders 1.2.*{fault}"):
         find_encoder("sunny")
 
 
-def test_an_encoder_that_cannot_be_created_is_reported_with_its_distribution(plant):
+def test_failed_creation_names_the_distribution(plant):
     plant("sunny-encoders", {"sunny": "sunny_module:Fussy"}, sunny_module=GOOD)
-    with pytest.raises(
-        BrokenPlugin, match=r"sunny-encoders 1.2.*cannot be created: RuntimeError: no sun today"
-    ):
+    with pytest.raises(BrokenPlugin, match=r"sunny-encoders 1\.2.*RuntimeError: no sun today"):
         create_encoder("sunny")
 
 
-def test_a_name_registered_twice_wants_its_distribution(plant):
+def test_name_registered_twice_needs_its_distribution(plant):
     plant("Sunny.Encoders", {"fake": "sunny_module:Good"}, sunny_module=GOOD)
     assert sum(e.name == "fake" for e in list_encoders()) == 2
     with pytest.raises(AmbiguousPlugin) as caught:
         find_encoder("fake")
     assert "Sunny.Encoders 1.2" in str(caught.value)
-    assert "Type 'Sunny.Encoders:fake' or 'merv:fake'." in str(caught.value)
+    assert "'Sunny.Encoders:fake' or 'merv:fake'" in str(caught.value)
     assert find_encoder("merv:fake").__name__ == "Fake"
-    assert find_encoder("sunny-encoders:fake").__name__ == "Good"  # spelt as pip would accept it
+    assert find_encoder("sunny-encoders:fake").__name__ == "Good"  # normalized as by pip
 
 
-def test_an_unpackaged_class_goes_by_its_path(plant):
+def test_class_without_distribution_is_found_by_its_path(plant):
     plant("unrelated", {}, sunny_module=GOOD)
     assert isinstance(create_encoder("sunny_module:Good", weights=None), Encoder)
 
 
-def test_a_path_wins_over_nothing_when_a_distribution_has_the_modules_name(plant):
+def test_path_is_found_if_a_distribution_has_the_name_of_the_module(plant):
     plant("sunny-module", {"good": "sunny_module:Good"}, sunny_module=GOOD)
     assert find_encoder("sunny_module:good") is find_encoder("sunny_module:Good")
 
 
-def test_an_unpackaged_class_that_is_not_there_is_broken(plant):
+def test_missing_class_of_a_module_is_broken(plant):
     plant("unrelated", {}, sunny_module=GOOD)
-    with pytest.raises(BrokenPlugin, match=r"Encoder 'Bad' \(sunny_module:Bad\) cannot be imported"):
+    with pytest.raises(BrokenPlugin, match=r"'Bad' \(sunny_module:Bad\)"):
         find_encoder("sunny_module:Bad")
 
 
-def test_an_unknown_name_suggests_the_nearest():
-    with pytest.raises(UnknownPlugin) as caught:
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(UnknownPlugin, match=r"'siglp'.*'siglip'.*clip, dinov2, .*merv plugins encoders"):
         find_encoder("siglp")
-    assert str(caught.value).startswith(
-        "Unknown encoder 'siglp'. Did you mean 'siglip'? Installed: clip, dinov2, "
-    )
-    assert str(caught.value).endswith(". See `merv plugins encoders`.")
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "error"),
     [
-        ("nowhere:Own", "no module 'nowhere' can be imported from here"),
-        ("sunny_module.Good", "A class goes by module:Class: 'sunny_module:Good'"),
-        ("plug/own.py:Own", "'plug/own.py:Own' is a file; wanted module:Class, as 'own:Own'"),
-        ("/plug/own.py", "is a file; wanted module:Class, as 'own:Class'"),
+        ("nowhere:Custom", UnknownPlugin),
+        ("sunny_module.Good", UnknownPlugin),
+        ("folder/custom.py:Custom", EncoderError),
+        ("/folder/custom.py", EncoderError),
     ],
 )
-def test_a_class_that_is_typed_in_another_way_is_told_how(plant, name, said):
+def test_error_for_a_wrong_class_path_explains_module_class(plant, name, error):
     plant("unrelated", {}, sunny_module=GOOD)
-    with pytest.raises(UnknownPlugin, match=said):
+    with pytest.raises(error, match=rf"{re.escape(name)}.*module:Class"):
         create_encoder(name)
 
 
 @pytest.mark.parametrize("name", ["", ":", "nowhere:Encoder", "nowhere.at_all:Encoder", "merv-:fake/"])
-def test_no_name_crashes_the_search(name):
-    with pytest.raises(UnknownPlugin, match="Installed: clip"):
+def test_every_unknown_name_lists_the_known_ones(name):
+    with pytest.raises(UnknownPlugin, match="clip, dinov2"):
         find_encoder(name)
 
 
-def test_a_name_may_carry_a_variant():
+def test_name_can_contain_a_variant():
     assert create_encoder("fake/video").variant == "video"
     assert create_encoder("merv:fake/video").variant == "video"
-    with pytest.raises(
-        EncoderError, match=r"Two variants of 'fake': 'video' in its name and 'image'. Give one."
-    ):
+    with pytest.raises(EncoderError, match=r"'fake'.*'video'.*'image'"):
         create_encoder("fake/video", variant="image")
 
 
-def test_no_variant_beside_that_of_the_name_is_no_second_one():
+def test_variant_argument_may_repeat_that_of_the_name():
     assert create_encoder("fake/video", variant=None).variant == "video"
     assert create_encoder("fake/video", variant="video").variant == "video"
 
 
-def test_a_slash_without_a_variant_is_refused():
-    with pytest.raises(EncoderError, match=r"No variant after the / of 'fake/'. Type 'fake' for the default"):
+def test_slash_without_variant_is_refused():
+    with pytest.raises(EncoderError, match="'fake/'"):
         create_encoder("fake/")
 
 
-def test_an_option_that_no_encoder_has_is_the_callers_mistake():
-    with pytest.raises(PluginError) as caught:
+def test_unknown_option_raises_plugin_error():
+    with pytest.raises(PluginError, match=r"'fake'.*'pretrained'.*variant, weights, preset") as caught:
         create_encoder("fake", pretrained=False)
-    assert str(caught.value) == "Encoder 'fake' has no option 'pretrained'. It has: variant, weights, preset."
     assert not isinstance(caught.value, BrokenPlugin)
 
 
-def test_an_option_that_an_encoder_ought_to_have_is_its_own_fault(plant):
+def test_encoder_without_a_common_option_is_broken(plant):
     source = GOOD + "\nclass Stubborn(Fake):\n    def __init__(self):\n        super().__init__()\n"
     plant("sunny-encoders", {"sunny": "sunny_module:Stubborn"}, sunny_module=source)
     assert create_encoder("sunny").variant == "image"
-    with pytest.raises(BrokenPlugin, match=r"sunny-encoders 1.2.*unexpected keyword argument 'weights'"):
+    with pytest.raises(BrokenPlugin, match=r"sunny-encoders 1\.2.*'weights'"):
         create_encoder("sunny", weights=None)
 
 
 @pytest.mark.parametrize("weights", [False, True, "", 3])
-def test_weights_that_name_nothing_are_the_callers_mistake(weights):
-    with pytest.raises(WeightsError, match=f"weights={weights!r} names none. Wanted: 'pretrained', a folder"):
+def test_invalid_weights_argument_raises_weights_error(weights):
+    with pytest.raises(WeightsError, match=f"weights={weights!r}"):
         create_encoder("fake", weights=weights)
 
 
-def test_an_unknown_variant_names_the_ones_there_are():
-    with pytest.raises(EncoderError, match=r"'vidio'.* Did you mean 'video'. There are: image, video"):
+def test_unknown_variant_lists_the_known_ones():
+    with pytest.raises(EncoderError, match=r"'vidio'.*'video'.*image, video"):
         create_encoder("fake/vidio")
 
 
@@ -299,22 +250,22 @@ def core_files() -> list[Path]:
 
 
 def imported_by(path: Path) -> set[str]:
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
 
 
 @pytest.mark.parametrize("path", core_files(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_core_imports_no_encoder(path):
+def test_core_imports_no_encoder(path):
     assert not [name for name in imported_by(path) if f"{name}.".startswith(("merv.encoders.", "encoders."))]
 
 
 @pytest.mark.parametrize("path", core_files(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_core_decides_nothing_by_the_name_of_an_encoder(path):
+def test_core_does_not_compare_encoder_names(path):
     names = {e.name for e in list_encoders() if e.distribution == "merv"}
     compared = {
         constant.value

@@ -1,4 +1,4 @@
-"""Weights are found where they were said to be, fit key by key, or an error says what to type."""
+"""Weights are found, read and loaded key by key; errors name the file or key."""
 
 import hashlib
 import pickle
@@ -29,18 +29,18 @@ def same(state):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_a_folder_is_found_by_the_names_of_a_hub(tmp_path, file):
+def test_folder_with_hub_file_names_is_found(tmp_path, file):
     source = locate(write_hub(tmp_path, STATE, file=file))
     assert same(source.state())
     assert source.revision is None
 
 
-def test_safetensors_come_before_pickles(tmp_path):
+def test_safetensors_are_preferred_to_pickles(tmp_path):
     write_hub(tmp_path, {}, file="pytorch_model.bin")
     assert same(locate(write_hub(tmp_path, STATE)).state())
 
 
-def test_an_encoder_may_name_its_own_files(tmp_path):
+def test_other_file_names_can_be_given(tmp_path):
     write_hub(tmp_path, {})
     write_hub(tmp_path, STATE, file="open_clip_model.safetensors")
     assert same(locate(str(tmp_path), ("open_clip_model.safetensors",)).state())
@@ -53,64 +53,64 @@ def test_shards_are_read_together(tmp_path, stem):
     assert same(locate(f"{folder}/{stem}.index.json").state())
 
 
-def test_an_absent_shard_is_named(tmp_path):
+def test_missing_shard_is_named(tmp_path):
     folder = write_shards(tmp_path, STATE)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(WeightsError, match=r"lacks 1 of its files \(model-00002-of-00002.safetensors\)"):
+    with pytest.raises(WeightsError, match=r"model-00002-of-00002\.safetensors"):
         locate(folder)
 
 
 @pytest.mark.parametrize(
-    ("index", "said"),
+    ("index", "text"),
     [
-        ("{cut", "is damaged"),
-        ("[]", "holds a list"),
-        ("{}", "has no weight_map"),
-        ('{"weight_map": {"bias": "../other.safetensors"}}', r"not beside it \(../other.safetensors\)"),
-        ('{"weight_map": {"bias": "/etc/passwd"}}', r"not beside it \(/etc/passwd\)"),
+        ("{cut", r"index\.json"),
+        ("[]", "list"),
+        ("{}", "weight_map"),
+        ('{"weight_map": {"bias": "../other.safetensors"}}', r"\.\./other\.safetensors"),
+        ('{"weight_map": {"bias": "/etc/passwd"}}', "/etc/passwd"),
     ],
 )
-def test_a_malformed_index_is_refused(tmp_path, index, said):
+def test_malformed_index_is_refused(tmp_path, index, text):
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(WeightsError, match=said):
+    with pytest.raises(WeightsError, match=text):
         locate(str(tmp_path))
 
 
-def test_a_tensor_in_two_shards_is_refused(tmp_path):
+def test_tensor_in_two_shards_is_refused(tmp_path):
     folder = write_shards(tmp_path, STATE)
     write_hub(tmp_path, STATE, file="model-00002-of-00002.safetensors")
-    with pytest.raises(WeightsError, match=r"tensors that another file of it has too \(bias\)"):
+    with pytest.raises(WeightsError, match="bias"):
         locate(folder).state()
 
 
 @pytest.mark.parametrize("file", ["any.safetensors", "any.pth", "any.bin"])
-def test_a_single_file_is_taken_as_it_is(tmp_path, file):
+def test_single_file_is_read(tmp_path, file):
     write_hub(tmp_path, STATE, file=file)
     assert same(locate(str(tmp_path / file)).state())
 
 
-@pytest.mark.parametrize("file", ["own.bin", "own.pt", "own"])
-def test_safetensors_are_known_by_what_they_hold(tmp_path, file):
+@pytest.mark.parametrize("file", ["custom.bin", "custom.pt", "custom"])
+def test_safetensors_are_recognized_by_their_content(tmp_path, file):
     write_hub(tmp_path, STATE)
     (tmp_path / "model.safetensors").rename(tmp_path / file)
     assert same(locate(tmp_path / file).state())
 
 
-def test_a_path_object_is_a_path(tmp_path):
+def test_path_object_is_accepted(tmp_path):
     write_hub(tmp_path, STATE)
     assert locate(tmp_path) == locate(str(tmp_path))
     assert same(locate(tmp_path / "model.safetensors").state())
 
 
-def test_a_relative_path_is_found_again_from_another_directory(tmp_path, monkeypatch):
-    write_hub(tmp_path / "own", STATE)
+def test_relative_path_is_found_from_another_directory(tmp_path, monkeypatch):
+    write_hub(tmp_path / "custom", STATE)
     monkeypatch.chdir(tmp_path)
-    names = [locate(typed).name for typed in ("own", "./own", "own/model.safetensors")]
+    names = [locate(typed).name for typed in ("custom", "./custom", "custom/model.safetensors")]
     monkeypatch.chdir("/")
     assert all(same(locate(name).state()) for name in names)
 
 
-def test_the_identity_is_the_hash_of_the_bytes(tmp_path):
+def test_identity_is_the_hash_of_the_bytes(tmp_path):
     one = locate(write_hub(tmp_path / "a", STATE)).identity()
     two = locate(write_hub(tmp_path / "b", STATE)).identity()
     other = locate(write_hub(tmp_path / "c", {**STATE, "bias": torch.zeros(2)})).identity()
@@ -118,22 +118,22 @@ def test_the_identity_is_the_hash_of_the_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("weights", ["/no/such/folder", "./nothing", "nothing", "a/b/c"])
-def test_a_path_that_is_not_there_is_no_hub_id(weights):
-    with pytest.raises(WeightsError, match="no such file or folder"):
+def test_missing_path_is_not_taken_for_a_hub_id(weights):
+    with pytest.raises(WeightsError, match=weights):
         locate(weights)
 
 
-def test_a_folder_without_weights_lists_what_was_looked_for(tmp_path):
-    with pytest.raises(WeightsError, match=r"looked for model.safetensors, .*pass the file itself"):
+def test_folder_without_weights_lists_the_file_names(tmp_path):
+    with pytest.raises(WeightsError, match=r"model\.safetensors, "):
         locate(str(tmp_path))
 
 
-def test_the_hash_is_that_which_hubs_and_tools_print(tmp_path):
+def test_hash_equals_sha256sum(tmp_path):
     source = locate(write_hub(tmp_path, STATE))
     assert source.identity().sha256 == hashlib.sha256(source.files[0].read_bytes()).hexdigest()
 
 
-def test_a_config_that_was_read_is_part_of_the_identity(tmp_path):
+def test_config_is_part_of_the_identity_if_it_was_read(tmp_path):
     def hashed(activation, read=True):
         source = locate(write_hub(tmp_path, STATE, config={"hidden_act": activation}))
         if read:
@@ -144,15 +144,15 @@ def test_a_config_that_was_read_is_part_of_the_identity(tmp_path):
     assert hashed("gelu", read=False) == hashed("relu", read=False) != hashed("gelu")
 
 
-def test_a_damaged_config_is_named(tmp_path):
+def test_damaged_config_is_named(tmp_path):
     folder = write_hub(tmp_path, STATE)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(WeightsError, match=r"config.json is damaged"):
+    with pytest.raises(WeightsError, match=r"config\.json"):
         locate(folder).config()
 
 
-def test_a_missing_config_is_an_error(tmp_path):
-    with pytest.raises(WeightsError, match=r"no config.json beside model.safetensors"):
+def test_missing_config_raises(tmp_path):
+    with pytest.raises(WeightsError, match=r"config\.json"):
         locate(write_hub(tmp_path, STATE)).config()
 
 
@@ -161,74 +161,70 @@ class Evil:
         return print, ("unpickled",)
 
 
-def test_nothing_is_fully_unpickled(tmp_path, capsys):
+def test_pickled_objects_are_not_loaded(tmp_path, capsys):
     file = tmp_path / "weights.pt"
     file.write_bytes(pickle.dumps(Evil(), protocol=2))
     torch.save({"weight": Evil()}, tmp_path / "zipped.pt")
     for path in (file, tmp_path / "zipped.pt"):
-        with pytest.raises(WeightsError, match="cannot be read as weights"):
+        with pytest.raises(WeightsError, match=path.name):
             Source("x", (path,)).state()
     assert capsys.readouterr().out == ""
 
 
-def test_pickled_objects_are_named_without_advice_to_make_them(tmp_path):
+def test_pickled_objects_are_named_without_unsafe_advice(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "whole.pt")
-    with pytest.raises(WeightsError) as error:
+    with pytest.raises(WeightsError, match=r"whole\.pt.*torch\.nn\.modules\.linear\.Linear") as error:
         locate(tmp_path / "whole.pt").state()
-    assert str(error.value) == (
-        f"{tmp_path}/whole.pt cannot be read as weights: it holds pickled objects "
-        "(torch.nn.modules.linear.Linear), which are never made. Save the tensors alone: "
-        "torch.save(module.state_dict(), file)."
-    )
+    assert "weights_only" not in str(error.value)
 
 
 @pytest.mark.parametrize("file", ["cut.safetensors", "cut.bin"])
-def test_a_damaged_file_is_named(tmp_path, file):
+def test_damaged_file_is_named(tmp_path, file):
     write_hub(tmp_path, STATE, file=file)
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:40])
-    with pytest.raises(WeightsError, match=f"{file} cannot be read as weights"):
+    with pytest.raises(WeightsError, match=file):
         locate(str(tmp_path / file)).state()
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model"])
-def test_weights_beside_other_state_of_a_training_are_found(tmp_path, wrapper):
+def test_weights_in_a_training_checkpoint_are_found(tmp_path, wrapper):
     optimizer = {"state": {}, "param_groups": [{"lr": 0.1}]}
     torch.save({wrapper: STATE, "optimizer": optimizer, "epoch": 3}, tmp_path / "checkpoint.pth")
     assert same(locate(str(tmp_path / "checkpoint.pth")).state())
 
 
 @pytest.mark.parametrize(
-    ("held", "said"),
+    ("content", "text"),
     [
         ({"network": STATE, "step": 3}, "network, step"),
         ({"model": STATE, "model_ema": STATE}, "model, model_ema"),
         ({"model": {"net": STATE}}, "model"),
-        ({}, ""),
+        ({}, "empty"),
         ([torch.ones(1)], "list"),
     ],
 )
-def test_what_holds_no_single_set_of_weights_says_what_it_holds(tmp_path, held, said):
-    torch.save(held, tmp_path / "checkpoint.pt")
-    with pytest.raises(WeightsError, match=f"holds {said}; wanted a state dict"):
+def test_file_without_exactly_one_state_dict_names_its_keys(tmp_path, content, text):
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(WeightsError, match=rf"checkpoint\.pt.*got.*{text}"):
         locate(str(tmp_path / "checkpoint.pt")).state()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_another_floating_dtype_is_converted_value_by_value(tmp_path, dtype, file):
-    module, kept = nn.Linear(3, 2), {key: torch.rand_like(value).to(dtype) for key, value in STATE.items()}
-    load_exactly(module, locate(write_hub(tmp_path, kept, file=file)).state(), "w", "Linear")
+def test_other_floating_point_dtype_is_converted(tmp_path, dtype, file):
+    module, state = nn.Linear(3, 2), {key: torch.rand_like(value).to(dtype) for key, value in STATE.items()}
+    load_exactly(module, locate(write_hub(tmp_path, state, file=file)).state(), "w", "Linear")
     assert module.weight.dtype == torch.float32
-    assert torch.equal(module.weight, kept["weight"].float())
+    assert torch.equal(module.weight, state["weight"].float())
 
 
-def test_quantized_weights_are_not_taken_for_values():
+def test_quantized_weights_are_refused():
     quantized = {**STATE, "weight": STATE["weight"].to(torch.int8)}
-    with pytest.raises(WeightsError, match=r"1 not floating-point \(weight torch.int8\)"):
+    with pytest.raises(WeightsError, match=r"weight torch\.int8"):
         load_exactly(nn.Linear(3, 2), quantized, "w", "Linear")
 
 
-def test_tensors_that_share_memory_are_each_filled(tmp_path):
+def test_tensors_that_share_memory_are_all_loaded(tmp_path):
     shared = torch.rand(2, 2)
     torch.save({"0.weight": shared, "1.weight": shared}, tmp_path / "tied.bin")
     module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
@@ -237,56 +233,48 @@ def test_tensors_that_share_memory_are_each_filled(tmp_path):
     assert torch.equal(module[1].weight, shared)
 
 
-def test_fill_takes_every_key_and_no_other():
+def test_load_exactly_requires_the_same_keys_and_shapes():
     module = nn.Linear(3, 2)
     load_exactly(module, STATE, "w", "Linear")
     assert same(module.state_dict())
     wrong = {"weight": torch.zeros(3, 3), "scale": torch.zeros(1)}
-    with pytest.raises(WeightsError) as error:
+    with pytest.raises(
+        WeightsError, match=r"Linear.*1 missing \(bias\).*1 unexpected \(scale\).*weight \[3, 3\].*\[2, 3\]"
+    ):
         load_exactly(module, wrong, "w", "Linear")
-    assert str(error.value) == (
-        "The weights w do not fit Linear: 1 missing (bias); 1 unexpected (scale); 1 of another shape "
-        "(weight [3, 3], wanted [2, 3]). Are they those of another variant or model?"
-    )
     assert same(module.state_dict())  # nothing was copied
 
 
-def test_a_prefix_that_is_too_much_is_named_with_what_takes_it_off():
+def test_error_for_extra_prefix_names_select():
     state = {f"module.{key}": tensor for key, tensor in STATE.items()}
-    with pytest.raises(
-        WeightsError,
-        match=r"all names begin with 'module.', which merv.encoding.weights.select\(state, prefix=",
-    ):
+    with pytest.raises(WeightsError, match=r"'module\.'.*merv\.encoding\.weights\.select\("):
         load_exactly(nn.Linear(3, 2), state, "w", "Linear")
     load_exactly(nn.Linear(3, 2), select(state, prefix="module."), "w", "Linear")
 
 
-def test_a_prefix_that_lacks_is_named_with_what_puts_it_there():
+def test_error_for_missing_prefix_names_renamed():
     module = nn.Sequential(nn.Linear(3, 2))
-    with pytest.raises(
-        WeightsError,
-        match=r"all names lack '0\.', which merv.encoding.weights.renamed\(state, \{'\^': '0\.'\}\)",
-    ):
+    with pytest.raises(WeightsError, match=r"'0\.'.*merv\.encoding\.weights\.renamed\("):
         load_exactly(module, STATE, "w", "Sequential")
     load_exactly(module, renamed(STATE, {"^": "0."}), "w", "Sequential")
 
 
-def test_many_wrong_keys_are_counted_and_the_first_named():
+def test_many_wrong_keys_are_counted_and_the_first_are_named():
     with pytest.raises(WeightsError, match=r"9 unexpected \(k0, k1, k2, k3, …\)"):
         load_exactly(nn.ReLU(), {f"k{i}": torch.zeros(1) for i in range(9)}, "w", "ReLU")
 
 
-def test_select_leaves_out_only_what_is_named():
+def test_select_drops_only_the_given_prefixes():
     state = dict.fromkeys(["visual.proj", "text.proj", "other"], torch.zeros(1))
     assert list(select(state, prefix="visual.", drop=("text.",))) == ["proj", "other"]
 
 
-def test_tensors_are_joined_row_under_row_in_the_order_given():
+def test_joined_concatenates_in_the_given_order():
     state = {f"a.{part}.bias": torch.full((2,), float(i)) for i, part in enumerate("kvq")}
     assert joined(state, "qkv", "qkv")["a.qkv.bias"].tolist() == [2, 2, 0, 0, 1, 1]
 
 
-def test_a_part_that_is_missing_leaves_the_others_to_be_named():
+def test_joined_keeps_tensors_if_one_is_missing():
     state = {f"a.{part}.bias": torch.zeros(2) for part in "qk"}
     assert list(joined(state, "qkv", "qkv")) == ["a.q.bias", "a.k.bias"]
 
@@ -299,13 +287,13 @@ def test_built_in_weights_have_a_stable_identity():
     assert identity_of(one).source == BUILT_IN
 
 
-def test_a_package_is_found_installed_or_in_the_cache_and_never_imported(tmp_path, monkeypatch):
+def test_package_is_found_installed_or_in_the_cache_without_importing_it(tmp_path, monkeypatch):
     monkeypatch.setenv("MERV_CACHE", str(tmp_path))
-    with pytest.raises(WeightsError, match="Run `merv download some-weights`"):
+    with pytest.raises(WeightsError, match="merv download some-weights"):
         package_file("some_weights", "*.pth")
-    fetched = tmp_path / "parts" / "some_weights"
-    write_hub(fetched, STATE, file="w.pth")
-    assert package_file("some_weights", "*.pth") == fetched / "w.pth"
+    downloaded = tmp_path / "parts" / "some_weights"
+    write_hub(downloaded, STATE, file="w.pth")
+    assert package_file("some_weights", "*.pth") == downloaded / "w.pth"
     installed = tmp_path / "site" / "some_weights"
     write_hub(installed, STATE, file="w.pth")
     (installed / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -315,6 +303,6 @@ def test_a_package_is_found_installed_or_in_the_cache_and_never_imported(tmp_pat
 
 
 @pytest.mark.parametrize("weights", ["package:merv", "package:", "package:merv//w.pth", "package:merv/**w"])
-def test_a_package_without_a_file_in_it_is_refused(weights):
-    with pytest.raises(WeightsError, match=r"'package:.*' is no package:MODULE/GLOB: "):
+def test_package_without_glob_is_refused(weights):
+    with pytest.raises(WeightsError, match=r"package:MODULE/GLOB"):
         locate(weights)

@@ -1,4 +1,4 @@
-"""Parts: fetched whole or not at all, by pip or uv, and found again."""
+"""Assets are downloaded completely or not at all, by pip or uv, and found again."""
 
 import argparse
 import subprocess
@@ -12,12 +12,12 @@ from merv.errors import MissingDependency, WeightsError
 from merv.testing import tiny_llm
 from merv.utils import assets
 
-ASSET = assets.Asset("a-part", "1.0", "0" * 64, "a_part", "models/*.pth", "A part (MIT), 1 MB")
+ASSET = assets.Asset("an-asset", "1.0", "0" * 64, "an_asset", "models/*.pth", "An asset (MIT), 1 MB")
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache, and a table of one part that no index has."""
+    """An empty cache, and a table with one asset that does not exist on the package index."""
     monkeypatch.setenv("MERV_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(assets, "ASSETS", (ASSET,))
     return tmp_path / "cache"
@@ -25,13 +25,13 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def installer(monkeypatch) -> list[list[str]]:
-    """Stands in for pip: unpacks a wheel of three files; what it was called with."""
+    """Replace pip: unpack a wheel of three files. Returns the commands it was called with."""
     calls = []
 
     def install(command, **kwargs):
         calls.append(command)
         target = Path(command[command.index("--target") + 1])
-        for name in ("a_part/models/net.pth", "a_part/__init__.py", "tests/test.mp4"):
+        for name in ("an_asset/models/net.pth", "an_asset/__init__.py", "tests/test.mp4"):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_text(name)
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -40,68 +40,66 @@ def installer(monkeypatch) -> list[list[str]]:
     return calls
 
 
-def test_only_the_wanted_files_are_kept(cache, installer):
+def test_only_matching_files_are_kept(cache, installer):
     folder = assets.fetch_asset(ASSET)
-    assert folder == cache / "parts" / "a_part" == assets.asset_folder("a_part")
+    assert folder == cache / "parts" / "an_asset" == assets.asset_folder("an_asset")
     assert sorted(file.name for file in folder.rglob("*.*")) == ["net.pth"]
-    assert sorted(file.name for file in folder.parent.iterdir()) == ["a_part"]  # nothing half done beside it
+    assert sorted(file.name for file in folder.parent.iterdir()) == [
+        "an_asset"
+    ]  # no temporary folder is left
 
 
-def test_the_hash_is_checked_by_the_installer(cache, installer):
+def test_installer_checks_the_hash(cache, installer):
     assets.fetch_asset(ASSET)
     assert {"--require-hashes", "--no-deps"} <= set(installer[0])
-    assert ASSET.requirement == "a-part==1.0 --hash=sha256:" + "0" * 64
+    assert ASSET.requirement == "an-asset==1.0 --hash=sha256:" + "0" * 64
 
 
-def test_what_is_there_is_not_fetched_again(cache, installer, capsys):
-    wanted = argparse.Namespace(names=["a-part"])
-    assert download.run(wanted) == 0
-    assert download.run(wanted) == 0
+def test_downloaded_asset_is_not_downloaded_again(cache, installer, capsys):
+    args = argparse.Namespace(names=["an-asset"])
+    assert download.run(args) == 0
+    assert download.run(args) == 0
     assert len(installer) == 1
-    assert "is in" in capsys.readouterr().out.splitlines()[1]
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_another_version_is_fetched_again(cache, installer, monkeypatch):
+def test_other_version_is_downloaded_again(cache, installer, monkeypatch):
     assets.fetch_asset(ASSET)
-    newer = assets.Asset("a-part", "2.0", "1" * 64, "a_part", "models/*.pth", "A part")
+    newer = assets.Asset("an-asset", "2.0", "1" * 64, "an_asset", "models/*.pth", "An asset")
     monkeypatch.setattr(assets, "ASSETS", (newer,))
-    assert assets.installed_folder("a_part") is None
+    assert assets.installed_folder("an_asset") is None
     assets.fetch_asset(newer)
-    assert assets.installed_folder("a_part") is not None
+    assert assets.installed_folder("an_asset") is not None
 
 
-def test_a_failed_fetch_leaves_nothing_and_shows_why(cache, monkeypatch):
-    refuse = lambda command, **kwargs: subprocess.CompletedProcess(command, 1, "", "hashes do not match")  # noqa: E731
-    monkeypatch.setattr(subprocess, "run", refuse)
-    with pytest.raises(
-        WeightsError, match=r"(?s)a-part==1.0 could not be .*hashes do not match.*`merv download a-part`"
-    ):
+def test_failed_download_leaves_nothing_and_shows_the_reason(cache, monkeypatch):
+    def fail(command, **kwargs):
+        return subprocess.CompletedProcess(command, 1, "", "hashes do not match")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(WeightsError, match=r"(?s)an-asset==1.0.*hashes do not match.*merv download an-asset"):
         assets.fetch_asset(ASSET)
     assert list((cache / "parts").iterdir()) == []
 
 
-def test_a_missing_part_says_what_to_type(cache):
-    with pytest.raises(
-        WeightsError, match=r"A part \(MIT\) is not on this machine. Type `merv download a-part`"
-    ):
-        assets.asset_folder("a_part")
+def test_error_for_missing_asset_has_the_command(cache):
+    with pytest.raises(WeightsError, match="merv download an-asset"):
+        assets.asset_folder("an_asset")
 
 
-def test_an_unknown_part_suggests_the_nearest(cache):
-    with pytest.raises(
-        WeightsError, match=r"Unknown asset 'a-prt'. Did you mean 'a-part'\? There are: a-part."
-    ):
-        assets.find_asset("a-prt")
+def test_unknown_asset_suggests_the_nearest(cache):
+    with pytest.raises(WeightsError, match=r"'an-aset'.*'an-asset'"):
+        assets.find_asset("an-aset")
 
 
-def test_an_installed_package_is_found_without_being_imported(cache, tmp_path, monkeypatch):
-    (tmp_path / "a_part").mkdir()
-    (tmp_path / "a_part" / "__init__.py").write_text("raise ImportError('imported')")
+def test_installed_package_is_found_without_importing_it(cache, tmp_path, monkeypatch):
+    (tmp_path / "an_asset").mkdir()
+    (tmp_path / "an_asset" / "__init__.py").write_text("raise ImportError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert assets.asset_folder("a_part") == tmp_path / "a_part"
+    assert assets.asset_folder("an_asset") == tmp_path / "an_asset"
 
 
-def test_uv_is_taken_where_pip_is_not(monkeypatch, tmp_path):
+def test_uv_is_used_without_pip(monkeypatch, tmp_path):
     monkeypatch.setattr(assets, "find_spec", lambda name: None)
     monkeypatch.setattr(assets.sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(assets.shutil, "which", lambda name: None)
@@ -111,7 +109,7 @@ def test_uv_is_taken_where_pip_is_not(monkeypatch, tmp_path):
     assert assets._installer()[:3] == [str(tmp_path / "uv"), "pip", "install"]
 
 
-def test_the_language_model_is_converted_once(cache, tmp_path, monkeypatch):
+def test_llm_is_converted_once(cache, tmp_path, monkeypatch):
     (tmp_path / "model.gguf").touch()
     monkeypatch.setattr(assets, "asset_folder", lambda module: tmp_path)
     converted = []
@@ -120,7 +118,7 @@ def test_the_language_model_is_converted_once(cache, tmp_path, monkeypatch):
     assert converted == [tmp_path / "model.gguf"]
 
 
-def test_a_packed_model_is_saved_plain_and_in_bfloat16(cache, tmp_path, monkeypatch):
+def test_converted_llm_is_not_quantized_and_has_bfloat16(cache, tmp_path, monkeypatch):
     import transformers
 
     llm, tokenizer = tiny_llm()
@@ -135,7 +133,7 @@ def test_a_packed_model_is_saved_plain_and_in_bfloat16(cache, tmp_path, monkeypa
     assert (tmp_path / "plain" / "tokenizer.json").exists()
 
 
-def test_a_conversion_that_fails_leaves_nothing(cache, tmp_path, monkeypatch):
+def test_failed_conversion_leaves_nothing(cache, tmp_path, monkeypatch):
     (tmp_path / "model.gguf").touch()
     monkeypatch.setattr(assets, "asset_folder", lambda module: tmp_path)
     monkeypatch.setattr(assets, "find_spec", lambda name: None)
@@ -144,7 +142,7 @@ def test_a_conversion_that_fails_leaves_nothing(cache, tmp_path, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
-def test_every_part_is_pinned():
-    for part in assets.ASSETS:
-        assert len(part.sha256) == 64
-        assert part.version[0].isdigit()
+def test_every_asset_is_pinned():
+    for asset in assets.ASSETS:
+        assert len(asset.sha256) == 64
+        assert asset.version[0].isdigit()

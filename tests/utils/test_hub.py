@@ -1,4 +1,4 @@
-"""Files of a hub: exactly the revision asked for, from the cache where the hub is silent, errors at once."""
+"""Files of the hub: the exact revision, the cache if the hub does not answer, errors without retries."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ def state(commit):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """A cache with two commits, of which main is the newer and the tag v1 the older."""
+    """A cache with two commits: the newer one is main, the older one is the tag v1."""
     cache = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     for commit, ref in ((OLD, "v1"), (NEW, "main")):
@@ -35,7 +35,7 @@ def hub(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def answer(monkeypatch):
-    """Sets what the hub answers: names of files, or an error; what it was asked and what was fetched."""
+    """Set the answer of the hub: names of files, or an error. Returns the list of requests."""
     asked = []
 
     def set_to(answered):
@@ -52,7 +52,7 @@ def answer(monkeypatch):
 
 
 def refusal(kind):
-    """An error of the hub, of that kind, without the answer that it would carry."""
+    """An error of huggingface_hub without the HTTP response that its constructor needs."""
     error = kind.__new__(kind)
     error.args = ("404 Client Error.",)
     return error
@@ -62,7 +62,7 @@ def refusal(kind):
     ("typed", "commit"),
     [(REPO, NEW), (f"{REPO}@main", NEW), (f"{REPO}@v1", OLD), (f"{REPO}@{OLD}", OLD), (f"{REPO}@{NEW}", NEW)],
 )
-def test_a_cached_revision_is_found_offline_and_its_commit_recorded(hub, typed, commit):
+def test_cached_revision_is_found_offline_with_its_commit(hub, typed, commit):
     source = locate(typed)
     assert torch.equal(source.state()["weight"], state(commit)["weight"])
     assert source.config() == {"of": commit}
@@ -70,10 +70,8 @@ def test_a_cached_revision_is_found_offline_and_its_commit_recorded(hub, typed, 
 
 
 @pytest.mark.parametrize("revision", ["another", "2" * 40, "refs/pr/1"])
-def test_a_revision_that_is_not_cached_is_not_replaced_by_another(hub, revision):
-    with pytest.raises(
-        WeightsError, match=f"{REPO}@{revision} could not be downloaded.*HF_HUB_OFFLINE is set.*the cache"
-    ):
+def test_missing_revision_is_not_replaced_by_another(hub, revision):
+    with pytest.raises(WeightsError, match=f"{REPO}@{revision}.*HF_HUB_OFFLINE"):
         locate(f"{REPO}@{revision}")
 
 
@@ -87,29 +85,29 @@ def test_shards_and_config_come_from_one_commit(hub, tmp_path):
     assert {file.parent.name for file in source.files} == {commit}
 
 
-def test_an_absent_shard_of_the_cache_is_an_error_of_ours(hub, tmp_path):
+def test_missing_shard_in_the_cache_is_named(hub, tmp_path):
     folder = write_shards(tmp_path / "sharded", {"a": torch.zeros(1), "b": torch.ones(1)})
     cache_as_hub(hub, REPO, "3" * 40, folder)
     (hub / "models--someone--model" / "snapshots" / ("3" * 40) / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(WeightsError, match=r"Nor is model-00002-of-00002.safetensors in the cache"):
+    with pytest.raises(WeightsError, match=r"model-00002-of-00002\.safetensors"):
         locate(REPO)
 
 
-def test_a_config_that_the_repository_lacks_is_an_error(hub, answer):
+def test_repository_without_config_raises(hub, answer):
     (hub / "models--someone--model" / "snapshots" / NEW / "config.json").unlink()
     source = locate(REPO)
     answer(["model.safetensors"])
-    with pytest.raises(WeightsError, match=r"no config.json beside model.safetensors"):
+    with pytest.raises(WeightsError, match=r"config\.json"):
         source.config()
 
 
-def test_a_cached_commit_is_taken_without_asking(hub, answer):
+def test_cached_commit_is_read_without_a_request(hub, answer):
     asked = answer(["model.safetensors"])
     assert locate(f"{REPO}@{OLD}").revision == OLD
     assert asked == []
 
 
-def test_a_branch_is_asked_for_and_its_best_file_fetched(hub, answer, monkeypatch):
+def test_best_file_of_a_branch_is_downloaded(hub, answer, monkeypatch):
     moved_to = hub / "models--someone--model" / "snapshots" / OLD
     fetched = []
 
@@ -124,44 +122,42 @@ def test_a_branch_is_asked_for_and_its_best_file_fetched(hub, answer, monkeypatc
     assert fetched == [(REPO, "model.safetensors", "main")]
 
 
-def test_a_repository_without_weights_lists_what_was_looked_for(hub, answer):
+def test_repository_without_weights_lists_the_file_names(hub, answer):
     answer(["README.md"])
-    with pytest.raises(WeightsError, match=r"is on the hub, but holds none of model.safetensors, "):
+    with pytest.raises(WeightsError, match=r"someone/empty.*model\.safetensors, "):
         locate("someone/empty")
 
 
-def test_a_silent_hub_is_asked_once_and_the_cache_then_read(hub, answer):
+def test_cache_is_read_after_one_failed_request(hub, answer):
     asked = answer(ConnectionError("no route"))
     assert locate(REPO).revision == NEW
     assert asked == [(REPO, None)]
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "text"),
     [
-        (ConnectionError("no route to host.\nmore"), "ConnectionError: no route to host. Nor is"),
-        (TimeoutError(), "TimeoutError: no reason given. Nor is"),
-        (refusal(errors.GatedRepoError), "accept the terms on its page.*HF_TOKEN"),
-        (refusal(errors.RepositoryNotFoundError), "no such repository, or it is private.*HF_TOKEN"),
-        (refusal(errors.RevisionNotFoundError), "has no such revision"),
+        (ConnectionError("no route to host.\nmore"), r"ConnectionError: no route to host\. "),
+        (TimeoutError(), "TimeoutError"),
+        (refusal(errors.GatedRepoError), "HF_TOKEN"),
+        (refusal(errors.RepositoryNotFoundError), "private.*HF_TOKEN"),
+        (refusal(errors.RevisionNotFoundError), "revision"),
     ],
 )
-def test_what_a_hub_refuses_is_told_at_once_with_a_remedy(hub, answer, monkeypatch, error, said):
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)  # which would try again for 23 s
+def test_hub_error_is_raised_without_retries(hub, answer, monkeypatch, error, text):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)  # it would retry for 23 s
     asked = answer(error)
-    with pytest.raises(
-        WeightsError, match=f'someone/other could not be downloaded.*{said}.*weights="/path.*weights=None'
-    ):
+    with pytest.raises(WeightsError, match=f"someone/other.*{text}.*weights=None"):
         locate("someone/other")
     assert asked == [("someone/other", None)]
 
 
-def test_a_malformed_hub_id_is_an_error_of_ours():
-    with pytest.raises(WeightsError, match="'some one/model' is neither a path nor an id of the hub"):
+def test_malformed_hub_id_raises_weights_error():
+    with pytest.raises(WeightsError, match="'some one/model'"):
         locate("some one/model")
 
 
-def test_a_saved_model_asks_for_the_commit_that_it_was_made_with(tmp_path, monkeypatch):
+def test_saved_model_loads_the_commit_it_was_created_with(tmp_path, monkeypatch):
     cache = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     net = Fake().net
@@ -175,7 +171,7 @@ def test_a_saved_model_asks_for_the_commit_that_it_was_made_with(tmp_path, monke
     assert loaded.encoder("fake").identity.revision == OLD
 
 
-def test_a_spec_may_pin_its_revision(hub, monkeypatch):
+def test_spec_can_pin_its_revision(hub, monkeypatch):
     from dataclasses import replace
 
     seen = []

@@ -1,4 +1,4 @@
-"""What is known of modules, and of the CPU that they run on."""
+"""Helpers for torch modules, and the speed of bfloat16."""
 
 import pytest
 import torch
@@ -9,17 +9,17 @@ from merv.utils.torch_modules import bfloat16_is_slow, first_unlike, without_wei
 
 
 @pytest.mark.parametrize(("bfloat16_s", "slow"), [(0.03, True), (0.002, False), (0.0005, False)])
-def test_bfloat16_is_slow_where_it_takes_many_times_as_long(monkeypatch, bfloat16_s, slow):
-    took_s = {torch.float32: 0.001, torch.bfloat16: bfloat16_s}
-    monkeypatch.setattr(torch_modules, "_matmul_s", took_s.get)
+def test_bfloat16_is_slow_if_it_takes_many_times_as_long(monkeypatch, bfloat16_s, slow):
+    seconds = {torch.float32: 0.001, torch.bfloat16: bfloat16_s}
+    monkeypatch.setattr(torch_modules, "_matmul_s", seconds.get)
     assert bfloat16_is_slow() == slow
 
 
-def test_a_product_takes_some_time():
+def test_matmul_is_timed():
     assert torch_modules._matmul_s(torch.float32) > 0
 
 
-def test_what_computes_with_its_weights_is_built_on_the_cpu_and_draws_nothing():
+def test_module_that_reads_its_weights_is_built_on_the_cpu():
     state = torch.get_rng_state()
     built = without_weights(lambda: nn.Linear(2, int(torch.ones(()).item()) + 1))
     assert built.weight.device.type == "cpu"
@@ -27,7 +27,7 @@ def test_what_computes_with_its_weights_is_built_on_the_cpu_and_draws_nothing():
     assert without_weights(lambda: nn.Linear(2, 2)).weight.is_meta
 
 
-def test_a_class_a_part_and_a_shape_that_differ_are_named():
+def test_first_unlike_names_class_part_and_shape():
     one = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     assert first_unlike(one, nn.Sequential(nn.Linear(2, 2), nn.ReLU())) is None
     assert "1 is" in first_unlike(one, nn.Sequential(nn.Linear(2, 2), nn.GELU()))

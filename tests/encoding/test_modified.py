@@ -1,4 +1,4 @@
-"""Encoders whose weights are no longer those of their source: noticed, keyed by value, not saved without."""
+"""Modified weights of an encoder are noticed: features get another key, saving without them is refused."""
 
 import pickle
 from copy import deepcopy
@@ -13,17 +13,17 @@ from merv.models.multi_encoder import MultiEncoder
 from merv.types import Frames
 
 
-def test_weights_from_a_state_dict_have_features_of_their_own(tmp_path):
+def test_loaded_weights_get_another_feature_key(tmp_path):
     model, video = MultiEncoder(["fake"], grid=(2, 2, 2)), torch.ones(4, 3, 16, 16, dtype=torch.uint8)
     store = FeatureStore()
     before = model.features(video, store=store)["fake"].values
     model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()})
     assert not torch.equal(model.features(video, store=store)["fake"].values, before)
-    with pytest.raises(CheckpointError, match="fake has been trained or loaded anew and would be lost"):
+    with pytest.raises(CheckpointError, match="fake"):
         model.save_pretrained(tmp_path / "model")
 
 
-def test_an_encoder_without_storage_has_weights_of_its_own_once_they_are_loaded():
+def test_loading_into_a_meta_encoder_modifies_it():
     encoder = Fake().to("meta")
     encoder.load_state_dict(Fake().state_dict(), assign=True)
     assert encoder.modified
@@ -51,15 +51,15 @@ def values_of(encoder):
 
 @pytest.mark.parametrize("change", [load_inner, replace_net, train_and_freeze])
 @pytest.mark.parametrize(
-    "handed_on", [lambda model: model, deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+    "transfer", [lambda model: model, deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 )
-def test_changed_weights_are_noticed_however_they_were_changed(change, handed_on, tmp_path):
+def test_modified_weights_are_noticed(change, transfer, tmp_path):
     model, video = MultiEncoder(["fake"], grid=(2, 2, 2)), torch.ones(4, 3, 16, 16, dtype=torch.uint8)
     key = model.key(video, "fake")
     change(model.encoders["fake"])
-    model = handed_on(model)
+    model = transfer(model)
     assert model.key(video, "fake") != key
-    with pytest.raises(CheckpointError, match="fake has been trained or loaded anew and would be lost"):
+    with pytest.raises(CheckpointError, match="fake"):
         model.save_pretrained(tmp_path / "model")
 
 
@@ -76,14 +76,14 @@ def to_double_and_back(model):
         lambda model: pickle.loads(pickle.dumps(model)),
     ],
 )
-def test_what_moves_or_copies_an_encoder_changes_nothing(move):
+def test_moving_and_copying_does_not_modify(move):
     model, video = MultiEncoder(["fake"], grid=(2, 2, 2)), torch.ones(4, 3, 16, 16, dtype=torch.uint8)
     moved = move(model)
     assert not moved.modified_parts()
     assert moved.key(video, "fake") == MultiEncoder(["fake"], grid=(2, 2, 2)).key(video, "fake")
 
 
-def test_the_same_weights_again_change_nothing(tmp_path):
+def test_loading_the_same_weights_does_not_modify(tmp_path):
     model, video = MultiEncoder(["fake"], grid=(2, 2, 2)), torch.ones(4, 3, 16, 16, dtype=torch.uint8)
     key = model.key(video, "fake")
     model.load_state_dict(model.state_dict())
@@ -91,8 +91,8 @@ def test_the_same_weights_again_change_nothing(tmp_path):
     model.save_pretrained(tmp_path / "model")
 
 
-def test_an_encoder_that_is_set_to_be_trained_is_not_saved_without_its_weights(tmp_path):
+def test_trainable_encoder_is_not_saved_without_its_weights(tmp_path):
     model = MultiEncoder(["fake"], grid=(2, 2, 2))
     model.encoder("fake").requires_grad_(True)
-    with pytest.raises(CheckpointError, match="would be lost"):
+    with pytest.raises(CheckpointError, match="fake"):
         model.save_pretrained(tmp_path / "model")
