@@ -54,11 +54,7 @@ COMMANDS = (
         "plugins", "List the installed encoders, mixers and projectors, or check one.", "merv.cli.plugins"
     ),
     Command("doctor", "Check the installation and report versions for a bug report.", "merv.cli.doctor"),
-    Command(
-        "download",
-        "Download trained weights and videos from Python packages.",
-        "merv.cli.download",
-    ),
+    Command("download", "Download trained weights and videos from Python packages.", "merv.cli.download"),
     Command("ask", "Ask a trained model a question about a video.", "merv.cli.ask", imports_from_cwd=False),
     Command("data", "Check a data set before you train on it.", "merv.cli.data"),
     Command("plan", "Estimate memory and time of a training run.", "merv.cli.plan", raw=True),

@@ -293,8 +293,10 @@ def draw_frames(plan: ClipPlan, pictures: Mapping[str, Sequence[Image]]) -> Iter
             if first <= frame < stop:
                 shot_picture = _draw(shot, frame - first, stop - first, pictures[shot.name])
                 opacity = (frame - first + 0.5) / fade if fade else 1.0
-                faded_in = picture is None or opacity >= 1
-                picture = shot_picture if faded_in else image.blend(picture, shot_picture, opacity)
+                if picture is None or opacity >= 1:
+                    picture = shot_picture
+                else:
+                    picture = image.blend(picture, shot_picture, opacity)
         assert picture is not None, f"no shot at frame {frame}"
         yield picture
 
