@@ -1,0 +1,1 @@
+"""The demo: generate clips with known content, train on them, and evaluate the model."""

@@ -21,7 +21,6 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -322,13 +321,7 @@ def _draw(shot: Shot, frame: int, frames: int, pictures: Sequence[Image]) -> Ima
     picture = picture.resize(SIZE, Resampling.BILINEAR, box=view.box(picture.size))
     if shot.mirrored:
         picture = ImageOps.mirror(picture)
-    return picture.point(_brightness_table(shot.brightness))
-
-
-@lru_cache(maxsize=64)
-def _brightness_table(factor: float) -> list[int]:
-    """The new value of each of the 256 values of red, green and blue."""
-    return [min(255, round(value * factor)) for value in range(256)] * 3
+    return picture.point(lambda value: min(255, round(value * shot.brightness)))
 
 
 def _footage_index(frame: int, frames: int, length: int, excerpt: float) -> int:
