@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         llm=args.llm,
         encoders=dict(pair.partition("=")[::2] for pair in args.encoder),
-        say=lambda line: print(line, flush=True),
+        log=lambda line: print(line, flush=True),
     )
     print(f"The model is in {args.out}: merv ask VIDEO QUESTION --model {args.out}")
     return 0

@@ -1,15 +1,15 @@
-"""Convert: a checkpoint of the released MERV to a folder that VideoLLM.from_pretrained loads.
+"""Convert a checkpoint of the released MERV to a folder that `VideoLLM.from_pretrained` loads.
 
-The file holds projectors, mixer and language model; encoders, and the configuration and tokenizer
-of the language model, come from where the release takes them too. Tensors are read out of the
-mapped file shard by shard, so that a file larger than memory can be converted.
+The checkpoint holds projectors, mixer and language model. The encoders, and the config and tokenizer of the
+language model, are loaded from where the release loads them. The checkpoint is memory-mapped and copied shard
+by shard, so it can be larger than memory.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,19 @@ import torch
 from torch import Tensor
 
 from merv.checkpoints.folder import check_free, fill_exactly, replacing
+from merv.encoding.base import Encoder
 from merv.encoding.registry import create_encoder
 from merv.encoding.weights import PRETRAINED
 from merv.errors import CheckpointError, WeightsError
 from merv.models.multi_encoder import MultiEncoder
 from merv.models.released_merv import (
     LLMS,
-    MULTIPLE,
     PAD,
-    Released,
-    Translated,
+    VOCABULARY_MULTIPLE,
+    ReleasedConfig,
+    TranslatedFusion,
     few,
+    list_faults,
     read_config,
     translate_fusion,
     translate_projectors,
@@ -36,9 +38,13 @@ from merv.models.released_merv import (
 from merv.models.video_llm import VideoLLM
 from merv.video.sampling import Sampling
 
-FUSIONS, PROJECTORS, LLM = ("feature_fusion", "adapter"), ("projectors", "projector"), "llm_backbone"
-BESIDE = ("optimizer", "lr_scheduler", "step")  # beside the model, in files that training goes on from
-COMPUTED = "rotary_emb.inv_freq"  # the release's transformers of old saved it; every other computes it
+FUSION_KEYS, PROJECTOR_KEYS, LLM_KEY = (
+    ("feature_fusion", "adapter"),
+    ("projectors", "projector"),
+    "llm_backbone",
+)
+TRAINING_KEYS = ("optimizer", "lr_scheduler", "step")
+COMPUTED = "rotary_emb.inv_freq"  # saved by the transformers version of the release; newer ones compute it
 SHARD_BYTES = 512 * 2**20
 
 
@@ -50,58 +56,62 @@ def convert(
     llm: str | Path | None = None,
     encoders: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Write the folder `out` for VideoLLM.from_pretrained and `merv ask`; whole or not at all.
+    """Convert a checkpoint of the released MERV. If an error occurs, nothing is written.
 
-    checkpoint, config: `latest-checkpoint.pt` of a released model, and its config.json.
-    llm: a folder or hub id with configuration and tokenizer of the language model that it was trained
-        from (its weights are not read); None: the release's hub id.
-    encoders: by name, a folder or hub id of their weights; the others come from where they always do.
-    shard_bytes: of each file of the language model.
-    say: called with each line on what is left out, and why.
+    Args:
+        checkpoint: The `latest-checkpoint.pt` of a released model.
+        config: Its config.json.
+        out: Folder to write, for `VideoLLM.from_pretrained` and `merv ask`.
+        llm: Folder or hub id of the config and tokenizer of the language model; its weights are not read.
+            Defaults to the hub id in the release.
+        encoders: Encoder name → folder or hub id of its weights. Others are loaded from their usual source.
+        shard_bytes: Maximum size of each file of the language model, in bytes.
+        log: Called with a line for each tensor that is left out, with the reason.
 
-    Raises CheckpointError for whatever is not known in the file or config, WeightsError where encoders
-    or the language model's folder cannot be loaded.
+    Raises:
+        CheckpointError: The checkpoint or config has an unknown part or lacks one, or `out` has other files.
+        WeightsError: An encoder, or the config or tokenizer of the language model, could not be loaded.
     """
     check_free(out)
-    released = read_config(_json(config))
+    released = read_config(_read_json(config))
     base = load_base(llm or LLMS[released.llm].source, released.llm)
     with replacing(out) as folder:
-        model = _build(released, base, checkpoint, encoders or {}, say)
+        model = _build(released, base, checkpoint, encoders or {}, log)
         model.save_pretrained(folder)
-        sizes = {name: parameter.detach().to("meta") for name, parameter in model.llm.named_parameters()}
+        shapes = {name: parameter.detach().to("meta") for name, parameter in model.llm.named_parameters()}
         model.llm.config.save_pretrained(folder / "llm")
-        del model  # and with it the encoders, and what was read of the mapped file
-        write_llm(folder / "llm", base, sizes, checkpoint, shard_bytes)
+        del model  # frees the encoders and the pages of the mapped file that were read
+        write_llm(folder / "llm", base, shapes, checkpoint, shard_bytes)
 
 
 def _build(
-    released: Released,
-    base: Base,
+    released: ReleasedConfig,
+    base: BaseLLM,
     checkpoint: str | Path,
     weights: Mapping[str, str],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> VideoLLM:
-    """The whole model, its language model on the mapped file."""
+    """Build the whole model; the tensors of its language model are mapped from the file."""
     parts = read_parts(checkpoint)
     projectors = translate_projectors(parts.projectors, list(released.encoders), released.projector)
-    fusion = translate_fusion(released.fusion, parts.fusion, len(released.encoders))
-    network = base.fill(parts.llm)
-    vision = build_vision(released, fusion, network.config.hidden_size, weights)
+    fusion = translate_fusion(released.fusion, parts.fusion)
+    network = base.load(parts.llm)
+    vision = _build_vision(released, fusion, network.config.hidden_size, weights)
     assert vision.fusion is not None
     fill_exactly(vision.fusion.state_dict(), {**projectors, **fusion.state}, checkpoint)
     for line in [*parts.left_out, *fusion.left_out]:
-        say(f"left out {line}")
+        log(f"left out {line}")
     return VideoLLM(network, base.tokenizer, vision)
 
 
-# The file -----------------------------------------------------------------------------------
+# The checkpoint -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Tensors of a released checkpoint by part, still in the mapped file; what is not taken, and why."""
+    """Tensors of a released checkpoint by part, mapped from the file, and which are left out and why."""
 
     projectors: dict[str, Tensor]
     fusion: dict[str, Tensor]
@@ -110,118 +120,136 @@ class Parts:
 
 
 def read_parts(checkpoint: str | Path) -> Parts:
-    """The parts of the model; CheckpointError names what is missing or not known."""
-    held = _load(checkpoint)
-    if not isinstance(held.get("model"), dict):
-        raise CheckpointError(f"{checkpoint} holds {few(held)}; wanted a checkpoint of the release: 'model'.")
-    model = held.pop("model")
-    unknown = [key for key in held if key not in BESIDE]
-    unknown += [f"model.{key}" for key in model if key not in (*FUSIONS, *PROJECTORS, LLM)]
-    if unknown:
-        raise CheckpointError(f"{checkpoint} has parts that are not known: {few(unknown)}.")
-    projectors, fusion = (_one_of(model, names, str(checkpoint)) for names in (PROJECTORS, FUSIONS))
-    if not projectors or not model.get(LLM):
+    """Read the parts of the model; CheckpointError names those that are missing or unknown."""
+    content = _load(checkpoint)
+    if not isinstance(content.get("model"), dict):
         raise CheckpointError(
-            f"{checkpoint} lacks {PROJECTORS[0] if not projectors else LLM}. A file of the stage that trains "
-            "projectors alone is no whole model; take that of the last stage."
+            f"{checkpoint} holds {few(content)}. Expected a checkpoint of the released MERV, with a 'model'."
+        )
+    model = content.pop("model")
+    unknown = [key for key in content if key not in TRAINING_KEYS]
+    unknown += [f"model.{key}" for key in model if key not in (*FUSION_KEYS, *PROJECTOR_KEYS, LLM_KEY)]
+    if unknown:
+        raise CheckpointError(f"{checkpoint} has unknown parts: {few(unknown)}.")
+    projectors = _find_part(model, PROJECTOR_KEYS, checkpoint)
+    fusion = _find_part(model, FUSION_KEYS, checkpoint)
+    if not projectors or not model.get(LLM_KEY):
+        raise CheckpointError(
+            f"{checkpoint} lacks {PROJECTOR_KEYS[0] if not projectors else LLM_KEY}. Pass a checkpoint of "
+            "the last stage; those of the first stage, which trains only the projectors, are incomplete."
         )
     if "projector" in model:
         projectors = {f"0.{name}": tensor for name, tensor in projectors.items()}
-    llm, left_out = {}, [f"{key}: it is for training on" for key in held]
-    for name, tensor in model[LLM].items():
+    llm, left_out = {}, [f"{key}: it is only needed for training" for key in content]
+    for name, tensor in model[LLM_KEY].items():
         if name.endswith(COMPUTED):
-            left_out.append(f"{LLM}.{name}: the language model computes it")
+            left_out.append(f"{LLM_KEY}.{name}: the language model computes it")
         elif not name.startswith("llm."):
-            raise CheckpointError(f"{checkpoint} has {LLM}.{name}; wanted names that begin with 'llm.'.")
+            raise CheckpointError(
+                f"{checkpoint} has {LLM_KEY}.{name}. Expected names of {LLM_KEY} that start with 'llm.'."
+            )
         else:
             llm[name.removeprefix("llm.")] = tensor
     return Parts(projectors, fusion, llm, left_out)
 
 
 def _load(checkpoint: str | Path) -> dict[str, Any]:
-    """The file as it is, tensors mapped, nothing of it run."""
+    """Load the file with mapped tensors and without executing pickled code."""
     try:
-        held = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # damaged bytes raise nearly anything
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # damaged files raise many types of errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{checkpoint} cannot be read as a checkpoint: {reason}") from error
-    if not isinstance(held, dict):
-        raise CheckpointError(f"{checkpoint} holds a {type(held).__name__}; wanted a dictionary.")
-    return held
+        raise CheckpointError(f"{checkpoint} could not be read as a checkpoint: {reason}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{checkpoint} holds a {type(content).__name__}. Expected a dictionary.")
+    return content
 
 
-def _one_of(model: Mapping[str, Any], names: tuple[str, str], checkpoint: str) -> dict[str, Tensor]:
-    """The part that goes by one of two names, or nothing."""
-    there = [name for name in names if model.get(name)]
-    if len(there) > 1:
-        raise CheckpointError(f"{checkpoint} has both {' and '.join(there)}; wanted one of them.")
-    return dict(model[there[0]]) if there else {}
+def _find_part(model: Mapping[str, Any], keys: tuple[str, str], checkpoint: str | Path) -> dict[str, Tensor]:
+    """Return the part that has one of two keys; empty if there is none."""
+    present = [key for key in keys if model.get(key)]
+    if len(present) > 1:
+        raise CheckpointError(f"{checkpoint} has both {' and '.join(present)}. Expected one of them.")
+    return dict(model[present[0]]) if present else {}
 
 
-def _json(path: str | Path) -> dict[str, Any]:
+def _read_json(path: str | Path) -> dict[str, Any]:
     try:
-        held = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as the config.json of a released model: {error}"
+            f"{path} could not be read as the config.json of a released model: {error}"
         ) from error
-    if not isinstance(held, dict):
-        raise CheckpointError(f"{path} holds a {type(held).__name__}; wanted a JSON object.")
-    return held
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}. Expected a JSON object.")
+    return content
 
 
 # The language model -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Base:
-    """What the file lacks of its language model: configuration, tokenizer, when answers end."""
+class BaseLLM:
+    """The parts of the language model that are not in the checkpoint.
+
+    Attributes:
+        source: Folder or hub id that they were loaded from.
+        config: Config of transformers.
+        tokenizer: Tokenizer of transformers.
+        generation: GenerationConfig with the tokens that end an answer.
+    """
 
     source: str
     config: Any
     tokenizer: Any
     generation: Any
 
-    def fill(self, state: Mapping[str, Tensor]) -> Any:
-        """The language model on tensors of the mapped file; none is copied.
+    def load(self, state: Mapping[str, Tensor]) -> Any:
+        """Create the language model with the mapped tensors, without copying them.
 
-        Raises CheckpointError where names or shapes are not those that the configuration makes.
+        Raises:
+            CheckpointError: The names or shapes of the tensors do not fit the config.
         """
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(self.config)
-        wanted = network.state_dict()
-        own = {name for name, _ in network.named_parameters()}  # of tied ones the first
-        faults = {
-            "missing": [name for name in wanted if name in own and name not in state],
-            "not known": [name for name in state if name not in wanted],
-            "of another shape": [
-                f"{name} {list(state[name].shape)}, wanted {list(wanted[name].shape)}"
-                for name in wanted
-                if name in state and state[name].shape != wanted[name].shape
-            ],
-        }
-        if any(faults.values()):
-            said = "; ".join(f"{few(names)} {fault}" for fault, names in faults.items() if names)
+        expected = network.state_dict()
+        required = {name for name, _ in network.named_parameters()}  # of tied parameters, only the first
+        faults = list_faults(
+            {
+                "missing": [name for name in expected if name in required and name not in state],
+                "unknown": [name for name in state if name not in expected],
+                "wrong shape": [
+                    f"{name} (got {list(state[name].shape)}, expected {list(expected[name].shape)})"
+                    for name in expected
+                    if name in state and state[name].shape != expected[name].shape
+                ],
+            }
+        )
+        if faults:
             raise CheckpointError(
-                f"{LLM} is not the language model that {self.source} describes: {said}. Is it the one that "
-                "llm_backbone_id in the config names? Pass its folder or hub id as --llm."
+                f"The tensors of {LLM_KEY} do not fit the language model {self.source}: {faults}. Pass the "
+                "folder or hub id of the language model that llm_backbone_id in config.json names as --llm."
             )
-        network.load_state_dict({name: state[name] for name in wanted if name in state}, False, assign=True)
+        mapped = {name: state[name] for name in expected if name in state}
+        network.load_state_dict(mapped, strict=False, assign=True)
         network.tie_weights()
-        tied = [name for name in state if name not in own]
+        tied = [name for name in state if name not in required]
         if any(not torch.equal(state[name], network.state_dict()[name]) for name in tied):
-            raise CheckpointError(f"{LLM} has its own {few(tied)}; {self.source} ties it to the embeddings.")
+            raise CheckpointError(
+                f"{LLM_KEY} has a separate {few(tied)}, but {self.source} ties it to the embeddings."
+            )
         network.config.dtype = network.dtype
-        network.config._name_or_path = "llm"  # beside the config.json of the folder
+        network.config._name_or_path = "llm"  # relative to the config.json of the folder
         return network
 
 
-def load_base(source: str | Path, name: str) -> Base:
-    """Configuration and tokenizer of the language model `name` as the release changes them.
+def load_base(source: str | Path, name: str) -> BaseLLM:
+    """Load config and tokenizer of a language model and change them as the release does.
 
-    Raises WeightsError where they cannot be loaded.
+    Raises:
+        WeightsError: They could not be loaded.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -230,33 +258,35 @@ def load_base(source: str | Path, name: str) -> Base:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(
-            f"Configuration and tokenizer of {name} could not be loaded from {str(source)!r}: {reason} "
-            "Where you have them, pass the folder: --llm FOLDER (config.json and the tokenizer's files, no "
-            "weights)."
+            f"Config and tokenizer of {name} could not be loaded from {str(source)!r}: {reason} If you have "
+            "them, pass their folder: --llm FOLDER (config.json and the files of the tokenizer, no weights)."
         ) from error
     try:
-        ends = GenerationConfig.from_pretrained(source).eos_token_id
-    except OSError:  # it has none
-        ends = None
-    if LLMS[name].grows:
+        end_ids = GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:  # the model has no generation config
+        end_ids = None
+    if LLMS[name].adds_pad_token:
         tokenizer.add_special_tokens({"pad_token": PAD})
-        config.vocab_size = -(-len(tokenizer) // MULTIPLE) * MULTIPLE
+        config.vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         config.pad_token_id = tokenizer.pad_token_id
-    tokenizer.chat_template = LLMS[name].template
+    tokenizer.chat_template = LLMS[name].chat_template
     generation = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id if ends is None else ends,
+        eos_token_id=tokenizer.eos_token_id if end_ids is None else end_ids,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Base(str(source), config, tokenizer, generation)
+    return BaseLLM(str(source), config, tokenizer, generation)
 
 
 def write_llm(
-    folder: Path, base: Base, sizes: Mapping[str, Tensor], checkpoint: str | Path, shard_bytes: int
+    folder: Path, base: BaseLLM, shapes: Mapping[str, Tensor], checkpoint: str | Path, shard_bytes: int
 ) -> None:
-    """Tensors, tokenizer and when to end, in the layout of transformers, in files of about `shard_bytes`.
+    """Write weights, tokenizer and generation config in the format of transformers.
 
-    sizes: tensors without data, of the names, shapes and dtypes to be written.
+    folder: Folder to write.
+    shapes: Meta tensors with the names, shapes and dtypes of the weights.
+    checkpoint: File that the weights are copied from.
+    shard_bytes: Maximum size of a weights file, in bytes.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
@@ -265,52 +295,54 @@ def write_llm(
     base.generation.save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
     plan = split_torch_state_dict_into_shards(
-        dict(sizes), filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
+        dict(shapes), filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
     )
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    total = sum(tensor.nbytes for tensor in sizes.values())
+    total = sum(tensor.nbytes for tensor in shapes.values())
     with tqdm(total=total, desc="language model", unit="B", unit_scale=True) as bar:
         for file, names in plan.filename_to_tensors.items():
-            mapped = read_parts(checkpoint).llm  # anew: what was read of the file before is let go
+            mapped = read_parts(checkpoint).llm  # mapping it again frees the memory of the last shard
             save_file(
                 {name: mapped[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"}
             )
-            shutil.copymode(folder / "tokenizer_config.json", folder / file)  # else its owner's alone
-            bar.update(sum(sizes[name].nbytes for name in names))
+            # save_file creates files that only their owner can read.
+            shutil.copymode(folder / "tokenizer_config.json", folder / file)
+            bar.update(sum(shapes[name].nbytes for name in names))
 
 
 # The encoders -------------------------------------------------------------------------------
 
 
-def build_vision(
-    released: Released, fusion: Translated, width: int, weights: Mapping[str, str]
+def _build_vision(
+    released: ReleasedConfig, fusion: TranslatedFusion, output_dim: int, weights: Mapping[str, str]
 ) -> MultiEncoder:
-    """The encoders with their weights; projectors and mixer are still random."""
+    """Build the MultiEncoder with the weights of its encoders and a random fusion."""
     unknown = [name for name in weights if name not in released.encoders]
     if unknown:
-        raise WeightsError(f"--encoder names {few(unknown)}; this model has {few(released.encoders)}.")
+        raise WeightsError(
+            f"Unknown encoder in --encoder: {few(unknown)}. This model has {few(released.encoders)}."
+        )
     return MultiEncoder(
-        dict(_create(released.encoders, weights)),
+        {name: _create_encoder(name, plugin, weights) for name, plugin in released.encoders.items()},
         grid=released.grid,
-        output_dim=width,
+        output_dim=output_dim,
         mixer=fusion.mixer,
         projector=released.projector,
         norm=False,
         mixer_options=fusion.options,
-        num_frames=released.frames,
-        sampling=Sampling("official", total=released.total),
+        num_frames=released.num_frames,
+        sampling=Sampling("official", total=released.total_frames),
         align="official",
     )
 
 
-def _create(encoders: Mapping[str, str], weights: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
-    for name, typed in encoders.items():
-        try:
-            yield name, create_encoder(typed, weights=weights.get(name, PRETRAINED), preset="merv")
-        except WeightsError as error:
-            raise WeightsError(
-                f"The encoder {name} is not in the checkpoint and needs its own weights. {error} "
-                f"On the command line: --encoder {name}=FOLDER."
-            ) from error
+def _create_encoder(name: str, plugin: str, weights: Mapping[str, str]) -> Encoder:
+    try:
+        return create_encoder(plugin, weights=weights.get(name, PRETRAINED), preset="merv")
+    except WeightsError as error:
+        raise WeightsError(
+            f"The checkpoint does not hold the weights of the encoder {name}, and they could not be loaded. "
+            f"{error} On the command line: --encoder {name}=FOLDER."
+        ) from error

@@ -1,6 +1,6 @@
-"""Released: what the configuration and the names in a checkpoint of the released MERV mean in ours.
+"""Translate the configuration and the tensor names of a released MERV checkpoint to merv's.
 
-Pure translation: nothing is read or written here. What is not known is refused by name.
+This module reads and writes no files. Unknown options and tensors are errors that name them.
 
 Source: https://github.com/princetonvisualai/merv (MIT), commit d5eb1d2.
 """
@@ -32,109 +32,124 @@ NETWORK = (
     "projector_token_length",
     "visual_feature_length",
 )
-# What says nothing about the network: names, the length of training texts, how it was trained.
+# Options that do not describe the network: names, length of training texts, hyperparameters of training.
 TRAINING = re.compile(
     "type|vidlm_id|model_id|llm_max_length|(align|finetune|enable)_.*|reduce_in_full_precision|"
     "save_checkpoint_after"
 )
 POOLING, HEADS = ("avg", "3davg"), {"linear": "linear", "gelu-mlp": "mlp"}
+GATE = "cross_attention_avg_lq"  # the default feature_fusion of the release
 
 
 @dataclass(frozen=True)
-class Released:
-    """The `model` of a released config.json in our words.
+class ReleasedConfig:
+    """The `model` entry of a released config.json, in merv's terms.
 
-    encoders: name of the stream → "encoder/variant", in the order of the file. frames: by name.
-    grid: (t, h, w). total: frames read of a clip, of which every encoder takes every k-th.
-    projector: `linear` or `mlp`. fusion: the release's word for the mixer. llm: a key of LLMS.
+    Attributes:
+        encoders: Name of the encoder in the converted model → "encoder/variant", in the order of the config.
+        num_frames: Encoder name → number of frames.
+        grid: Common grid (t, h, w).
+        total_frames: Number of frames read per clip; an encoder gets every k-th of them.
+        projector: "linear" or "mlp".
+        fusion: Name of the mixer in the release.
+        llm: Id of the language model in the release, a key of LLMS.
     """
 
     encoders: dict[str, str]
-    frames: dict[str, int]
+    num_frames: dict[str, int]
     grid: tuple[int, int, int]
-    total: int
+    total_frames: int
     projector: str
     fusion: str | None
     llm: str
 
 
-def read_config(config: Mapping[str, Any]) -> Released:
-    """What config.json of a released model says; CheckpointError names what is missing or not known."""
+def read_config(config: Mapping[str, Any]) -> ReleasedConfig:
+    """Translate the config.json of a released model.
+
+    Raises:
+        CheckpointError: An option is missing, unknown or not supported.
+    """
     model = config.get("model")
     if not isinstance(model, Mapping):
-        raise CheckpointError(f"The config has no 'model', but {few(config)}; wanted that of the release.")
+        raise CheckpointError(
+            f"Expected the config.json of a released MERV, with an entry 'model'; got {few(config)}."
+        )
     unknown = [key for key in model if key not in NETWORK and not TRAINING.fullmatch(key)]
     missing = [key for key in NETWORK if key not in model and key != "feature_fusion"]
     if unknown or missing:
-        said = [f"{what} {few(keys)}" for what, keys in (("lacks", missing), ("has", unknown)) if keys]
-        raise CheckpointError(
-            f"The config's model {' and '.join(said)}; the release knows {few(NETWORK, 9)}."
-        )
+        faults = list_faults({"missing": missing, "unknown": unknown})
+        raise CheckpointError(f"Options of 'model' in config.json: {faults}. Expected: {few(NETWORK, 9)}.")
     if model["image_resize_strategy"] != "resize-naive":
         raise CheckpointError(
-            f"image_resize_strategy {model['image_resize_strategy']!r}: only 'resize-naive', with which all "
-            "released models were trained, is known."
+            f"Unsupported image_resize_strategy {model['image_resize_strategy']!r}: only 'resize-naive' is "
+            "supported, which all released models use."
         )
     ids = list(model["video_backbone_ids"])
     counts = model["num_frames"]
     counts = [counts] * len(ids) if isinstance(counts, int) else list(counts)
     if not ids or len(counts) != len(ids) or len(set(ids)) < len(ids):
         raise CheckpointError(
-            f"Wanted distinct video_backbone_ids and a num_frames each; got {ids}, {counts}."
+            f"Expected distinct video_backbone_ids and one num_frames for each, got {ids} and {counts}."
         )
-    total = max(counts)
-    if any(count < 1 or total % count for count in counts):
+    total_frames = max(counts)
+    if any(count < 1 or total_frames % count for count in counts):
         raise CheckpointError(
-            f"num_frames {counts}: the release gives exact counts only to divisors of {total}."
+            f"Unsupported num_frames {counts}: in the release, only divisors of {total_frames} give exactly "
+            "this number of frames."
         )
-    encoders, steps = find_encoders(ids, counts)
-    projector, every = _architecture(model["arch_specifier"])
-    grid = _grid(model, [step // every for step in steps])
-    fusion = model.get("feature_fusion", "cross_attention_avg_lq")  # the release's default
-    if model["llm_backbone_id"] not in LLMS:
-        known = f"There are: {', '.join(LLMS)}."
-        reason = REFUSED.get(model["llm_backbone_id"]) or nearest(model["llm_backbone_id"], LLMS)
-        raise CheckpointError(f"llm_backbone_id {model['llm_backbone_id']!r} is not known.{reason} {known}")
-    check_fusion(fusion, len(ids))
-    frames = dict(zip(encoders, counts, strict=True))
-    return Released(encoders, frames, grid, total, projector, fusion, model["llm_backbone_id"])
+    encoders, steps = _find_encoders(ids, counts)
+    projector, time_pooling = _architecture(model["arch_specifier"])
+    grid = _grid(model, [step // time_pooling for step in steps])
+    fusion = model.get("feature_fusion", GATE)
+    llm = model["llm_backbone_id"]
+    if llm not in LLMS:
+        reason = UNSUPPORTED_LLMS.get(llm) or nearest(llm, LLMS)
+        raise CheckpointError(f"Unsupported llm_backbone_id {llm!r}.{reason} Available: {', '.join(LLMS)}.")
+    _check_fusion(fusion, len(ids))
+    num_frames = dict(zip(encoders, counts, strict=True))
+    return ReleasedConfig(encoders, num_frames, grid, total_frames, projector, fusion, llm)
 
 
-def find_encoders(ids: Sequence[str], counts: Sequence[int]) -> tuple[dict[str, str], list[int]]:
-    """Streams of the encoders that the release calls `ids`, and how many steps of time each has."""
-    known = {}
+def _find_encoders(ids: Sequence[str], counts: Sequence[int]) -> tuple[dict[str, str], list[int]]:
+    """Return the encoders with these ids in the release, and the number of time steps of each."""
+    available = {}
     for listing in list_encoders():
         try:
             encoder: Any = listing.load()
-        except BrokenPlugin:  # told by `merv encoders`
+        except BrokenPlugin:  # `merv encoders` reports it
             continue
-        for released, variant in vars(encoder).get("released_names", {}).items():
-            known[released] = (listing.name, variant, encoder.variants)
+        for released_name, variant in vars(encoder).get("released_names", {}).items():
+            available[released_name] = (listing.name, variant, encoder.variants)
     encoders, steps = {}, []
-    for name, frames in zip(ids, counts, strict=True):
-        if name not in known:
+    for released_name, frames in zip(ids, counts, strict=True):
+        if released_name not in available:
             raise CheckpointError(
-                f"video_backbone_ids has {name!r}, which is not known. There are: {', '.join(sorted(known))}."
+                f"Unknown encoder {released_name!r} in video_backbone_ids. Available: "
+                f"{', '.join(sorted(available))}."
             )
-        ours, variant, variants = known[name]
-        first = next(iter(variants)) == variant
-        encoders[ours if first else f"{ours}_{variant}".replace("-", "_")] = f"{ours}/{variant}"
+        name, variant, variants = available[released_name]
+        is_default = next(iter(variants)) == variant
+        encoders[name if is_default else f"{name}_{variant}".replace("-", "_")] = f"{name}/{variant}"
         steps.append(variants[variant].grid[0] * frames // variants[variant].num_frames)
     return encoders, steps
 
 
 def _architecture(specifier: str) -> tuple[str, int]:
-    """Projector and how many steps of time become one, from `no-align+3davg+frame2+linear` and its like."""
+    """Return the projector and how many time steps are pooled into one.
+
+    An arch_specifier looks like `no-align+3davg+frame2+linear`.
+    """
     words = [word for word in specifier.split("+") if word != "no-align"]
-    every = [word for word in words if re.fullmatch(r"frame[1-9]\d*", word)]
-    rest = [word for word in words if word not in every]
-    fits = len(rest) == 2 and rest[0] in POOLING and rest[1] in HEADS and len(every) <= 1
-    if not fits or (every and rest[0] != "3davg"):
+    frame_words = [word for word in words if re.fullmatch(r"frame[1-9]\d*", word)]
+    rest = [word for word in words if word not in frame_words]
+    is_known = len(rest) == 2 and rest[0] in POOLING and rest[1] in HEADS and len(frame_words) <= 1
+    if not is_known or (frame_words and rest[0] != "3davg"):
         raise CheckpointError(
-            f"arch_specifier {specifier!r} is not known: wanted [no-align+]{{{'|'.join(POOLING)}}}[+frameN]+"
-            f"{{{'|'.join(HEADS)}}}. Projectors that pool with parameters of their own have no equal here."
+            f"Unsupported arch_specifier {specifier!r}: expected [no-align+]{{{'|'.join(POOLING)}}}[+frameN]+"
+            f"{{{'|'.join(HEADS)}}}. merv has no projectors that pool with parameters."
         )
-    return HEADS[rest[1]], int(every[0].removeprefix("frame")) if every else 1
+    return HEADS[rest[1]], int(frame_words[0].removeprefix("frame")) if frame_words else 1
 
 
 def _grid(model: Mapping[str, Any], steps: Sequence[int]) -> tuple[int, int, int]:
@@ -142,8 +157,9 @@ def _grid(model: Mapping[str, Any], steps: Sequence[int]) -> tuple[int, int, int
     side = math.isqrt(tokens)
     if side * side != tokens or len(set(steps)) > 1 or (len(steps) > 1 and steps[0] * tokens != length):
         raise CheckpointError(
-            f"projector_token_length {tokens}, visual_feature_length {length} and the encoders' steps "
-            f"of time {list(steps)} do not fit: wanted a square, equal steps, and their product."
+            f"projector_token_length {tokens}, visual_feature_length {length} and the time steps "
+            f"{list(steps)} of the encoders do not fit. Expected a square number of tokens, the same number "
+            "of steps for all encoders, and their product as visual_feature_length."
         )
     return steps[0], side, side
 
@@ -152,8 +168,8 @@ def _grid(model: Mapping[str, Any], steps: Sequence[int]) -> tuple[int, int, int
 
 
 @dataclass(frozen=True)
-class Translated:
-    """Tensors under our names, the mixer that they are of with its options, what was left out and why."""
+class TranslatedFusion:
+    """Tensors under merv's names, the mixer that they belong to, and which tensors are left out and why."""
 
     state: dict[str, Tensor]
     mixer: str
@@ -162,41 +178,31 @@ class Translated:
 
 
 def translate_projectors(state: Mapping[str, Tensor], names: Sequence[str], kind: str) -> dict[str, Tensor]:
-    """`{i}.projector.projector.weight` → `projectors.NAME.linear.weight`; MLPs likewise."""
+    """Rename the tensors of projectors.
+
+    For example, `{i}.projector.projector.weight` becomes `projectors.NAME.linear.weight`.
+    """
     layers = {"linear": {"": "linear"}, "mlp": {"0.": "hidden.0", "2.": "linear"}}[kind]
-    wanted = {
-        f"{i}.projector.projector.{theirs}{leaf}": f"projectors.{name}.{ours}.{leaf}"
+    new_names = {
+        f"{i}.projector.projector.{old_layer}{leaf}": f"projectors.{name}.{new_layer}.{leaf}"
         for i, name in enumerate(names)
-        for theirs, ours in layers.items()
+        for old_layer, new_layer in layers.items()
         for leaf in ("weight", "bias")
     }
-    return _renamed(state, wanted, "projectors")
+    return _rename(state, new_names, "projectors")
 
 
-def translate_fusion(kind: str | None, state: Mapping[str, Tensor], encoders: int) -> Translated:
-    """The release's `feature_fusion` (older: `adapter`) as one of our mixers, its keys all accounted for."""
-    check_fusion(kind, encoders)
-    if kind == "cross_attention_avg_lq":
-        return _gate(state)
-    mixer, options, names = FUSIONS[kind]
-    ours = _renamed(state, {theirs: f"mixer.{own}" for theirs, own in names.items()}, "feature_fusion")
-    return Translated(ours, mixer, options, [])
+def translate_fusion(kind: str | None, state: Mapping[str, Tensor]) -> TranslatedFusion:
+    """Translate the `feature_fusion` of the release (`adapter` in older checkpoints) to a mixer of merv."""
+    if kind == GATE:
+        return _translate_gate(state)
+    mixer, options, names = MIXERS[kind]
+    new_names = {old: f"mixer.{new}" for old, new in names.items()}
+    return TranslatedFusion(_rename(state, new_names, "feature_fusion"), mixer, options, [])
 
 
-def check_fusion(kind: str | None, encoders: int) -> None:
-    """Raise CheckpointError for a feature_fusion that is not known, or does not suit so many encoders."""
-    if kind != "cross_attention_avg_lq" and kind not in FUSIONS:
-        known = ["cross_attention_avg_lq", *map(str, FUSIONS)]
-        raise CheckpointError(f"feature_fusion {kind!r} is not known. There are: {', '.join(known)}.")
-    if kind in (None, "first") and encoders > 1:
-        raise CheckpointError(
-            f"feature_fusion {kind!r} with {encoders} encoders: the release then uses the first one "
-            "alone, or fails. Such a model is not converted."
-        )
-
-
-# feature_fusion → our mixer, its options, and its tensors under both names
-FUSIONS: dict[str | None, tuple[str, dict[str, Any], dict[str, str]]] = {
+# feature_fusion of the release → mixer of merv, its options, and its tensors: name in the release → in merv
+MIXERS: dict[str | None, tuple[str, dict[str, Any], dict[str, str]]] = {
     None: ("mean", {}, {}),
     "first": ("mean", {}, {}),
     "concat": ("concat", {}, {}),
@@ -218,51 +224,70 @@ FUSIONS: dict[str | None, tuple[str, dict[str, Any], dict[str, str]]] = {
 }
 
 
-def _gate(state: Mapping[str, Tensor]) -> Translated:
-    """The learned query and its attention: what acts on the weights is kept, the rest is left out by name."""
+def _check_fusion(kind: str | None, num_encoders: int) -> None:
+    """Raise CheckpointError for a feature_fusion that is unknown or cannot have this many encoders."""
+    if kind != GATE and kind not in MIXERS:
+        raise CheckpointError(
+            f"Unsupported feature_fusion {kind!r}. Available: {', '.join([GATE, *map(str, MIXERS)])}."
+        )
+    if kind in (None, "first") and num_encoders > 1:
+        raise CheckpointError(
+            f"Unsupported feature_fusion {kind!r} with {num_encoders} encoders: the release then uses only "
+            "the first encoder, or fails."
+        )
+
+
+def _translate_gate(state: Mapping[str, Tensor]) -> TranslatedFusion:
+    """Translate the learned query and its attention, without tensors that do not affect the tokens."""
     state, hidden = dict(state), state["Q"].shape[1] if "Q" in state else 0
-    if "attention.in_proj_weight" in state:  # what torch keeps where hidden and the LLM are equally wide
+    if "attention.in_proj_weight" in state:  # packed by torch if hidden is the LLM's dimension
         names = [f"attention.{part}_proj_weight" for part in "qkv"]
         state.update(zip(names, state.pop("attention.in_proj_weight").chunk(3), strict=True))
-    wanted = {
+    new_names = {
         "Q": "mixer.query",
         "attention.q_proj_weight": "mixer.to_query.weight",
         "attention.in_proj_bias": "mixer.to_query.bias",
         "attention.k_proj_weight": "mixer.to_key.weight",
     }
-    dead = ["attention.v_proj_weight", "attention.out_proj.weight", "attention.out_proj.bias"]
-    _all_there(state, [*wanted, *dead], "feature_fusion")
-    ours = {new: state[old] for old, new in wanted.items()}
-    ours["mixer.to_query.bias"] = ours["mixer.to_query.bias"][:hidden]
-    left_out = [f"feature_fusion.{name}: acts on nothing that is used" for name in dead]
+    unused = ["attention.v_proj_weight", "attention.out_proj.weight", "attention.out_proj.bias"]
+    _check_names(state, [*new_names, *unused], "feature_fusion")
+    translated = {new: state[old] for old, new in new_names.items()}
+    translated["mixer.to_query.bias"] = translated["mixer.to_query.bias"][:hidden]
+    left_out = [f"feature_fusion.{name}: its output is not used" for name in unused]
     left_out.append(
-        "feature_fusion.attention.in_proj_bias, its parts for keys and values: the former cancel in the "
-        "softmax, the latter act on nothing that is used"
+        "feature_fusion.attention.in_proj_bias, its parts for keys and values: the part for keys cancels in "
+        "the softmax, the output of the part for values is not used"
     )
-    return Translated(ours, "gate", {"hidden": hidden}, left_out)
+    return TranslatedFusion(translated, "gate", {"hidden": hidden}, left_out)
 
 
-def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str], what: str) -> dict[str, Tensor]:
-    _all_there(state, names, what)
+def _rename(state: Mapping[str, Tensor], names: Mapping[str, str], part: str) -> dict[str, Tensor]:
+    _check_names(state, names, part)
     return {new: state[old] for old, new in names.items()}
 
 
-def _all_there(state: Iterable[str], wanted: Iterable[str], what: str) -> None:
-    """Raise CheckpointError unless exactly the `wanted` keys are in `state`."""
-    state, wanted = list(state), list(wanted)
-    faults = {
-        "missing": [key for key in wanted if key not in state],
-        "not known": [key for key in state if key not in wanted],
-    }
-    if any(faults.values()):
-        said = "; ".join(f"{few(keys)} {fault}" for fault, keys in faults.items() if keys)
-        raise CheckpointError(f"{what} is not as this config describes it: {said}.")
+def _check_names(state: Iterable[str], expected: Iterable[str], part: str) -> None:
+    """Raise CheckpointError unless `state` has exactly the expected names."""
+    state, expected = list(state), list(expected)
+    faults = list_faults(
+        {
+            "missing": [name for name in expected if name not in state],
+            "unknown": [name for name in state if name not in expected],
+        }
+    )
+    if faults:
+        raise CheckpointError(f"The tensors of {part} do not fit config.json: {faults}.")
 
 
-def few(names: Iterable[str], most: int = 6) -> str:
-    """The first of some names, for messages."""
+def list_faults(faults: Mapping[str, Sequence[str]]) -> str:
+    """List the names of each fault, for messages; empty without names."""
+    return "; ".join(f"{fault} {few(names)}" for fault, names in faults.items() if names)
+
+
+def few(names: Iterable[str], limit: int = 6) -> str:
+    """List the first names, for messages."""
     names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 # Language models ----------------------------------------------------------------------------
@@ -270,14 +295,21 @@ def few(names: Iterable[str], most: int = 6) -> str:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A language model of the release: hub id, whether it got a <PAD>, chat template (None: plain)."""
+    """A language model of the release.
+
+    Attributes:
+        source: Hub id.
+        adds_pad_token: Whether the release adds a <PAD> token.
+        chat_template: Chat template that gives the prompt of the release; None for the plain format.
+    """
 
     source: str
-    grows: bool = True
-    template: str | None = None
+    adds_pad_token: bool = True
+    chat_template: str | None = None
 
 
-PAD, MULTIPLE = "<PAD>", 64  # the token that is added, and what the vocabulary is then filled up to
+PAD = "<PAD>"
+VOCABULARY_MULTIPLE = 64  # with a <PAD>, the release pads the vocabulary to a multiple of this
 
 _ASSISTANT = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the "
@@ -290,9 +322,9 @@ _POLITE = (
 
 
 def _template(system: str, first: str, user: str, assistant: str) -> str:
-    """A chat template of the release's prompt: BOS, all visual tokens, `first`, then the turns.
+    """Return a chat template of the release's prompt: BOS, all visual tokens, `first`, then the turns.
 
-    In `first`, `system` is what a system turn says, or the release's own words.
+    In `first`, the variable `system` is the content of a system turn, or else the release's default.
     """
     return (
         f"{{%- set visual = '{VISUAL}' %}}{{{{- bos_token or '' }}}}"
@@ -310,7 +342,7 @@ VICUNA = _template(_POLITE, "system + ' '", "'USER: ' + text + ' ASSISTANT:'", "
 LLAMA2_CHAT = _template(
     _ASSISTANT,
     "''",
-    # One > is missing in the release too.
+    # The release has this typo, too: one > is missing.
     "('' if start else bos_token) + '[INST] ' + ('<<SYS>\\n' + system + '\\n<</SYS>>\\n\\n' if start else '')"
     " + text + ' [/INST]'",
     "' ' + text + eos_token",
@@ -331,13 +363,13 @@ QWEN25 = _template(
 LLMS = {
     "llama2-7b-pure": LanguageModel("meta-llama/Llama-2-7b-hf"),
     "llama2-13b-pure": LanguageModel("meta-llama/Llama-2-13b-hf"),
-    "llama2-7b-chat": LanguageModel("meta-llama/Llama-2-7b-chat-hf", template=LLAMA2_CHAT),
-    "llama2-13b-chat": LanguageModel("meta-llama/Llama-2-13b-chat-hf", template=LLAMA2_CHAT),
-    "vicuna-v15-7b": LanguageModel("lmsys/vicuna-7b-v1.5", template=VICUNA),
-    "vicuna-v15-13b": LanguageModel("lmsys/vicuna-13b-v1.5", template=VICUNA),
+    "llama2-7b-chat": LanguageModel("meta-llama/Llama-2-7b-chat-hf", chat_template=LLAMA2_CHAT),
+    "llama2-13b-chat": LanguageModel("meta-llama/Llama-2-13b-chat-hf", chat_template=LLAMA2_CHAT),
+    "vicuna-v15-7b": LanguageModel("lmsys/vicuna-7b-v1.5", chat_template=VICUNA),
+    "vicuna-v15-13b": LanguageModel("lmsys/vicuna-13b-v1.5", chat_template=VICUNA),
     "llama3.1-8b-chat": LanguageModel("meta-llama/Meta-Llama-3.1-8B-Instruct", False, LLAMA31),
     "qwen2.5-7b-instruct": LanguageModel("Qwen/Qwen2.5-7B-Instruct", False, QWEN25),
     "qwen2.5-3b-instruct": LanguageModel("Qwen/Qwen2.5-3B-Instruct", False, QWEN25),
 }
-_NO_END = " It was trained to end answers with the letters </s>, which end nothing for its tokenizer."
-REFUSED = {"llama3-8b-pure": _NO_END, "llama3-8b-chat": _NO_END}
+_NO_END = " It was trained to end answers with the text </s>, which is not the end token of its tokenizer."
+UNSUPPORTED_LLMS = {"llama3-8b-pure": _NO_END, "llama3-8b-chat": _NO_END}

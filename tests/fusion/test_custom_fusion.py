@@ -115,7 +115,7 @@ def test_custom_mixer_and_projector_are_planned_trained_saved_loaded_and_asked(e
     assert not set(MODULES) & set(sys.modules)
     trusted = ["--trust", "perceiver:Perceiver", "--trust", "gated:Gated"]
     assert main(["ask", *asked, *trusted, "--weights"]) == 0
-    assert "this mixer has none" in capsys.readouterr().out
+    assert "weights: none" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

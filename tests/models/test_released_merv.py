@@ -1,4 +1,4 @@
-"""The released MERV's configurations, mixers and prompts, under our names."""
+"""Configurations, mixers and prompts of the released MERV, translated to merv."""
 
 import pytest
 import torch
@@ -6,11 +6,11 @@ from official import config_of
 
 from merv.fusion.registry import create_mixer
 from merv.models.chat import VISUAL, render, user_message
-from merv.models.released_merv import LLMS, Released, read_config, translate_fusion
+from merv.models.released_merv import LLMS, ReleasedConfig, read_config, translate_fusion
 from merv.testing import tiny_llm
 
 
-def test_the_default_configuration_of_the_release_is_that_of_the_paper():
+def test_default_configuration_of_the_release_is_translated():
     released = config_of(
         [
             "languagebind-video-noclass",
@@ -30,8 +30,10 @@ def test_the_default_configuration_of_the_release_is_that_of_the_paper():
         "siglip": "siglip/base",
     }
     frames = {"languagebind": 16, "dinov2": 16, "vivit": 32, "siglip": 16}
-    wanted = Released(encoders, frames, (16, 8, 8), 32, "linear", "cross_attention_avg_lq", "llama2-7b-pure")
-    assert read_config(released) == wanted
+    expected = ReleasedConfig(
+        encoders, frames, (16, 8, 8), 32, "linear", "cross_attention_avg_lq", "llama2-7b-pure"
+    )
+    assert read_config(released) == expected
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,7 @@ def test_the_default_configuration_of_the_release_is_that_of_the_paper():
         ("3davg+frame4+linear", 4, "linear"),
     ],
 )
-def test_architectures_of_the_release_that_have_an_equal_here(specifier, steps, projector):
+def test_architectures_of_the_release_are_translated(specifier, steps, projector):
     released = read_config(config_of(["fake"], [16], steps, arch_specifier=specifier))
     assert (released.grid, released.projector) == ((steps, 2, 2), projector)
 
@@ -60,12 +62,12 @@ def test_architectures_of_the_release_that_have_an_equal_here(specifier, steps, 
         ),
     ],
 )
-def test_other_mixers_of_the_release_fit_ours(kind, names, mixer):
-    encoders = 1 if kind is None else 2
-    translated = translate_fusion(kind, {name: torch.ones(1) for name in names}, encoders)
-    own = create_mixer(mixer, 8, encoders, **translated.options).state_dict()
+def test_other_mixers_of_the_release_are_translated(kind, names, mixer):
+    num_encoders = 1 if kind is None else 2
+    translated = translate_fusion(kind, {name: torch.ones(1) for name in names})
+    state = create_mixer(mixer, 8, num_encoders, **translated.options).state_dict()
     assert translated.mixer == mixer
-    assert {f"mixer.{name}" for name in own} == set(translated.state)
+    assert {f"mixer.{name}" for name in state} == set(translated.state)
 
 
 SEEING = (
@@ -79,7 +81,7 @@ POLITE = (
 
 
 @pytest.mark.parametrize(
-    ("name", "first", "more"),
+    ("name", "question", "follow_up"),
     [
         ("vicuna-v15-7b", POLITE + " USER: Why? ASSISTANT:", " So.</s>USER: And? ASSISTANT:"),
         (
@@ -101,14 +103,17 @@ POLITE = (
         ),
     ],
 )
-def test_chat_models_get_the_prompt_of_the_release_with_videos_right_after_bos(name, first, more):
+def test_chat_models_have_the_prompt_of_the_release_with_videos_after_bos(name, question, follow_up):
     _, tokenizer = tiny_llm(bos="qwen" not in name)
-    tokenizer.chat_template = LLMS[name].template
+    tokenizer.chat_template = LLMS[name].chat_template
     bos = tokenizer.bos_token or ""
-    for talk, wanted in [
-        (user_message("Why?", "clip"), first),
-        ([*user_message("Why?", "clip", answer="So."), {"role": "user", "content": "And?"}], first + more),
+    for conversation, expected in [
+        (user_message("Why?", "clip"), question),
+        (
+            [*user_message("Why?", "clip", answer="So."), {"role": "user", "content": "And?"}],
+            question + follow_up,
+        ),
     ]:
-        pieces = render(talk, tokenizer).pieces
-        said = "".join(tokenizer.decode(piece) if isinstance(piece, list) else VISUAL for piece in pieces)
-        assert said == bos + VISUAL + wanted
+        pieces = render(conversation, tokenizer).pieces
+        text = "".join(tokenizer.decode(piece) if isinstance(piece, list) else VISUAL for piece in pieces)
+        assert text == bos + VISUAL + expected
