@@ -1,12 +1,12 @@
-"""What converting a released checkpoint takes: memory and time, for files of several sizes.
+"""Measure memory and time of converting a released checkpoint, for files of several sizes.
 
     python benchmarks/convert/memory.py [GIGABYTES ...]
 
-Checkpoints in the official layout, as tests/official.py writes them: two tiny encoders, the released mixer of
-3072, a random Llama in fp32 of as many layers as the size wants. Each is converted in a process of its own.
-Peak memory is the kernel's VmHWM, less what the process holds once everything is imported. It counts those
-pages of the mapped file that are in use, which the kernel can take back; "anonymous" is the most without,
-looked at every 5 ms.
+The checkpoints have the format of the release and are written by tests/official.py: two tiny encoders, the
+released mixer with 3072 hidden dimensions, and a random Llama in fp32 with enough layers for the size. Each
+is converted in a separate process. Peak memory is the kernel's VmHWM minus the memory of the process after
+all imports. It includes the pages of the mapped file that are in use, which the kernel can reclaim.
+"Anonymous" is the peak without these pages, sampled every 5 ms.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ sys.path.append(str(Path(__file__).parent.parent.parent / "tests"))
 from official import Official, config_of, write
 
 MB = 2**20
-LAYER = 4 * 1024**2 + 3 * 1024 * 4096  # parameters of one
+LAYER = 4 * 1024**2 + 3 * 1024 * 4096  # parameters per layer
 
 
 def make(folder: Path, size: float) -> Path:
-    """A checkpoint of about `size` GB, and the folder `base` of its language model's config and tokenizer."""
+    """Write a checkpoint of about `size` GB, and its language model's config and tokenizer to `base`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from merv.testing import tiny_llm
@@ -51,18 +51,18 @@ def make(folder: Path, size: float) -> Path:
 
 
 def status(key: str) -> float:
-    """A line of /proc/self/status in MB."""
+    """Return a value of /proc/self/status in MB."""
     return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
 
 
 def child(folder: Path) -> None:
-    """Convert, and print what it took as JSON."""
+    """Convert and print memory and time as JSON."""
     from merv.models.convert_released_merv import convert
 
-    tiny = make(folder / "tiny", 0.001)  # once before, for all that is imported on the way
+    tiny = make(folder / "tiny", 0.001)  # imports everything that is needed
     convert(tiny, folder / "tiny" / "config.json", folder / "tiny_out", llm=folder / "tiny" / "base")
     before, anonymous, peak, done = status("VmRSS"), status("RssAnon"), [0.0], threading.Event()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 
     def watch() -> None:
         while not done.wait(0.005):
@@ -72,10 +72,12 @@ def child(folder: Path) -> None:
     watcher.start()
     start = time.perf_counter()
     convert(folder / "latest-checkpoint.pt", folder / "config.json", folder / "out", llm=folder / "base")
-    took = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     done.set()
     watcher.join()
-    print(json.dumps({"peak": status("VmHWM") - before, "anonymous": peak[0] - anonymous, "seconds": took}))
+    print(
+        json.dumps({"peak": status("VmHWM") - before, "anonymous": peak[0] - anonymous, "seconds": seconds})
+    )
 
 
 def main(sizes: list[float]) -> None:
@@ -88,11 +90,11 @@ def main(sizes: list[float]) -> None:
             done = subprocess.run(
                 [sys.executable, __file__, "--child", name], capture_output=True, text=True, check=True
             )
-            took = json.loads(done.stdout.splitlines()[-1])
+            result = json.loads(done.stdout.splitlines()[-1])
             written = sum(path.stat().st_size for path in (folder / "out").rglob("*") if path.is_file())
             print(
-                f"{file.stat().st_size / MB:8.0f}   {written / MB:11.0f}   {took['peak']:32.0f}   "
-                f"{took['anonymous']:19.0f}   {took['seconds']:7.1f}",
+                f"{file.stat().st_size / MB:8.0f}   {written / MB:11.0f}   {result['peak']:32.0f}   "
+                f"{result['anonymous']:19.0f}   {result['seconds']:7.1f}",
                 flush=True,
             )
 

@@ -1,13 +1,13 @@
-"""A linear read-out: what a linear map can tell of a clip from its fused tokens.
+"""A linear read-out: answer questions about a clip from its fused tokens with a linear map.
 
-Fusion and read-out are trained together with cross-entropy, on the same questions as the language
-model. All of the answer comes from one Linear over the tokens of a clip, side by side in time:
+Fusion and read-out are trained together with cross-entropy, on the same questions as the language model. One
+Linear maps the concatenated tokens of a clip to the outputs:
 
     first, last     one logit per thing
-    count           one per number
-    present         two per thing, those of the thing that is asked for
-    when            three per thing: start, middle, end
-    order           one per thing, how early it is; of two things the larger comes first
+    count           one logit per number
+    present         two logits per thing: yes, no
+    when            three logits per thing: start, middle, end
+    order           one score per thing; the thing with the larger score comes first
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from merv.fusion.fusion import Fusion
 from merv.training.module import warm_up_and_cosine
 from merv.types import Grid
 
-PLACES = ("start", "middle", "end")
+WHEN = ("start", "middle", "end")
 
 
 class Answers:
-    """Questions as choices between outputs of the read-out.
+    """Express questions as choices between outputs of the read-out.
 
-    things: all names that can be asked for. outputs: how many numbers the read-out makes.
+    things: All names that occur in questions and answers. outputs: Number of outputs of the read-out.
     """
 
     def __init__(self, things: Sequence[str]) -> None:
@@ -44,7 +44,7 @@ class Answers:
             self.start[kind], self.outputs = self.outputs, self.outputs + size
 
     def of(self, kind: str, question: str, answer: str) -> tuple[list[int], int]:
-        """The outputs to choose from, and which of them is right."""
+        """Return the outputs to choose from, and the index of the right one."""
         named = [self.things[word] for word in re.findall(r"\w+", question) if word in self.things]
         start = self.start[kind]
         if kind in ("first", "last"):
@@ -55,41 +55,41 @@ class Answers:
             return [start + named[0], start + named[1]], ("yes", "no").index(answer)
         if kind == "present":
             return [start + 2 * named[0], start + 2 * named[0] + 1], ("yes", "no").index(answer)
-        return [start + 3 * named[0] + i for i in range(3)], PLACES.index(answer)
+        return [start + 3 * named[0] + i for i in range(3)], WHEN.index(answer)
 
 
-class Asked:
+class Questions:
     """All questions about a list of clips, as tensors."""
 
     def __init__(self, samples: Sequence[Sample], answers: Answers) -> None:
         clips, choices, right = [], [], []
         for clip, sample in enumerate(samples):
             for kind, (question, answer) in zip(sample.kinds, texts(sample), strict=True):
-                among, which = answers.of(kind, question, answer)
+                outputs, index = answers.of(kind, question, answer)
                 clips.append(clip)
-                choices.append(torch.tensor(among))
-                right.append(which)
+                choices.append(torch.tensor(outputs))
+                right.append(index)
         self.clip, self.right = torch.tensor(clips), torch.tensor(right)
         self.choices = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-1)
 
     def logits(self, outputs: Tensor, rows: Tensor) -> Tensor:
-        """Of the questions `rows` [Q], from outputs [Q, O]: [Q, most choices]."""
+        """Return logits [Q, choices] of the questions `rows` [Q], given the outputs [Q, O]."""
         choices = self.choices[rows]
         return outputs.gather(1, choices.clamp(min=0)).masked_fill(choices < 0, -1e9)
 
 
 def texts(sample: Sample) -> list[tuple[str, str]]:
-    """(question, answer) of each conversation of a sample."""
+    """Return (question, answer) of each conversation of a sample."""
     return [
-        (next(part["text"] for part in talk[0]["content"] if part["type"] == "text"), talk[-1]["content"])
-        for talk in sample.conversations
+        (next(part["text"] for part in c[0]["content"] if part["type"] == "text"), c[-1]["content"])
+        for c in sample.conversations
     ]
 
 
 def read_out(
     fusion: Fusion,
-    train: tuple[Mapping[str, Grid], Asked],
-    tests: Mapping[str, tuple[Mapping[str, Grid], Asked]],
+    train: tuple[Mapping[str, Grid], Questions],
+    tests: Mapping[str, tuple[Mapping[str, Grid], Questions]],
     outputs: int,
     *,
     steps: int,
@@ -97,30 +97,30 @@ def read_out(
     lr: float,
     seed: int,
 ) -> dict[str, list[bool]]:
-    """Train fusion and read-out on `train`; for each of `tests`, which questions it gets right."""
-    grids, asked = train
+    """Train fusion and read-out on `train`; return for each of `tests` which answers are right."""
+    grids, questions = train
     torch.manual_seed(seed)
     fusion.scale_to(1.0)
-    clips = int(asked.clip.max()) + 1
-    cells = fusion(_some(grids, torch.arange(1))).tokens.shape[1]
+    clips = int(questions.clip.max()) + 1
+    cells = fusion(_select(grids, torch.arange(1))).tokens.shape[1]
     head = nn.Linear(cells * fusion.output_dim, outputs)
     nn.init.zeros_(head.weight)
-    own = [{"params": fusion.parameters(), "lr": lr}, {"params": head.parameters(), "lr": lr / 10}]
-    optimizer = torch.optim.AdamW(own, weight_decay=0.01)
+    groups = [{"params": fusion.parameters(), "lr": lr}, {"params": head.parameters(), "lr": lr / 10}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warm_up_and_cosine(step, warm=steps // 20, steps=steps)
     )
-    by_clip = [(asked.clip == clip).nonzero()[:, 0] for clip in range(clips)]
+    by_clip = [(questions.clip == clip).nonzero()[:, 0] for clip in range(clips)]
     order = torch.empty(0, dtype=torch.long)
     fusion.train()
     for _ in range(steps):
         if len(order) < batch:
             order = torch.randperm(clips)
         chosen, order = order[:batch], order[batch:]
-        questions = torch.cat([by_clip[clip] for clip in chosen.tolist()])
-        place = torch.cat([torch.full_like(by_clip[c], i) for i, c in enumerate(chosen.tolist())])
-        out = head(fusion(_some(grids, chosen)).tokens.flatten(1))[place]
-        loss = F.cross_entropy(asked.logits(out, questions), asked.right[questions])
+        selected = torch.cat([by_clip[clip] for clip in chosen.tolist()])
+        rows = torch.cat([torch.full_like(by_clip[c], i) for i, c in enumerate(chosen.tolist())])
+        out = head(fusion(_select(grids, chosen)).tokens.flatten(1))[rows]
+        loss = F.cross_entropy(questions.logits(out, selected), questions.right[selected])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -130,13 +130,13 @@ def read_out(
 
 
 @torch.no_grad()
-def _right(fusion: Fusion, head: nn.Linear, grids: Mapping[str, Grid], asked: Asked) -> list[bool]:
-    out = head(fusion(grids).tokens.flatten(1))[asked.clip]
-    everything = torch.arange(len(asked.clip))
-    return (asked.logits(out, everything).argmax(dim=1) == asked.right).tolist()
+def _right(fusion: Fusion, head: nn.Linear, grids: Mapping[str, Grid], questions: Questions) -> list[bool]:
+    out = head(fusion(grids).tokens.flatten(1))[questions.clip]
+    all_questions = torch.arange(len(questions.clip))
+    return (questions.logits(out, all_questions).argmax(dim=1) == questions.right).tolist()
 
 
-def _some(grids: Mapping[str, Grid], clips: Tensor) -> dict[str, Grid]:
+def _select(grids: Mapping[str, Grid], clips: Tensor) -> dict[str, Grid]:
     return {
         name: Grid(grid.values[clips], grid.times_s[clips], grid.extent[clips], grid.mask[clips])
         for name, grid in grids.items()

@@ -1,4 +1,4 @@
-"""The fusion study's table, numbers and picture, from the kept results of its runs."""
+"""Tables, numbers and picture of the fusion study, from the saved results of its runs."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ TITLES = {"readout": "Linear read-out of the tokens", "llm": "Answers of SmolLM2
 
 
 def report(out: Path, test: Sequence[Sample], arms: Sequence[str]) -> None:
-    """Print the tables; write them, fusion.json and fusion.png into `out`."""
+    """Print the tables; write fusion.md, fusion.json and fusion.png to `out`."""
     kinds = np.array([kind for sample in test for kind in sample.kinds])
     clip = np.array([i for i, sample in enumerate(test) for _ in sample.kinds])
-    found: dict[str, Any] = {"machine": machine(), "clips": len(test), "questions": len(kinds)}
+    results: dict[str, Any] = {"machine": machine(), "clips": len(test), "questions": len(kinds)}
     for measure in TITLES:
         runs = load(out / measure, arms)
         if runs:
-            found[measure] = {
+            results[measure] = {
                 "accuracy": {row: by_kind(right, kinds) for row, right in runs.items()},
                 "differences": differences(runs, clip),
             }
-    spent = [json.loads(path.read_text()) for path in (*out.glob("clips.json"), *out.glob("*/* *.json"))]
-    found["hours"] = round(sum(one["seconds"] for one in spent) / 3600, 2)
-    found["core_hours"] = round(sum(one["core_seconds"] for one in spent) / 3600, 2)
-    (out / "fusion.json").write_text(json.dumps(found, indent=1) + "\n")
-    (out / "fusion.md").write_text(markdown(found))
-    print(markdown(found))
-    draw(found, out / "fusion.png")
+    times = [json.loads(path.read_text()) for path in (*out.glob("clips.json"), *out.glob("*/* *.json"))]
+    results["hours"] = round(sum(run["seconds"] for run in times) / 3600, 2)
+    results["core_hours"] = round(sum(run["core_seconds"] for run in times) / 3600, 2)
+    (out / "fusion.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "fusion.md").write_text(markdown(results))
+    print(markdown(results))
+    draw(results, out / "fusion.png")
 
 
 def load(folder: Path, arms: Sequence[str]) -> dict[str, np.ndarray]:
-    """Row of the table → [seeds, questions], 1 where right."""
+    """Return row of the table → [seeds, questions], 1 for a right answer."""
     rows: dict[str, np.ndarray] = {}
     for arm in arms:
         runs = [json.loads(path.read_text())["right"] for path in sorted(folder.glob(f"{arm} *.json"))]
@@ -48,14 +48,14 @@ def load(folder: Path, arms: Sequence[str]) -> dict[str, np.ndarray]:
             continue
         rows[arm] = np.array([run["video"] for run in runs], dtype=float)
         if arm == "cross_attention":
-            others = {"shuffled": "frames shuffled", "blind": "asked without video"}
-            for way in (way for way in others if way in runs[0]):
-                rows[f"{arm}, {others[way]}"] = np.array([run[way] for run in runs], dtype=float)
+            labels = {"shuffled": "frames shuffled", "blind": "asked without video"}
+            for condition in (name for name in labels if name in runs[0]):
+                rows[f"{arm}, {labels[condition]}"] = np.array([run[condition] for run in runs], dtype=float)
     return rows
 
 
 def by_kind(right: np.ndarray, kinds: np.ndarray) -> dict[str, Any]:
-    """Per cent right of each kind and of all, and of all by seed."""
+    """Return the percentage of right answers by kind, for all, and for all by seed."""
     of_kinds = {kind: round(100 * right[:, kinds == kind].mean(), 1) for kind in KINDS}
     return {
         **of_kinds,
@@ -65,7 +65,7 @@ def by_kind(right: np.ndarray, kinds: np.ndarray) -> dict[str, Any]:
 
 
 def differences(runs: dict[str, np.ndarray], clip: np.ndarray) -> dict[str, dict[str, Any]]:
-    """The best fused arm against the best single one and against no video: points, 95 % interval."""
+    """Compare the best fused arm with the best single one and others: percentage points, 95 % interval."""
     mean = {name: right.mean() for name, right in runs.items()}
     fused = max((name for name in FUSED if name in mean), key=mean.__getitem__, default=None)
     single = max((name for name in SINGLE if name in mean), key=mean.__getitem__, default=None)
@@ -78,7 +78,7 @@ def differences(runs: dict[str, np.ndarray], clip: np.ndarray) -> dict[str, dict
 
 
 def interval(one: np.ndarray, other: np.ndarray, clip: np.ndarray, draws: int = 10_000) -> dict[str, Any]:
-    """Difference in points and its 95 % interval: bootstrap over clips and over seeds, paired."""
+    """Return the difference in points and its 95 % interval, by a paired bootstrap over clips and seeds."""
     both = min(len(one), len(other))
     count = np.bincount(clip)
     won = np.stack([np.bincount(clip, weights=one[s] - other[s]) for s in range(both)])  # [seeds, clips]
@@ -94,47 +94,47 @@ def interval(one: np.ndarray, other: np.ndarray, clip: np.ndarray, draws: int = 
     }
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """A table a measure, the differences under it."""
+def markdown(results: dict[str, Any]) -> str:
+    """Return one table per measure, followed by the differences."""
     lines = []
     for measure, title in TITLES.items():
-        if measure not in found:
+        if measure not in results:
             continue
         lines += [f"**{title}**, % right", "", f"| arm | {' | '.join(KINDS)} | all | all, by seed |"]
         lines.append("|---|" + "---:|" * (len(KINDS) + 1) + "---|")
-        for arm, row in found[measure]["accuracy"].items():
+        for arm, row in results[measure]["accuracy"].items():
             cells = [f"{row[column]:.1f}" for column in (*KINDS, "all")]
             lines.append(f"| {arm} | {' | '.join(cells)} | {', '.join(map(str, row['seeds']))} |")
         lines += ["", "| difference | points | 95 % interval |", "|---|---:|---|"]
-        for name, one in found[measure]["differences"].items():
-            low, high = one["interval"]
-            lines.append(f"| {name} | {one['points']:+.1f} | {low:+.1f} to {high:+.1f} |")
+        for name, difference in results[measure]["differences"].items():
+            low, high = difference["interval"]
+            lines.append(f"| {name} | {difference['points']:+.1f} | {low:+.1f} to {high:+.1f} |")
         lines.append("")
-    asked = f"{found['questions']} questions about {found['clips']} held-out clips"
-    lines.append(f"{asked}; {found['core_hours']} core hours on {found['machine']}.")
+    asked = f"{results['questions']} questions about {results['clips']} held-out clips"
+    lines.append(f"{asked}; {results['core_hours']} core hours on {results['machine']}.")
     return "\n".join(lines) + "\n"
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """A panel a measure: arms by kinds of question, colored by accuracy."""
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw one panel per measure: arms by kinds of question, colored by accuracy."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    measures = [measure for measure in TITLES if measure in found]
-    tall = [len(found[measure]["accuracy"]) for measure in measures]
+    measures = [measure for measure in TITLES if measure in results]
+    heights = [len(results[measure]["accuracy"]) for measure in measures]
     figure, panels = plt.subplots(
         len(measures),
         1,
-        figsize=(8, 1.3 * len(measures) + 0.36 * sum(tall)),
-        height_ratios=tall,
+        figsize=(8, 1.3 * len(measures) + 0.36 * sum(heights)),
+        height_ratios=heights,
         squeeze=False,
         layout="constrained",
     )
     columns = (*KINDS, "all")
     for measure, panel in zip(measures, panels[:, 0], strict=True):
-        accuracy = found[measure]["accuracy"]
+        accuracy = results[measure]["accuracy"]
         values = np.array([[row[column] for column in columns] for row in accuracy.values()])
         panel.imshow(values, cmap="YlGnBu", vmin=0, vmax=130, aspect="auto")
         panel.set_xticks(range(len(columns)), columns)
