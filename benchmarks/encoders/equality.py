@@ -1,13 +1,13 @@
-"""Do merv's encoders equal those of the libraries that their weights come from, from raw frames to tokens?
+"""Compare merv's encoders with the libraries that their weights come from, from raw frames to tokens.
 
     python benchmarks/encoders/equality.py [NAME ...] [--python NAME=PATH ...] [--write] [--compile]
         [--depth 4] [--threads 1]
 
-NAME is a file of benchmarks/encoders/references; all of them unless said. Each is run in a process of its
-own, by the Python named for it (LanguageBind's library wants an older transformers than merv has). It
-writes random weights in the layout of the hub, and what their model makes of a moving picture of 320×240.
-merv's encoder gets the same folder and the same raw frames. --write puts the rows into the table of
-docs/encoders.md, where rows that were not made anew keep their date.
+NAME is a file of benchmarks/encoders/references; the default is all of them. Each reference runs in its own
+process, with its own Python if --python names one (LanguageBind's library needs an older transformers than
+merv). The reference writes random weights in the layout of the hub, and the features of a synthetic 320×240
+video. merv's encoder gets the same folder and the same raw frames. --write puts the rows into the table of
+docs/encoders.md; rows that are not measured again keep their date.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ PAGE = HERE.parent.parent / "docs" / "encoders.md"
 BEGIN, END = "<!-- equality: begin -->", "<!-- equality: end -->"
 COLUMNS = (
     *("encoder", "weights", "preset", "reference", "blocks", "pixels"),
-    *("fp32", "fp32 / std", "bf16 / std", "theirs in bf16 / std", "as of"),
+    *("fp32", "fp32 / std", "bf16 / std", "library in bf16 / std", "measured with"),
 )
-BOUND = 1e-4  # of the largest difference in fp32
+BOUND = 1e-4  # for the maximum difference in fp32
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--write", action="store_true", help="put the rows into docs/encoders.md")
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile them too, and print what it changes"
+        "--compile", action="store_true", help="also run with torch.compile, and print the difference"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -61,7 +61,7 @@ def main() -> None:
     print(line(COLUMNS))
     for name in names:
         if name not in pythons and not installed(name):
-            print(f"{name}: its library is not installed here; pass --python {name}=PATH of one that has it")
+            print(f"{name}: its library is not installed. Pass --python {name}=PATH of a Python that has it.")
             continue
         with tempfile.TemporaryDirectory() as folder:
             run_reference(name, Path(folder), args.depth, pythons.get(name, sys.executable), args.threads)
@@ -85,7 +85,7 @@ def run_reference(name: str, folder: Path, depth: int, python: str, threads: int
 
 
 def ours(name: str, folder: Path, depth: int) -> tuple[Encoder, dict[str, Frames]]:
-    """merv's encoder with the weights in the folder, and the moving picture for it, by preset."""
+    """merv's encoder with the weights in the folder, and the preprocessed frames by preset."""
     reference = importlib.import_module(f"references.{name}")
     with reference.shrunk(Size(depth, reference.WIDTH)):
         encoder = create_encoder(reference.ENCODER, weights=str(folder / "hub"))
@@ -95,46 +95,46 @@ def ours(name: str, folder: Path, depth: int) -> tuple[Encoder, dict[str, Frames
 
 @torch.inference_mode()
 def compare(name: str, folder: Path, depth: int) -> dict[tuple[str, ...], str]:
-    """Rows of the table, one for each preset of the reference; prints them as they come."""
+    """Compute and print one row of the table for each preset of the reference."""
     library = importlib.import_module(f"references.{name}").LIBRARY
     with safe_open(folder / "theirs.safetensors", "pt") as file:
-        theirs, said = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        theirs, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     encoder, frames = ours(name, folder, depth)
     exact = {preset: encoder(prepared).values[0] for preset, prepared in frames.items()}
     encoder.bfloat16()
     rows = {}
     for preset, prepared in frames.items():
-        wanted = theirs[f"{preset}.tokens"]
-        fp32 = Difference.of(exact[preset], wanted)
-        key = (encoder.spec.name, encoder.spec.source, preset, f"{library} {said['version']}")
+        expected = theirs[f"{preset}.tokens"]
+        fp32 = Difference.of(exact[preset], expected)
+        key = (encoder.spec.name, encoder.spec.source, preset, f"{library} {metadata['version']}")
         figures = (
             str(depth),
-            f"{Difference.of(prepared.pixels[0], theirs[f'{preset}.pixels']).largest:.1g}",
+            f"{Difference.of(prepared.pixels[0], theirs[f'{preset}.pixels']).maximum:.1g}",
             fp32.absolute(),
             fp32.relative(),
-            Difference.of(encoder(prepared.to(torch.bfloat16)).values[0], wanted).relative(),
-            Difference.of(theirs[f"{preset}.tokens_bf16"], wanted).relative(),
+            Difference.of(encoder(prepared.to(torch.bfloat16)).values[0], expected).relative(),
+            Difference.of(theirs[f"{preset}.tokens_bf16"], expected).relative(),
             f"torch {torch.__version__.split('+')[0]}, {date.today()}",
         )
         rows[key] = line((*key, *figures))
         print(rows[key], flush=True)
-        if fp32.largest > BOUND:
+        if fp32.maximum > BOUND:
             print(f"  above {BOUND}")
     return rows
 
 
 @torch.no_grad()
 def compiled(name: str, folder: Path, depth: int) -> str:
-    """What torch.compile makes of `encode`, on one window of frames."""
+    """Compare torch.compile's `encode` with the plain one, on one window of frames."""
     encoder, frames = ours(name, folder, depth)
     pixels = frames["merv"].pixels[:, : max(encoder.spec.window_size, 2)]
-    quick = torch.compile(encoder.encode, fullgraph=True)
-    _, first_s = timed(lambda: quick(pixels))
-    values, quick_s = timed(lambda: quick(pixels))
+    compiled_encode = torch.compile(encoder.encode, fullgraph=True)
+    _, first_s = timed(lambda: compiled_encode(pixels))
+    values, compiled_s = timed(lambda: compiled_encode(pixels))
     plain, plain_s = timed(lambda: encoder.encode(pixels))
-    apart = Difference.of(values, plain).absolute()
-    seconds = f"{plain_s:.2f} s plain, {quick_s:.2f} s compiled, {first_s:.0f} s to compile"
-    return f"{name} compiled: {apart} from plain; {pixels.shape[1]} frames {seconds}"
+    difference = Difference.of(values, plain).absolute()
+    seconds = f"{plain_s:.2f} s plain, {compiled_s:.2f} s compiled, {first_s:.0f} s to compile"
+    return f"{name} compiled: {difference} from plain; {pixels.shape[1]} frames {seconds}"
 
 
 def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
@@ -144,24 +144,24 @@ def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Between two tensors: the largest and the mean, and the spread of the second."""
+    """Maximum and mean difference between two tensors, and the standard deviation of the second."""
 
-    largest: float
+    maximum: float
     mean: float
     std: float
 
     @classmethod
     def of(cls, ours: Tensor, theirs: Tensor) -> Difference:
         if ours.shape != theirs.shape:
-            raise SystemExit(f"ours are {list(ours.shape)}, theirs {list(theirs.shape)}")
-        apart = (ours.double() - theirs.double()).abs()
-        return cls(apart.max().item(), apart.mean().item(), theirs.double().std().item())
+            raise SystemExit(f"merv has shape {list(ours.shape)}, the library {list(theirs.shape)}")
+        difference = (ours.double() - theirs.double()).abs()
+        return cls(difference.max().item(), difference.mean().item(), theirs.double().std().item())
 
     def absolute(self) -> str:
-        return f"{self.largest:.1e}, {self.mean:.1e}"
+        return f"{self.maximum:.1e}, {self.mean:.1e}"
 
     def relative(self) -> str:
-        return f"{self.largest / self.std:.1e}, {self.mean / self.std:.1e}"
+        return f"{self.maximum / self.std:.1e}, {self.mean / self.std:.1e}"
 
 
 def line(cells: Sequence[str]) -> str:
@@ -169,13 +169,12 @@ def line(cells: Sequence[str]) -> str:
 
 
 def write(rows: dict[tuple[str, ...], str]) -> None:
-    """Put rows into the table of the page; those that were not made anew stay, with their date."""
+    """Put rows into the table of the page. Rows that were not measured again stay."""
     page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split(BEGIN)
     old, after = rest.split(END)
-    found = [row.strip("| ").split(" | ") for row in old.splitlines()[3:]]
-    kept = {tuple(row[:4]): line(row) for row in found}
-    table = {**kept, **rows}
+    old_rows = [row.strip("| ").split(" | ") for row in old.splitlines()[3:]]
+    table = {tuple(row[:4]): line(row) for row in old_rows} | rows
     lines = [line(COLUMNS), "|---" * len(COLUMNS) + "|", *(table[key] for key in sorted(table))]
     PAGE.write_text("\n".join([before + BEGIN, *lines, END + after]), encoding="utf-8")
 

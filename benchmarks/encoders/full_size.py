@@ -1,9 +1,9 @@
-"""The five encoders of MERV at full size: token shapes, parameters, seconds for one clip.
+"""Measure the five encoders of MERV at full size: token shapes, parameters, seconds for one clip.
 
     python benchmarks/encoders/full_size.py [NAME ...] [--weights FOLDER_OR_HUB_ID] [--threads N]
 
-Weights are random unless said otherwise: shapes and seconds do not depend on them. The clip is 32
-frames of noise of 320×240, of which each encoder gets as many as it wants, in its preset `merv`.
+Weights are random by default: shapes and seconds do not depend on them. The clip is 32 frames of 320×240
+noise. Each encoder gets the number of frames of its spec, with its preset `merv`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROW = "{:14} {:18} {:>20} {:>13} {:>9} {:>13} {:>9}"
 
 
 def main() -> None:
-    """Build, run and forget one encoder after the other, so that they fit into 8 GB."""
+    """Build, run and release one encoder after the other, so that 8 GB of memory suffice."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME")
     parser.add_argument("--weights")
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def measure(name: str, weights: str | None) -> str:
-    """One row of the table; fails where shape or size is not what the spec declares."""
+    """Compute one row of the table. Exit if shape or size is not what the spec declares."""
     torch.manual_seed(0)
     started = time.perf_counter()
     encoder = find_encoder(name)(weights=weights)

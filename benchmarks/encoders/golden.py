@@ -1,11 +1,11 @@
-"""Make the golden tensors of tests/golden: what small upstream networks give, stage by stage.
+"""Create the golden tensors of tests/golden: features of small upstream networks, stage by stage.
 
     python benchmarks/encoders/golden.py NAME ...
 
-NAME is a file of benchmarks/encoders/references. Run it with a Python that has the library of that reference;
-merv is not needed. Each file holds slices of the pixels of each preset, of what goes into the first block
-and of the tokens, and the names and shapes of the checkpoint, from which its numbers follow. In
-tests/encoding/test_golden.py merv's encoders are compared with them.
+NAME is a file of benchmarks/encoders/references. Run it with a Python that has the library of the reference;
+merv is not needed. Each file holds slices of the pixels, of the input of the first block and of the tokens,
+for each preset, and the names and shapes of the checkpoint, from which its weights are computed.
+tests/encoding/test_golden.py compares merv's encoders with them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIZE = Size(depth=3, width=128)
 
 
 def sliced(stage: str, whole: Tensor) -> Tensor:
-    """The few numbers that are kept of pixels [T, 3, H, W], embeddings [K, N, D] or tokens [t, h, w, D]."""
+    """The slice to store of pixels [T, 3, H, W], embeddings [K, N, D] or tokens [t, h, w, D]."""
     if stage.endswith("pixels"):
         return whole[::5, :, ::31, ::31]
     return whole[::5, ::5, ::5, ::16] if whole.ndim == 4 else whole[::5, ::41, ::16]
@@ -40,20 +40,20 @@ def main() -> None:
 
 
 def keep(name: str, folder: Path) -> Path:
-    """tests/golden/NAME.safetensors, of what `run` left in the folder."""
+    """Write tests/golden/NAME.safetensors from the files that `run` wrote into the folder."""
     stages = load_file(folder / "theirs.safetensors")
     kept = {stage: sliced(stage, t).contiguous() for stage, t in stages.items() if not stage.endswith("bf16")}
     (weights,) = (file for file in (folder / "hub").iterdir() if file.suffix in (".safetensors", ".bin"))
     shapes = {key: list(t.shape) for key, t in read(weights).items() if t.is_floating_point()}
     config = folder / "hub" / "config.json"
-    said = {
+    metadata = {
         "file": weights.name,
         "shapes": json.dumps(shapes),
         "config": config.read_text() if config.exists() else "null",
     }
     target = FOLDER / f"{name}.safetensors"
     target.parent.mkdir(exist_ok=True)
-    save_file(kept, target, said)
+    save_file(kept, target, metadata)
     return target
 
 

@@ -1,18 +1,18 @@
-"""What encoders are compared with: other people's models, fed by other people's preprocessing.
+"""References to compare encoders with: the models and preprocessing of other libraries.
 
-A file an encoder. It knows nothing of merv but in `shrunk`, and is run by `python -m references`, in a
-process of its own and, where need be, in an environment that has its library and no merv. It holds
+There is one file for each encoder. Only its function `shrunk` uses merv. `python -m references` runs it in
+its own process, if necessary in an environment that has the library and not merv. A file defines:
 
-    LIBRARY            the distribution that the model comes from
-    ENCODER            merv's encoder (and variant), as `merv.create_encoder` takes it
-    FRAMES, WIDTH      how many frames, and the width of the real network
-    BLOCKS             where the list of blocks is: in their model, and in `net` of merv's encoder
-    PRESETS            preset → a function of PIL images, which gives their pixels [T, 3, H, W]
-    publish(folder, size)     puts weights in `folder`, in the layout of the hub; gives their model with them
-    tokens(model, pixels)     [T, 3, H, W] → [t, h, w, D]: the ones that merv takes, out of the whole model
-    shrunk(size)              a context in which merv makes its own network of that size
+    LIBRARY                   the distribution of the model
+    ENCODER                   name of merv's encoder, with or without a variant, for `merv.create_encoder`
+    FRAMES, WIDTH             number of frames, and channels of the full-size network
+    BLOCKS                    path of the list of blocks in the library's model and in `net` of merv's encoder
+    PRESETS                   preset → a function that turns PIL images into pixels [T, 3, H, W]
+    publish(folder, size)     writes weights in the layout of the hub; returns the library's model with them
+    tokens(model, pixels)     [T, 3, H, W] → [t, h, w, D]: the features that merv uses
+    shrunk(size)              a context in which merv creates its network in this size
 
-See dinov2.py, the first of them.
+dinov2.py is a good example.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-GAINS = ("weight", "gamma", "lambda1")  # of norms and LayerScale: about 1
+GAINS = ("weight", "gamma", "lambda1")  # norms and LayerScale, whose values are about 1
 
 Transform = Callable[[Sequence[Image.Image]], Tensor]
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a network: how many blocks, how wide. Heads are 64 wide, as everywhere here."""
+    """Blocks and channels of a network. Every attention head has 64 channels."""
 
     depth: int
     width: int
@@ -47,20 +47,22 @@ class Size:
         return self.width // 64
 
 
-# The same on every machine and in every version of torch and numpy --------------------------------
+# Data that does not depend on the machine, torch and numpy -----------------------------------------
 
 
 def numbers(key: str, shape: Sequence[int]) -> Tensor:
-    """Evenly spread numbers of mean 0 and variance 1, others for each key."""
-    drawn = np.random.PCG64(zlib.crc32(key.encode())).random_raw(math.prod(shape))  # a stream that is fixed
+    """Uniformly distributed numbers with mean 0 and variance 1, different for each key."""
+    drawn = np.random.PCG64(zlib.crc32(key.encode())).random_raw(
+        math.prod(shape)
+    )  # this stream is stable across versions
     spread = (drawn >> np.uint64(40)) / 2**24 - 0.5
     return torch.from_numpy(spread * 12**0.5).float().reshape(tuple(shape))
 
 
 def weight(name: str, shape: Sequence[int]) -> Tensor:
-    """A weight that leaves its mark: LayerScale and gains about 1, position tables as large as patches.
+    """A weight that affects the output: LayerScale and gains about 1, positions as large as patches.
 
-    LayerScale as created, 1e-5, and positions over time as created, 0, would hide mistakes.
+    The initial values of LayerScale (1e-5) and of temporal positions (0) would hide mistakes.
     """
     spread = numbers(name, shape)
     if len(shape) < 2:
@@ -71,7 +73,7 @@ def weight(name: str, shape: Sequence[int]) -> Tensor:
 
 
 def moving_picture(frames: int, height: int = 240, width: int = 320) -> np.ndarray:
-    """uint8 RGB [T, H, W, 3]: a checkered disc crosses a colored slope, under a little grain."""
+    """A synthetic video, uint8 RGB [T, H, W, 3]: a checkered disc crosses a gradient, with some noise."""
     t = np.arange(frames)[:, None, None]
     y, x = np.arange(height)[None, :, None], np.arange(width)[None, None, :]
     slope = np.stack(
@@ -84,11 +86,11 @@ def moving_picture(frames: int, height: int = 240, width: int = 320) -> np.ndarr
     return (picture + grain.astype(np.int64)).astype(np.uint8)
 
 
-# For the files of references ------------------------------------------------------------------
+# Helpers for the references -------------------------------------------------------------------
 
 
 def write(path: Path, like: Mapping[str, Tensor]) -> Path:
-    """A checkpoint with the names and shapes of `like`, and `weight` for its floating-point tensors."""
+    """Write a checkpoint with the names and shapes of `like`; floating-point tensors come from `weight`."""
     state = {name: weight(name, t.shape) if t.is_floating_point() else t for name, t in like.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
@@ -101,13 +103,13 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def rewrite(path: Path) -> Path:
-    """`write` for a checkpoint that a library has written, in its place."""
+    """Replace the values of a checkpoint that a library has written, as in `write`."""
     return write(path, read(path))
 
 
 @contextmanager
 def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """A list of what goes into `module` inside the `with`."""
+    """Collect the inputs of `module` during the block."""
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -121,7 +123,7 @@ def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def each(transform: Callable[[Image.Image], Tensor]) -> Transform:
-    """A transform of one picture, for all of a clip."""
+    """Apply a transform of one image to all images of a clip."""
     return lambda images: torch.stack([transform(image) for image in images])
 
 
@@ -133,12 +135,12 @@ def normalized(image: Image.Image, mean: Sequence[float], std: Sequence[float]) 
 
 
 def squash(how: Image.Resampling, mean: Sequence[float], std: Sequence[float], side: int = 224) -> Transform:
-    """The released MERV's preprocessing where it squashes: PIL's resize, then the numbers."""
+    """The released MERV's preprocessing without a crop: PIL's resize, then normalization."""
     return each(lambda image: normalized(image.resize((side, side), how), mean, std))
 
 
 def crop(how: Image.Resampling, mean: Sequence[float], std: Sequence[float], side: int = 224) -> Transform:
-    """Where it crops: the short side by PIL's resize, the center, then the numbers."""
+    """The released MERV's preprocessing with a crop: PIL's resize, center crop, normalization."""
 
     def one(image: Image.Image) -> Tensor:
         short = min(image.size)

@@ -1,7 +1,7 @@
 """Run one reference: `python -m references NAME FOLDER [--depth N] [--width N]`, in benchmarks/encoders.
 
-It leaves in FOLDER the weights, as the hub has them (`hub/`), and `theirs.safetensors`: for each preset
-its pixels, what goes into the first block, tokens, and tokens of the network in bf16.
+It writes into FOLDER the weights in the layout of the hub (`hub/`), and `theirs.safetensors`: for each preset
+the pixels, the input of the first block, the tokens, and the tokens of the network in bf16.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--width", type=int, help="instead of the real one")
+    parser.add_argument("--width", type=int, help="channels, instead of those of the full-size network")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -33,7 +33,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def run(name: str, folder: Path, size: Size) -> None:
-    """Publish the weights, run the model, keep what it gives."""
+    """Write the weights, run the model, and save its features."""
     reference = importlib.import_module(f"references.{name}")
     model = reference.publish(folder / "hub", size).eval()
     images = [Image.fromarray(picture) for picture in moving_picture(reference.FRAMES)]

@@ -1,4 +1,4 @@
-"""CLIP of open_clip, read by open_clip from a folder as its hub has them, with open_clip's own transform."""
+"""CLIP in open_clip, with open_clip's own loader and transform."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def publish(folder: Path, size: Size) -> nn.Module:
 def tokens(model: nn.Module, pixels: Tensor) -> Tensor:
     with inputs_of(model.visual.transformer.resblocks[-1]) as seen:
         model.encode_image(pixels)
-    return rearrange(seen[0][:, 1:], "t (h w) d -> t h w d", h=16)  # after the class token
+    return rearrange(seen[0][:, 1:], "t (h w) d -> t h w d", h=16)  # without the class token
 
 
 def shrunk(size: Size) -> AbstractContextManager:

@@ -1,4 +1,4 @@
-"""DINOv2 of timm, with timm's own loader, position table made for 518 pixels, and transform."""
+"""DINOv2 in timm, with timm's own loader and transform; its position embeddings are for 518 pixels."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def _sizes(size: Size) -> dict[str, int]:
 
 
 def publish(folder: Path, size: Size) -> nn.Module:
-    made = partial(timm.create_model, NAME, **_sizes(size))
-    file = write(folder / "model.safetensors", made(num_classes=0).state_dict())
-    return made(pretrained=True, pretrained_cfg_overlay={"file": str(file)}, img_size=224, num_classes=0)
+    create = partial(timm.create_model, NAME, **_sizes(size))
+    file = write(folder / "model.safetensors", create(num_classes=0).state_dict())
+    return create(pretrained=True, pretrained_cfg_overlay={"file": str(file)}, img_size=224, num_classes=0)
 
 
 def tokens(model: nn.Module, pixels: Tensor) -> Tensor:
     with inputs_of(model.blocks[-1]) as seen:
         model(pixels)
-    return rearrange(seen[0][:, 5:], "t (h w) d -> t h w d", h=16)  # after class and 4 registers
+    return rearrange(seen[0][:, 5:], "t (h w) d -> t h w d", h=16)  # without class and register tokens
 
 
 def shrunk(size: Size) -> AbstractContextManager:

@@ -1,4 +1,4 @@
-"""DINOv2 as transformers has it, a second opinion: the same blocks, written by other people."""
+"""DINOv2 in transformers: a second, independent implementation of the same blocks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ LIBRARY = "transformers"
 ENCODER = dinov2.ENCODER
 FRAMES, WIDTH = dinov2.FRAMES, dinov2.WIDTH
 BLOCKS = "encoder.layer", "blocks"
-PRESETS = {"merv": dinov2.PRESETS["merv"]}  # its processor scales to another side than timm's transform
+PRESETS = {"merv": dinov2.PRESETS["merv"]}  # its processor resizes to another size than timm's transform
 
 
 def publish(folder: Path, size: Size) -> nn.Module:
-    # A table for 224 pixels: transformers resamples that of the hub, for 518, otherwise than timm.
+    # Position embeddings for 224 pixels: transformers resamples those for 518 pixels differently from timm.
     config = Dinov2WithRegistersConfig(
         hidden_size=size.width,
         num_hidden_layers=size.depth,
@@ -35,7 +35,7 @@ def publish(folder: Path, size: Size) -> nn.Module:
 def tokens(model: nn.Module, pixels: Tensor) -> Tensor:
     with inputs_of(model.encoder.layer[-1]) as seen:
         model(pixels)
-    return rearrange(seen[0][:, 5:], "t (h w) d -> t h w d", h=16)  # after class and 4 registers
+    return rearrange(seen[0][:, 5:], "t (h w) d -> t h w d", h=16)  # without class and register tokens
 
 
 def shrunk(size: Size) -> AbstractContextManager:

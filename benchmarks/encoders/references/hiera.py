@@ -1,6 +1,6 @@
-"""Hiera of hiera-transformer, read by it from a folder in its hub's layout; the head is in the checkpoint.
+"""Hiera in hiera-transformer; the checkpoint includes the head.
 
-Its pictures are prepared as SlowFast's loader does it for a test, which the authors ask for.
+Frames are preprocessed like test clips in SlowFast's loader, as the authors recommend.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from references import Size, rewrite, squash
 
 LIBRARY = "hiera-transformer"
 ENCODER = "hiera/base-plus"
-FRAMES, WIDTH = 32, 112  # of the first stage
+FRAMES, WIDTH = 32, 112  # channels of the first stage
 BLOCKS = "blocks", "blocks"
 
 
 def _slowfast(images: list[Image.Image]) -> Tensor:
-    """Numbers first, then the short side by F.interpolate, then the center. For pictures that lie."""
+    """Normalize, resize the short side with F.interpolate, and crop the center. For landscape images."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float() / 255
     pixels = rearrange((pixels - 0.45) / 0.225, "t h w c -> t c h w")
     width = math.floor(pixels.shape[3] / pixels.shape[2] * 224)
@@ -43,13 +43,13 @@ PRESETS = {
 }
 
 
-def _made(size: Size) -> partial:
+def _model_class(size: Size) -> partial:
     stages = (1, 1, size.depth - 2, 1)
     return partial(hiera.hiera_base_16x224, embed_dim=size.width, num_heads=2, stages=stages)
 
 
 def publish(folder: Path, size: Size) -> nn.Module:
-    model = _made(size)()
+    model = _model_class(size)()
     model.save_pretrained(folder, config=model.config)
     rewrite(folder / "model.safetensors")
     return hiera.Hiera.from_pretrained(folder)
@@ -61,4 +61,4 @@ def tokens(model: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def shrunk(size: Size) -> AbstractContextManager:
-    return patch("hiera.hiera_base_plus_16x224", _made(size))
+    return patch("hiera.hiera_base_plus_16x224", _model_class(size))

@@ -1,10 +1,10 @@
-"""LanguageBind's own code, package languagebind, which wants transformers 4 and so a Python of its own:
+"""LanguageBind in its own package, languagebind. It needs transformers 4, so it has its own environment:
 
     uv venv --python 3.11 FOLDER
     uv pip install --python FOLDER/bin/python "languagebind[all]==0.1.0" transformers==4.46.3 \\
         "accelerate<1.2" torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0
 
-Its transform without the step that mirrors half of the clips at random.
+The transform is the package's, without the step that flips half of the clips at random.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ LIBRARY = "languagebind"
 ENCODER = "languagebind/large"
 FRAMES, WIDTH = 16, 1024
 BLOCKS = "vision_model.encoder.layers", "encoder.layers"
-TOGETHER = 8  # frames that see each other, by the config of the hub: 16 are two clips
+CLIP_FRAMES = 8  # frames that see each other, according to the config on the hub; 16 frames are two clips
 
 
 def _library(module: str) -> ModuleType:
-    """A module of languagebind; pytorchvideo, which it imports, knows one of torchvision by its old name."""
+    """Import a module of languagebind. Its dependency pytorchvideo uses the old name of a torchvision module."""
     from torchvision.transforms import _functional_tensor
 
     sys.modules.setdefault("torchvision.transforms.functional_tensor", _functional_tensor)
@@ -49,7 +49,7 @@ def _config(size: Size):
         "image_size": 224,
         "hidden_act": "gelu",
         "add_time_attn": True,
-        "num_frames": TOGETHER,
+        "num_frames": CLIP_FRAMES,
         "projection_dim": 64,
         "lora_r": 0,
         "video_decode_backend": "decord",
@@ -63,14 +63,14 @@ def _config(size: Size):
 def _transform(images: list[Image.Image]) -> Tensor:
     processing = _library("processing_video")
     transform = processing.get_video_transform(_config(Size(1, 64)))
-    mirrors = processing.RandomHorizontalFlipVideo
-    transform.transforms = [step for step in transform.transforms if not isinstance(step, mirrors)]
+    flip = processing.RandomHorizontalFlipVideo
+    transform.transforms = [step for step in transform.transforms if not isinstance(step, flip)]
     clip = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return rearrange(transform(rearrange(clip, "t h w c -> c t h w")), "c t h w -> t c h w")
 
 
 def _formula(images: list[Image.Image]) -> Tensor:
-    """/255, mean and std, short side 224 bilinear on floats without antialiasing, center."""
+    """Normalize, resize the short side to 224 (bilinear on floats, no antialiasing), and crop the center."""
     mean = torch.tensor((0.48145466, 0.4578275, 0.40821073))
     std = torch.tensor((0.26862954, 0.26130258, 0.27577711))
     clip = (torch.from_numpy(np.stack([np.asarray(image) for image in images])) / 255 - mean) / std
@@ -86,17 +86,17 @@ PRESETS = {"merv": _formula, "upstream": _transform}
 
 
 def publish(folder: Path, size: Size) -> nn.Module:
-    made = _library("modeling_video").LanguageBindVideo
-    model = made(_config(size))
+    cls = _library("modeling_video").LanguageBindVideo
+    model = cls(_config(size))
     model.save_pretrained(folder, safe_serialization=False)
     rewrite(folder / "pytorch_model.bin")
-    return made.from_pretrained(folder)
+    return cls.from_pretrained(folder)
 
 
 def tokens(model: nn.Module, pixels: Tensor) -> Tensor:
     with inputs_of(model.vision_model.encoder.layers[-1]) as seen:
         model.vision_model(rearrange(pixels, "t c h w -> 1 c t h w"))
-    return rearrange(seen[0][:, 1:], "t (h w) d -> t h w d", h=16)  # after the class token
+    return rearrange(seen[0][:, 1:], "t (h w) d -> t h w d", h=16)  # without the class token
 
 
 def shrunk(size: Size) -> AbstractContextManager:

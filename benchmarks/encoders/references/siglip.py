@@ -1,4 +1,4 @@
-"""SigLIP of timm, with timm's own loader and transform; the attention pooling is in the checkpoint."""
+"""SigLIP in timm, with timm's own loader and transform; the checkpoint includes the attention pooling."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def _sizes(size: Size) -> dict[str, int]:
 
 
 def publish(folder: Path, size: Size) -> nn.Module:
-    made = partial(timm.create_model, NAME, num_classes=0, **_sizes(size))
-    file = write(folder / "model.safetensors", made().state_dict())
-    return made(pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    create = partial(timm.create_model, NAME, num_classes=0, **_sizes(size))
+    file = write(folder / "model.safetensors", create().state_dict())
+    return create(pretrained=True, pretrained_cfg_overlay={"file": str(file)})
 
 
 def tokens(model: nn.Module, pixels: Tensor) -> Tensor:

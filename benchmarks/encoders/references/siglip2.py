@@ -1,4 +1,4 @@
-"""SigLIP 2 of timm. Its network is SigLIP's, so merv's is held against that one; the transform is its own."""
+"""SigLIP 2 in timm. It has the network of SigLIP and its own transform."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VideoMAE of transformers, read from a folder in its hub's layout, decoder and all; its processor on PIL."""
+"""VideoMAE in transformers, with its processor for PIL images; the checkpoint includes the decoder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENCODER = "videomae/base"
 FRAMES, WIDTH = 16, 768
 BLOCKS = "videomae.encoder.layer", "encoder.layer"
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # in its hub's preprocessor_config.json
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # from preprocessor_config.json on the hub
 
 
 def _processor(images: list[Image.Image]) -> Tensor:

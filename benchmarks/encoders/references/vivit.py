@@ -1,4 +1,4 @@
-"""ViViT of transformers, read by it from a folder with the names that its hub has, with its own processor."""
+"""ViViT in transformers, with its own processor; the checkpoint has the parameter names of the hub."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PRESETS = {
     "merv": squash(Image.Resampling.BILINEAR, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
     "upstream": _processor,
 }
-# The checkpoints are older than the names in transformers 5.
+# Names in transformers 5 → older names, which the checkpoints have.
 OLDER_NAMES = {
     r"\.layers\.": ".encoder.layer.",
     r"\.attention\.([qkv])_proj\.": lambda found: f".attention.attention.{QKV[found[1]]}.",
@@ -62,7 +62,7 @@ def publish(folder: Path, size: Size) -> nn.Module:
 
 
 def tokens(model: nn.Module, pixels: Tensor) -> Tensor:
-    seen = model.vivit(pixels[None]).last_hidden_state[0, 1:]  # after the class token
+    seen = model.vivit(pixels[None]).last_hidden_state[0, 1:]  # without the class token
     return rearrange(seen, "(t h w) d -> t h w d", t=FRAMES // 2, h=14)
 
 

@@ -1,4 +1,4 @@
-"""V-JEPA 2 of transformers, read from a folder in its hub's layout, predictor and all; its own processor."""
+"""V-JEPA 2 in transformers, with its own processor; the checkpoint includes the predictor."""
 
 from __future__ import annotations
 
