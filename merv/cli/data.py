@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merv.errors import WeightsError
+from merv.utils.files import temporary_beside
 
 if TYPE_CHECKING:
     from merv.data.check import Report
@@ -156,21 +157,21 @@ def write_clean(report: Report, path: Path) -> None:
         file = media_folder / (video_key(source, "")[:32] + Path(getattr(source, "name", "")).suffix)
         if not file.exists():
             media_folder.mkdir(exist_ok=True)
-            unfinished = file.with_name(f"{file.name}.new")
-            with unfinished.open("wb") as out:
-                if isinstance(source, bytes):
-                    out.write(source)
-                else:
-                    shutil.copyfileobj(source, out)
-            unfinished.replace(file)
+            with temporary_beside(file) as temporary:
+                with temporary.open("wb") as out:
+                    if isinstance(source, bytes):
+                        out.write(source)
+                    else:
+                        shutil.copyfileobj(source, out)
+                temporary.replace(file)
         return os.path.relpath(file, path.parent)
 
-    unfinished = path.with_name(f"{path.name}.new")  # `path` may be one of the files that are read
-    with unfinished.open("w", encoding="utf-8") as out:
-        for index in report.valid:
-            row = row_of(report.samples[index], path_of)
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
-    unfinished.replace(path)
+    with temporary_beside(path) as temporary:  # `path` may be one of the files that are read
+        with temporary.open("w", encoding="utf-8") as out:
+            for index in report.valid:
+                row = row_of(report.samples[index], path_of)
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        temporary.replace(path)
 
 
 def _tokenizer(source: str) -> Any:

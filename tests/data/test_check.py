@@ -325,7 +325,7 @@ def test_interrupted_copy_of_a_video_is_copied_again(checked, tmp_path, monkeypa
             write_clean(checked.report, tmp_path / "clean.jsonl")
     write_clean(checked.report, tmp_path / "clean.jsonl")
     assert not check_data(tmp_path / "clean.jsonl", num_workers=0).invalid
-    assert not list(tmp_path.glob("*/*.new"))
+    assert not list(tmp_path.glob("*/.*"))
 
 
 def test_workers_give_the_same_report(checked, monkeypatch):

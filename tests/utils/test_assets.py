@@ -41,7 +41,7 @@ def installer(monkeypatch) -> list[list[str]]:
 
 
 def test_only_matching_files_are_kept(cache, installer):
-    folder = assets.fetch_asset(ASSET)
+    folder = assets.download_asset(ASSET)
     assert folder == cache / "parts" / "an_asset" == assets.asset_folder("an_asset")
     assert sorted(file.name for file in folder.rglob("*.*")) == ["net.pth"]
     assert sorted(file.name for file in folder.parent.iterdir()) == [
@@ -50,7 +50,7 @@ def test_only_matching_files_are_kept(cache, installer):
 
 
 def test_installer_checks_the_hash(cache, installer):
-    assets.fetch_asset(ASSET)
+    assets.download_asset(ASSET)
     assert {"--require-hashes", "--no-deps"} <= set(installer[0])
     assert ASSET.requirement == "an-asset==1.0 --hash=sha256:" + "0" * 64
 
@@ -64,11 +64,11 @@ def test_downloaded_asset_is_not_downloaded_again(cache, installer, capsys):
 
 
 def test_other_version_is_downloaded_again(cache, installer, monkeypatch):
-    assets.fetch_asset(ASSET)
+    assets.download_asset(ASSET)
     newer = assets.Asset("an-asset", "2.0", "1" * 64, "an_asset", "models/*.pth", "An asset")
     monkeypatch.setattr(assets, "ASSETS", (newer,))
     assert assets.installed_folder("an_asset") is None
-    assets.fetch_asset(newer)
+    assets.download_asset(newer)
     assert assets.installed_folder("an_asset") is not None
 
 
@@ -78,7 +78,7 @@ def test_failed_download_leaves_nothing_and_shows_the_reason(cache, monkeypatch)
 
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(WeightsError, match=r"(?s)an-asset==1.0.*hashes do not match.*merv download an-asset"):
-        assets.fetch_asset(ASSET)
+        assets.download_asset(ASSET)
     assert list((cache / "parts").iterdir()) == []
 
 

@@ -109,17 +109,17 @@ def test_cached_commit_is_read_without_a_request(hub, answer):
 
 def test_best_file_of_a_branch_is_downloaded(hub, answer, monkeypatch):
     moved_to = hub / "models--someone--model" / "snapshots" / OLD
-    fetched = []
+    downloaded = []
 
     def fetch(repo, name, revision):
-        fetched.append((repo, name, revision))
+        downloaded.append((repo, name, revision))
         return str(moved_to / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     asked = answer(["README.md", "pytorch_model.bin", "model.safetensors"])
     assert locate(f"{REPO}@main").revision == OLD
     assert asked == [(REPO, "main")]
-    assert fetched == [(REPO, "model.safetensors", "main")]
+    assert downloaded == [(REPO, "model.safetensors", "main")]
 
 
 def test_repository_without_weights_lists_the_file_names(hub, answer):

@@ -32,7 +32,7 @@ CLIP_FRAMES = 8  # frames that see each other, according to the config on the hu
 
 
 def _library(module: str) -> ModuleType:
-    """Import a module of languagebind. Its dependency pytorchvideo uses the old name of a torchvision module."""
+    """Import a module of languagebind. Its dependency pytorchvideo uses an old name in torchvision."""
     from torchvision.transforms import _functional_tensor
 
     sys.modules.setdefault("torchvision.transforms.functional_tensor", _functional_tensor)
