@@ -256,7 +256,7 @@ def ends_inside_fragment(file: BinaryIO, size: int) -> bool:
 
 @dataclass
 class Scan:
-    """What one pass over the packets of a stream tells. Times (pts) are in ticks of the stream's clock."""
+    """The result of one pass over the packets of a stream. Times (pts) are in ticks of the stream's clock."""
 
     codec: str
     tick_s: float

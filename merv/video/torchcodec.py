@@ -42,7 +42,7 @@ class TorchcodecReader(PyAVReader):
     def _decode(self, indices: list[int]) -> Iterator[tuple[int, Tensor]]:
         try:
             decoder = self._decoder()
-            # torchcodec has rotated the frames by this many quarter turns, but ignores mirroring. Undo it.
+            # torchcodec rotates frames but does not mirror them, so undo the rotation and do both here.
             quarter_turns = round((decoder.metadata.rotation or 0.0) / 90)  # counter-clockwise
             for index in indices:
                 frame = decoder.get_frame_at(index)
