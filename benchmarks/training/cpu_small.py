@@ -1,10 +1,10 @@
-"""The recipe cpu_small from beginning to end: minutes, curve, accuracy by kind.
+"""Run the recipe cpu_small and report its time, loss curve and accuracy per kind of question.
 
     merv download
     python benchmarks/training/cpu_small.py [--out outputs/cpu_small] [--publish]
 
-Clips and questions are the demo's. What the run logged is drawn: loss, accuracy on held-out clips, and what
-each encoder counts in the mixer while it learns.
+Clips and questions are those of the demo. The plot shows what the run logged: the loss, the accuracy on
+held-out clips, and the weight of each encoder in the mixer.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 
 def column(rows: Sequence[dict[str, str]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values where a column has any."""
-    own = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
-    return [step for step, _ in own], [value for _, value in own]
+    """Return the steps at which a column has a value, and the values."""
+    points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
-    """Loss, accuracies and weights over the steps."""
+    """Plot loss, accuracies and mixer weights over the steps."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     left.plot(*column(rows, "loss"), linewidth=1)
     left.set(title="Loss (nats per answer token)", xlabel="step", ylim=(0, None))
     names = sorted(name for name in rows[0] if name.startswith("val/") and name != "val/loss")
     for name in names:
         steps, values = column(rows, name)
-        wide = 3 if name == "val/exact_match" else 1.5
-        middle.plot(steps, [100 * v for v in values], marker="o", linewidth=wide, label=name[4:])
+        width = 3 if name == "val/exact_match" else 1.5
+        middle.plot(steps, [100 * v for v in values], marker="o", linewidth=width, label=name[4:])
     middle.set(title="Held-out questions answered exactly (%)", xlabel="step", ylim=(0, 102))
     middle.legend(fontsize=8)
     for name in sorted(name for name in rows[0] if name.startswith("weight/")):
@@ -56,26 +56,28 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
 
 
 def main() -> None:
-    """Data, the run, the picture."""
+    """Make the data, train, and write the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/cpu_small"))
-    parser.add_argument("--publish", action="store_true", help="copy table and picture to benchmarks/results")
+    parser.add_argument(
+        "--publish", action="store_true", help="copy the table and the plot to benchmarks/results"
+    )
     args = parser.parse_args()
     out = args.out.resolve()
     shutil.rmtree(out / "logs", ignore_errors=True)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     merv = [sys.executable, "-m", "merv.cli.main"]
     subprocess.run([*merv, "demo", "--only-data", "--out", out], check=True)
-    began = time.monotonic()
+    start_s = time.monotonic()
     options = {
         "model.feature_store": out / "features",
         "data.train": out / "train.jsonl",
         "data.val": out / "held_out.jsonl",
         "trainer.default_root_dir": out,
     }
-    typed = [f"--{name}={value}" for name, value in options.items()]
-    subprocess.run([*merv, "fit", "--config", "cpu_small", *typed], check=True)
-    minutes = (time.monotonic() - began) / 60
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    subprocess.run([*merv, "fit", "--config", "cpu_small", *arguments], check=True)
+    minutes = (time.monotonic() - start_s) / 60
     (table,) = out.rglob("metrics.csv")
     rows = list(csv.DictReader(table.open()))
     draw(rows, out / "cpu_small.png")
@@ -85,11 +87,11 @@ def main() -> None:
         if name.startswith("val/") and name != "val/loss"
     }
     size = (out / "model/model.safetensors").stat().st_size / 1e6
-    steps = column(rows, "val/exact_match")[0][-1] + 1  # of the last epoch
+    steps = column(rows, "val/exact_match")[0][-1] + 1
     peak = max(column(rows, "GB")[1])
     lines = [
         f"`python benchmarks/training/cpu_small.py`, {machine()}: {steps} steps in {minutes:.1f} minutes,",
-        f"encoding, validation and checkpoints included; peak {peak:.1f} GB; {size:.1f} MB trained.",
+        f"including encoding, validation and checkpoints; peak memory {peak:.1f} GB; {size:.1f} MB trained.",
         "",
         "| held-out questions | answered exactly |",
         "|---|---|",

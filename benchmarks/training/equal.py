@@ -1,11 +1,12 @@
-"""The same 20 steps in other arrangements: by how much do the trained weights differ?
+"""Train the same 20 steps in several arrangements and compare the trained weights.
 
     python benchmarks/training/equal.py [--out outputs/equal] [--publish]
 
-One process with batches of 4, against: micro-batches of 2 or 1 that are accumulated; DDP with two processes;
-DDP that accumulates too; FSDP2 with two processes (gloo). Samples have answers of unequal length, so a mean
-of means would show. fp32, on the CPU; the largest difference of any trained weight, relative to how far the
-weights have moved.
+The reference is one process with batches of 4. It is compared with accumulated micro-batches of 2 or 1,
+packing, gradient checkpointing, DDP with two processes, DDP with accumulation, and FSDP2 with two processes
+(gloo). The answers have unequal lengths, so averaging the means of micro-batches would show as a difference.
+All runs are in fp32 on the CPU. The table has the largest absolute difference of any trained weight; the line
+above it says how far training moved the weights.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ ARRANGEMENTS: dict[str, dict[str, object]] = {
 
 
 def main() -> None:
-    """Run all of them, print and keep a table."""
+    """Run all arrangements and write a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/equal"))
     parser.add_argument("--steps", type=int, default=20)
@@ -50,12 +51,12 @@ def main() -> None:
     base = args.out.resolve()
     make(base / "data")
     trained = {}
-    for number, (name, more) in enumerate(
+    for number, (name, changes) in enumerate(
         {"start": {"trainer__max_steps": 1, "model__lr": 0}, **ARRANGEMENTS}.items()
     ):
         out = base / f"{number}"
         shutil.rmtree(out, ignore_errors=True)
-        steps = {
+        common = {
             "trainer__max_steps": args.steps,
             "data__batch_size": 4,
             "checkpoints__every_n_steps": args.steps,
@@ -65,23 +66,23 @@ def main() -> None:
             "-m",
             "merv.cli.main",
             "fit",
-            *options(base / "data", out, **{**steps, **more}),
+            *options(base / "data", out, **{**common, **changes}),
         ]
         print(f"{name} …", flush=True)
-        done = subprocess.run(
+        result = subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600
         )
-        if done.returncode:
-            raise SystemExit(f"{name} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+        if result.returncode:
+            raise SystemExit(f"{name} failed:\n{result.stdout[-2000:]}{result.stderr[-4000:]}")
         trained[name] = load_file(out / "model/model.safetensors")
-    start, one = trained.pop("start"), next(iter(trained.values()))
-    moved = max(float((one[n] - start[n]).abs().max()) for n in one)
+    start, reference = trained.pop("start"), next(iter(trained.values()))
+    moved = max(float((reference[n] - start[n]).abs().max()) for n in reference)
     lines = ["| arrangement | largest difference of a weight |", "|---|---|"]
     for name, state in trained.items():
-        worst = max(float((state[n] - one[n]).abs().max()) for n in one)
+        worst = max(float((state[n] - reference[n]).abs().max()) for n in reference)
         lines.append(f"| {name} | {worst:.1e} |")
-    ran = f"`python benchmarks/training/equal.py`, {machine()}"
-    head = f"{ran}. {args.steps} steps moved weights by up to {moved:.2g}."
+    command_line = f"`python benchmarks/training/equal.py`, {machine()}"
+    head = f"{command_line}. {args.steps} steps moved the weights by up to {moved:.2g}."
     text = "\n".join([head, "", *lines, ""])
     print(text)
     if args.publish:

@@ -1,13 +1,13 @@
-"""Kill a run at every point, go on, and compare: weights to the bit, samples one by one.
+"""Kill runs in every phase, resume them, and compare weights and samples with an uninterrupted run.
 
     python benchmarks/training/kill.py [--out outputs/kill] [--each 5]
 
-Each run is a process of its own that gets SIGKILL, which no program can see coming, inside one phase: while
-it waits for data, in the forward pass, half-way back, in the optimizer, while a checkpoint is written,
-between epochs. Then `--ckpt_path=auto` goes on, is killed once more in one of its first forward passes, if it
-comes to that, and goes on. In the end there must be the same bytes in model.safetensors as without any kill,
-and every step must have trained on the same samples. The run has a LoRA with dropout, accumulates gradients,
-validates within epochs, mixes two sets by weight, groups by length; every second one has two workers.
+Each run is a process that gets SIGKILL, which it cannot handle, in one phase: while it waits for data, in the
+forward pass, in the middle of the backward pass, in the optimizer, while it writes a checkpoint, or between
+epochs. `--ckpt_path=auto` resumes it. It is killed again in one of its first forward passes, if there are any
+left, and resumed again. At the end, model.safetensors must have the same bytes as without a kill, and every
+step must have trained on the same samples. The run has a LoRA with dropout, accumulates gradients, validates
+within epochs, mixes two data sets by weight, and groups by length; every second run has two workers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import lightning  # noqa: F401 (loaded once, here: the runs are forks)
+import lightning  # noqa: F401 (imported once for all runs, which are forks)
 import torch
 import transformers  # noqa: F401
 from material import make, options
@@ -42,52 +42,52 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 
 def die() -> None:
-    """SIGKILL, to the run even where one of its workers is here."""
+    """Send SIGKILL to the run, also from one of its workers."""
     os.kill(RUN, signal.SIGKILL)
-    os._exit(1)  # a worker; the run itself does not come here
+    os._exit(1)  # only a worker gets here
 
 
-RUN = 0  # the process of the run
+RUN = 0  # process id of the run
 
 
-def at(count: int, work: Callable[..., Any], after: bool = True) -> Callable[..., Any]:
-    """`work`, that kills the run at its count-th call: when it is done, or before it begins."""
+def dying_at(count: int, function: Callable[..., Any], after: bool = True) -> Callable[..., Any]:
+    """Wrap a function so that it kills the run at its count-th call, after or before its work."""
     calls = Counter[str]()
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls["now"] += 1
         if calls["now"] == count and not after:
             die()
-        done = work(*args, **kwargs)
+        result = function(*args, **kwargs)
         if calls["now"] == count:
             die()
-        return done
+        return result
 
     return counted
 
 
 def half_saved(count: int) -> Callable[..., Any]:
-    """torch.save that at its count-th call writes half of the file and kills the run."""
+    """Return a torch.save that writes half of the file at its count-th call and kills the run."""
     calls, save = Counter[str](), torch.save
 
-    def saving(what: Any, to: Any) -> None:
+    def saving(value: Any, file: Any) -> None:
         calls["now"] += 1
-        save(what, to)
+        save(value, file)
         if calls["now"] == count:
-            to.truncate(to.tell() // 2)
+            file.truncate(file.tell() // 2)
             die()
 
     return saving
 
 
 def arm(phase: str, count: int) -> None:
-    """Set the trap in this process."""
+    """Make this process die in a phase, the count-th time that it gets there."""
     if phase == "data":
-        Reader.__call__ = at(count, Reader.__call__, after=count % 2 == 0)  # type: ignore[method-assign]
+        Reader.__call__ = dying_at(count, Reader.__call__, after=count % 2 == 0)  # type: ignore[method-assign]
     elif phase == "forward":
-        VideoLLM.logits = at(count, VideoLLM.logits)  # type: ignore[method-assign]
+        VideoLLM.logits = dying_at(count, VideoLLM.logits)  # type: ignore[method-assign]
     elif phase == "backward":
-        forward, kill = VideoLLM.forward, at(count, lambda gradient: None)
+        forward, kill = VideoLLM.forward, dying_at(count, lambda gradient: None)
 
         def hooked(self: VideoLLM, *args: Any, **options: Any) -> Any:
             weight = self.fusion.projectors["fake"].linear.weight
@@ -98,18 +98,18 @@ def arm(phase: str, count: int) -> None:
 
         VideoLLM.forward = hooked  # type: ignore[method-assign]
     elif phase == "optimizer":
-        torch.optim.AdamW.step = at(count, torch.optim.AdamW.step)  # type: ignore[method-assign]
+        torch.optim.AdamW.step = dying_at(count, torch.optim.AdamW.step)  # type: ignore[method-assign]
     elif phase == "checkpoint":
         if count % 3 == 0:
             torch.save = half_saved(count // 3)  # type: ignore[assignment]
-        else:  # before or after the folder gets its name
-            os.replace = at(1 + count // 3, os.replace, after=count % 3 == 1)  # type: ignore[assignment]
+        else:  # before or after the folder is renamed to its final name
+            os.replace = dying_at(1 + count // 3, os.replace, after=count % 3 == 1)  # type: ignore[assignment]
     elif phase == "epoch":
-        TrainedOn.on_train_epoch_end = at(count, lambda *_: None)  # type: ignore[method-assign]
+        TrainedOn.on_train_epoch_end = dying_at(count, lambda *_: None)  # type: ignore[method-assign]
 
 
 def child(out: Path, arguments: list[str], trap: tuple[str, int] | None = None) -> int:
-    """`merv fit` in a fork of its own; its exit status, -9 where it was killed."""
+    """Run `merv fit` in a fork; return its exit status, which is -9 if it was killed."""
     pid = os.fork()
     if pid == 0:
         global RUN
@@ -131,8 +131,8 @@ def child(out: Path, arguments: list[str], trap: tuple[str, int] | None = None) 
 
 
 def arguments(data: Path, out: Path, workers: int) -> list[str]:
-    """The run: everything that a resumed one could get wrong is on."""
-    log = {"class_path": "trained_on.TrainedOn", "init_args": {"path": str(out / "trained.jsonl")}}
+    """Return the arguments of a run, with every option that could break resuming."""
+    callback = {"class_path": "trained_on.TrainedOn", "init_args": {"path": str(out / "trained.jsonl")}}
     sets = {str(data / "data.jsonl"): 2.0, str(data / "more.jsonl"): 1.0}
     return options(
         data,
@@ -145,7 +145,7 @@ def arguments(data: Path, out: Path, workers: int) -> list[str]:
         model__lora="{r: 2, lora_dropout: 0.1}",
         trainer__max_epochs=3,
         trainer__accumulate_grad_batches=2,
-        trainer__callbacks=json.dumps([log]),
+        trainer__callbacks=json.dumps([callback]),
         trainer__num_sanity_val_steps=0,
         trainer__val_check_interval=5,
         checkpoints__every_n_steps=2,
@@ -154,10 +154,12 @@ def arguments(data: Path, out: Path, workers: int) -> list[str]:
 
 
 def main() -> None:
-    """Once without a kill, then kill after kill; a table."""
+    """Run once without a kill, then with kills, and write a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/kill"))
-    parser.add_argument("--each", type=int, default=5, help="kills in each phase (default: %(default)s)")
+    parser.add_argument(
+        "--each", type=int, default=5, help="runs killed in each phase (default: %(default)s)"
+    )
     parser.add_argument("--publish", action="store_true", help="write the table to benchmarks/results")
     args = parser.parse_args()
     base = args.out.resolve()
@@ -166,30 +168,30 @@ def main() -> None:
     whole = base / "whole"
     whole.mkdir()
     if child(whole, arguments(base / "data", whole, 0)):
-        raise SystemExit(f"The run without a kill failed: see {whole / 'log.txt'}")
+        raise SystemExit(f"The run without a kill failed. See {whole / 'log.txt'}")
     weights = (whole / "model/model.safetensors").read_bytes()
     samples = read(whole / "trained.jsonl")
     table = {phase: Counter[str]() for phase in PHASES}
     for phase, number in tqdm([(p, n) for p in PHASES for n in range(args.each)], "Kills"):
         out = base / f"{phase}-{number}"
         out.mkdir()
-        run_of = arguments(base / "data", out, workers=2 * (number % 2))
+        run_arguments = arguments(base / "data", out, workers=2 * (number % 2))
         count = 1 + (number * max(1, PHASES[phase] // args.each)) % PHASES[phase]
         row = table[phase]
-        row["killed"] += child(out, run_of, (phase, count)) == -signal.SIGKILL
-        ended = child(out, run_of, ("forward", 2 + number % 4))
-        row["killed again"] += ended == -signal.SIGKILL
-        row["went on"] += (child(out, run_of) if ended else ended) == 0
+        row["killed"] += child(out, run_arguments, (phase, count)) == -signal.SIGKILL
+        status = child(out, run_arguments, ("forward", 2 + number % 4))
+        row["killed again"] += status == -signal.SIGKILL
+        row["completed"] += (child(out, run_arguments) if status else status) == 0
         if (out / "model/model.safetensors").is_file():
             row["equal weights"] += (out / "model/model.safetensors").read_bytes() == weights
             row["equal samples"] += read(out / "trained.jsonl") == samples
-    columns = ("killed", "killed again", "went on", "equal weights", "equal samples")
+    columns = ("killed", "killed again", "completed", "equal weights", "equal samples")
     lines = [f"| phase | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     lines += [
         f"| {phase} | " + " | ".join(str(row[c]) for c in columns) + " |" for phase, row in table.items()
     ]
     total = sum(table.values(), Counter())
-    lines += ["| all | " + " | ".join(str(total[c]) for c in columns) + " |"]
+    lines += ["| total | " + " | ".join(str(total[c]) for c in columns) + " |"]
     steps = f"{len(samples)} batches in 3 epochs"
     text = "\n".join(
         [
@@ -204,7 +206,7 @@ def main() -> None:
         (RESULTS / "kill.md").write_text(text)
 
 
-# Phase → how often a run comes there, at least; the kills are spread over that.
+# How often a run gets to each phase, at least. The kills are spread over these.
 PHASES = {"data": 20, "forward": 48, "backward": 48, "optimizer": 24, "checkpoint": 24, "epoch": 3}
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run to try things on: a tiny language model, small encoders, clips, questions, and the command for it."""
+"""Material for small runs: a tiny language model, clips, questions, and arguments of `merv fit`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from merv.testing import make_video, tiny_llm
 
-CLIPS = 22  # not a multiple of the batch: the last step of an epoch is smaller
+CLIPS = 22  # not a multiple of the batch size, so the last step of an epoch is smaller
 
 
 def make(folder: Path) -> None:
-    """A folder with llm/, clips and data.jsonl, answers of unequal length; what is there is kept."""
+    """Write a folder with llm/, clips and data.jsonl, unless it exists. Answers have unequal lengths."""
     if (folder / "data.jsonl").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -19,17 +19,17 @@ def make(folder: Path) -> None:
     rows = []
     for number in range(CLIPS):
         make_video(folder / f"{number}.mp4", frames=4 + number % 5)
-        asked = [
+        questions = [
             {"question": "What moves?", "answer": "ab"[number % 2] * (1 + number % 7), "kind": "what"},
             {"question": "How fast?", "answer": "very " * (number % 3) + "slow", "kind": "how"},
         ]
-        rows.append({"video": f"{number}.mp4", "questions": asked[: 1 + number % 2]})
+        rows.append({"video": f"{number}.mp4", "questions": questions[: 1 + number % 2]})
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "more.jsonl").write_text("\n".join(map(json.dumps, rows[: CLIPS // 2])))
 
 
 def options(folder: Path, out: Path, **more: object) -> list[str]:
-    """The arguments of `merv fit` for a run in `out`; `more` by part__option."""
+    """Return the arguments of `merv fit` for a run in `out`, with further options as part__option."""
     values: dict[str, object] = {
         "model__llm": folder / "llm",
         "model__encoders": "[fake,fake/video]",

@@ -1,4 +1,4 @@
-"""A callback that writes down what each batch was trained on, in a file that survives a kill."""
+"""A callback that logs the samples of each batch to a file, which survives a kill."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning import Callback
 
 
 class TrainedOn(Callback):
-    """path: JSON lines of epoch, batch in the epoch, origins of its samples."""
+    """Append a JSON line to `path` for each batch: epoch, index in the epoch, origins of its samples."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
@@ -20,10 +20,10 @@ class TrainedOn(Callback):
             file.write(json.dumps([trainer.current_epoch, index, batch.origins]) + "\n")
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        """Nothing; here a kill can be put."""
+        """Does nothing; kill.py replaces it to kill the run between epochs."""
 
 
 def read(path: Path) -> list[Any]:
-    """Each batch once; of one that was done twice the last time, which is what the weights have seen."""
+    """Return each batch once. If it was trained on twice, the last time counts: the weights come from it."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return sorted({(epoch, index): [epoch, index, who] for epoch, index, who in rows}.values())
+    return sorted({(epoch, index): [epoch, index, origins] for epoch, index, origins in rows}.values())
