@@ -97,7 +97,7 @@ class Source:
             duplicates = [key for key in tensors if key in state]
             if duplicates:
                 raise WeightsError(
-                    f"{file} holds tensors that another shard holds too ({first_few(duplicates)})."
+                    f"{file} and another shard hold the same tensors: {first_few(duplicates)}."
                 )
             state.update(tensors)
         return state
@@ -108,7 +108,7 @@ class Source:
 
 
 def locate(weights: str | os.PathLike[str], names: Sequence[str] = WEIGHT_FILES) -> Source:
-    """Find the files of weights.
+    """Find the files that hold the weights.
 
     A commit that is in the cache is read from there. For any other revision the hub is asked, and the cache
     is used only if the hub does not answer. HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are honored; see
@@ -197,27 +197,37 @@ def _suggest_rename(expected: Mapping[str, Tensor], state: Mapping[str, Tensor])
 
 def _common_prefix(longer: Collection[str], shorter: Collection[str]) -> str:
     """The prefix that turns the names `shorter` into `longer`; empty if there is none."""
-    prefix = min(longer, default="").removesuffix(
-        min(shorter, default="")
-    )  # a prefix keeps the order of names
+    # A prefix keeps the order of names, so it shows in the first ones.
+    prefix = min(longer, default="").removesuffix(min(shorter, default=""))
     return prefix if {prefix + key for key in shorter} == set(longer) else ""
 
 
 def select(state: dict[str, Tensor], *, prefix: str = "", drop: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Drop the keys that begin with one of `drop`, and remove `prefix` from the others.
+    """Drop some tensors of a state dict, and remove a prefix from the names of the others.
 
-    >>> list(select({"visual.proj": torch.ones(1), "logit_scale": torch.ones(1)}, prefix="visual.",
-    ...             drop=("logit_scale",)))
-    ['proj']
+    Args:
+        state: Tensors by name.
+        prefix: Prefix to remove. Names without it stay as they are.
+        drop: Beginnings of the names to drop.
+
+    Example:
+        >>> state = {"visual.proj": torch.ones(1), "logit_scale": torch.ones(1)}
+        >>> list(select(state, prefix="visual.", drop=("logit_scale",)))
+        ['proj']
     """
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if not key.startswith(drop)}
 
 
 def renamed(state: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
-    r"""Rename the keys of a state dict: substitute each regular expression of `table`, in order.
+    r"""Rename the tensors of a state dict.
 
-    >>> list(renamed({"encoder.layer.0.norm": torch.ones(1)}, {r"^encoder\.layer\.": "blocks."}))
-    ['blocks.0.norm']
+    Args:
+        state: Tensors by name.
+        table: Regular expression → replacement. They are applied in order.
+
+    Example:
+        >>> list(renamed({"encoder.layer.0.norm": torch.ones(1)}, {r"^encoder\.layer\.": "blocks."}))
+        ['blocks.0.norm']
     """
     names = {key: key for key in state}
     for pattern, new in table.items():
@@ -228,8 +238,17 @@ def renamed(state: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, 
 def joined(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dict[str, Tensor]:
     """Concatenate tensors that differ in one part of their names, such as q, k and v of an attention layer.
 
-    >>> list(joined({"a.q.bias": torch.ones(1), "a.k.bias": torch.ones(1)}, ("q", "k"), "qk"))
-    ['a.qk.bias']
+    Args:
+        state: Tensors by name.
+        parts: The part of the names, in the order of concatenation.
+        whole: The part in the name of the result.
+
+    Returns:
+        The state dict with the concatenated tensors. Tensors stay separate if one of the parts is missing.
+
+    Example:
+        >>> list(joined({"a.q.bias": torch.ones(1), "a.k.bias": torch.ones(1)}, ("q", "k"), "qk"))
+        ['a.qk.bias']
     """
     result = dict(state)
     for key in state:
