@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from merv.data.samples import Sample
 from merv.demo.questions import NUMBERS
 from merv.fusion.fusion import Fusion
-from merv.training.module import warm_up_and_cosine
+from merv.training.module import warmup_cosine
 from merv.types import Grid
 
 WHEN = ("start", "middle", "end")
@@ -108,7 +108,7 @@ def read_out(
     groups = [{"params": fusion.parameters(), "lr": lr}, {"params": head.parameters(), "lr": lr / 10}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warm_up_and_cosine(step, warm=steps // 20, steps=steps)
+        optimizer, lambda step: warmup_cosine(step, warmup_steps=steps // 20, steps=steps)
     )
     by_clip = [(questions.clip == clip).nonzero()[:, 0] for clip in range(clips)]
     order = torch.empty(0, dtype=torch.long)

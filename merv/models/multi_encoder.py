@@ -290,12 +290,14 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         loaded = ((key, v if isinstance(v, LoadedVideo) else reader(v)) for key, v in distinct.items())
         grids_of = {key: self._features(video, store) for key, video in loaded}  # loads one video at a time
         grids = [grids_of[source_key(video)] for video in batch]
-        if missing := sorted({name for own in grids for name in names if name not in own}):
+        if missing := sorted({name for video_grids in grids for name in names if name not in video_grids}):
             raise EncoderError(
                 f"A video was loaded without {', '.join(missing)}: its reader was created with encoders=. "
                 "Create the reader without encoders=, or pass the same encoders= here."
             )
-        return {name: Grid.batch([own[name] for own in grids]).to(self.device) for name in names}
+        return {
+            name: Grid.batch([video_grids[name] for video_grids in grids]).to(self.device) for name in names
+        }
 
     def _features(self, video: LoadedVideo, store: FeatureStore | None) -> dict[str, Grid]:
         """Return the aligned features of one video, encoded where the store has none."""
