@@ -9,7 +9,7 @@ not attend to each other.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -132,8 +132,13 @@ def _row(group: Sequence[Tokens]) -> _Row:
         labels.append(sequence.labels[prefix:])
         positions.append(torch.arange(prefix, len(sequence.ids)))
         branches.append(torch.full((len(sequence.ids) - prefix,), number))
-    columns = [torch.cat(column) for column in (ids, labels, positions, branches)]
-    return _Row(*columns, groups=torch.zeros_like(columns[0]))
+    return _Row(
+        ids=torch.cat(ids),
+        labels=torch.cat(labels),
+        positions=torch.cat(positions),
+        branches=torch.cat(branches),
+        groups=torch.zeros(sum(map(len, ids)), dtype=torch.long),
+    )
 
 
 def _bin_pack(rows: Sequence[_Row], max_length: int) -> list[_Row]:
@@ -150,10 +155,13 @@ def _bin_pack(rows: Sequence[_Row], max_length: int) -> list[_Row]:
 
 
 def _concatenate(rows: Sequence[_Row]) -> _Row:
-    """Concatenate rows, and number their groups."""
-    numbered = [replace(row, groups=row.groups + number) for number, row in enumerate(rows)]
+    """Concatenate rows of one group each, and number their groups."""
     return _Row(
-        *(torch.cat(column) for column in zip(*(vars(row).values() for row in numbered), strict=True))
+        ids=torch.cat([row.ids for row in rows]),
+        labels=torch.cat([row.labels for row in rows]),
+        positions=torch.cat([row.positions for row in rows]),
+        branches=torch.cat([row.branches for row in rows]),
+        groups=torch.cat([row.groups + number for number, row in enumerate(rows)]),
     )
 
 
