@@ -82,7 +82,7 @@ class EmbeddedMedia:
 
 @dataclass(frozen=True)
 class RowCheck:
-    """What a worker finds out about a row; only `origin` and `error` if it is malformed."""
+    """The result of checking a row. A malformed row has only `origin` and `error`."""
 
     origin: str
     error: str = ""
@@ -96,7 +96,7 @@ class RowCheck:
 
 @dataclass(frozen=True)
 class MediaCheck:
-    """What a worker finds out about a video or image."""
+    """The result of checking a video or image."""
 
     num_bytes: int  # 0 if it cannot be read
     error: str = ""
@@ -314,9 +314,9 @@ def _content_key(sets: Sequence[Samples], media: Media) -> Any:
 
 
 class _ReportBuilder:
-    """Adds to a report what the workers found out, row by row.
+    """Builds the report from the checks of rows and media.
 
-    checks: of each video and image. content: a key for each of them, equal for equal content.
+    `content` maps each video and image to a key, which is the same for equal content.
     """
 
     def __init__(

@@ -61,7 +61,7 @@ class BatchReader(Dataset):
         max_questions: Number of conversations drawn from each sample, anew in every epoch; `segment` frame
             sampling then also draws new frames in every epoch. None: all conversations in order, and the
             same frames in every epoch.
-        seed: Seed of these draws.
+        seed: Seed of these random choices.
         tokenizer: The language model's tokenizer. A conversation that its chat template rejects is skipped.
     """
 

@@ -281,32 +281,32 @@ class JsonRows(Rows):
         with self.path.open("rb") as file:
             self.is_list = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
         index = array("Q", chain.from_iterable(_items(self.path) if self.is_list else _lines(self.path)))
-        self.starts, self.sizes, self.numbers = index[::3], index[1::3], index[2::3]
+        self.offsets, self.sizes, self.numbers = index[::3], index[1::3], index[2::3]
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.offsets)
 
     def origin(self, index: int) -> str:
         return super().origin(index) if self.is_list else f"{self.path}:{self.numbers[index]}"
 
     def row(self, index: int) -> Any:
         with self.path.open("rb") as file:
-            file.seek(self.starts[index])
+            file.seek(self.offsets[index])
             return _parse(file.read(self.sizes[index]), self.origin(index))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, int]]:
-    """Yield start in bytes, size in bytes, and line number of each line that is not blank."""
-    start = 0
+    """Yield offset in bytes, size in bytes, and line number of each line that is not blank."""
+    offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield start, len(line), number
-            start += len(line)
+                yield offset, len(line), number
+            offset += len(line)
 
 
 def _items(path: Path) -> Iterator[tuple[int, int, int]]:
-    """Yield start in bytes, size in bytes, and index of each item of a JSON list."""
+    """Yield offset in bytes, size in bytes, and index of each item of a JSON list."""
     text = path.read_bytes().decode("utf-8")  # read_text would turn \r\n into one character
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
 
@@ -314,21 +314,23 @@ def _items(path: Path) -> Iterator[tuple[int, int, int]]:
         return space.match(text, position).end()  # type: ignore[union-attr]
 
     position = text.index("[") + 1
-    start, begin, index = len(text[:position].encode()), skip_space(position), 0
-    while index or text[begin : begin + 1] != "]":
-        start += begin - position  # only ASCII between items, so characters are bytes
-        _, end = decoder.raw_decode(text, begin)
-        size = len(text[begin:end].encode())
-        yield start, size, index
-        start, position, after, index = start + size, end, skip_space(end), index + 1
+    offset = len(text[:position].encode())  # of `position`, in bytes
+    item, index = skip_space(position), 0
+    while index or text[item : item + 1] != "]":
+        offset += item - position  # only ASCII between items, so characters are bytes
+        _, end = decoder.raw_decode(text, item)
+        size = len(text[item:end].encode())
+        yield offset, size, index
+        offset, position, index = offset + size, end, index + 1
+        after = skip_space(end)
         if text[after : after + 1] == "]":
-            begin = after
+            item = after
             break
         if text[after : after + 1] != ",":
             raise json.JSONDecodeError("Expecting ',' delimiter", text, after)
-        begin = skip_space(after + 1)
-    if skip_space(begin + 1) < len(text):
-        raise json.JSONDecodeError("Extra data", text, begin + 1)
+        item = skip_space(after + 1)
+    if skip_space(item + 1) < len(text):
+        raise json.JSONDecodeError("Extra data", text, item + 1)
 
 
 def _parse(data: bytes, origin: str) -> Any:

@@ -67,8 +67,8 @@ def test_remainder_of_a_set_is_used_in_later_cycles():
 
 
 def test_invalid_weights_are_errors():
-    for weights, shown in ([1], r"\[1\]"), ([1, 0], r"\[1, 0\]"), ([1, float("nan")], r"\[1, nan\]"):
-        with pytest.raises(DataError, match=shown):
+    for weights, pattern in ([1], r"\[1\]"), ([1, 0], r"\[1, 0\]"), ([1, float("nan")], r"\[1, nan\]"):
+        with pytest.raises(DataError, match=pattern):
             portions([5, 5], weights)
     with pytest.raises(DataError, match=r"\[1, 0\.001\]"):
         portions([3, 3], [1, 0.001])
