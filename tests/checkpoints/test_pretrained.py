@@ -82,10 +82,10 @@ def header(card: str) -> dict:
 @pytest.mark.parametrize("revision", [None, "trial"])
 def test_pushed_model_loads_by_name_and_commit(model, llm, hub, revision):
     info = model.push_to_hub(REPO, sources={"llm": "someone/llm"}, revision=revision)
-    talk = user_message("What?", VIDEO, answer="cat")
+    messages = user_message("What?", VIDEO, answer="cat")
     for name in (f"{REPO}@{revision}" if revision else REPO, f"{REPO}@{info.oid}"):
         again = VideoLLM.from_pretrained(name, llm=llm)
-        assert torch.equal(model.log_probs([talk])[0], again.log_probs([talk])[0])
+        assert torch.equal(model.log_probs([messages])[0], again.log_probs([messages])[0])
     assert set(hub.files) == {"config.json", "model.safetensors", "README.md"}
 
 

@@ -53,9 +53,9 @@ def test_trained_encoder_does_not_use_stored_features_of_its_source(saved, clip)
     first.save_pretrained(saved)
     second = VideoLLM.from_pretrained(saved)
     second.train_only(["projector"])
-    kept = second.vision.features(clip, store=store)["fake"].values
-    assert torch.equal(kept, second.vision.features(clip)["fake"].values)
-    assert not torch.equal(kept, untrained)
+    features = second.vision.features(clip, store=store)["fake"].values
+    assert torch.equal(features, second.vision.features(clip)["fake"].values)
+    assert not torch.equal(features, untrained)
 
 
 def test_feature_key_changes_with_every_training_step_and_survives_saving(saved, clip):
@@ -64,7 +64,7 @@ def test_feature_key_changes_with_every_training_step_and_survives_saving(saved,
     keys = [model.vision.key(clip, "fake")]
     for parameter in model.vision.encoder("fake").parameters():
         with torch.no_grad():
-            parameter.view(-1)[-1] += 1e-6  # too small to be seen in bf16
+            parameter.view(-1)[-1] += 1e-6  # vanishes in bf16
         keys.append(model.vision.key(clip, "fake"))
     assert len(set(keys)) == len(keys)
     model.save_pretrained(saved)
@@ -78,7 +78,7 @@ def test_weights_are_hashed_once(saved, clip, monkeypatch):
     )
     model = VideoLLM.from_pretrained(saved)
     model.vision.key(clip, "fake")
-    assert not calls  # its source tells what they are
+    assert not calls  # the source identifies the weights
     model.train_only(["fake"])
     model.vision.key(clip, "fake")
     model.vision.key(clip, "fake")
@@ -109,7 +109,7 @@ def test_parameters_shared_by_added_encoders_are_in_one_group(saved):
     module = stage(saved, **JOINED)
     placed = [p for group in module.parameter_groups() for p in group["params"]]
     assert {id(p) for p in placed} == {id(p) for p in module.parameters() if p.requires_grad}
-    torch.optim.AdamW(module.parameter_groups())  # refuses a parameter that is in two groups
+    torch.optim.AdamW(module.parameter_groups())  # raises if a parameter is in two groups
 
 
 def test_shared_parameters_need_one_learning_rate(saved):

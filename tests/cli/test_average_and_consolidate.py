@@ -103,8 +103,8 @@ def test_mean_may_replace_a_checkpoint(tmp_path):
 
 
 def test_sources_of_parts_may_differ(tmp_path):
-    places = {"a": {"source": "/x", "sha256": "1"}, "b": {"source": "/y", "revision": "main", "sha256": "1"}}
-    average([save_thing(tmp_path / name, 1.0, place) for name, place in places.items()], tmp_path / "mean")
+    configs = {"a": {"source": "/x", "sha256": "1"}, "b": {"source": "/y", "revision": "main", "sha256": "1"}}
+    average([save_thing(tmp_path / name, 1.0, config) for name, config in configs.items()], tmp_path / "mean")
     assert load_folder(tmp_path / "mean", "Thing")[0]["source"] == "/x"
 
 

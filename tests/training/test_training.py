@@ -227,9 +227,8 @@ def test_every_recipe_trains_with_tiny_parts(folder, name, capsys):
 
 
 def test_every_recipe_has_a_complete_header():
-    found = recipes()
-    assert found
-    for name, path in found.items():
+    assert recipes()
+    for name, path in recipes().items():
         head = path.read_text().partition("trainer:")[0]
         assert head.startswith(f"# merv fit --config {name}")
         assert "Hardware:" in head
