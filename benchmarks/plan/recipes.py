@@ -65,7 +65,7 @@ def planned(name: str, llm: Path) -> tuple[str, bool]:
     devices = plan["setup"]["devices"]
     text = (
         f"{plan['peak_bytes'] / 1e9:.1f} GB per GPU, {hours:,.0f} h for {samples / 1000:,.0f}k samples on "
-        f"{devices} {gpu.upper()} at 40% of {'its' if devices == 1 else 'their'} peak"
+        f"{devices} × {gpu.upper()} at 40% of {'its' if devices == 1 else 'their'} peak"
     )
     return text, plan["fits"]
 
