@@ -1,1 +1,1 @@
-"""MultiEncoder and VideoLLM, and what they are made of; the released MERV's checkpoints."""
+"""MultiEncoder, VideoLLM and their parts, and the conversion of released MERV checkpoints."""
