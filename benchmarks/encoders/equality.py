@@ -84,7 +84,7 @@ def run_reference(name: str, folder: Path, depth: int, python: str, threads: int
     subprocess.run(command, check=True, cwd=HERE, stdout=subprocess.DEVNULL)
 
 
-def ours(name: str, folder: Path, depth: int) -> tuple[Encoder, dict[str, Frames]]:
+def prepare(name: str, folder: Path, depth: int) -> tuple[Encoder, dict[str, Frames]]:
     """merv's encoder with the weights in the folder, and the preprocessed frames by preset."""
     reference = importlib.import_module(f"references.{name}")
     with reference.shrunk(Size(depth, reference.WIDTH)):
@@ -97,23 +97,23 @@ def ours(name: str, folder: Path, depth: int) -> tuple[Encoder, dict[str, Frames
 def compare(name: str, folder: Path, depth: int) -> dict[tuple[str, ...], str]:
     """Compute and print one row of the table for each preset of the reference."""
     library = importlib.import_module(f"references.{name}").LIBRARY
-    with safe_open(folder / "theirs.safetensors", "pt") as file:
-        theirs, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
-    encoder, frames = ours(name, folder, depth)
+    with safe_open(folder / "reference.safetensors", "pt") as file:
+        reference, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    encoder, frames = prepare(name, folder, depth)
     exact = {preset: encoder(prepared).values[0] for preset, prepared in frames.items()}
     encoder.bfloat16()
     rows = {}
     for preset, prepared in frames.items():
-        expected = theirs[f"{preset}.tokens"]
+        expected = reference[f"{preset}.tokens"]
         fp32 = Difference.of(exact[preset], expected)
         key = (encoder.spec.name, encoder.spec.source, preset, f"{library} {metadata['version']}")
         figures = (
             str(depth),
-            f"{Difference.of(prepared.pixels[0], theirs[f'{preset}.pixels']).maximum:.1g}",
+            f"{Difference.of(prepared.pixels[0], reference[f'{preset}.pixels']).maximum:.1g}",
             fp32.absolute(),
             fp32.relative(),
             Difference.of(encoder(prepared.to(torch.bfloat16)).values[0], expected).relative(),
-            Difference.of(theirs[f"{preset}.tokens_bf16"], expected).relative(),
+            Difference.of(reference[f"{preset}.tokens_bf16"], expected).relative(),
             f"torch {torch.__version__.split('+')[0]}, {date.today()}",
         )
         rows[key] = line((*key, *figures))
@@ -126,7 +126,7 @@ def compare(name: str, folder: Path, depth: int) -> dict[tuple[str, ...], str]:
 @torch.no_grad()
 def compiled(name: str, folder: Path, depth: int) -> str:
     """Compare torch.compile's `encode` with the plain one, on one window of frames."""
-    encoder, frames = ours(name, folder, depth)
+    encoder, frames = prepare(name, folder, depth)
     pixels = frames["merv"].pixels[:, : max(encoder.spec.window_size, 2)]
     compiled_encode = torch.compile(encoder.encode, fullgraph=True)
     _, first_s = timed(lambda: compiled_encode(pixels))
@@ -151,11 +151,11 @@ class Difference:
     std: float
 
     @classmethod
-    def of(cls, ours: Tensor, theirs: Tensor) -> Difference:
-        if ours.shape != theirs.shape:
-            raise SystemExit(f"merv has shape {list(ours.shape)}, the library {list(theirs.shape)}")
-        difference = (ours.double() - theirs.double()).abs()
-        return cls(difference.max().item(), difference.mean().item(), theirs.double().std().item())
+    def of(cls, actual: Tensor, expected: Tensor) -> Difference:
+        if actual.shape != expected.shape:
+            raise SystemExit(f"merv has shape {list(actual.shape)}, the library {list(expected.shape)}")
+        difference = (actual.double() - expected.double()).abs()
+        return cls(difference.max().item(), difference.mean().item(), expected.double().std().item())
 
     def absolute(self) -> str:
         return f"{self.maximum:.1e}, {self.mean:.1e}"

@@ -36,13 +36,15 @@ def main() -> None:
     for name in sys.argv[1:]:
         with tempfile.TemporaryDirectory() as folder:
             run(name, Path(folder), SIZE)
-            print(keep(name, Path(folder)))
+            print(save_golden(name, Path(folder)))
 
 
-def keep(name: str, folder: Path) -> Path:
+def save_golden(name: str, folder: Path) -> Path:
     """Write tests/golden/NAME.safetensors from the files that `run` wrote into the folder."""
-    stages = load_file(folder / "theirs.safetensors")
-    kept = {stage: sliced(stage, t).contiguous() for stage, t in stages.items() if not stage.endswith("bf16")}
+    stages = load_file(folder / "reference.safetensors")
+    slices = {
+        stage: sliced(stage, t).contiguous() for stage, t in stages.items() if not stage.endswith("bf16")
+    }
     (weights,) = (file for file in (folder / "hub").iterdir() if file.suffix in (".safetensors", ".bin"))
     shapes = {key: list(t.shape) for key, t in read(weights).items() if t.is_floating_point()}
     config = folder / "hub" / "config.json"
@@ -53,7 +55,7 @@ def keep(name: str, folder: Path) -> Path:
     }
     target = FOLDER / f"{name}.safetensors"
     target.parent.mkdir(exist_ok=True)
-    save_file(kept, target, metadata)
+    save_file(slices, target, metadata)
     return target
 
 

@@ -37,7 +37,7 @@ class Golden:
 
     def stage(self, name: str, preset: str) -> tuple[Tensor, Tensor]:
         """The same slice of merv's values and of upstream's values."""
-        return sliced(name, OURS[name](self, self.frames[preset])), self.numbers[f"{preset}.{name}"]
+        return sliced(name, STAGES[name](self, self.frames[preset])), self.numbers[f"{preset}.{name}"]
 
 
 def embeddings(golden: Golden, frames: Frames) -> Tensor:
@@ -46,7 +46,7 @@ def embeddings(golden: Golden, frames: Frames) -> Tensor:
     return seen[0]
 
 
-OURS = {
+STAGES = {
     "pixels": lambda golden, frames: frames.pixels[0],
     "embeddings": embeddings,
     "tokens": lambda golden, frames: golden.encoder(frames).values[0],
@@ -81,9 +81,9 @@ def test_pixels_equal_upstream(golden):
 
 @pytest.mark.parametrize("stage", ["embeddings", "tokens"])
 def test_features_equal_upstream(golden, stage):
-    ours, theirs = golden.stage(stage, "merv")
-    assert theirs.std() > 0.5
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    actual, expected = golden.stage(stage, "merv")
+    assert expected.std() > 0.5
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
 # Other properties of these small networks ----------------------------------------------------

@@ -136,16 +136,16 @@ def test_siglip2_upstream_presets_equal_timm(variant, model):
 
 
 def test_hiera_equals_its_package(small, tmp_path):
-    theirs = scrambled(hiera.hiera_base_16x224())
-    theirs.save_pretrained(tmp_path, config=theirs.config)
-    ours = Hiera("base", weights=str(tmp_path), preset="upstream")
+    reference = scrambled(hiera.hiera_base_16x224())
+    reference.save_pretrained(tmp_path, config=reference.config)
+    encoder = Hiera("base", weights=str(tmp_path), preset="upstream")
     pictures = clip(32)
     frames = (pictures / 255 - 0.45) / 0.225  # as SlowFast does, which cannot be installed
     frames = interpolate(frames, size=(224, 298), mode="bilinear", align_corners=False)[..., 37:-37]
     halves = rearrange(frames, "(n t) c h w -> n c t h w", n=2)
     with torch.no_grad():
-        expected = theirs(halves, return_intermediates=True)[1][-1]
-    values = ours(prepared(ours, pictures)).values
+        expected = reference(halves, return_intermediates=True)[1][-1]
+    values = encoder(prepared(encoder, pictures)).values
     torch.testing.assert_close(values, rearrange(expected, "n t h w d -> 1 (n t) h w d"))
 
 
@@ -175,28 +175,32 @@ def test_videomae_equals_transformers(small, tmp_path, variant, model):
     config = transformers.VideoMAEConfig(
         **sizes, **decoder, intermediate_size=4 * WIDTH, use_mean_pooling=pooled
     )
-    theirs = scrambled(getattr(transformers, model)(config))
-    theirs.save_pretrained(tmp_path)  # with the names of the checkpoint on the hub
-    ours = VideoMAE(variant, weights=str(tmp_path), preset="upstream")
+    reference = scrambled(getattr(transformers, model)(config))
+    reference.save_pretrained(tmp_path)  # with the names of the checkpoint on the hub
+    encoder = VideoMAE(variant, weights=str(tmp_path), preset="upstream")
     pictures = clip(16)
     processor = VideoMAEImageProcessorPil(**IMAGENET)
     pixels = processor([picture.numpy() for picture in pictures], return_tensors="pt")["pixel_values"]
-    assert torch.equal(prepared(ours, pictures).pixels, pixels)
+    assert torch.equal(prepared(encoder, pictures).pixels, pixels)
     with torch.no_grad():
-        expected = rearrange(theirs.videomae(pixels).last_hidden_state, "b (t h w) d -> b t h w d", t=8, h=14)
-    torch.testing.assert_close(ours(prepared(ours, pictures)).values, expected)
+        expected = rearrange(
+            reference.videomae(pixels).last_hidden_state, "b (t h w) d -> b t h w d", t=8, h=14
+        )
+    torch.testing.assert_close(encoder(prepared(encoder, pictures)).values, expected)
 
 
 def test_vjepa2_equals_transformers(small, tmp_path):
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": HEADS}
-    theirs = scrambled(transformers.VJEPA2Model(transformers.VJEPA2Config(**sizes, pred_num_hidden_layers=1)))
-    theirs.save_pretrained(tmp_path)
-    ours = VJEPA2(weights=str(tmp_path), preset="upstream")
+    reference = scrambled(
+        transformers.VJEPA2Model(transformers.VJEPA2Config(**sizes, pred_num_hidden_layers=1))
+    )
+    reference.save_pretrained(tmp_path)
+    encoder = VJEPA2(weights=str(tmp_path), preset="upstream")
     pictures = clip(16, 292, 390)  # the size to which its processor resizes
     pixels = transformers.VJEPA2VideoProcessor()(pictures, return_tensors="pt")["pixel_values_videos"]
     with torch.no_grad():
-        expected = rearrange(theirs.get_vision_features(pixels), "b (t h w) d -> b t h w d", t=8, h=16)
-    torch.testing.assert_close(ours(prepared(ours, pictures)).values, expected)
+        expected = rearrange(reference.get_vision_features(pixels), "b (t h w) d -> b t h w d", t=8, h=16)
+    torch.testing.assert_close(encoder(prepared(encoder, pictures)).values, expected)
 
 
 @pytest.mark.parametrize(("variant", "size"), [("large", 256), ("giant-384", 384)])
@@ -204,18 +208,18 @@ def test_vjepa2_upstream_preset_equals_its_processor_within_one_grey_level(varia
     """The processor resizes uint8 with torchvision, which rounds more than PIL."""
     pictures = clip(2)
     processor = transformers.VJEPA2VideoProcessor(crop_size=size)
-    theirs = processor(pictures, return_tensors="pt")["pixel_values_videos"]
-    ours = preprocess(Frames.of(pictures[None]), VJEPA2.variants[variant].presets["upstream"])
-    assert (ours.pixels - theirs).abs().max() <= 1.01 * GREY_LEVEL
+    expected = processor(pictures, return_tensors="pt")["pixel_values_videos"]
+    frames = preprocess(Frames.of(pictures[None]), VJEPA2.variants[variant].presets["upstream"])
+    assert (frames.pixels - expected).abs().max() <= 1.01 * GREY_LEVEL
 
 
 def test_siglip2_equals_timm(small, tmp_path):
-    theirs = scrambled(timm.create_model("vit_base_patch16_siglip_224.v2_webli", num_classes=0))
-    ours = SigLIP2(weights=write_hub(tmp_path, theirs.state_dict()))
+    reference = scrambled(timm.create_model("vit_base_patch16_siglip_224.v2_webli", num_classes=0))
+    encoder = SigLIP2(weights=write_hub(tmp_path, reference.state_dict()))
     pixels = torch.randn(1, 2, 3, 224, 224)
-    tokens = output_of(theirs.blocks[-2], lambda: theirs(pixels[0]))
+    tokens = output_of(reference.blocks[-2], lambda: reference(pixels[0]))
     expected = rearrange(tokens, "t (h w) d -> 1 t h w d", h=14)
-    torch.testing.assert_close(ours(Frames.of(pixels)).values, expected)
+    torch.testing.assert_close(encoder(Frames.of(pixels)).values, expected)
 
 
 # The contract --------------------------------------------------------------------------------

@@ -57,11 +57,11 @@ def test_dinov2(tmp_path, shallow, variant):
     config = getattr(transformers, f"{kind}Config")(
         **size, patch_size=14, use_swiglu_ffn=variant.startswith("giant")
     )
-    theirs = scrambled(getattr(transformers, f"{kind}Model")(config))
-    theirs.save_pretrained(tmp_path)
+    reference = scrambled(getattr(transformers, f"{kind}Model")(config))
+    reference.save_pretrained(tmp_path)
     registers = getattr(config, "num_register_tokens", 0)
     pixels = torch.randn(1, 2, 3, 224, 224)
-    tokens = before_last(theirs, pixels)[:, 1 + registers :]
+    tokens = before_last(reference, pixels)[:, 1 + registers :]
     assert_same(DINOv2(variant, weights=str(tmp_path)), pixels, tokens, 16)
 
 
@@ -70,10 +70,12 @@ def test_siglip(tmp_path):
 
     vision = {"num_hidden_layers": DEPTH, "hidden_act": "gelu"}  # as in timm; see docs/weights.md
     text = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
-    theirs = scrambled(SiglipModel(SiglipConfig(vision_config=vision, text_config={**text, "vocab_size": 9})))
-    theirs.save_pretrained(tmp_path)
+    reference = scrambled(
+        SiglipModel(SiglipConfig(vision_config=vision, text_config={**text, "vocab_size": 9}))
+    )
+    reference.save_pretrained(tmp_path)
     pixels = torch.randn(1, 2, 3, 224, 224)
-    assert_same(SigLIP(weights=str(tmp_path)), pixels, before_last(theirs.vision_model, pixels), 14)
+    assert_same(SigLIP(weights=str(tmp_path)), pixels, before_last(reference.vision_model, pixels), 14)
 
 
 def test_missing_attention_tensor_is_named(tmp_path):

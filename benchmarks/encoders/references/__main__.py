@@ -1,7 +1,7 @@
 """Run one reference: `python -m references NAME FOLDER [--depth N] [--width N]`, in benchmarks/encoders.
 
-It writes into FOLDER the weights in the layout of the hub (`hub/`), and `theirs.safetensors`: for each preset
-the pixels, the input of the first block, the tokens, and the tokens of the network in bf16.
+It writes the weights into FOLDER in the layout of the hub (`hub/`), and `reference.safetensors`: the pixels,
+the input of the first block, the tokens, and the tokens of the network in bf16, for each preset.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ def run(name: str, folder: Path, size: Size) -> None:
     reference = importlib.import_module(f"references.{name}")
     model = reference.publish(folder / "hub", size).eval()
     images = [Image.fromarray(picture) for picture in moving_picture(reference.FRAMES)]
-    kept = {}
+    outputs = {}
     first = model.get_submodule(reference.BLOCKS[0])[0]
     for preset, transform in reference.PRESETS.items():
-        kept[f"{preset}.pixels"] = pixels = transform(images)
+        outputs[f"{preset}.pixels"] = pixels = transform(images)
         with inputs_of(first) as seen:
-            kept[f"{preset}.tokens"] = reference.tokens(model, pixels)
-        kept[f"{preset}.embeddings"] = seen[0]
+            outputs[f"{preset}.tokens"] = reference.tokens(model, pixels)
+        outputs[f"{preset}.embeddings"] = seen[0]
     model.bfloat16()
     for preset in reference.PRESETS:
-        kept[f"{preset}.tokens_bf16"] = reference.tokens(model, kept[f"{preset}.pixels"].bfloat16())
-    kept = {key: tensor.contiguous() for key, tensor in kept.items()}
-    save_file(kept, folder / "theirs.safetensors", {"version": version(reference.LIBRARY)})
+        outputs[f"{preset}.tokens_bf16"] = reference.tokens(model, outputs[f"{preset}.pixels"].bfloat16())
+    outputs = {key: tensor.contiguous() for key, tensor in outputs.items()}
+    save_file(outputs, folder / "reference.safetensors", {"version": version(reference.LIBRARY)})
 
 
 if __name__ == "__main__":
