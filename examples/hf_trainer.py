@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from merv import VideoLLM, user_message
-from merv.models.chat import render
+from merv.models.chat_template import ChatTemplate
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -78,11 +78,11 @@ class Learner(nn.Module):
 class Collator:
     """Turn groups into arguments of `Learner.forward`; the Trainer counts the elements of `labels`."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, chat: ChatTemplate) -> None:
+        self.chat = chat
 
     def __call__(self, groups: list[Group]) -> dict[str, Any]:
-        prompts = [render(conversation, self.tokenizer) for group in groups for conversation in group]
+        prompts = [prompt for group in groups for messages in group for prompt in self.chat.answers(messages)]
         learned = sum(sum(flags) for prompt in prompts for flags in prompt.learned)
         return {"groups": groups, "labels": torch.zeros(learned, dtype=torch.long)}
 
@@ -95,7 +95,7 @@ def train(model: VideoLLM, groups: Sequence[Group], resume: str | None = None, *
         report_to="none",
         **options,
     )
-    trainer = Trainer(Learner(model), arguments, Collator(model.tokenizer), train_dataset=groups)
+    trainer = Trainer(Learner(model), arguments, Collator(model.chat), train_dataset=groups)
     trainer.train(resume_from_checkpoint=resume)
 
 

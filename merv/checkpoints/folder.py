@@ -17,7 +17,7 @@ from merv.utils.suggest import nearest
 from merv.utils.torch_modules import state_dict_mismatch
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-FORMAT = 2  # increase it when an older config.json would be misread
+FORMAT = 3  # increase it when an older config.json would be misread
 
 
 def save_folder(

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from merv.data.samples import Conversation, media_parts, text_of
 from merv.data.sources import FilePart, Rows, Samples, Source, expand, open_samples
 from merv.errors import DataError, MervError
-from merv.models.chat import render
+from merv.models.chat_template import ChatTemplate
 from merv.video.open import open_video
 from merv.video.reader import SKIP
 
@@ -254,8 +254,8 @@ def _num_tokens(conversation: Conversation, tokenizer: Any, visual_tokens: int) 
     if tokenizer is None:
         text = sum(len(text_of(turn["content"])) for turn in conversation) // CHARACTERS_PER_TOKEN
     else:
-        pieces = render(conversation, tokenizer).pieces
-        text = sum(len(piece) for piece in pieces if isinstance(piece, list))
+        sequences = ChatTemplate(tokenizer).answers(conversation)
+        text = max(sum(len(p) for p in sequence.pieces if isinstance(p, list)) for sequence in sequences)
     return text + visual_tokens * len(media_parts(conversation))
 
 

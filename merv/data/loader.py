@@ -24,7 +24,7 @@ from merv.data.order import EpochOrder
 from merv.data.samples import Conversation, Group, Part, Sample
 from merv.errors import DataError, PromptError, SamplingError, ShapeError, VideoError
 from merv.features.reader import LoadedVideo, Reader
-from merv.models.chat import render
+from merv.models.chat_template import ChatTemplate
 from merv.utils.distributed import gathered
 
 SAMPLE_ERRORS = (VideoError, SamplingError, ShapeError, PromptError, DataError)  # that a sample can cause
@@ -62,7 +62,7 @@ class BatchReader(Dataset):
             sampling then also draws new frames in every epoch. None: all conversations in order, and the
             same frames in every epoch.
         seed: Seed of these random choices.
-        tokenizer: The language model's tokenizer. A conversation that its chat template rejects is skipped.
+        chat: The model's chat template. A conversation that it rejects is a bad sample.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class BatchReader(Dataset):
         reader: Reader | None,
         max_questions: int | None = None,
         seed: int = 0,
-        tokenizer: Any = None,
+        chat: ChatTemplate | None = None,
     ) -> None:
         self.samples, self.reader, self.max_questions, self.seed = samples, reader, max_questions, seed
-        self.tokenizer = tokenizer
+        self.chat = chat
 
     def __getitem__(self, key: tuple[int, Sequence[int]]) -> Batch:
         epoch, indices = key
@@ -91,8 +91,9 @@ class BatchReader(Dataset):
                 origin = sample.origin
                 chosen = self._choose_conversations(len(sample.conversations), epoch, index)
                 seed = self._frame_seed(epoch, index)
-                for i in chosen if self.tokenizer is not None else ():
-                    render(sample.conversations[i], self.tokenizer)
+                if self.chat is not None:
+                    for i in chosen:
+                        self.chat.answers(sample.conversations[i])
                 group = [self._read(sample.conversations[i], loaded, seed) for i in chosen]
             except SAMPLE_ERRORS as error:
                 if origin:

@@ -162,7 +162,7 @@ class ChatData(LightningDataModule):
             "epoch": 0 if self.trainer is None else self.trainer.current_epoch,
             "limit": None if self.trainer is None else lambda: self.trainer.num_training_batches,
         }
-        batches = BatchReader(self.train, reader, self.max_questions, self.seed, self.tokenizer())
+        batches = BatchReader(self.train, reader, self.max_questions, self.seed, self.chat())
         if self.stream:
             source = stream_samples(self.train_source, self.root)
             stream = StreamReader(
@@ -191,7 +191,7 @@ class ChatData(LightningDataModule):
         reader = self.reader()
         process, processes = self.rank_and_world_size()
         order = EpochOrder([len(self.val)], self.batch_size, processes, shuffle=False)
-        batches = BatchReader(self.val, reader, tokenizer=self.tokenizer())
+        batches = BatchReader(self.val, reader, chat=self.chat())
         loader = Loader(
             batches,
             order,
@@ -230,10 +230,10 @@ class ChatData(LightningDataModule):
         model = self.model()
         return None if model is None else model.vision.reader(model.feature_store)
 
-    def tokenizer(self) -> Any:
-        """Return the model's tokenizer, or None."""
+    def chat(self) -> Any:
+        """Return the model's chat template, or None."""
         model = self.model()
-        return None if model is None else model.tokenizer
+        return None if model is None else model.chat
 
     def rank_and_world_size(self) -> tuple[int, int]:
         """Return this process's rank, and the number of processes that share the data."""

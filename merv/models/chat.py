@@ -1,4 +1,4 @@
-"""Render chat messages with video, image and text content as token ids with gaps for visual tokens.
+"""Chat messages with text, videos and images, and prompts: token ids with gaps for visual tokens.
 
 Messages have the format of transformers and of OpenAI-compatible servers:
 
@@ -40,10 +40,29 @@ class Prompt:
     Attributes:
         pieces: Lists of token ids and `Visual`s, in order.
         learned: For each piece, which of its tokens belong to an answer; empty for a `Visual`.
+        conversation: Number of the conversation in its batch.
     """
 
     pieces: tuple[list[int] | Visual, ...]
     learned: tuple[list[bool], ...]
+    conversation: int = 0
+
+    @classmethod
+    def of(cls, items: Sequence[int | Visual], learned: Sequence[bool]) -> Prompt:
+        """Split a sequence of token ids and visuals at its visuals."""
+        pieces: list[list[int] | Visual] = []
+        flags: list[list[bool]] = []
+        for item, flag in zip(items, learned, strict=True):
+            if isinstance(item, Visual):
+                pieces.append(item)
+                flags.append([])
+            elif not pieces or isinstance(pieces[-1], Visual):
+                pieces.append([item])
+                flags.append([flag])
+            else:
+                pieces[-1].append(item)
+                flags[-1].append(flag)
+        return cls(tuple(pieces), tuple(flags))
 
     @property
     def visuals(self) -> list[Visual]:
@@ -73,41 +92,6 @@ def user_message(question: str, *videos: Any, answer: str | None = None) -> list
     return messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
 
 
-def render(messages: Sequence[Message], tokenizer: Any) -> Prompt:
-    """Render messages as a prompt.
-
-    Args:
-        messages: One conversation. If its last message is not the assistant's, it is a question to be
-            answered, and none of its tokens is learned.
-        tokenizer: Tokenizer of transformers.
-
-    Raises:
-        PromptError: The messages are malformed, or the chat template rejects them.
-    """
-    texts, visuals = _to_texts(messages)
-    is_question = texts[-1]["role"] != "assistant"
-    text = _text(texts, tokenizer, is_question)
-    answers = [] if is_question else _answer_spans(texts, tokenizer, text)
-    if text.count(VISUAL) != len(visuals):
-        raise PromptError(
-            f"The chat template kept {text.count(VISUAL)} of {len(visuals)} videos. "
-            "Put videos into messages of the user."
-        )
-    pieces: list[list[int] | Visual] = []
-    learned: list[list[bool]] = []
-    start = 0
-    for number, part in enumerate(text.split(VISUAL)):
-        if number:
-            pieces.append(visuals[number - 1])
-            learned.append([])
-        if part:
-            ids, flags = _tokens(part, start, answers, tokenizer)
-            pieces.append(ids)
-            learned.append(flags)
-        start += len(part) + len(VISUAL)
-    return Prompt(tuple(pieces), tuple(learned))
-
-
 def check_messages(messages: Sequence[Message]) -> None:
     """Raise PromptError unless these are the messages of one conversation."""
     if not messages or not all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in messages):
@@ -125,7 +109,7 @@ def _parts(message: Message) -> list[Any]:
     return list(content) if isinstance(content, (list, tuple)) else [content]
 
 
-def _to_texts(messages: Sequence[Message]) -> tuple[list[dict[str, str]], list[Visual]]:
+def to_texts(messages: Sequence[Message]) -> tuple[list[dict[str, str]], list[Visual]]:
     """Return the messages with content as strings, a VISUAL character for each video, and the videos."""
     check_messages(messages)
     texts, visuals = [], []
@@ -146,7 +130,9 @@ def _to_texts(messages: Sequence[Message]) -> tuple[list[dict[str, str]], list[V
             else:
                 content += VISUAL
                 visuals.append(Visual(part[kind], question))
-        texts.append({"role": str(message["role"]), "content": content})
+        # Templates differ in whether they strip answers, and generated answers are stripped.
+        role = str(message["role"])
+        texts.append({"role": role, "content": content.strip() if role == "assistant" else content})
     return texts, visuals
 
 
@@ -158,60 +144,8 @@ def _check_part(part: Any) -> None:
             "Expected content to be a text or a list of parts {'type': 'text', 'text': …}, or the same with "
             f"'video' or 'image'; got {str(part)[:200]}."
         )
-
-
-def _text(texts: Sequence[Mapping[str, str]], tokenizer: Any, is_question: bool) -> str:
-    """Render the whole prompt as text, by the chat template or in MERV's plain format."""
-    if not tokenizer.chat_template:
-        return _plain(texts, tokenizer)
-    try:
-        return tokenizer.apply_chat_template(list(texts), tokenize=False, add_generation_prompt=is_question)
-    except Exception as error:  # a template can raise any exception
-        reason = str(error).rstrip(".")
-        raise PromptError(f"The tokenizer's chat template rejects the messages: {reason}.") from error
-
-
-def _plain(texts: Sequence[Mapping[str, str]], tokenizer: Any) -> str:
-    """Render `In: {question}\\nOut: {answer}</s>`, after BOS if the tokenizer adds one."""
-    has_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    text = tokenizer.bos_token if has_bos else ""
-    for turn in texts:
-        words = turn["content"].replace(VISUAL, "").strip()
-        videos = VISUAL * turn["content"].count(VISUAL)
-        if turn["role"] == "assistant":
-            text += f" {words}{tokenizer.eos_token}"
-        elif turn["role"] == "system":
-            text += f"{words}\n"
-        else:
-            text += f"{videos}In: {words}\nOut:"
-    return text
-
-
-def _answer_spans(texts: Sequence[Mapping[str, str]], tokenizer: Any, text: str) -> list[tuple[int, int]]:
-    """Return start and end of each answer in `text`, in characters, including its end token."""
-    spans = []
-    for i, turn in enumerate(texts):
-        if turn["role"] == "assistant":
-            before = _text(texts[:i], tokenizer, True)
-            after = _text(texts[: i + 1], tokenizer, False)
-            if not (text.startswith(after) and after.startswith(before)):
-                raise PromptError(
-                    "The chat template changes earlier turns when later ones follow, so the answers cannot "
-                    "be located. Train on conversations of one turn, or use another chat template."
-                )
-            spans.append((len(before), len(after.rstrip())))
-    return spans
-
-
-def _tokens(
-    part: str, start: int, answers: Sequence[tuple[int, int]], tokenizer: Any
-) -> tuple[list[int], list[bool]]:
-    """Return the ids of a part of the text that begins at `start`, and which of them belong to an answer."""
-    encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=bool(answers))
-    if not answers:
-        return encoded.input_ids, [False] * len(encoded.input_ids)
-    flags = [
-        any(start + last > begin and start + first < end for begin, end in answers)
-        for first, last in encoded.offset_mapping
-    ]
-    return encoded.input_ids, flags
+    if kind == "text":
+        try:
+            part["text"].encode()
+        except UnicodeEncodeError as error:  # JSON may contain half of a surrogate pair
+            raise PromptError(f"The text {part['text'][:80]!a} is not valid Unicode: {error}.") from error

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
 from merv.errors import PromptError
-from merv.models.chat import Conversation, check_messages
-from merv.models.llm import stream_tokens
+from merv.models.chat import Conversation, Prompt, check_messages
+from merv.models.chat_template import ChatTemplate
 from merv.models.outputs import VisualTokens
 from merv.models.packing import Packed
+
+SAMPLING = {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+ITSELF = {"bos_token_id", "decoder_start_token_id", "cache_implementation"}  # no matter of decoding
 
 
 class GenerationMixin:
@@ -20,38 +24,67 @@ class GenerationMixin:
 
     llm: Any
     tokenizer: Any
+    chat: ChatTemplate
     pad_id: int
+    max_length: int | None
     if TYPE_CHECKING:
 
-        def prepare(self, groups: Any, **options: Any) -> tuple[Packed, VisualTokens]: ...
+        def encode_visuals(self, prompts: Sequence[Sequence[Prompt]]) -> VisualTokens: ...
+        def pack(
+            self,
+            prompts: Sequence[Sequence[Prompt]],
+            visual: VisualTokens,
+            *,
+            side: Literal["left", "right"] = "right",
+            packed_length: int | None = None,
+            room: int = 0,
+        ) -> Packed: ...
 
     @torch.no_grad()
-    def generate(self, conversations: Sequence[Conversation], **options: Any) -> list[str]:
+    def generate(
+        self, conversations: Sequence[Conversation], *, keep_thinking: bool = False, **options: Any
+    ) -> list[str]:
         """Generate the assistant's next message of each conversation.
 
-        Answers do not depend on the other conversations of the batch.
+        Decoding is greedy unless the options ask for sampling or beams; the LLM's own generation_config is
+        ignored. Answers do not depend on the other conversations of the batch.
 
         Args:
             conversations: Conversations that end with a message of the user.
-            **options: Options of transformers' `generate`. The defaults are greedy decoding and
-                `max_new_tokens=64`.
+            keep_thinking: Whether thinking is part of the answer. By default the answer is the text after the
+                last thinking block.
+            **options: Options of transformers' `generate`. The default is `max_new_tokens=64`. Sampling
+                options such as `temperature` imply `do_sample=True`.
 
         Returns:
             The text of each answer.
 
         Raises:
-            PromptError: A conversation is malformed or ends with a message of the assistant.
+            PromptError: A conversation is malformed, ends with a message of the assistant, or does not fit
+                into the LLM's context.
         """
+        if not conversations:
+            return []
         inputs = self._inputs(conversations)
-        ids = self.llm.generate(**inputs, **self._options(options))
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        with _generation_config(self.llm):
+            ids = self.llm.generate(**inputs, **self._options(options, inputs["inputs_embeds"].shape[1]))
+        copies = len(ids) // len(conversations)  # num_return_sequences
+        opened = [self.chat.opens_thinking(messages) for messages in conversations for _ in range(copies)]
+        return [self.chat.answer_of(row, was, keep_thinking) for row, was in zip(ids, opened, strict=True)]
 
-    def stream(self, conversation: Conversation, **options: Any) -> Iterator[str]:
-        """Generate the answer to one conversation as a stream of text; arguments as in `generate`."""
+    def stream(
+        self, conversation: Conversation, *, keep_thinking: bool = False, **options: Any
+    ) -> Iterator[str]:
+        """Generate the answer to one conversation as a stream of text; arguments as in `generate`.
+
+        Generation stops when the iterator is closed.
+        """
         inputs = self._inputs([conversation])
-        return stream_tokens(self.llm, self.tokenizer, {**inputs, **self._options(options)})
+        options = self._options(options, inputs["inputs_embeds"].shape[1])
+        pieces = _stream(self.llm, self.tokenizer, {**inputs, **options})
+        yield from self.chat.stream_of(pieces, self.chat.opens_thinking(conversation), keep_thinking)
 
-    def _inputs(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
+    def _inputs(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
         for messages in conversations:
             check_messages(messages)
             if messages[-1]["role"] == "assistant":
@@ -60,11 +93,77 @@ class GenerationMixin:
                     f"the assistant's {str(messages[-1]['content'])[:80]!r}. Remove that message."
                 )
         with torch.no_grad():
-            packed, visual = self.prepare([[messages] for messages in conversations], side="left")
+            prompts = [[self.chat.question(messages)] for messages in conversations]
+            visual = self.encode_visuals(prompts)
+            packed = self.pack(prompts, visual, side="left", room=1)
             embeddings = packed.embed(self.llm.get_input_embeddings(), visual.tokens)
         return {"inputs_embeds": embeddings, "attention_mask": packed.mask.long()}
 
-    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
-        # These override what the generation_config of some models sets.
-        greedy = {"max_new_tokens": 64, "max_length": None, "do_sample": False, "repetition_penalty": 1.0}
-        return {**greedy, "pad_token_id": self.pad_id, **options}
+    def _options(self, options: dict[str, Any], prompt_length: int) -> dict[str, Any]:
+        if options.get("temperature") == 0:  # as OpenAI-compatible servers take it
+            options = {name: value for name, value in options.items() if name not in SAMPLING}
+        defaults: dict[str, Any] = {
+            "do_sample": bool(SAMPLING & options.keys()),
+            "eos_token_id": self._stop_ids(),
+            "pad_token_id": self.pad_id,
+        }
+        if "max_length" not in options:
+            room = None if self.max_length is None else self.max_length - prompt_length
+            limit = options.pop("max_new_tokens", 64)
+            defaults["max_new_tokens"] = limit if room is None else min(limit, room)
+        return {**defaults, **options}
+
+    def _stop_ids(self) -> list[int]:
+        """Ids at which an answer ends: the end token that is learned, and those of tokenizer and LLM."""
+        of_llm = self.llm.generation_config.eos_token_id
+        of_llm = of_llm if isinstance(of_llm, list) else [of_llm]
+        ids = {self.chat.end_id, self.tokenizer.eos_token_id, *of_llm}
+        return sorted(id_ for id_ in ids if id_ is not None)
+
+
+@contextmanager
+def _generation_config(llm: Any) -> Iterator[None]:
+    """Replace the LLM's generation_config, which may set beams or penalties, by the defaults."""
+    from transformers import GenerationConfig
+
+    own = llm.generation_config
+    llm.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in ITSELF})
+    try:
+        yield
+    finally:
+        llm.generation_config = own
+
+
+def _stream(llm: Any, tokenizer: Any, inputs: dict[str, Any]) -> Iterator[str]:
+    """Yield decoded text while `llm.generate(**inputs)` runs in a thread, whose errors are raised here.
+
+    Closing this iterator stops the thread after its current token.
+    """
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
+
+    streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=False)
+    stopped = threading.Event()
+    failed: list[BaseException] = []
+
+    def is_stopped(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(ids),), stopped.is_set(), device=ids.device)
+
+    def run() -> None:
+        try:
+            with torch.no_grad(), _generation_config(llm):
+                llm.generate(
+                    **inputs, streamer=streamer, stopping_criteria=StoppingCriteriaList([is_stopped])
+                )
+        except BaseException as error:  # raised below, in the thread of the caller
+            failed.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield from streamer
+    finally:
+        stopped.set()
+        thread.join()
+    if failed:
+        raise failed[0]

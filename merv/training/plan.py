@@ -17,7 +17,7 @@ from torch import nn
 
 from merv.data.module import ChatData
 from merv.errors import BrokenPlugin, WeightsError
-from merv.models.llm import DTYPES, SMOLLM2, LoraOptions
+from merv.models.llm import DTYPES, SMOLLM2, LoraOptions, load_tokenizer
 from merv.models.multi_encoder import MultiEncoder
 from merv.models.video_llm import VideoLLM
 from merv.training.dry_run import ENCODE, OPTIMIZER, BatchShape, Cost, dry_step
@@ -210,7 +210,7 @@ def on_meta(training: Training, precision: str = "32-true") -> VideoLLM:
         ),
         BrokenPlugin,
     )
-    model = VideoLLM(llm, tokenizer, vision)
+    model = VideoLLM(llm, tokenizer, vision, chat_template_kwargs=options.chat_template_kwargs)
     if "lora" in options.trainable:
         model.add_lora(options.lora or LoraOptions())
     model.train_only(options.trainable)
@@ -224,12 +224,12 @@ def llm_on_meta(source: str | Path, dtype: str) -> tuple[Any, Any]:
 
     Raises WeightsError if its config cannot be loaded.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = smollm2_folder() if source == SMOLLM2 else source
     try:
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(

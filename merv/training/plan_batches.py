@@ -14,8 +14,7 @@ from merv.data.order import portions
 from merv.data.samples import media_parts
 from merv.data.sources import stream_samples
 from merv.errors import DataError
-from merv.models.chat import render, user_message
-from merv.models.llm import supports_shared_prefix
+from merv.models.chat import user_message
 from merv.models.packing import Tokens, pack, tokens_of
 from merv.models.video_llm import VideoLLM
 from merv.training.dry_run import BatchShape
@@ -127,12 +126,13 @@ def _size(conversations: Sequence[Any], model: VideoLLM) -> _SampleSize:
     visuals: set[str] = set()
     sequences = []
     for messages in conversations:
-        prompt = render(messages, model.tokenizer)
-        sources = [str(visual.source) for visual in prompt.visuals]
-        visuals.update(sources)
-        cells = [h * w * (1 if source in images else t) for source in sources]
-        sequences.append(tokens_of(prompt, iter([range(model.fusion.mixer.num_tokens(n)) for n in cells])))
-    groups = [sequences] if supports_shared_prefix(model.llm) else [[sequence] for sequence in sequences]
+        for prompt in model.chat.answers(messages):
+            sources = [str(visual.source) for visual in prompt.visuals]
+            visuals.update(sources)
+            cells = [h * w * (1 if source in images else t) for source in sources]
+            ranges = [range(model.fusion.mixer.num_tokens(n)) for n in cells]
+            sequences.append(tokens_of(prompt, iter(ranges)))
+    groups = [sequences] if model.shares_rows else [[sequence] for sequence in sequences]
     lengths = [len(pack([group], 0).ids[0]) for group in groups]
     return _SampleSize(groups, lengths, len(visuals), len(visuals & images))
 

@@ -1,7 +1,8 @@
 import pytest
 
 from merv.errors import PromptError
-from merv.models.chat import NOT_LEARNED, VISUAL, render, user_message
+from merv.models.chat import NOT_LEARNED, VISUAL, user_message
+from merv.models.chat_template import ChatTemplate
 from merv.testing import tiny_llm
 
 MESSAGES = [
@@ -15,6 +16,15 @@ MESSAGES = [
 @pytest.fixture(params=["template", "plain with BOS", "plain without BOS"])
 def tokenizer(request):
     return tiny_llm(chat_template=request.param == "template", bos=request.param != "plain without BOS")[1]
+
+
+def render(messages, tokenizer):
+    """The only sequence of a conversation, or the prompt of its next answer."""
+    template = ChatTemplate(tokenizer)
+    if messages and messages[-1].get("role") == "assistant":
+        (prompt,) = template.answers(messages)
+        return prompt
+    return template.question(messages)
 
 
 def text_of(prompt, tokenizer) -> str:

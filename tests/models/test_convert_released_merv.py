@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 from merv.cli.main import main
 from merv.errors import CheckpointError, WeightsError
-from merv.models.chat import render, user_message
+from merv.models.chat import user_message
+from merv.models.chat_template import ChatTemplate
 from merv.models.convert_released_merv import convert
 from merv.models.released_merv import read_config
 from merv.models.video_llm import VideoLLM
@@ -132,7 +133,7 @@ def test_tokenizer_has_the_added_token_and_no_chat_template(released):
     model = VideoLLM.from_pretrained(folder / "two_converted")
     assert (tokenizer.pad_token, tokenizer.chat_template) == ("<PAD>", None)
     assert model.llm.get_input_embeddings().num_embeddings == 320  # 263 tokens, padded to a multiple of 64
-    first, visual, rest = render(user_message(QUESTION, "clip"), tokenizer).pieces
+    first, visual, rest = ChatTemplate(tokenizer).question(user_message(QUESTION, "clip")).pieces
     assert tokenizer.decode(first) == "<s>"
     assert visual.source == "clip"
     assert tokenizer.decode(rest) == f"In: {QUESTION}\nOut:"
@@ -163,7 +164,7 @@ def test_shards_hold_the_same_language_model(released, tmp_path):
         len({file.stat().st_mode for file in (out / "llm").iterdir()}) == 1
     )  # none that only its owner can read
     whole = VideoLLM.from_pretrained(folder / "two_converted")
-    assert VideoLLM.from_pretrained(out).identity["fingerprint"] == whole.identity["fingerprint"]
+    assert VideoLLM.from_pretrained(out).identity["sha256"] == whole.identity["sha256"]
 
 
 def test_tied_head_is_saved_once_and_must_equal_the_embeddings(released, tmp_path):

@@ -6,7 +6,7 @@ from tiny import build, count_readings, video
 
 from merv.errors import PromptError
 from merv.models.chat import user_message
-from merv.models.llm import supports_shared_prefix
+from merv.models.llm import check_llm
 from merv.models.packing import Tokens, pack
 from merv.testing import tiny_llm
 
@@ -77,8 +77,8 @@ def test_attention_without_custom_masks_gets_one_row_per_conversation(monkeypatc
     packed, _ = model.prepare(groups)
     assert packed.mask.ndim == 2
     assert len(packed.ids) == 3
-    monkeypatch.setattr("merv.models.video_llm.supports_shared_prefix", lambda llm: False)
     monkeypatch.setattr(model.llm.config, "_attn_implementation_internal", "sdpa")
+    monkeypatch.setattr(model, "_rows_are_exact", False)
     torch.testing.assert_close(model(groups).loss, shared_loss)
     assert model.exact_match(groups) == exact
 
@@ -86,10 +86,10 @@ def test_attention_without_custom_masks_gets_one_row_per_conversation(monkeypatc
 @pytest.mark.parametrize("change", [{"sliding_window": 8}, {"layer_types": ["conv", "full_attention"]}])
 def test_llm_without_full_attention_does_not_share_rows(change):
     llm = tiny_llm()[0]
-    assert supports_shared_prefix(llm)
+    assert check_llm(llm)
     for name, value in change.items():
         setattr(llm.config, name, value)
-    assert not supports_shared_prefix(llm)
+    assert not check_llm(llm)
 
 
 def test_video_with_several_questions_is_read_once(monkeypatch):

@@ -5,7 +5,8 @@ import torch
 from official import config_of
 
 from merv.fusion.registry import create_mixer
-from merv.models.chat import VISUAL, render, user_message
+from merv.models.chat import VISUAL, user_message
+from merv.models.chat_template import ChatTemplate
 from merv.models.released_merv import LLMS, ReleasedConfig, read_config, translate_fusion
 from merv.testing import tiny_llm
 
@@ -114,6 +115,6 @@ def test_chat_models_have_the_prompt_of_the_release_with_videos_after_bos(name, 
             question + follow_up,
         ),
     ]:
-        pieces = render(conversation, tokenizer).pieces
+        pieces = ChatTemplate(tokenizer).question(conversation).pieces
         text = "".join(tokenizer.decode(piece) if isinstance(piece, list) else VISUAL for piece in pieces)
         assert text == bos + VISUAL + expected

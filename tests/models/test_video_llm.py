@@ -7,7 +7,7 @@ from merv.cli.main import main
 from merv.errors import CheckpointError, PromptError, ShapeError, TrainingError
 from merv.features.store import FeatureStore
 from merv.models.chat import user_message
-from merv.models.llm import LoraOptions, fingerprint, load_llm
+from merv.models.llm import LoraOptions, check_same, identity, load_llm
 from merv.models.multi_encoder import MultiEncoder
 from merv.models.packing import Tokens, pack
 from merv.models.video_llm import VideoLLM
@@ -190,10 +190,20 @@ def test_llm_with_other_weights_is_rejected(folder, tmp_path):
         VideoLLM.from_pretrained(tmp_path / "saved", llm=tmp_path / "other")
 
 
-def test_fingerprint_is_the_same_in_fp32_and_bf16(folder):
+def test_identity_does_not_depend_on_the_precision_of_loading(folder):
     llm = load_llm(folder)[0].bfloat16()
     llm.save_pretrained(folder)
-    assert fingerprint(load_llm(folder, "fp32")[0]) == fingerprint(load_llm(folder, "bf16")[0])
+    fp32, bf16 = (identity(load_llm(folder, dtype)[0]) for dtype in ("fp32", "bf16"))
+    check_same(fp32, bf16, folder)
+
+
+def test_any_flipped_bit_of_the_llm_is_noticed(folder):
+    llm = load_llm(folder)[0]
+    before = identity(llm)
+    weight = llm.model.layers[1].mlp.up_proj.weight
+    weight.data.view(torch.int32)[5, 7] ^= 1
+    with pytest.raises(CheckpointError, match="another LLM"):
+        check_same(before, identity(llm), folder)
 
 
 def test_padding_on_either_side():
