@@ -230,16 +230,27 @@ def check_llm(llm: Any) -> bool:
         length = max([8, *(window + 8 for window in _windows(llm))])
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(table.num_embeddings, (length + 7,), generator=draw).to(table.weight.device)
-        by_ids = llm(input_ids=ids[None, :8], use_cache=False).logits
-        if not _close(llm(inputs_embeds=table(ids[None, :8]), use_cache=False).logits, by_ids):
+        if not _works_with_embeddings(llm, ids[None, :8]):
             raise WeightsError(
-                f"{name} cannot be used: it computes other logits from embeddings than from token ids (it "
-                "has further embeddings of the text in its layers). Use another LLM."
+                f"{name} cannot be used: it needs token ids and computes other logits from embeddings alone "
+                "(its layers have further embeddings of the text). Use another LLM."
             )
         return shares and _rows_are_exact(llm, ids, length)
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _works_with_embeddings(llm: Any, ids: torch.Tensor) -> bool:
+    """Compare the logits of token ids with those of their embeddings, followed by one of no token."""
+    table = llm.get_input_embeddings()
+    embeddings = table(ids)
+    embeddings = torch.cat([embeddings, embeddings.mean(dim=1, keepdim=True)], dim=1)
+    try:
+        logits = llm(inputs_embeds=embeddings, use_cache=False).logits[:, :-1]
+    except (RuntimeError, ValueError):  # it looks for the tokens of the embeddings
+        return False
+    return _close(logits, llm(input_ids=ids, use_cache=False).logits)
 
 
 def config_allows_sharing(llm: Any) -> bool:
@@ -248,7 +259,7 @@ def config_allows_sharing(llm: Any) -> bool:
     return (
         config._attn_implementation in ("sdpa", "eager")
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-        and getattr(config, "sliding_window", None) is None
+        and not getattr(config, "sliding_window", None)
         and "position_ids" in inspect.signature(llm.forward).parameters
     )
 
