@@ -48,10 +48,9 @@ PLUGINS = {
     "exit": ("exits", "import sys\nsys.exit('good-bye')"),
     "wrong-class": ("wrong_class", "class Plugin:\n    pass"),
     "broken": ("broken", FAKE + "def build(self):\n        raise RuntimeError('no sun today')"),
-    "contract": ("contract", FAKE + "contract = '2.0'"),
     "collision": ("fake", FAKE + "pass"),
 }
-NOT_LOADED = ("import-error", "exit", "wrong-class", "contract")
+NOT_LOADED = ("import-error", "exit", "wrong-class")
 # Name of an encoder → regular expression for the result of creating it.
 EXPECTED = {
     "color_histogram": "works: color_histogram",
@@ -59,7 +58,6 @@ EXPECTED = {
     "exits": r"BrokenPlugin: .*other-exit 1\.0.*SystemExit: good-bye.*",
     "wrong_class": r"BrokenPlugin: .*other-wrong-class 1\.0.*<class .*",
     "broken": r"BrokenPlugin: .*other-broken 1\.0.*RuntimeError: no sun today.*",
-    "contract": r"BrokenPlugin: .*other-contract 1\.0.*2\.0.*Upgrade merv.*",
     "fake": r"AmbiguousPlugin: .*other-collision 1\.0.*'merv:fake' or '.*:fake'.*",
     "other-collision:fake": "works: other_collision",
     "merv:fake": "works: merv.encoders.fake",

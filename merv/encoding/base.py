@@ -7,8 +7,6 @@ docs/encoders.md is the guide.
 
 from __future__ import annotations
 
-import re
-from importlib.metadata import version as metadata_version
 from typing import Any, ClassVar
 
 import torch
@@ -30,8 +28,6 @@ from merv.errors import BrokenPlugin, EncoderError, ShapeError, WeightsError
 from merv.types import EncoderSpec, Frames, Grid, Preset
 from merv.utils.suggest import nearest
 
-CONTRACT = "1.0"  # version of the contract between encoders and merv, major.minor; see docs/encoders.md
-
 
 class Encoder(TrackedModule):
     """A frozen visual encoder: `forward(Frames) -> Grid`.
@@ -48,7 +44,6 @@ class Encoder(TrackedModule):
 
     Attributes:
         variants: Specs by the name of the variant; the first is the default.
-        contract: Version of the contract that the class was written for.
         weight_files: File names to look for in a folder or hub repository, best first.
         released_names: Names of this encoder in checkpoints of the released MERV → variant.
         spec: The spec of the variant.
@@ -70,7 +65,6 @@ class Encoder(TrackedModule):
         torch.Size([1, 4, 4, 4, 8])
     """
 
-    contract: ClassVar[str] = "1.0"
     variants: ClassVar[dict[str, EncoderSpec]]
     weight_files: ClassVar[tuple[str, ...]] = WEIGHT_FILES
     released_names: ClassVar[dict[str, str]] = {}
@@ -224,15 +218,13 @@ class Encoder(TrackedModule):
 
 
 def class_fault(loaded: object) -> str | None:
-    """Say why `loaded` is not an encoder class of this contract; None if it is one.
+    """Say why `loaded` is not an encoder class; None if it is one.
 
     >>> class_fault(3)
     'is 3; expected a subclass of merv.Encoder'
     """
     if not (isinstance(loaded, type) and issubclass(loaded, Encoder)):
         return f"is {loaded!r}; expected a subclass of merv.Encoder"
-    if fault := _contract_fault(loaded.contract):
-        return fault
     variants = getattr(loaded, "variants", None)
     if not (variants and isinstance(variants, dict)):
         return f"has variants = {variants!r}; expected a dict of name → merv.EncoderSpec, the default first"
@@ -240,23 +232,6 @@ def class_fault(loaded: object) -> str | None:
         if not isinstance(spec, EncoderSpec):
             return f"has variants[{name!r}] = {spec!r}; expected a merv.EncoderSpec"
     return None
-
-
-def _contract_fault(declared: object) -> str | None:
-    """Say why an encoder written for the contract `declared` does not work; None if it does.
-
-    An encoder works with later minor versions of its contract, but not with another major version.
-    """
-    if not (isinstance(declared, str) and re.fullmatch(r"\d+\.\d+", declared)):
-        return f'has contract = {declared!r}; expected "major.minor", such as "{CONTRACT}"'
-    current, needed = (tuple(map(int, text.split("."))) for text in (CONTRACT, declared))
-    if needed[0] == current[0] and needed <= current:
-        return None
-    upgrade = "merv" if needed > current else "the plug-in"
-    return (
-        f"was written for contract {declared} of encoders, but merv {metadata_version('merv')} has contract "
-        f"{CONTRACT}. Upgrade {upgrade}, or install a version that fits"
-    )
 
 
 def _pick(table: dict, key: str, what: str):

@@ -104,31 +104,6 @@ def test_first_copy_of_a_distribution_on_the_path_is_used(plant, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("contract", "fault"),
-    [
-        ("2.0", r"2\.0.*1\.0.*Upgrade merv"),
-        ("1.1", r"1\.1.*1\.0.*Upgrade merv"),
-        ("0.9", r"0\.9.*1\.0.*Upgrade the plug-in"),
-        (1, "contract = 1;"),
-    ],
-)
-def test_other_contract_is_refused(plant, contract, fault):
-    plant(
-        "sunny-encoders",
-        {"sunny": "sunny_module:Good"},
-        sunny_module=GOOD.replace("    pass", f"    contract = {contract!r}", 1),
-    )
-    with pytest.raises(BrokenPlugin, match=f"sunny-encoders 1.2.*{fault}"):
-        find_encoder("sunny")
-
-
-def test_earlier_minor_contract_is_accepted(plant, monkeypatch):
-    monkeypatch.setattr("merv.encoding.base.CONTRACT", "1.3")
-    plant("sunny-encoders", {"sunny": "sunny_module:Good"}, sunny_module=GOOD)
-    assert find_encoder("sunny").contract == "1.0"
-
-
-@pytest.mark.parametrize(
     ("attribute", "fault"),
     [
         ("absent", "AttributeError"),
