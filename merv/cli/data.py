@@ -26,8 +26,9 @@ examples:
 
 Invalid is what training would stop at or should not see: malformed files and rows, videos and images that
 cannot be read or are too small, conversations that are too long or repeated, videos of the evaluation data.
-Notes are about copies of a video under another name, and about questions of the evaluation data about other
-videos. The exit status is 1 if anything is invalid. docs/data.md describes the rows.
+Notes are about copies of a video under another name, questions of the evaluation data about other videos,
+rows with follow-up questions, and members of a shard that belong to no sample. The exit status is 1 if
+anything is invalid. docs/data.md describes the rows.
 """
 MAX_SHOWN = 20  # findings of each list on the screen
 QUANTILES = {"min": 0.0, "median": 0.5, "95 %": 0.95, "max": 1.0}

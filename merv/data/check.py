@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from merv.data.samples import Conversation, media_parts, text_of
-from merv.data.sources import FilePart, Rows, Samples, Source, expand, open_samples
+from merv.data.sources import FilePart, Rows, Samples, Source, expand, foreign_members, open_samples
 from merv.errors import DataError, MervError
 from merv.models.chat_template import ChatTemplate
 from merv.video.open import open_video
@@ -30,6 +30,7 @@ from merv.video.reader import SKIP
 CHARACTERS_PER_TOKEN = 4  # of English, for an estimate without a tokenizer
 MIN_SIDE = 16  # pixels: a patch of the common encoders
 DECODED_FRAMES = 8  # of each video with media="decode", evenly spaced
+FOLLOW_UP_TURNS = 4  # messages with which a conversation has at least two questions
 CHUNK_SIZE = 32  # rows or files that a worker takes at once
 
 Media = Any  # a video or image: a path, FilePart or EmbeddedMedia
@@ -174,6 +175,7 @@ def check_data(
     for index, row in enumerate(rows):
         builder.add_row(index, row)
     builder.add_media(train_media)
+    builder.add_follow_ups(rows)
     return report
 
 
@@ -193,7 +195,12 @@ def _open_files(files: Source, root: str | Path | None) -> tuple[Samples, Report
             except DataError as error:
                 invalid.append(Finding(str(path), "file", str(error)))
     samples = Samples(opened)
-    return samples, Report(samples, invalid)
+    return samples, Report(samples, invalid, _foreign_members(opened))
+
+
+def _foreign_members(files: Sequence[Rows]) -> list[Finding]:
+    """Return a note about each shard with members that do not belong to samples."""
+    return [Finding(str(rows.path), "file", foreign_members(rows)) for rows in files if rows.foreign]
 
 
 def _parallel_map(
@@ -378,6 +385,17 @@ class _ReportBuilder:
         if earlier or len(distinct) < len(row.conversation_hashes):
             reason = f"repeats a conversation of {(earlier or origins)[0]}"
             yield Finding(row.origin, "duplicate", reason), len(earlier) == len(distinct)
+
+    def add_follow_ups(self, rows: Sequence[RowCheck]) -> None:
+        """Add one note about all rows with follow-up questions about their videos."""
+        chats = [row for row in rows if row.media and max(row.num_turns) >= FOLLOW_UP_TURNS]
+        if chats:
+            reason = (
+                f"{len(chats)} of {len(rows)} rows, this one first, have several questions as turns of one "
+                "conversation. All answers but the first are then learned as answers to follow-up questions. "
+                "If each question will be asked alone, use rows with 'questions' (docs/data.md)"
+            )
+            self.report.notes.append(Finding(chats[0].origin, "row", reason))
 
     def add_media(self, sources: Iterable[Media]) -> None:
         """Add statistics of the videos and images, and a note about each copy."""

@@ -17,7 +17,7 @@ from lightning import LightningDataModule
 from merv.data.loader import BadSamplePolicy, BatchReader, Loader, OnError
 from merv.data.order import KINDS, EpochOrder
 from merv.data.samples import Sample, media_parts, text_of
-from merv.data.sources import Samples, open_samples, stream_samples
+from merv.data.sources import Samples, foreign_members, open_samples, stream_samples
 from merv.data.stream_loader import StreamLoader, StreamReader
 from merv.errors import DataError
 from merv.features.reader import Reader
@@ -105,6 +105,7 @@ class ChatData(LightningDataModule):
         self.loader: Loader | None = None
         self.loaders: WeakSet[Loader] = WeakSet()  # whose workers are stopped at the end
         self.resume_state: dict[str, Any] | None = None
+        self.logged: set[Path] = set()  # shards with members that do not belong to samples
         self.kinds_and_lengths: tuple[np.ndarray, np.ndarray] | None = None
         if val is not None:  # Lightning skips validation if there is no val_dataloader
             self.val_dataloader = self._val_dataloader  # type: ignore[method-assign]
@@ -125,8 +126,17 @@ class ChatData(LightningDataModule):
             self.sizes = [len(samples) for samples in sets]
             self.train = Samples(files)
             self.content = content_hash([file.path for file in files])
-        if self.val_source is not None:
-            self.val = self.val or open_samples(self.val_source, self.root)
+            self._log_foreign_members(self.train)
+        if self.val_source is not None and not self.val:
+            self.val = open_samples(self.val_source, self.root)
+            self._log_foreign_members(self.val)
+
+    def _log_foreign_members(self, samples: Samples) -> None:
+        """Log once for each shard which of its members do not belong to samples."""
+        for rows in samples.files:
+            if rows.foreign and rows.path not in self.logged:
+                self.logged.add(rows.path)
+                logger.warning("%s: %s", rows.path, foreign_members(rows))
 
     # Loaders ------------------------------------------------------------------------------
 

@@ -95,6 +95,7 @@ def sample_of(row: Any, origin: str = "", root: Path | None = None) -> Sample:
         for kind in kinds:
             if not isinstance(kind, str):
                 raise ValueError(f"'kind' must be a string; got {_short(kind)}")
+            _check_unicode(kind)
     except ValueError as error:
         raise DataError(f"{origin}: {error}.") from error
     return Sample(tuple(conversations), tuple(kinds), origin)
@@ -235,8 +236,19 @@ def _check_conversation(conversation: Conversation) -> None:
             raise ValueError(f"videos and images are only allowed in user messages; the {role} has one")
         if not has_media and not text.strip():
             raise ValueError(f"the {role} message is empty: {_short(content)}")
+        _check_unicode(text)
         if VISUAL in text:
             raise ValueError("the text contains U+E000, which is reserved for videos; remove it")
+
+
+def _check_unicode(text: str) -> None:
+    """Raise ValueError for half of a surrogate pair, which JSON may contain as an escape."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text {_short(text[error.start : error.end])} is half of a surrogate pair, not Unicode"
+        ) from error
 
 
 def _source(value: Any, root: Path) -> Any:
@@ -251,6 +263,7 @@ def _source(value: Any, root: Path) -> Any:
             raise ValueError(
                 f"only local files are supported; got {_short(value)}. Download it and give its path"
             )
+        _check_unicode(value)
         return str(root / Path(value).expanduser())
     if isinstance(value, bytes) or hasattr(value, "read"):
         return value

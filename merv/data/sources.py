@@ -13,7 +13,7 @@ import tarfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from glob import glob
 from itertools import accumulate, chain
@@ -26,6 +26,8 @@ from merv.errors import DataError
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 VIDEOS = (".mp4", ".m4v", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif")
 CAPTION_QUESTION = "Describe what is shown."  # the .txt of a WebDataset sample is the answer
+FOREIGN_FILE = re.compile(r"(readme|license|notice)\.(md|rst|txt)|thumbs\.db|desktop\.ini", re.IGNORECASE)
+FOREIGN_FOLDERS = (".", "__MACOSX", "PaxHeader")  # how their names start
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 Source = str | Path | Sequence[str | Path]
 
@@ -66,10 +68,14 @@ class Samples(Sequence[Sample]):
 
 @dataclass
 class Rows:
-    """The rows of one file. Relative paths in them start at `root`."""
+    """The rows of one file. Relative paths in them start at `root`.
+
+    `foreign` names the members of a shard that do not belong to samples.
+    """
 
     path: Path
     root: Path
+    foreign: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         """Index the file; raises OSError, ValueError or TarError if that fails."""
@@ -346,13 +352,20 @@ def _parse(data: bytes, origin: str) -> Any:
 class ShardRows(Rows):
     """Samples of a WebDataset shard: the members with the same key are a row and its videos and images.
 
-    The library webdataset can only stream a shard; this reads any sample at once.
+    The library webdataset can only stream a shard; this reads any sample at once. Hidden files, `__MACOSX/`,
+    README files, links, and files without an extension, which have no key, are left out and named in
+    `foreign`.
     """
 
     def __post_init__(self) -> None:
         offsets: dict[str, dict[str, tuple[int, int]]] = {}  # key → suffix → start and size in bytes
         with tarfile.open(self.path, "r:") as tar:
-            for member in filter(tarfile.TarInfo.isfile, tar):
+            for member in tar:
+                if member.isdir():
+                    continue
+                if not member.isfile() or _is_foreign(member.name):
+                    self.foreign.append(member.name)
+                    continue
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
                 key = f"{folder}/{stem}".lstrip("/")
@@ -382,6 +395,28 @@ class ShardRows(Rows):
             if files and isinstance(row, dict):
                 row[kind] = files
         return row
+
+
+def _is_foreign(name: str) -> bool:
+    """Return whether a member of a shard does not belong to a sample.
+
+    >>> [_is_foreign(name) for name in ("./a/0.json", "a/._0.json", "__MACOSX/0.json", "README")]
+    [False, True, True, True]
+    """
+    *folders, file = [part for part in name.split("/") if part not in ("", ".", "..")] or [""]
+    stem, _, suffix = file.partition(".")
+    return (
+        not stem
+        or not suffix
+        or FOREIGN_FILE.fullmatch(file) is not None
+        or any(folder.startswith(FOREIGN_FOLDERS) for folder in folders)
+    )
+
+
+def foreign_members(rows: Rows) -> str:
+    """Describe the members of a shard that do not belong to samples."""
+    names = ", ".join(rows.foreign[:3]) + (", …" if len(rows.foreign) > 3 else "")
+    return f"skipped {len(rows.foreign)} members that do not belong to samples: {names}"
 
 
 class TableRows(Rows):

@@ -44,6 +44,11 @@ from merv.video.open import check_backend
 from merv.video.sampling import Mode, Sampling
 from merv.video.transforms import Resample, check_resample
 
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
@@ -419,6 +424,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         return {
             "grid": list(self.aligner.grid),
             **fusion,
+            "fusion_dtype": "float32" if self.fusion is None else _dtype_name(self.fusion),
             "align": self.aligner.mode,
             "num_frames": self.num_frames,
             "backend": self.backend,
@@ -429,6 +435,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
                     "class": class_path(type(encoder)),
                     "variant": encoder.variant,
                     "preset": encoder.preset_name,
+                    "dtype": _dtype_name(encoder),
                     "identity": vars(encoder.identity),
                 }
                 for name, encoder in self.named()
@@ -448,9 +455,15 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             if ":" in path:
                 registry.check_trusted(path, f"The {option}")
         check_keys("weights", weights, options["encoders"])
-        encoders = {name: recreate(name, saved, weights) for name, saved in options.pop("encoders").items()}
-        sampling = Sampling(**options.pop("sampling"))
-        return cls(encoders, sampling=sampling, **{**options, "grid": tuple(options["grid"])})
+        encoders = {
+            name: recreate(name, saved, weights).to(_dtype(saved["dtype"]))
+            for name, saved in options.pop("encoders").items()
+        }
+        sampling, fusion_dtype = Sampling(**options.pop("sampling")), _dtype(options.pop("fusion_dtype"))
+        model = cls(encoders, sampling=sampling, **{**options, "grid": tuple(options["grid"])})
+        if model.fusion is not None:
+            model.fusion.to(fusion_dtype)
+        return model
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint: projectors and mixer. Frozen encoders are saved by name.
@@ -475,6 +488,9 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             folder: A folder, or "owner/name" or "owner/name@revision" of the hub.
             weights: Encoder name → where its weights are, for encoders whose weights have moved.
 
+        Returns:
+            The model in eval mode. Encoders and fusion have the dtypes that they were saved with.
+
         Raises:
             CheckpointError: The folder is not a saved MultiEncoder, or an encoder has other weights than when
                 the model was saved.
@@ -485,7 +501,20 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         config, state = load_folder(folder, cls.kind)
         model = cls.from_config(config, weights or {})
         fill_exactly(model.trainable_state_dict(), state, folder)
-        return model
+        return model.eval()
+
+
+def _dtype_name(module: nn.Module) -> str:
+    return str(device_and_dtype(module)[1]).removeprefix("torch.")
+
+
+def _dtype(name: Any) -> torch.dtype:
+    if name not in DTYPES:
+        raise CheckpointError(
+            f"Unknown dtype {name!r} of an encoder or of the fusion in config.json. "
+            f"Expected one of {', '.join(DTYPES)}."
+        )
+    return DTYPES[name]
 
 
 def source_key(source: Any) -> Any:

@@ -83,6 +83,10 @@ DAMAGE = {
     "question without answer": ({"video": A, "questions": [{"question": "?"}]}, "row", "'answer'; got None"),
     "null answer": (ours("33", A, None), "row", "'answer'; got None"),
     "answer is a number": (ours("34", A, 3), "row", "'answer'; got 3"),
+    "half of a surrogate pair": (ours("\ud83d", A), "row", r"\\ud83d"),
+    "half of a surrogate pair in an answer": (ours("a", A, "\udc00 is it"), "row", r"\\udc00"),
+    "half of a surrogate pair in a path": (ours("b", "\ud83d.mp4"), "row", r"\\ud83d"),
+    "half of a surrogate pair in a kind": (ours("c", A, kind="\ud83d"), "row", r"\\ud83d"),
     "empty answer": (ours("35", A, ""), "row", "assistant .*''"),
     "answer of spaces": (ours("36", A, " \n"), "row", "assistant .*' "),
     "kind is a list": (ours("37", A, kind=["count"]), "row", r"'kind' .*\['count'\]"),
@@ -368,6 +372,47 @@ def test_question_repeated_in_its_row_is_a_note(tmp_path):
     row = ours("Why", "a.mp4")
     report = check_data(write(tmp_path / "a.jsonl", {**row, "questions": row["questions"] * 2}), media="none")
     assert (report.valid, len(report.notes)) == ([0], 1)
+
+
+def turns_about(video: str, *texts: str) -> dict:
+    return llava("", *texts, video=video)
+
+
+def test_follow_up_questions_about_a_video_are_one_note(tmp_path):
+    rows = [ours("Why", "a.mp4"), *(turns_about("a.mp4", f"{n}?", "Yes.", "And?", "No.") for n in range(3))]
+    report = check_data(write(tmp_path / "a.jsonl", *rows), media="none")
+    assert len(report.valid) == 4
+    (note,) = report.notes
+    assert (note.kind, note.origin) == ("row", f"{tmp_path}/a.jsonl:2")
+    assert "3 of 4 rows" in note.reason
+    assert "'questions'" in note.reason
+
+
+def test_conversations_of_one_question_are_no_note(tmp_path):
+    rows = [
+        turns_about("a.mp4", "Why?", "So."),
+        {
+            **messages(("system", "Be brief."), ("user", "<video>Why?"), ("assistant", "So.")),
+            "video": "b.mp4",
+        },
+        messages(("user", "Hm?"), ("assistant", "Ah."), ("user", "And?"), ("assistant", "So.")),  # no video
+    ]
+    assert not check_data(write(tmp_path / "a.jsonl", *rows), media="none").notes
+
+
+def test_foreign_members_of_a_shard_are_one_note(tmp_path):
+    row = json.dumps(messages(("user", "Why?"), ("assistant", "So."))).encode()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in ("x1.json", row), ("._x1.json", b"\x00\x05"), (".DS_Store", b""):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    report = check_data(tmp_path / "a.tar")
+    (note,) = report.notes
+    assert (report.valid, report.invalid) == ([0], [])
+    assert (note.origin, note.kind) == (f"{tmp_path}/a.tar", "file")
+    assert "2 members" in note.reason
+    assert "._x1.json, .DS_Store" in note.reason
 
 
 @pytest.mark.skipif(os.name == "nt" or not os.getuid(), reason="root can read every file")

@@ -1,11 +1,15 @@
 """Hard cases of loading: rows that the chat template rejects, several processes, shortened epochs."""
 
+import io
 import json
+import re
+import tarfile
 from itertools import islice
 
 import pytest
 import tiny
 
+from merv.data.check import check_data
 from merv.data.module import ChatData
 from merv.errors import DataError
 
@@ -51,6 +55,48 @@ def test_rows_that_the_chat_template_rejects_are_skipped(rows, model, workers):
 def test_row_that_the_chat_template_rejects_is_named(rows, model):
     with pytest.raises(DataError, match=r"a\.jsonl:2: PromptError: .*no system(.|\n)*data\.on_error"):
         next(iter(chat(rows, model).train_dataloader()))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"), [("\ud83d", r"\\ud83d"), ("", "assistant"), ("\n \n", "assistant")]
+)
+@pytest.mark.parametrize("with_llm", [True, False])
+def test_answer_without_valid_text_is_bad_in_check_and_training(tmp_path, model, answer, reason, with_llm):
+    file = str(tmp_path / "a.jsonl")
+    rows = messages("1", "!"), messages("2", answer)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": each}) for each in rows))
+    report = check_data(file, tokenizer=model.tokenizer if with_llm else None)
+    (batch,) = chat(file, model, on_error="skip").train_dataloader()
+    assert [finding.origin for finding in report.invalid] == [f"{file}:2"]
+    assert [origin for origin, _ in batch.skipped] == [f"{file}:2"]
+    assert re.search(reason, report.invalid[0].reason)
+    assert re.search(reason, batch.skipped[0][1])
+
+
+def test_line_breaks_before_an_answer_are_neither_counted_nor_learned(tmp_path, model):
+    file = str(tmp_path / "a.jsonl")
+    rows = messages("1", "\n\n\nA cat."), messages("1", "A cat.")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": each}) for each in rows))
+    report = check_data(file, tokenizer=model.tokenizer)
+    (batch,) = chat(file, model).val_dataloader()
+    (first,), (second,) = (model.chat.answers(conversation) for (conversation,) in batch.groups)
+    assert report.valid == [0, 1]
+    assert report.numbers["tokens"][0] == report.numbers["tokens"][1]
+    assert first == second
+
+
+def test_foreign_members_of_a_shard_are_logged_once(tmp_path, model, caplog):
+    row = json.dumps({"messages": messages("1", "!")}).encode()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in "x1.json", "._x1.json":
+            member = tarfile.TarInfo(name)
+            member.size = len(row)
+            tar.addfile(member, io.BytesIO(row))
+    data = chat(str(tmp_path / "a.tar"), model)
+    data.setup()
+    batches = [*data.train_dataloader(), *data.val_dataloader()]
+    assert sum(len(batch.groups) for batch in batches) == 2
+    assert [record.getMessage().count("._x1.json") for record in caplog.records] == [1]
 
 
 def test_each_process_resumes_with_its_own_skipped_samples(rows, model, monkeypatch):

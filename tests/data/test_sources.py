@@ -134,6 +134,51 @@ def test_shard_members_of_a_key_are_one_sample(tmp_path):
     assert samples[1].conversations[0][-1]["content"] == "A square."
 
 
+FOREIGN = [
+    "._0.json",
+    ".DS_Store",
+    ".json",
+    "README",
+    "readme.txt",
+    "LICENSE.md",
+    "Thumbs.db",
+    "__MACOSX/0.json",
+    "a/.cache/0.json",
+    "./._1.mp4",
+    "PaxHeaders.7/0.json",
+    "pax_global_header",
+]
+
+
+def shard_with_foreign_members(path):
+    """A shard as macOS and GNU tar write them: folders, PAX headers, a link, and files beside the samples."""
+    row = json.dumps({"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]}).encode()
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "made by hand"}) as tar:
+        for name, kind in ("./", tarfile.DIRTYPE), ("./a", tarfile.DIRTYPE), ("l.json", tarfile.SYMTYPE):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "0.json" * (kind == tarfile.SYMTYPE)
+            tar.addfile(member)
+        for name in [*FOREIGN, "./0.json", f"./a/{'long' * 60}ä.json", "desktop.json"]:
+            member = tarfile.TarInfo(name)
+            content = b"\x00" if name in FOREIGN else row
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_members_of_a_shard_that_belong_to_no_sample_are_skipped_and_named(tmp_path):
+    samples = open_samples(shard_with_foreign_members(tmp_path / "a.tar"))
+    assert [sample.origin[len(f"{tmp_path}/a.tar/") :] for sample in samples] == [
+        "./0", f"./a/{'long' * 60}ä", "desktop"
+    ]  # fmt: skip
+    assert samples.files[0].foreign == ["l.json", *FOREIGN]
+
+
+def test_shard_without_any_sample_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"a\.tar"):
+        open_samples(shard(tmp_path / "a.tar", README=b"About this shard."))
+
+
 def test_malformed_shard_sample_is_named_when_it_is_read(tmp_path):
     samples = open_samples(shard(tmp_path / "a.tar", x1__mp4=b"", x2__json=b"{"))
     with pytest.raises(DataError, match=r"a\.tar/x1: .*\.mp4"):

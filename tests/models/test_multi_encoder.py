@@ -10,7 +10,7 @@ from merv.encoding.registry import create_encoder
 from merv.encoding.windows import encode_distinct
 from merv.errors import CheckpointError, EncoderError, ShapeError, UnknownPlugin, WeightsError
 from merv.features.store import FeatureStore
-from merv.fusion.registry import create_mixer
+from merv.fusion.registry import MIXERS
 from merv.models.multi_encoder import MultiEncoder
 from merv.testing import make_video
 from merv.types import Frames, Grid
@@ -343,7 +343,7 @@ def test_encoder_class_instead_of_an_object_is_rejected():
 
 def test_mixer_instance_is_rejected():
     with pytest.raises(ShapeError, match="mixer="):
-        MultiEncoder(["fake"], output_dim=8, mixer=create_mixer("mean", 8, 1))
+        MultiEncoder(["fake"], output_dim=8, mixer=MIXERS.create("mean", 8, 1))
 
 
 def test_numpy_integers_can_be_saved(tmp_path):
@@ -376,3 +376,40 @@ def test_encoder_without_weights_has_a_device_and_dtype():
     assert device_and_dtype(Bare().to("meta"))[0].type == "meta"
     assert device_and_dtype(Bare().to(torch.bfloat16))[1] == torch.bfloat16
     assert not Bare().state_dict()
+
+
+def test_loaded_model_is_in_eval_mode(both, tmp_path):
+    both.train().save_pretrained(tmp_path / "saved")
+    loaded = MultiEncoder.from_pretrained(tmp_path / "saved")
+    assert not any(module.training for module in loaded.modules())
+
+
+@pytest.mark.parametrize("parts", [["fusion"], ["encoders"], ["fusion", "encoders"], []])
+def test_loaded_model_has_the_saved_dtypes(both, tmp_path, parts):
+    for part in parts:
+        both.get_submodule(part).bfloat16()
+    both.save_pretrained(tmp_path / "saved")
+    loaded = MultiEncoder.from_pretrained(tmp_path / "saved")
+    clip = video(20)
+    assert {name: tensor.dtype for name, tensor in loaded.state_dict().items()} == {
+        name: tensor.dtype for name, tensor in both.state_dict().items()
+    }
+    assert torch.equal(loaded(clip).tokens, both(clip).tokens)
+    assert not loaded.modified_parts()
+
+
+def test_dtype_of_one_encoder_is_saved(tmp_path):
+    model = MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2))
+    model.encoder("fake_video").bfloat16()
+    model.save_pretrained(tmp_path / "saved")
+    loaded = MultiEncoder.from_pretrained(tmp_path / "saved")
+    dtypes = {name: device_and_dtype(encoder)[1] for name, encoder in loaded.named()}
+    assert dtypes == {"fake": torch.float32, "fake_video": torch.bfloat16}
+
+
+def test_unknown_dtype_in_the_config_is_named(both, tmp_path):
+    both.save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "config.json"
+    file.write_text(file.read_text().replace('"fusion_dtype": "float32"', '"fusion_dtype": "int3"'))
+    with pytest.raises(CheckpointError, match="int3"):
+        MultiEncoder.from_pretrained(tmp_path / "saved")
