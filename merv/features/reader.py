@@ -13,9 +13,6 @@ from importlib.metadata import version
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import nn
-
 from merv.encoding.base import Encoder
 from merv.encoding.weights import values_digest
 from merv.errors import EncoderError
@@ -143,9 +140,13 @@ def feature_cache_key(
 ) -> str:
     """Return everything that an encoder's aligned features depend on, except the video.
 
-    `video_key` hashes it together with the content of the video. Raises EncoderError if the aligner is
-    trained, because then features must not be stored.
+    `video_key` hashes it together with the content of the video. Raises EncoderError for a custom aligner,
+    because it is unknown what it depends on.
     """
+    if type(aligner) is not Aligner:
+        raise EncoderError(
+            f"Features of the custom aligner {type(aligner).__name__} cannot be stored. Use no store."
+        )
     hash_values = encoder.modified or encoder.identity.sha256 is None  # the identity does not describe them
     spec, preset = encoder.spec, encoder.preset
     key = {
@@ -175,45 +176,9 @@ def feature_cache_key(
             sampling.seed,
             sampling.total,
         ],
-        "aligner": aligner_key(aligner),
+        "aligner": (aligner.grid, aligner.mode),
     }
     return json.dumps(key, sort_keys=True, default=str)
-
-
-def aligner_key(aligner: nn.Module) -> tuple[Any, ...]:
-    """Return what features depend on in an aligner; for a custom one, the classes and values of its modules.
-
-    Raises EncoderError if it is trained or has an attribute that cannot be compared by value.
-    """
-    if type(aligner) is Aligner:
-        return aligner.grid, aligner.mode
-    if any(parameter.requires_grad for parameter in aligner.parameters()):
-        raise EncoderError(
-            f"The aligner {type(aligner).__name__} has trainable parameters, so features cannot be "
-            "stored. Freeze it, or implement the trained part as a mixer."
-        )
-    torch_attributes = vars(nn.Module())
-    parts = []
-    for name, module in aligner.named_modules():
-        attributes = sorted(item for item in vars(module).items() if item[0] not in torch_attributes)
-        parts.append((name, class_path(type(module)), [(k, _comparable(v)) for k, v in attributes]))
-    return *parts, values_digest(aligner)
-
-
-def _comparable(value: Any) -> Any:
-    """Convert an attribute of a module to something that is serialized alike if the values are equal."""
-    if isinstance(value, torch.Tensor):
-        return values_digest(nn.ParameterList([nn.Parameter(value, requires_grad=False)]))
-    if isinstance(value, (list, tuple)):
-        return [_comparable(item) for item in value]
-    if isinstance(value, dict):
-        return [(key, _comparable(item)) for key, item in sorted(value.items(), key=str)]
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
-        return value
-    raise EncoderError(
-        f"The aligner has an attribute of type {type(value).__name__}, which cannot be part of a key. "
-        "Use only numbers, strings and tensors, or no store."
-    )
 
 
 def weights_digest(encoder: Encoder) -> str:

@@ -19,7 +19,7 @@ from torch.nn.functional import rms_norm
 from merv.errors import BrokenPlugin, CheckpointError, ShapeError
 from merv.fusion.mixers import Mixer, WeightingMixer, any_present, cell_positions
 from merv.fusion.projectors import Projector
-from merv.fusion.registry import create_mixer, create_projector
+from merv.fusion.registry import MIXERS, PROJECTORS
 from merv.types import WHOLE_PICTURE, Fused, Grid, is_count
 from merv.utils.plugins import class_path, is_importable
 from merv.utils.torch_modules import class_of, device_and_dtype, first_unlike, without_weights
@@ -33,8 +33,7 @@ class Fusion(nn.Module):
     Args:
         embed_dims: Encoder name → its channels (D), in the order of the streams.
         output_dim: Embedding dimension of the LLM (L).
-        mixer: A registered name (see `merv plugins mixers`), `module:Class`, a subclass of `Mixer`, or an
-            instance. A fusion with an instance cannot be saved, because its options are unknown.
+        mixer: A registered name (see `merv plugins mixers`), `module:Class`, or a subclass of `Mixer`.
         projector: A registered name (see `merv plugins projectors`), `module:Class`, or a subclass of
             `Projector`.
         norm: Normalize features before projection, and tokens after mixing to the root mean square
@@ -45,8 +44,7 @@ class Fusion(nn.Module):
         folded: Mix before projection. By default, fold in eval mode if mixer and projectors allow it.
 
     Raises:
-        ShapeError: `output_dim` is not a whole number of at least 1, or the dimensions of a mixer instance
-            differ.
+        ShapeError: `output_dim` is not a whole number of at least 1.
         PluginError: A mixer or projector is unknown, cannot be created, or does not have an option.
 
     Example:
@@ -61,7 +59,7 @@ class Fusion(nn.Module):
         self,
         embed_dims: Mapping[str, int],
         output_dim: int,
-        mixer: str | type[Mixer] | Mixer = "cross_attention",
+        mixer: str | type[Mixer] = "cross_attention",
         *,
         projector: str | type[Projector] = "linear",
         norm: bool = True,
@@ -81,18 +79,9 @@ class Fusion(nn.Module):
         )
         self.token_rms: Tensor | None
         self.register_buffer("token_rms", torch.ones(()) if norm else None)
-        self.mixer = (
-            mixer
-            if isinstance(mixer, Mixer)
-            else create_mixer(mixer, self.output_dim, len(self.names), **self.mixer_options)
-        )
-        if (self.mixer.output_dim, self.mixer.num_encoders) != (self.output_dim, len(self.names)):
-            raise ShapeError(
-                f"Expected a mixer for {len(self.names)} encoders and output_dim={self.output_dim}, got one "
-                f"for {self.mixer.num_encoders} encoders and output_dim={self.mixer.output_dim}."
-            )
+        self.mixer: Mixer = MIXERS.create(mixer, self.output_dim, len(self.names), **self.mixer_options)
         # What `config` describes; a mixer or projector that replaces one of these could not be saved.
-        self._created = [None if isinstance(mixer, Mixer) else self.mixer, *self.projectors.values()]
+        self._created = [self.mixer, *self.projectors.values()]
 
     def forward(self, grids: Mapping[str, Grid], question: Tensor | None = None) -> Fused:
         """Fuse a batch of aligned features.
@@ -281,7 +270,7 @@ class Fusion(nn.Module):
 
     def _create_projector(self, embed_dim: int) -> Projector:
         options = {"norm": self.norm, **self.projector_options}
-        return create_projector(self.projector, embed_dim, self.output_dim, **options)
+        return PROJECTORS.create(self.projector, embed_dim, self.output_dim, **options)
 
     def _ordered_projectors(self) -> list[Projector]:
         """Return the projectors in the order of the streams."""

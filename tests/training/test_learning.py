@@ -13,7 +13,7 @@ from merv.errors import (
     WeightsError,
 )
 from merv.fusion.mixers import NEW_ENCODER_LOGIT, ConcatChannels
-from merv.fusion.registry import create_mixer
+from merv.fusion.registry import MIXERS
 from merv.models.chat import user_message
 from merv.models.llm import LoraOptions, check_same, checkpoint_layers, identity, load_llm
 from merv.models.multi_encoder import MultiEncoder
@@ -212,8 +212,8 @@ def test_gate_has_no_part_per_encoder_but_accepts_new_encoders():
 
 def test_mixer_that_cannot_add_an_encoder_is_an_error():
     with pytest.raises(ShapeError, match="ConcatChannels"):
-        create_mixer("concat_channels", 8, 2, norm=True).add_encoder()
-    assert isinstance(create_mixer("concat_channels", 8, 2), ConcatChannels)
+        MIXERS.create("concat_channels", 8, 2, norm=True).add_encoder()
+    assert isinstance(MIXERS.create("concat_channels", 8, 2), ConcatChannels)
 
 
 def test_added_encoder_needs_a_new_name():
