@@ -88,15 +88,16 @@ def pack(
     packed_length: Put several groups into one row of at most this many tokens. A longer group has its own
         row.
     """
-    rows = [_row(group) for group in groups]
+    columns = [_columns(group, number) for number, group in enumerate(groups)]
+    rows = [[of_group] for of_group in columns]
     if packed_length is not None:
-        rows = _bin_pack(rows, packed_length)
-    length = max(len(row.ids) for row in rows)
+        rows = _bin_pack(columns, packed_length)
+    length = max(sum(len(of_group.ids) for of_group in row) for row in rows)
 
     def padded(column: str, padding: int) -> Tensor:
         out = torch.full((len(rows), length), padding, dtype=torch.long)
         for i, row in enumerate(rows):
-            values = getattr(row, column)
+            values = torch.cat([getattr(of_group, column) for of_group in row])
             start = length - len(values) if side == "left" else 0
             out[i, start : start + len(values)] = values
         return out
@@ -111,8 +112,8 @@ def pack(
 
 
 @dataclass(frozen=True, eq=False)
-class _Row:
-    """The columns of `Packed` for one row without padding, and the number of the group in the row."""
+class _Columns:
+    """The columns of `Packed` for one group without padding, and the number of the group."""
 
     ids: Tensor
     labels: Tensor
@@ -121,8 +122,8 @@ class _Row:
     groups: Tensor
 
 
-def _row(group: Sequence[Tokens]) -> _Row:
-    """Return the row of one group: the common prefix, then the rest of each conversation."""
+def _columns(group: Sequence[Tokens], group_number: int) -> _Columns:
+    """Return the columns of one group: the common prefix, then the rest of each conversation."""
     prefix = _prefix_length(group)
     first = group[0]
     ids, labels = [first.ids[:prefix]], [first.labels[:prefix]]
@@ -132,37 +133,21 @@ def _row(group: Sequence[Tokens]) -> _Row:
         labels.append(sequence.labels[prefix:])
         positions.append(torch.arange(prefix, len(sequence.ids)))
         branches.append(torch.full((len(sequence.ids) - prefix,), number))
-    return _Row(
-        ids=torch.cat(ids),
-        labels=torch.cat(labels),
-        positions=torch.cat(positions),
-        branches=torch.cat(branches),
-        groups=torch.zeros(sum(map(len, ids)), dtype=torch.long),
-    )
+    groups = [torch.full_like(part, group_number) for part in ids]
+    return _Columns(*map(torch.cat, (ids, labels, positions, branches, groups)))
 
 
-def _bin_pack(rows: Sequence[_Row], max_length: int) -> list[_Row]:
-    """Concatenate rows into fewer rows: the longest first, each into the first bin with enough room."""
-    bins: list[list[_Row]] = []
-    for row in sorted(rows, key=lambda row: -len(row.ids)):
-        for candidate in bins:
-            if sum(len(other.ids) for other in candidate) + len(row.ids) <= max_length:
-                candidate.append(row)
+def _bin_pack(groups: Sequence[_Columns], max_length: int) -> list[list[_Columns]]:
+    """Distribute groups to few rows: the longest first, each into the first row with enough room."""
+    rows: list[list[_Columns]] = []
+    for group in sorted(groups, key=lambda group: -len(group.ids)):
+        for row in rows:
+            if sum(len(other.ids) for other in row) + len(group.ids) <= max_length:
+                row.append(group)
                 break
         else:
-            bins.append([row])
-    return [_concatenate(rows_of_bin) for rows_of_bin in bins]
-
-
-def _concatenate(rows: Sequence[_Row]) -> _Row:
-    """Concatenate rows of one group each, and number their groups."""
-    return _Row(
-        ids=torch.cat([row.ids for row in rows]),
-        labels=torch.cat([row.labels for row in rows]),
-        positions=torch.cat([row.positions for row in rows]),
-        branches=torch.cat([row.branches for row in rows]),
-        groups=torch.cat([row.groups + number for number, row in enumerate(rows)]),
-    )
+            rows.append([group])
+    return rows
 
 
 def _prefix_length(group: Sequence[Tokens]) -> int:

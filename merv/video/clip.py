@@ -84,7 +84,10 @@ def prepare(
         info = reader.info
         times_s, indices = {}, {}
         for name, encoder in encoders.items():
-            sampled_s = encoder_times(encoder.spec, info, sampling, (num_frames or {}).get(name))
+            count = (num_frames or {}).get(name)  # overrides the rate of the spec, too
+            sampled_s = sampling.times(
+                info, count or encoder.spec.num_frames, None if count else encoder.spec.fps
+            )
             padding = -len(sampled_s) % (encoder.spec.window_size or encoder.spec.tubelet_size)
             times_s[name] = extend_times(sampled_s, padding)
             shown = frame_indices_at(info.times_s, sampled_s)
@@ -95,16 +98,6 @@ def prepare(
     frames = _preprocess(pixels, union, indices, presets, times_s, resample)
     end_s = info.duration_s if sampling.end_s is None else min(sampling.end_s, info.duration_s)
     return Clip(info, (0.0, 0.0) if info.is_still else (sampling.start_s, end_s), frames, indices)
-
-
-def encoder_times(
-    spec: EncoderSpec, info: VideoInfo, sampling: Sampling, num_frames: int | None = None
-) -> list[float]:
-    """Return the times at which an encoder sees a video, in seconds; with a rate, windows may be incomplete.
-
-    `num_frames` overrides the number of frames and the rate of the spec.
-    """
-    return sampling.times(info, num_frames or spec.num_frames, None if num_frames else spec.fps)
 
 
 def extend_times(times_s: Sequence[float], count: int) -> list[float]:
@@ -148,11 +141,5 @@ def _preprocess(
 def _geometry(preset: Preset) -> tuple:
     """Return everything in a preset that `resize` depends on; a letterbox is filled with the mean."""
     fill = preset.mean if preset.crop_mode == "letterbox" else None
-    return (
-        preset.crop_mode,
-        preset.input_size,
-        preset.resize_short_side,
-        preset.interpolation,
-        preset.center,
-        fill,
-    )
+    size = preset.input_size, preset.resize_short_side
+    return preset.crop_mode, size, preset.interpolation, preset.center, fill

@@ -35,16 +35,9 @@ PIL_ERRORS = (  # what PIL raises for a broken image
 class ImagesReader(VideoReader):
     """Reads images with `load(index)`, which returns uint8 [3, H, W] or raises one of PIL_ERRORS."""
 
-    def __init__(
-        self,
-        info: VideoInfo,
-        load: Callable[[int], Tensor],
-        close: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, info: VideoInfo, load: Callable[[int], Tensor]) -> None:
         super().__init__()
-        self.info = info
-        self._load = load
-        self.close = close  # type: ignore[method-assign]
+        self.info, self._load = info, load
 
     def _decode(self, indices: list[int]) -> Iterator[tuple[int, Tensor]]:
         for index in indices:
@@ -76,14 +69,10 @@ def array_reader(source: Any, name: str, fps: float) -> ImagesReader:
     channels_first = pixels.ndim in (3, 4) and pixels.shape[-3] == 3
     channels_last = pixels.ndim in (3, 4) and pixels.shape[-1] == 3
     if channels_first == channels_last or not pixels.numel():
-        reason = "two axes could be the channels" if channels_first else "no axis for the channels has size 3"
-        if not pixels.numel():
-            reason = "an axis has size 0, so there are no frames"
-        elif pixels.ndim == 5:
-            reason = "5 axes are a batch of videos; pass it as a list, list(batch)"
         raise ShapeError(
             f"{name}: expected shape [T, 3, H, W] or [T, H, W, 3], or one image without T; got "
-            f"{list(pixels.shape)}: {reason}."
+            f"{list(pixels.shape)}. No axis may be empty, and only one of the two may have size 3. Pass a "
+            "batch of videos as a list: list(batch)."
         )
     if channels_last:
         pixels = pixels.movedim(-1, -3)
@@ -175,8 +164,10 @@ def image_reader(file: BinaryIO, name: str, *, owned: bool, max_pixels: int) -> 
     codec = str(image.format).lower()
     duration_s = 0.0 if len(times_s) == 1 else end_s
     info = VideoInfo(name, duration_s, tuple(times_s), width, height, codec=codec, backend="pillow")
-    reader = ImagesReader(info, load, close=file.close if owned else lambda: None)
+    reader = ImagesReader(info, load)
     reader.damage = damage
+    if owned:
+        reader.close = file.close  # type: ignore[method-assign]
     return reader
 
 

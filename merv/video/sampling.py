@@ -138,11 +138,6 @@ class Sampling:
                 f"Unknown sampling mode {self.mode!r}.{nearest(str(self.mode), modes)} "
                 f"Available: {', '.join(modes)}."
             )
-        numbers = (self.start_s, self.end_s, self.fps)
-        if any(isinstance(number, str) for number in numbers):
-            raise SamplingError(
-                f"start_s, end_s and fps must be numbers; got {', '.join(map(repr, numbers))}."
-            )
         if not 0 <= self.start_s < (float("inf") if self.end_s is None else self.end_s):
             raise SamplingError(
                 f"A range must satisfy 0 ≤ start_s < end_s, in seconds; got start_s={self.start_s}, "

@@ -89,15 +89,11 @@ def load_decoder() -> Any:
     try:
         import torchcodec
         from torchcodec.decoders import VideoDecoder
-    except ImportError as error:
+    except (ImportError, RuntimeError, OSError) as error:  # not installed, or built for another torch
         raise MissingDependency(
-            f"backend='torchcodec' needs torchcodec ({error}): pip install \"merv[torchcodec]\". It also "
-            "needs FFmpeg's shared libraries. Or use backend='pyav', which includes its own."
-        ) from error
-    except (RuntimeError, OSError) as error:  # built for another torch
-        raise MissingDependency(
-            f"torchcodec is installed but cannot be loaded: {first_line(error)}. "
-            "Install the version that matches torch, or use backend='pyav'."
+            f"backend='torchcodec' needs torchcodec ({first_line(error)}): pip install \"merv[torchcodec]\", "
+            "with the version that matches torch. It also needs FFmpeg's shared libraries. Or use "
+            "backend='pyav', which includes its own."
         ) from error
     if torchcodec.ffmpeg_major_version is None:
         raise MissingDependency(
