@@ -176,13 +176,11 @@ def write_clean(report: Report, path: Path) -> None:
 
 
 def _tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer
-
-    from merv.models.llm import SMOLLM2
+    from merv.models.llm import SMOLLM2, load_tokenizer
     from merv.utils.assets import smollm2_folder
 
     try:
-        return AutoTokenizer.from_pretrained(smollm2_folder() if source == SMOLLM2 else source)
+        return load_tokenizer(smollm2_folder() if source == SMOLLM2 else source)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(

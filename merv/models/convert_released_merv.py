@@ -22,6 +22,7 @@ from merv.encoding.base import Encoder
 from merv.encoding.registry import create_encoder
 from merv.encoding.weights import PRETRAINED
 from merv.errors import CheckpointError, WeightsError
+from merv.models.llm import load_tokenizer
 from merv.models.multi_encoder import MultiEncoder
 from merv.models.released_merv import (
     LLMS,
@@ -252,10 +253,10 @@ def load_base(source: str | Path, name: str) -> BaseLLM:
     Raises:
         WeightsError: They could not be loaded.
     """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     try:
-        config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        config, tokenizer = AutoConfig.from_pretrained(source), load_tokenizer(source)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(
@@ -293,7 +294,7 @@ def write_llm(
     from tqdm import tqdm
 
     base.generation.save_pretrained(folder)
-    base.tokenizer.save_pretrained(folder)
+    save_tokenizer(base.tokenizer, folder)
     plan = split_torch_state_dict_into_shards(
         dict(shapes), filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
     )
@@ -310,6 +311,19 @@ def write_llm(
             # save_file creates files that only their owner can read.
             shutil.copymode(folder / "tokenizer_config.json", folder / file)
             bar.update(sum(shapes[name].nbytes for name in names))
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer so that `AutoTokenizer`, too, loads it exactly as its tokenizer.json describes it.
+
+    For the classes of some models, such as LlamaTokenizer, transformers 5 replaces the file's normalizer; see
+    `load_tokenizer`.
+    """
+    tokenizer.save_pretrained(folder)
+    if hasattr(tokenizer, "backend_tokenizer"):
+        path = folder / "tokenizer_config.json"
+        config = {**_read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"}
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # The encoders -------------------------------------------------------------------------------

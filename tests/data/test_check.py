@@ -14,6 +14,7 @@ import media
 import numpy as np
 import pytest
 from datasets import Dataset, Image, Video, config
+from llama_tokenizer import write_llama_tokenizer
 from PIL import Image as Picture
 
 from merv.cli import main as cli
@@ -439,6 +440,18 @@ def test_command_prints_and_writes_reports_and_clean_rows(tmp_path, monkeypatch,
     assert len(json.loads(Path("out/report.json").read_text())["invalid"]) == 30
     assert cli.main(["data", "check", "clean.jsonl", "--workers", "0"]) == 0
     assert "| rows | 1 valid |" in capsys.readouterr().out
+
+
+def test_lengths_are_those_of_the_tokenizer_file(tmp_path):
+    file = write_llama_tokenizer(tmp_path)
+    roles = ["user", "assistant", "user", "assistant"]
+    row = messages(*zip(roles, "abcd", strict=True))
+    write(tmp_path / "a.jsonl", row)
+    arguments = ["data", "check", str(tmp_path / "a.jsonl"), "--workers", "0", "--llm", str(tmp_path)]
+    assert cli.main([*arguments, "--report", str(tmp_path / "out")]) == 0
+    text = "<s>In: a\nOut: b</s>In: c\nOut: d</s>"
+    tokens = json.loads((tmp_path / "out/report.json").read_text())["quantiles"]["tokens"]
+    assert tokens["max"] == len(file.encode(text, add_special_tokens=False).ids)
 
 
 def test_folder_without_a_tokenizer_is_an_error(tmp_path, capsys):

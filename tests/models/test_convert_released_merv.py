@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from llama_tokenizer import write_llama_tokenizer
 from official import Official, config_of, grown, write
 from transformers import AutoTokenizer
 
@@ -13,6 +14,7 @@ from merv.errors import CheckpointError, WeightsError
 from merv.models.chat import user_message
 from merv.models.chat_template import ChatTemplate
 from merv.models.convert_released_merv import convert
+from merv.models.llm import load_tokenizer
 from merv.models.released_merv import read_config
 from merv.models.video_llm import VideoLLM
 from merv.testing import make_video, tiny_llm
@@ -137,6 +139,40 @@ def test_tokenizer_has_the_added_token_and_no_chat_template(released):
     assert tokenizer.decode(first) == "<s>"
     assert visual.source == "clip"
     assert tokenizer.decode(rest) == f"In: {QUESTION}\nOut:"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """Return the tokenizer in the file of a base LLM like Llama 2, and the folder of a converted model."""
+    folder = tmp_path_factory.mktemp("llama")
+    llm, _ = tiny_llm(folder / "base")
+    file = write_llama_tokenizer(folder / "base")
+    official = Official(grown(llm, file.get_vocab_size()), [8, 12])
+    write(folder / "two", official.state(), TWO)
+    return file, convert_in(folder, "two", llm=folder / "base")
+
+
+TURNS = "In: a\nOut: b</s>In: c\nOut: d</s>In: a b?\nOut:"
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, AutoTokenizer.from_pretrained])
+def test_saved_tokenizer_gives_the_ids_of_its_original_file(llama, load):
+    file, folder = llama
+    tokenizer = load(folder / "llm")
+    expected = file.encode(TURNS, add_special_tokens=False)
+    assert tokenizer(TURNS, add_special_tokens=False).input_ids == expected.ids
+    assert expected.tokens.count("▁In") == 3
+    assert tokenizer.decode(expected.ids) == file.decode(expected.ids, skip_special_tokens=False)
+    assert tokenizer("In: a").input_ids == file.encode("In: a").ids
+
+
+def test_turns_of_a_converted_model_have_the_ids_of_the_original_tokenizer(llama):
+    file, folder = llama
+    roles = ["user", "assistant", "user", "assistant"]
+    turns = [{"role": role, "content": text} for role, text in zip(roles, "abcd", strict=True)]
+    (prompt,) = VideoLLM.from_pretrained(folder).chat.answers(turns)
+    text = "<s>In: a\nOut: b</s>In: c\nOut: d</s>"
+    assert prompt.pieces == (file.encode(text, add_special_tokens=False).ids,)
 
 
 def test_log_lists_what_is_left_out(released):
