@@ -132,22 +132,10 @@ def _check(kind: str, name: str) -> int:
     findings = check_plugin(kind.removesuffix("s"), loaded, **options)
     for finding in findings:
         print(f"  {finding}")
-    if kind == "encoders" and findings[0].passed and (unchecked := _unchecked(loaded, variant)):
-        print(f"  not checked: {unchecked}")
     failed = sum(not finding.passed for finding in findings)
     if failed:
         print(f"{name}{owner} fails {failed} of {len(findings)} checks.")
     return int(failed > 0)
-
-
-def _unchecked(encoder: Any, variant: str | None) -> str:
-    """The variants and presets that a check of `variant` does not cover."""
-    checked = variant or next(iter(encoder.variants))
-    unchecked = {
-        "variants": [name for name in encoder.variants if name != checked],
-        "presets": list(encoder.variants[checked].presets)[1:],
-    }
-    return "; ".join(f"{what} {', '.join(names)}" for what, names in unchecked.items() if names)
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:

@@ -179,16 +179,11 @@ class Encoder(TrackedModule):
         return values
 
     def _check_features(self, values: Tensor, batch: int) -> Tensor:
-        expected = f"[{batch}, t, h, w, {self.spec.embed_dim}]"
-        if not isinstance(values, Tensor):
+        if not isinstance(values, Tensor) or values.ndim != 5 or len(values) != batch:
+            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise EncoderError(
-                f"{self.spec.name}: encode() must return a tensor {expected}; got a {type(values).__name__}. "
-                "Return a field of it, such as last_hidden_state, reshaped."
-            )
-        if values.ndim != 5 or len(values) != batch:
-            raise EncoderError(
-                f"{self.spec.name}: encode() must return {expected} for {batch} clips; got "
-                f"{list(values.shape)}."
+                f"{self.spec.name}: encode() must return a tensor [{batch}, t, h, w, {self.spec.embed_dim}] "
+                f"for {batch} clips; got {got}."
             )
         return values
 
@@ -199,15 +194,12 @@ class Encoder(TrackedModule):
                 f"{name} expects Frames; got {type(frames).__name__}. Use Frames.of(pixels) for a tensor "
                 "[B, T, 3, H, W]."
             )
-        if frames.patches is not None or tuple(frames.pixels.shape[-2:]) != (height, width):
+        pixels = frames.pixels
+        fits = tuple(pixels.shape[-2:]) == (height, width) and pixels.is_floating_point()
+        if frames.patches is not None or not fits:
             raise ShapeError(
-                f"{name} expects frames [B, T, 3, {height}, {width}]; got {list(frames.pixels.shape)}. Use "
-                "merv.preprocess(frames, encoder.preset)."
-            )
-        if not frames.pixels.is_floating_point():
-            raise ShapeError(
-                f"{name} expects normalized floating-point frames; got {frames.pixels.dtype}. Use "
-                "merv.preprocess(frames, encoder.preset)."
+                f"{name} expects normalized floating-point frames [B, T, 3, {height}, {width}]; got "
+                f"{list(pixels.shape)}, {pixels.dtype}. Use merv.preprocess(frames, encoder.preset)."
             )
         window = self.spec.window_size or self.spec.tubelet_size
         if frames.pixels.shape[1] % window:

@@ -62,8 +62,7 @@ def name_and_variant(text: str) -> tuple[str, str | None]:
     """
     if text.partition(":")[0].endswith(".py"):
         raise EncoderError(
-            f"{text!r} is a file. Use module:Class, and run merv from the folder of the module or add that "
-            "folder to PYTHONPATH."
+            f"{text!r} is a file. Use module:Class, and run merv from the folder of the module."
         )
     name, slash, variant = text.partition("/")
     if slash and not variant:

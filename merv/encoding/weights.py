@@ -11,10 +11,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -89,17 +88,11 @@ class Source:
         """Read all tensors by name, on the CPU, in the dtype of the file.
 
         Raises:
-            WeightsError: A file is damaged or does not hold a state dict, or two files hold the same name.
+            WeightsError: A file is damaged or does not hold a state dict.
         """
         state: dict[str, Tensor] = {}
         for file in self.files:
-            tensors = _read(file)
-            duplicates = [key for key in tensors if key in state]
-            if duplicates:
-                raise WeightsError(
-                    f"{file} and another shard hold the same tensors: {first_few(duplicates)}."
-                )
-            state.update(tensors)
+            state.update(_read(file))
         return state
 
     def identity(self) -> Identity:
@@ -170,36 +163,12 @@ def load_exactly(module: nn.Module, state: dict[str, Tensor], name: str, owner: 
         WeightsError: A key is missing, unexpected or of another shape, or holds integers (as quantized
             weights do) instead of floating-point numbers.
     """
-    expected = module.state_dict()
-    if mismatch := state_dict_mismatch(expected, state):
+    if mismatch := state_dict_mismatch(module.state_dict(), state):
         raise WeightsError(
-            f"The weights {name} do not fit {owner}: {mismatch}. {_suggest_rename(expected, state)}"
+            f"The weights {name} do not fit {owner}: {mismatch}. Are they the weights of another variant? If "
+            "only the names differ, override the encoder's rename()."
         )
     module.load_state_dict(state)
-
-
-def _suggest_rename(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """Say what to do about weights that do not fit. Often the names differ only by a prefix."""
-    if prefix := _common_prefix(state, expected):
-        fix = (
-            f"All names begin with {prefix!r}. Remove it with "
-            f"merv.encoding.weights.select(state, prefix={prefix!r})"
-        )
-    elif prefix := _common_prefix(expected, state):
-        fix = (
-            f"All names lack {prefix!r}. Add it with "
-            f"merv.encoding.weights.renamed(state, {{'^': {prefix!r}}})"
-        )
-    else:
-        return "Are they the weights of another variant or model?"
-    return f"{fix} in the encoder's rename(), or before you save the file."
-
-
-def _common_prefix(longer: Collection[str], shorter: Collection[str]) -> str:
-    """The prefix that turns the names `shorter` into `longer`; empty if there is none."""
-    # A prefix keeps the order of names, so it shows in the first ones.
-    prefix = min(longer, default="").removesuffix(min(shorter, default=""))
-    return prefix if {prefix + key for key in shorter} == set(longer) else ""
 
 
 def select(state: dict[str, Tensor], *, prefix: str = "", drop: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -307,13 +276,11 @@ def _shards(file: Path, fetch: Callable[[str], Path] | None = None) -> tuple[Pat
     """
     if not file.name.endswith(".index.json"):
         return (file,)
-    weight_map = _json(file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise WeightsError(f"{file} is not an index of weights: it has no weight_map.")
-    names = sorted({str(name) for name in weight_map.values()})
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise WeightsError(f"{file} must list files of its own folder only; got {first_few(outside)}.")
+    names = sorted({str(name) for name in _json(file).get("weight_map", {}).values()})
+    if not names or any(Path(name).name != name for name in names):
+        raise WeightsError(
+            f"{file} must list files of its own folder under weight_map; got {first_few(names) or 'none'}."
+        )
     if fetch is not None:
         return tuple(fetch(name) for name in names)
     missing = [name for name in names if not (file.parent / name).is_file()]
@@ -344,8 +311,11 @@ def _read(file: Path) -> dict[str, Tensor]:
         if is_safetensors:
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise errors of many types
-        raise WeightsError(f"{file} cannot be read as weights: {_reason(error)}.") from error
+    except Exception as error:  # damaged files raise errors of many types, some with unsafe advice
+        raise WeightsError(
+            f"{file} cannot be read as weights ({type(error).__name__}). It may be damaged, or hold pickled "
+            "objects, which merv does not load. Save only the tensors: torch.save(module.state_dict(), file)."
+        ) from error
     if _is_state(content):
         return content
     states = [key for key, value in content.items() if _is_state(value)] if isinstance(content, dict) else []
@@ -356,17 +326,6 @@ def _read(file: Path) -> dict[str, Tensor]:
         f"{file} must hold a state dict (tensors by name), or a dictionary with exactly one, under "
         f"{' or '.join(map(repr, WRAPPERS))}; got {keys or 'an empty dictionary'}."
     )
-
-
-def _reason(error: Exception) -> str:
-    """The first sentence of an error. Leaves out torch's advice to load the file with weights_only=False."""
-    if isinstance(error, UnpicklingError):
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        return (
-            f"it holds pickled objects{f' ({found[1]})' if found else ''}, which merv does not load. Save "
-            "only the tensors: torch.save(module.state_dict(), file)"
-        )
-    return re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
 
 
 def _is_state(value: object) -> bool:

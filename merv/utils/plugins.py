@@ -101,7 +101,7 @@ class Registry:
 
         Raises:
             UnknownPlugin, AmbiguousPlugin, BrokenPlugin: As in `load`.
-            PluginError: The class does not have one of the options.
+            PluginError: The class does not have one of the options, or lacks one.
             MervError: The class itself raises it.
         """
         if isinstance(name, type):
@@ -110,7 +110,14 @@ class Registry:
         else:
             plugin = self.find(name)
             loaded = plugin.load()
-        self._check_options(plugin.name, loaded, len(args), options)
+        signature = inspect.signature(loaded)
+        try:
+            signature.bind(*args, **options)
+        except TypeError as error:
+            known = ", ".join(list(signature.parameters)[len(args) :]) or "none"
+            raise PluginError(
+                f"{self.kind.capitalize()} {plugin.name!r}: {error}. Available options: {known}."
+            ) from error
         try:
             return loaded(*args, **options)
         except MervError:
@@ -155,20 +162,6 @@ class Registry:
                     if class_path(plugin.load()) == path:
                         return True
         return False
-
-    def _check_options(self, name: str, loaded: type, num_args: int, options: dict[str, Any]) -> None:
-        """Raise PluginError if neither the class nor its kind has one of the options."""
-        parameters = inspect.signature(loaded).parameters
-        if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
-            return
-        base_parameters = inspect.signature(self.contract()[0]).parameters
-        known = list(dict.fromkeys([*list(base_parameters)[num_args:], *list(parameters)[num_args:]]))
-        for option in options:
-            if option not in known:
-                raise PluginError(
-                    f"{self.kind.capitalize()} {name!r} has no option {option!r}.{nearest(option, known)} "
-                    f"Available: {', '.join(known) or 'none'}."
-                )
 
 
 @dataclass(frozen=True)

@@ -132,11 +132,6 @@ def test_check_of_a_correct_encoder_is_status_0(capsys):
     assert "FAIL" not in capsys.readouterr().out
 
 
-def test_check_lists_unchecked_variants_and_presets(capsys):
-    merv("encoders", "check", "fake/video")
-    assert "variants image; presets upstream\n" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("name", "problem"), [("fussy", "fails 1 of 1 checks"), ("absent", "cannot be imported")]
 )

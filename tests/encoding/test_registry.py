@@ -201,14 +201,6 @@ def test_unknown_option_raises_plugin_error():
     assert not isinstance(caught.value, BrokenPlugin)
 
 
-def test_encoder_without_a_common_option_is_broken(plant):
-    source = GOOD + "\nclass Stubborn(Fake):\n    def __init__(self):\n        super().__init__()\n"
-    plant("sunny-encoders", {"sunny": "sunny_module:Stubborn"}, sunny_module=source)
-    assert create_encoder("sunny").variant == "image"
-    with pytest.raises(BrokenPlugin, match=r"sunny-encoders 1\.2.*'weights'"):
-        create_encoder("sunny", weights=None)
-
-
 @pytest.mark.parametrize("weights", [False, True, "", 3])
 def test_invalid_weights_argument_raises_weights_error(weights):
     with pytest.raises(WeightsError, match=f"weights={weights!r}"):

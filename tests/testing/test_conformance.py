@@ -105,24 +105,6 @@ class PlainTensorEncoder(Fake):
         return super().encode(pixels) + self.offset.to(pixels.dtype)
 
 
-class DefaultDeviceEncoder(Fake):
-    def encode(self, pixels):
-        values = super().encode(pixels)
-        return values + torch.arange(values.shape[-1], dtype=values.dtype)
-
-
-class CpuEncoder(Fake):
-    def encode(self, pixels):
-        return super().encode(pixels).cpu()
-
-
-class DataDependentEncoder(Fake):
-    """Branches on a value, which a fake tensor does not have."""
-
-    def encode(self, pixels):
-        return super().encode(pixels) * (2 if pixels.max() > 100 else 1)
-
-
 class FloatEncoder(Fake):
     def encode(self, pixels):
         return super().encode(pixels).float()
@@ -184,9 +166,6 @@ FAULTS = [
     (MaskedEncoder, "mask matches the frames", "without padding"),
     (ShiftedEncoder, "extent is unchanged", "[0.0, 0.0, 0.0, 0.0]"),
     (InPlaceEncoder, "does not modify its input", "frames.pixels"),
-    (PlainTensorEncoder, "moves between devices", "register_buffer()"),
-    (DefaultDeviceEncoder, "moves between devices", "device=pixels.device"),
-    (CpuEncoder, "moves between devices", "on cpu"),
     (FloatEncoder, "runs in bfloat16", "torch.float32"),
     (IllConditionedEncoder, "runs in bfloat16", "on average"),
     (PlainTensorEncoder, "state dict is complete", "standard deviations"),
@@ -207,20 +186,9 @@ def test_one_fault_fails_one_check():
     assert list(failed(ShiftedEncoder)) == ["extent is unchanged"]
 
 
-def test_check_that_needs_a_gpu_is_skipped():
-    findings = {finding.name: finding for finding in check_encoder(DataDependentEncoder)}
-    assert findings["moves between devices"].message.startswith("skipped: needs a GPU")
-    assert failed(DataDependentEncoder) == {}
-
-
-def test_encoder_with_its_own_forward_is_moved_with_all_frames():
-    assert "moves between devices" not in failed(ShiftedEncoder)
-
-
-def test_encoder_with_trained_weights_is_not_recreated(tmp_path):
+def test_encoder_with_trained_weights_passes(tmp_path):
     torch.save(Fake().net.state_dict(), tmp_path / "weights.pth")
-    findings = {f.name: f.message for f in check_encoder(Fake(weights=str(tmp_path / "weights.pth")))}
-    assert findings["state dict is complete"].startswith("skipped")
+    assert failed(Fake(weights=str(tmp_path / "weights.pth"))) == {}
 
 
 def test_contract_test_has_a_case_for_each_check():
