@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from io import TextIOBase
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,8 @@ class FeatureStore:
 def video_key(video: Any, cache_key: str) -> str:
     """Return a hash of a video's content and of `cache_key`.
 
-    Raises UnreadableVideo for a path that cannot be read, and DataError for an object that has no content or
-    can be read only once.
+    Raises UnreadableVideo for a path that cannot be read, and DataError for an open file, which may be
+    readable only once, and other objects.
     """
     return hashlib.sha256(f"{cache_key}{_content_digest(video)}".encode()).hexdigest()
 
@@ -86,22 +85,11 @@ def _content_digest(video: Any) -> str:
         pixels = video.cpu().contiguous()
         header = f"{pixels.dtype}{tuple(pixels.shape)}".encode()
         return hashlib.sha256(header + pixels.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
-    if hasattr(
-        type(video), "__array_interface__"
-    ):  # a PIL image, as decoded with its palette and orientation
+    # A PIL image, as decoded with its palette and orientation.
+    if hasattr(type(video), "__array_interface__"):
         with open_video(video) as reader:
             return _content_digest(reader.read([0]))
-    is_binary_file = hasattr(video, "read") and not isinstance(video, TextIOBase)
-    if is_binary_file and getattr(video, "seekable", lambda: False)():
-        position = video.tell()
-        video.seek(0)
-        digest = hashlib.sha256(video.read()).hexdigest()
-        video.seek(position)
-        return digest
-    raise DataError(
-        f"Cannot store features of a {type(video).__name__}: it has no content for a key, or can be read "
-        "only once. Pass a path or bytes."
-    )
+    raise DataError(f"Cannot store features of a {type(video).__name__}. Pass a path or bytes instead.")
 
 
 def _path_digest(path: Path) -> str:

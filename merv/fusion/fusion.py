@@ -106,7 +106,7 @@ class Fusion(nn.Module):
         device, _ = device_and_dtype(self)
         grids = {name: grid.to(device) for name, grid in grids.items()}
         mask = self._mask(grids)  # [B, E, t, h, w]
-        features = self._features(grids, mask.shape)
+        features = self._features(grids, mask)
         mix = self._mix_folded if self._is_folded() else self._mix_plain
         tokens, token_mask, weights = mix(features, mask, question)
         if self.token_rms is not None:
@@ -120,17 +120,14 @@ class Fusion(nn.Module):
 
         Multiplied by zero, they give every parameter of the fusion a zero gradient in steps without a video.
         """
-        grids = {
-            name: Grid(
-                torch.zeros(1, 1, 1, 1, projector.input_dim),
-                torch.zeros(1, 1, dtype=torch.float64),
-                torch.tensor([WHOLE_PICTURE]),
-                torch.zeros(1, 1, 1, 1, dtype=torch.bool),
-            )
-            for name, projector in zip(self.names, self._ordered_projectors(), strict=True)
-        }
+        unseen = Grid(  # of the first encoder; the others count as absent
+            torch.zeros(1, 1, 1, 1, self._ordered_projectors()[0].input_dim),
+            torch.zeros(1, 1, dtype=torch.float64),
+            torch.tensor([WHOLE_PICTURE]),
+            torch.zeros(1, 1, 1, 1, dtype=torch.bool),
+        )
         question = torch.zeros(1, self.output_dim) if self.mixer.conditioned else None
-        return self(grids, question).tokens[0]
+        return self({self.names[0]: unseen}, question).tokens[0]
 
     def scale_to(self, rms: float) -> None:
         """Reinitialize the projectors so that tokens have root mean square `rms`.
@@ -254,18 +251,13 @@ class Fusion(nn.Module):
         absent = torch.zeros_like(next(iter(grids.values())).mask)
         return torch.stack([grids[n].mask if n in grids else absent for n in self.names], dim=1)
 
-    def _features(self, grids: Mapping[str, Grid], mask_shape: torch.Size) -> list[Tensor]:
+    def _features(self, grids: Mapping[str, Grid], mask: Tensor) -> list[Tensor]:
         """Return the features of each stream [B, t, h, w, D] in its projector's dtype; zeros if absent."""
-        device, _ = device_and_dtype(self)
-        batch, _, t, h, w = mask_shape
         features = []
         for name, projector in zip(self.names, self._ordered_projectors(), strict=True):
-            _, dtype = device_and_dtype(projector)
-            features.append(
-                grids[name].values.to(dtype)
-                if name in grids
-                else torch.zeros(batch, t, h, w, projector.input_dim, device=device, dtype=dtype)
-            )
+            absent = mask.new_zeros(*mask[:, 0].shape, projector.input_dim)
+            values = grids[name].values if name in grids else absent
+            features.append(values.to(device_and_dtype(projector)[1]))
         return features
 
     def _create_projector(self, embed_dim: int) -> Projector:

@@ -22,35 +22,29 @@ def by_name(encoders: Sequence[str | Encoder] | Mapping[str, str | Encoder]) -> 
     """
     if isinstance(encoders, (str, Encoder)):
         encoders = [encoders]
-    if isinstance(encoders, Mapping):
-        named = dict(encoders)
-        for encoder in named.values():
-            _check_type(encoder)
-    else:
-        named = {}
-        for encoder in encoders:
-            _check_type(encoder)
-            name = default_name(encoder)
-            if name in named:
-                raise EncoderError(
-                    f"Two encoders are called {name}. Give them names: "
-                    f"MultiEncoder({{'{name}_a': ..., '{name}_b': ...}})."
-                )
-            named[name] = encoder
+    pairs: Iterable[tuple[str | None, str | Encoder]] = (
+        encoders.items() if isinstance(encoders, Mapping) else [(None, encoder) for encoder in encoders]
+    )
+    named: dict[str, str | Encoder] = {}
+    for name, encoder in pairs:
+        if not isinstance(encoder, (str, Encoder)):
+            is_class = isinstance(encoder, type)
+            got = f"the class {encoder.__name__}" if is_class else f"a {type(encoder).__name__}"
+            raise EncoderError(
+                f"Expected an encoder name or a merv.Encoder, got {got}. See docs/encoders.md for how to "
+                "wrap a network."
+            )
+        name = default_name(encoder) if name is None else name
+        check_name(name)
+        if name in named:
+            raise EncoderError(
+                f"Two encoders are called {name}. Give them names: "
+                f"MultiEncoder({{'{name}_a': ..., '{name}_b': ...}})."
+            )
+        named[name] = encoder
     if not named:
         raise EncoderError("Expected at least one encoder. `merv encoders` lists the available names.")
-    for name in named:
-        check_name(name)
     return named
-
-
-def _check_type(encoder: object) -> None:
-    if not isinstance(encoder, (str, Encoder)):
-        got = f"the class {encoder.__name__}" if isinstance(encoder, type) else f"a {type(encoder).__name__}"
-        raise EncoderError(
-            f"Expected an encoder name or a merv.Encoder, got {got}. See docs/encoders.md for how to wrap a "
-            "network."
-        )
 
 
 def default_name(encoder: str | Encoder) -> str:
