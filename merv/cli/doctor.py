@@ -21,7 +21,7 @@ MARKS: dict[State, str] = {"ok": " ", "note": "?", "broken": "!"}
 
 EXAMPLES = """\
 A line that starts with ! is broken, and the exit status is then 1. A line that starts with ? is optional or
-worth a look. For details about GPUs and drivers, run `python -m torch.utils.collect_env`.
+worth a look. For GPUs and drivers, run `python -m torch.utils.collect_env`; for plug-ins, `merv plugins`.
 
 examples:
   merv doctor                 paste the output into a bug report
@@ -144,28 +144,10 @@ def devices() -> Iterator[Line]:
         yield Line("cuda", f"no GPU; torch is built for CUDA {torch.version.cuda}")
 
 
-def plugins() -> Iterator[Line]:
-    """Import every registered plug-in."""
-    from merv.cli.plugins import REGISTRIES
-    from merv.errors import BrokenPlugin
-
-    for registry in REGISTRIES.values():
-        for plugin in registry.plugins():
-            name, owner = f"{registry.kind} {plugin.name}", f"{plugin.distribution} {plugin.version}"
-            try:
-                plugin.load()
-            except BrokenPlugin as error:
-                state: State = "broken" if plugin.distribution == "merv" else "note"
-                yield Line(name, f"{owner}: {_one_line(error)}", state)
-            else:
-                yield Line(name, owner)
-
-
 SECTIONS: dict[str, Callable[[], Iterator[Line]]] = {
     "versions": versions,
     "decoding": decoding,
     "devices": devices,
-    "plug-ins": plugins,
 }
 
 

@@ -5,7 +5,7 @@
 True
 """
 
-from merv.testing.conformance import check_encoder, check_mixer, check_projector, contract_test
+from merv.testing.conformance import check_encoder, check_mixer, check_projector
 from merv.testing.findings import Finding
 from merv.testing.tiny import make_video, tiny_llm
 
@@ -14,7 +14,6 @@ __all__ = [
     "check_encoder",
     "check_mixer",
     "check_projector",
-    "contract_test",
     "make_video",
     "tiny_llm",
 ]

@@ -1,8 +1,7 @@
-"""Check that a plug-in satisfies the contract of its kind, from Python or as a pytest test."""
+"""Check that a plug-in satisfies the contract of its kind."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +11,15 @@ from merv.fusion.mixers import Mixer
 from merv.fusion.projectors import Projector
 from merv.fusion.registry import MIXERS, PROJECTORS
 from merv.testing.encoder_checks import ENCODER_CHECKS, EncoderSubject
-from merv.testing.findings import Check, Finding, name_of, run_check, run_checks
+from merv.testing.findings import Check, Finding, run_checks
 from merv.testing.fusion_checks import MIXER_CHECKS, PROJECTOR_CHECKS, MixerSubject, ProjectorSubject
 from merv.utils.plugins import Registry
 
-# Kind → its registry, its base class, its checks, and the subject that the checks share.
-SUITES: dict[str, tuple[Registry, type, tuple[Check, ...], Callable[..., Any]]] = {
-    "encoder": (ENCODERS, Encoder, ENCODER_CHECKS, EncoderSubject),
-    "mixer": (MIXERS, Mixer, MIXER_CHECKS, MixerSubject),
-    "projector": (PROJECTORS, Projector, PROJECTOR_CHECKS, ProjectorSubject),
+# Kind → its registry, its checks, and the subject that the checks share.
+SUITES: dict[str, tuple[Registry, tuple[Check, ...], Callable[..., Any]]] = {
+    "encoder": (ENCODERS, ENCODER_CHECKS, EncoderSubject),
+    "mixer": (MIXERS, MIXER_CHECKS, MixerSubject),
+    "projector": (PROJECTORS, PROJECTOR_CHECKS, ProjectorSubject),
 }
 
 
@@ -93,50 +92,6 @@ def check_projector(projector: type[Projector] | str, **options: Any) -> list[Fi
 
 def check_plugin(kind: str, plugin: Any, **options: Any) -> list[Finding]:
     """Run all checks of a kind ("encoder", "mixer" or "projector") on a plug-in."""
-    _, _, checks, _ = SUITES[kind]
-    return run_checks(checks, _subject(kind, plugin, options))
-
-
-def contract_test(plugin: Any, *, kind: str | None = None, **options: Any) -> Callable:
-    """Make a pytest test that runs each check as one test case.
-
-    In a test file of your plug-in:
-
-        from merv.testing import contract_test
-        test_contract = contract_test("fake", variant="video")
-
-    Args:
-        plugin: A class, an encoder, or a name.
-        kind: "encoder", "mixer" or "projector". Needed only for the name of a mixer or projector.
-        **options: `variant` for an encoder; for a mixer or projector, options of its constructor.
-
-    Returns:
-        A parametrized test function.
-
-    Example:
-        >>> contract_test("fake", variant="video").__name__
-        'test_contract'
-    """
-    import pytest
-
-    kind = kind or _kind_of(plugin)
-    _, _, checks, _ = SUITES[kind]
-    subject = functools.cache(lambda: _subject(kind, plugin, options))  # created when the first test runs
-
-    @pytest.mark.parametrize("check", checks, ids=name_of)
-    def test_contract(check: Check) -> None:
-        finding = run_check(check, subject())
-        if not finding.passed:
-            pytest.fail(finding.message, pytrace=False)
-
-    return test_contract
-
-
-def _subject(kind: str, plugin: Any, options: dict[str, Any]) -> Any:
-    registry, _, _, create_subject = SUITES[kind]
-    return create_subject(registry.load(plugin) if isinstance(plugin, str) else plugin, **options)
-
-
-def _kind_of(plugin: Any) -> str:
-    plugin_class = plugin if isinstance(plugin, type) else type(plugin)
-    return next((kind for kind, (_, base, *_) in SUITES.items() if issubclass(plugin_class, base)), "encoder")
+    registry, checks, create_subject = SUITES[kind]
+    loaded = registry.load(plugin) if isinstance(plugin, str) else plugin
+    return run_checks(checks, create_subject(loaded, **options))

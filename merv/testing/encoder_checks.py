@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from functools import cached_property
@@ -11,10 +10,8 @@ from typing import Any
 import torch
 
 from merv.encoding.base import Encoder, class_fault
-from merv.testing.findings import bfloat16_difference, difference
+from merv.testing.findings import difference
 from merv.types import Frames, Grid
-
-BFLOAT16_TOLERANCE = 0.25  # 24 layers with 8 bits stay below it; wrong features are off by about 1
 
 
 class EncoderSubject:
@@ -40,7 +37,8 @@ class EncoderSubject:
         """Number of frames in a clip."""
         return max(2, self.encoder.spec.window_size or 8 * self.encoder.spec.tubelet_size)
 
-    def make_frames(self) -> Frames:
+    @cached_property
+    def frames(self) -> Frames:
         """Two cropped clips [2, T, 3, H, W]; the second half of the second clip is padding."""
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randn(2, self.length, 3, *self.encoder.preset.input_size, generator=generator)
@@ -49,10 +47,6 @@ class EncoderSubject:
         mask = torch.ones(2, self.length, dtype=torch.bool)
         mask[1, self.length // 2 :] = False
         return Frames(pixels, times_s.double(), extent, mask)
-
-    @cached_property
-    def frames(self) -> Frames:
-        return self.make_frames()
 
     @cached_property
     def grid(self) -> Grid:
@@ -170,21 +164,7 @@ def _extent_is_unchanged(subject: EncoderSubject) -> str | None:
     return f"expected the extent of the frames, {expected.tolist()}, got {extent.tolist()}"
 
 
-def _does_not_modify_its_input(subject: EncoderSubject) -> str | None:
-    _ = subject.grid
-    for name, original in vars(subject.make_frames()).items():
-        if original is not None and not original.equal(getattr(subject.frames, name)):
-            return f"forward() changes frames.{name} in place"
-    return None
-
-
-# Dtypes and weights ----------------------------------------------------------------------
-
-
-def _runs_in_bfloat16(subject: EncoderSubject) -> str | None:
-    encoder = copy.deepcopy(subject.encoder).to(torch.bfloat16)
-    values = encoder(subject.frames[:1].to(torch.bfloat16)).values
-    return bfloat16_difference(values, subject.first.values, BFLOAT16_TOLERANCE)
+# Weights ---------------------------------------------------------------------------------
 
 
 def _state_dict_is_complete(subject: EncoderSubject) -> str | None:
@@ -215,8 +195,6 @@ ENCODER_CHECKS: tuple[Callable[[EncoderSubject], str | None], ...] = (
     _times_match_the_frames,
     _mask_matches_the_frames,
     _extent_is_unchanged,
-    _does_not_modify_its_input,
-    _runs_in_bfloat16,
     _state_dict_is_complete,
     _does_not_seed_torch,
 )

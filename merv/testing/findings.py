@@ -57,20 +57,7 @@ def difference(values: Tensor, expected: Tensor) -> str | None:
     """Describe how two tensors differ, or return None if they agree up to rounding."""
     if values.shape != expected.shape:
         return f"shapes {list(values.shape)} and {list(expected.shape)} differ"
-    largest = ((values - expected).abs().max() / _spread(expected)).item() if values.numel() else 0.0
+    largest = (
+        ((values - expected).abs().max() / expected.std().clamp_min(1e-6)).item() if values.numel() else 0.0
+    )
     return None if largest <= TOLERANCE else f"values differ by {largest:.2g} standard deviations"
-
-
-def bfloat16_difference(values: Tensor, expected: Tensor, tolerance: float) -> str | None:
-    """Describe how bfloat16 values differ from float32 ones; tolerance: mean error in standard deviations."""
-    if values.dtype != torch.bfloat16:
-        return (
-            f"the output for bfloat16 input is {values.dtype}. Look for a float32 tensor that is neither a "
-            "parameter nor a buffer, and for .float()."
-        )
-    mean = ((values.float() - expected).abs().mean() / _spread(expected)).item()
-    return None if mean <= tolerance else f"values differ by {mean:.2g} standard deviations on average"
-
-
-def _spread(values: Tensor) -> Tensor:
-    return values.std().clamp_min(1e-6)

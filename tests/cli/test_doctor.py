@@ -11,7 +11,6 @@ import torch
 from merv.cli import doctor
 from merv.cli.doctor import Line
 from merv.cli.main import main
-from merv.errors import BrokenPlugin
 
 
 @pytest.fixture
@@ -114,7 +113,7 @@ def test_backend_that_cannot_decode_is_broken(monkeypatch: pytest.MonkeyPatch) -
     assert "no codec" in texts(lines)["pyav"]
 
 
-# Devices, plug-ins
+# Devices
 
 
 def test_gpus_are_listed_with_memory_and_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,19 +125,3 @@ def test_gpus_are_listed_with_memory_and_bf16(monkeypatch: pytest.MonkeyPatch) -
     lines = texts(doctor.devices())
     assert lines["cuda:0"] == "T4, 16 GiB, no bf16, use fp32"
     assert lines["cuda:1"] == "H100, 80 GiB, bf16"
-
-
-def test_broken_plug_in_of_another_distribution_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
-        raise BrokenPlugin("cannot be imported")
-
-    listed = [
-        SimpleNamespace(name="one", distribution="merv", version="1", load=lambda: None),
-        SimpleNamespace(name="two", distribution="merv", version="1", load=fail),
-        SimpleNamespace(name="three", distribution="sunny", version="2", load=fail),
-    ]
-    registry = SimpleNamespace(kind="mixer", plugins=lambda: listed)
-    monkeypatch.setattr("merv.cli.plugins.REGISTRIES", {"mixers": registry})
-    lines = list(doctor.plugins())
-    assert states(lines) == {"mixer one": "ok", "mixer two": "broken", "mixer three": "note"}
-    assert texts(lines)["mixer three"] == "sunny 2: BrokenPlugin: cannot be imported"

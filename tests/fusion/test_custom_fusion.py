@@ -17,7 +17,7 @@ from merv.fusion.align import Aligner
 from merv.fusion.mixers import CrossAttention, Mean, Scalar
 from merv.fusion.registry import MIXERS, PROJECTORS
 from merv.models.video_llm import VideoLLM
-from merv.testing import check_mixer, check_projector, contract_test, make_video
+from merv.testing import check_mixer, check_projector, make_video
 
 pytestmark = QUIET
 EXAMPLE = Path(__file__).parents[2] / "examples/custom_fusion"
@@ -57,12 +57,6 @@ class Tanh(WeightingMixer):
 class Doubled(Projector):
     def forward(self, features):
         return 2 * self.linear(self.before(features))
-
-
-test_largest_satisfies_the_contract = contract_test(Largest)
-test_tanh_satisfies_the_contract = contract_test(Tanh)
-test_doubled_satisfies_the_contract = contract_test(Doubled)
-test_gate_satisfies_the_contract = contract_test("gate", kind="mixer", hidden=8)
 
 
 def video() -> torch.Tensor:
@@ -314,10 +308,6 @@ class NoNormOption(Projector):
         super().__init__(input_dim, output_dim)
 
 
-test_tempered_satisfies_the_contract = contract_test(Tempered)
-test_unbiased_satisfies_the_contract = contract_test(Unbiased)
-
-
 class DependsOnBatch(Projector):
     def forward(self, features):
         out = super().forward(features)
@@ -353,6 +343,21 @@ class MissingState(Projector):
 def test_checks_find_faults(check, plugin, failed_check):
     failed = {finding.name: finding.message for finding in check(plugin) if not finding.passed}
     assert failed.get(failed_check)
+
+
+@pytest.mark.parametrize(
+    ("check", "plugin"),
+    [
+        (check_mixer, Largest),
+        (check_mixer, Tanh),
+        (check_mixer, Tempered),
+        (check_mixer, "gate"),
+        (check_projector, Doubled),
+        (check_projector, Unbiased),
+    ],
+)
+def test_correct_plug_in_passes_all_checks(check, plugin):
+    assert [str(finding) for finding in check(plugin) if not finding.passed] == []
 
 
 def test_mixer_that_cannot_be_created_fails_one_check():

@@ -12,14 +12,12 @@ from torch import nn
 from merv.encoders.fake import Fake
 from merv.encoding.base import Encoder
 from merv.encoding.registry import find_encoder
-from merv.testing import check_encoder, contract_test, make_video, tiny_llm
+from merv.testing import check_encoder, make_video, tiny_llm
 from merv.testing.encoder_checks import ENCODER_CHECKS
 from merv.testing.findings import name_of
 from merv.types import Frames, Grid
 
 ROOT = Path(__file__).parents[2]
-
-test_fake_satisfies_the_contract = contract_test("fake")
 
 
 class RandomEncoder(Fake):
@@ -91,11 +89,6 @@ class GraphEncoder(Fake):
         return super().encode(pixels) * self.scales[0]
 
 
-class InPlaceEncoder(Fake):
-    def encode(self, pixels):
-        return super().encode(pixels.clamp_(-1, 1))
-
-
 class PlainTensorEncoder(Fake):
     def build(self):
         super().build()
@@ -103,16 +96,6 @@ class PlainTensorEncoder(Fake):
 
     def encode(self, pixels):
         return super().encode(pixels) + self.offset.to(pixels.dtype)
-
-
-class FloatEncoder(Fake):
-    def encode(self, pixels):
-        return super().encode(pixels).float()
-
-
-class IllConditionedEncoder(Fake):
-    def encode(self, pixels):
-        return torch.sin(1e4 * super().encode(pixels))
 
 
 class WrongNumFramesEncoder(Fake):
@@ -165,9 +148,6 @@ FAULTS = [
     (TimelessEncoder, "times match the frames", "times_s"),
     (MaskedEncoder, "mask matches the frames", "without padding"),
     (ShiftedEncoder, "extent is unchanged", "[0.0, 0.0, 0.0, 0.0]"),
-    (InPlaceEncoder, "does not modify its input", "frames.pixels"),
-    (FloatEncoder, "runs in bfloat16", "torch.float32"),
-    (IllConditionedEncoder, "runs in bfloat16", "on average"),
     (PlainTensorEncoder, "state dict is complete", "standard deviations"),
     (SeedingEncoder, "does not seed torch", "seed to 7"),
 ]
@@ -189,18 +169,6 @@ def test_one_fault_fails_one_check():
 def test_encoder_with_trained_weights_passes(tmp_path):
     torch.save(Fake().net.state_dict(), tmp_path / "weights.pth")
     assert failed(Fake(weights=str(tmp_path / "weights.pth"))) == {}
-
-
-def test_contract_test_has_a_case_for_each_check():
-    case = contract_test(ShiftedEncoder)
-    (mark,) = case.pytestmark
-    results = {}
-    for check in mark.args[1]:
-        try:
-            results[mark.kwargs["ids"](check)] = case(check)
-        except pytest.fail.Exception as failure:
-            results[mark.kwargs["ids"](check)] = str(failure)
-    assert {name for name, result in results.items() if result} == {"extent is unchanged"}
 
 
 def test_class_without_build_cannot_be_created():
@@ -236,9 +204,7 @@ def test_tests_of_the_example_encoder_pass_once_it_is_installed(plant):
     project = (folder / "pyproject.toml").read_text()
     entry_points = dict(re.findall(r'^(\w+) = "(\w+:\w+)"$', project, re.MULTILINE))
     plant("merv-color-histogram", entry_points, color_histogram=(folder / "color_histogram.py").read_text())
-    case = runpy.run_path(str(folder / "tests" / "test_contract.py"))["test_contract"]
-    for check in ENCODER_CHECKS:
-        case(check)
+    runpy.run_path(str(folder / "tests" / "test_contract.py"))["test_contract"]()
 
 
 # The tiny LLM and video
