@@ -1,26 +1,56 @@
-"""`merv ask`: ask a trained model a question about a video."""
+"""`merv ask`: ask a trained model questions about videos."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from merv.errors import PromptError, UnreadableVideo
+
+if TYPE_CHECKING:
+    from merv.models.chat import Conversation
+    from merv.models.video_llm import VideoLLM
+
+USAGE = """\
+%(prog)s VIDEO ... QUESTION --model FOLDER [options]
+       %(prog)s VIDEO ... --question QUESTION [--question QUESTION ...] --model FOLDER [options]"""
+FORMS = 'merv ask VIDEO "QUESTION" --model FOLDER, or merv ask VIDEO ... --question "QUESTION" --model FOLDER'
 EXAMPLES = """\
 examples:
   merv ask clip.mp4 "What is shown first? Answer in one word." --model outputs/demo/model
   merv ask a.mp4 b.mp4 "Which of the two shows a cat?" --model FOLDER
+  merv ask clip.mp4 --question "What is shown first?" --question "Where is it?" --model FOLDER
+  merv ask clip.mp4 "Tell a story." --model FOLDER --temperature 0.7 --top-p 0.9
   merv ask "" "What is a video?" --model FOLDER            text only, without a video
 
-A video can be a video file, an animated GIF, an image, or a folder of frames.
+A video can be a video file, an animated GIF, an image, or a folder of frames. Each question is asked alone,
+about all the videos; the encoders run once. Without --temperature and --top-p, the most likely tokens are
+chosen, so the same question gets the same answer.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `merv ask` to `parser`."""
-    parser.epilog = EXAMPLES
-    parser.add_argument("video", nargs="+", help="one or more videos or images; '' for none")
-    parser.add_argument("question", help="the question, in quotes")
+    parser.usage, parser.epilog = USAGE, EXAMPLES
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="VIDEO ... QUESTION",
+        help="one or more videos or images, or '' for none; then the question, in quotes, unless you pass "
+        "--question",
+    )
+    parser.add_argument(
+        "--question",
+        action="append",
+        default=[],
+        help="a question about all the videos; can be repeated",
+    )
     parser.add_argument(
         "--model", required=True, help="model folder written by `merv fit` or save_pretrained"
     )
@@ -30,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoder",
         action="append",
+        type=name_and_folder,
         default=[],
         metavar="NAME=FOLDER",
         help="folder of an encoder's weights, if they have moved since training; can be repeated",
@@ -50,30 +81,127 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-new-tokens",
-        type=int,
+        type=_positive_int,
         default=64,
-        help="maximum number of new tokens (default: %(default)s)",
+        metavar="N",
+        help="maximum number of new tokens of an answer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=_temperature,
+        metavar="T",
+        help="sample the answer at this temperature; 0: choose the most likely tokens",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=_probability,
+        metavar="P",
+        help="sample from the most likely tokens whose probabilities add up to P",
+    )
+    parser.add_argument(
+        "--keep-thinking", action="store_true", help="also print the thinking of a reasoning model"
     )
     parser.add_argument(
         "--weights", action="store_true", help="also print the mixer's average weight of each encoder"
     )
 
 
+def name_and_folder(text: str) -> tuple[str, str]:
+    """Split NAME=FOLDER.
+
+    >>> name_and_folder("siglip=/models/siglip")
+    ('siglip', '/models/siglip')
+    """
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER, such as siglip=/models/siglip; got {text!r}")
+    return name, folder
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1; got {text!r}")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    if not 0 <= (value := _float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0; got {text!r}")
+    return value
+
+
+def _probability(text: str) -> float:
+    if not 0 < (value := _float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1; got {text!r}")
+    return value
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
 def run(args: argparse.Namespace) -> int:
-    """Print the answer while it is generated."""
-    import torch
+    """Print the answers while they are generated."""
     from transformers.utils import logging as transformers_logging
+
+    from merv.models.chat import user_message
+
+    videos, questions = videos_and_questions(args.inputs, args.question)
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("merv").setLevel(logging.WARNING)
+    model = _load(args)
+    options = {"max_new_tokens": args.max_new_tokens, "keep_thinking": args.keep_thinking}
+    sampling = {"temperature": args.temperature, "top_p": args.top_p}
+    options |= {name: value for name, value in sampling.items() if value is not None}
+    for question in questions:
+        conversation = user_message(question, *videos)
+        if len(questions) > 1:
+            print(f"Q: {question}\nA: ", end="", flush=True)
+        _print_answer(model.stream(conversation, **options))
+        if args.weights and videos:
+            print("weights:", _weights(model, conversation))
+    return 0
+
+
+def videos_and_questions(inputs: list[str], questions: list[str]) -> tuple[list[str], list[str]]:
+    """Split the positional arguments: without --question, the last one is the question.
+
+    Raises:
+        PromptError: There is no question, or a question is the path of a video.
+        UnreadableVideo: A video does not exist.
+
+    >>> videos_and_questions(["", "What is a video?"], [])
+    ([], ['What is a video?'])
+    """
+    from merv.data.sources import IMAGES, VIDEOS
+
+    if not questions:
+        if len(inputs) < 2:
+            raise PromptError(f"Expected videos and a question, got {inputs}. Forms: {FORMS}.")
+        *inputs, last = inputs
+        questions = [last]
+    for question in questions:
+        if os.path.exists(question) or Path(question).suffix.lower() in (*VIDEOS, *IMAGES):
+            raise PromptError(f"Expected a question, got the path {question!r}. Forms: {FORMS}.")
+    videos = [video for video in inputs if video]
+    for video in videos:
+        if not os.path.exists(video):
+            raise UnreadableVideo(f"The video {video!r} does not exist. Forms: {FORMS}.")
+    return videos, questions
+
+
+def _load(args: argparse.Namespace) -> VideoLLM:
+    import torch
 
     from merv.cli.main import import_from_cwd
     from merv.features.store import FeatureStore
-    from merv.models.chat import user_message
     from merv.models.video_llm import VideoLLM
     from merv.utils.plugins import trust
     from merv.utils.torch_modules import bfloat16_is_slow
 
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("merv").setLevel(logging.WARNING)
-    videos = [video for video in args.video if video]
     if args.trust:
         import_from_cwd()
     for name in args.trust:
@@ -81,23 +209,32 @@ def run(args: argparse.Namespace) -> int:
     model = VideoLLM.from_pretrained(
         args.model,
         llm=args.llm,
-        weights=dict(pair.partition("=")[::2] for pair in args.encoder),
+        weights=dict(args.encoder),
         dtype=args.dtype,
         quantize=args.quantize,
-        feature_store=FeatureStore(),  # so that --weights does not run the encoders again
+        feature_store=FeatureStore(),  # so that the encoders run once for all questions and --weights
     ).to(args.device)
     if args.device == "cpu" and model.llm.dtype == torch.bfloat16 and bfloat16_is_slow():
         print("merv: bfloat16 is slow on this CPU. --dtype fp32 is many times faster.", file=sys.stderr)
-    conversation = user_message(args.question, *videos)
-    for piece in model.stream(conversation, max_new_tokens=args.max_new_tokens):
-        print(piece, end="", flush=True)
-    print()
-    if args.weights and videos:
-        weights = model.encode(conversation).mix_weights  # [videos, E, t, h, w]
-        if weights is None:
-            print("weights: none, this mixer does not weight encoders")
-        else:
-            shares = (weights.sum(dim=(0, 2, 3, 4)) / weights.sum()).tolist()
-            names_and_shares = zip(model.vision.encoders, shares, strict=True)
-            print("weights:", ", ".join(f"{name} {share:.0%}" for name, share in names_and_shares))
-    return 0
+    return model
+
+
+def _print_answer(pieces: Iterator[str]) -> None:
+    """Print an answer piece by piece. Ctrl-C stops the thread that generates it."""
+    closable: Any = pieces  # a generator
+    try:
+        with closing(closable):
+            for piece in pieces:
+                print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
+
+
+def _weights(model: VideoLLM, conversation: Conversation) -> str:
+    """Describe the mixer's average weight of each encoder."""
+    weights = model.encode(conversation).mix_weights  # [videos, E, t, h, w]
+    if weights is None:
+        return "none, this mixer does not weight encoders"
+    shares = (weights.sum(dim=(0, 2, 3, 4)) / weights.sum()).tolist()
+    names_and_shares = zip(model.vision.encoders, shares, strict=True)
+    return ", ".join(f"{name} {share:.0%}" for name, share in names_and_shares)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from merv.cli.ask import name_and_folder
+
 EXAMPLES = """\
 examples:
   merv convert latest-checkpoint.pt --config config.json merv-full
@@ -26,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoder",
         action="append",
+        type=name_and_folder,
         default=[],
         metavar="NAME=FOLDER",
         help="a local folder with the weights of an encoder",
@@ -41,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         args.config,
         args.out,
         llm=args.llm,
-        encoders=dict(pair.partition("=")[::2] for pair in args.encoder),
+        encoders=dict(args.encoder),
         log=lambda line: print(line, flush=True),
     )
     print(f"The model is in {args.out}: merv ask VIDEO QUESTION --model {args.out}")

@@ -26,6 +26,7 @@ class Command:
         raw: Whether the module parses its own arguments; it then has only `run(arguments)`.
         imports_from_cwd: Whether the command may import modules from the current folder. Not allowed if that
             folder may belong to an untrusted model.
+        intermixed: Whether options may stand between the positional arguments of a variable number.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Command:
     module: str
     raw: bool = False
     imports_from_cwd: bool = True
+    intermixed: bool = False
 
     def run(self, arguments: Sequence[str]) -> int:
         """Import the module, parse the arguments, run the command and return its exit status."""
@@ -45,7 +47,8 @@ class Command:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(parser)
-        return module.run(parser.parse_args(arguments)) or 0
+        parse = parser.parse_intermixed_args if self.intermixed else parser.parse_args
+        return module.run(parse(arguments)) or 0
 
 
 COMMANDS = (
@@ -55,7 +58,13 @@ COMMANDS = (
     ),
     Command("doctor", "Check the installation and report versions for a bug report.", "merv.cli.doctor"),
     Command("download", "Download trained weights and videos from Python packages.", "merv.cli.download"),
-    Command("ask", "Ask a trained model a question about a video.", "merv.cli.ask", imports_from_cwd=False),
+    Command(
+        "ask",
+        "Ask a trained model questions about videos.",
+        "merv.cli.ask",
+        imports_from_cwd=False,
+        intermixed=True,
+    ),
     Command("data", "Check a data set before you train on it.", "merv.cli.data"),
     Command("plan", "Estimate memory and time of a training run.", "merv.cli.plan", raw=True),
     Command("fit", "Train a model with a recipe.", "merv.cli.fit", raw=True),
