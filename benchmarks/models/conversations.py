@@ -139,8 +139,8 @@ def main() -> None:
         "",
         f"`python benchmarks/models/conversations.py --write`, torch {torch.__version__}, transformers "
         f"{__version__}, {platform.machine()}, one thread. Sequences: into how many a conversation of two "
-        "turns is split. One turn, two turns: the trained answers are generated, in a batch and as a stream, and "
-        "nothing follows. Rows shared: two questions about a video share a row.",
+        "turns is split. One turn, two turns: the trained answers are generated, in a batch and as a stream, "
+        "and nothing follows. Rows shared: two questions about a video share a row.",
     ]
 
     def show(*new: str) -> None:
