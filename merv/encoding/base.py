@@ -76,7 +76,7 @@ class Encoder(TrackedModule):
         super().__init__()
         # Follows .to(), so that an encoder without parameters has a device and dtype, too.
         self.register_buffer("here", torch.zeros(()), persistent=False)
-        if fault := class_fault(type(self)):
+        if fault := self.class_fault():
             raise BrokenPlugin(f"{type(self).__name__} {fault}.")
         self.variant = variant or next(iter(self.variants))
         self.spec = _pick(self.variants, self.variant, f"{type(self).__name__} variant")
@@ -101,6 +101,17 @@ class Encoder(TrackedModule):
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename the keys of a checkpoint to those of `self.net`. Override it if they differ."""
         return state
+
+    @classmethod
+    def class_fault(cls) -> str | None:
+        """Say why the class declares no valid variants; None if it does."""
+        variants = getattr(cls, "variants", None)
+        if not (variants and isinstance(variants, dict)):
+            return f"has variants = {variants!r}; expected a dict of name → merv.EncoderSpec, default first"
+        for name, spec in variants.items():
+            if not isinstance(spec, EncoderSpec):
+                return f"has variants[{name!r}] = {spec!r}; expected a merv.EncoderSpec"
+        return None
 
     # Weights --------------------------------------------------------------------------------
 
@@ -207,23 +218,6 @@ class Encoder(TrackedModule):
                 f"{name} expects a multiple of {window} frames; got {frames.pixels.shape[1]}. Sample another "
                 "number of frames, or repeat the last one."
             )
-
-
-def class_fault(loaded: object) -> str | None:
-    """Say why `loaded` is not an encoder class; None if it is one.
-
-    >>> class_fault(3)
-    'is 3; expected a subclass of merv.Encoder'
-    """
-    if not (isinstance(loaded, type) and issubclass(loaded, Encoder)):
-        return f"is {loaded!r}; expected a subclass of merv.Encoder"
-    variants = getattr(loaded, "variants", None)
-    if not (variants and isinstance(variants, dict)):
-        return f"has variants = {variants!r}; expected a dict of name → merv.EncoderSpec, the default first"
-    for name, spec in variants.items():
-        if not isinstance(spec, EncoderSpec):
-            return f"has variants[{name!r}] = {spec!r}; expected a merv.EncoderSpec"
-    return None
 
 
 def _pick(table: dict, key: str, what: str):

@@ -5,19 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from merv.errors import EncoderError
-from merv.utils.plugins import Fault, Plugin, Registry
+from merv.utils.plugins import Plugin, Registry
 
 if TYPE_CHECKING:
     from merv.encoding.base import Encoder
 
 
-def _contract() -> tuple[type, Fault]:
-    from merv.encoding.base import Encoder, class_fault
-
-    return Encoder, class_fault
-
-
-ENCODERS = Registry("encoder", "merv.encoders", _contract)
+ENCODERS = Registry("encoder", "merv.encoders", "merv.encoding.base:Encoder")
 
 
 def list_encoders() -> list[Plugin]:

@@ -2,20 +2,7 @@
 
 from __future__ import annotations
 
-from merv.utils.plugins import Fault, Registry, must_subclass
+from merv.utils.plugins import Registry
 
-
-def _mixer() -> tuple[type, Fault]:
-    from merv.fusion.mixers import Mixer
-
-    return Mixer, must_subclass(Mixer)
-
-
-def _projector() -> tuple[type, Fault]:
-    from merv.fusion.projectors import Projector
-
-    return Projector, must_subclass(Projector)
-
-
-MIXERS = Registry("mixer", "merv.mixers", _mixer)
-PROJECTORS = Registry("projector", "merv.projectors", _projector)
+MIXERS = Registry("mixer", "merv.mixers", "merv.fusion.mixers:Mixer")
+PROJECTORS = Registry("projector", "merv.projectors", "merv.fusion.projectors:Projector")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -26,9 +25,6 @@ from typing import Any
 from merv.errors import AmbiguousPlugin, BrokenPlugin, MervError, PluginError, UnknownPlugin
 from merv.utils.suggest import nearest
 
-# Says what is wrong with an object that should be a plug-in class; None if nothing is.
-Fault = Callable[[object], "str | None"]
-
 
 @dataclass(frozen=True)
 class Registry:
@@ -37,13 +33,14 @@ class Registry:
     Args:
         kind: Name of the kind in messages, such as "encoder".
         group: Entry-point group of the kind.
-        contract: Returns the base class of the kind and the function that checks a class. It is called only
-            when a plug-in is loaded, so that listing plug-ins does not import torch.
+        base: Path of the base class, "module:Class". It is imported only when a plug-in is loaded, so that
+            listing plug-ins does not import torch. It may have a class method `class_fault`, which says what
+            is wrong with a subclass.
     """
 
     kind: str
     group: str
-    contract: Callable[[], tuple[type, Fault]]
+    base: str
 
     def plugins(self) -> list[Plugin]:
         """List the registered plug-ins of this kind by name, without importing them."""
@@ -203,8 +200,11 @@ class Plugin:
 
     def check(self, loaded: Any) -> type:
         """Return `loaded` if it satisfies the contract of its kind; raise BrokenPlugin otherwise."""
-        _, find_fault = self.registry.contract()
-        if fault := find_fault(loaded):
+        base = _import(self.registry.base)
+        is_subclass = isinstance(loaded, type) and issubclass(loaded, base)
+        if not is_subclass:
+            raise self.broken(f"is {loaded!r}; expected a subclass of merv.{base.__name__}")
+        if hasattr(base, "class_fault") and (fault := loaded.class_fault()):
             raise self.broken(fault)
         return loaded
 
@@ -248,20 +248,6 @@ def is_importable(cls: type) -> bool:
     with suppress(KeyError, AttributeError):
         return attrgetter(cls.__qualname__)(sys.modules[cls.__module__]) is cls
     return False
-
-
-def must_subclass(base: type) -> Fault:
-    """A check that accepts every subclass of `base`.
-
-    >>> must_subclass(int)("three")
-    "is 'three'; expected a subclass of int"
-    """
-
-    def find_fault(loaded: object) -> str | None:
-        valid = isinstance(loaded, type) and issubclass(loaded, base)
-        return None if valid else f"is {loaded!r}; expected a subclass of {base.__name__}"
-
-    return find_fault
 
 
 def _import(path: str) -> Any:
