@@ -106,7 +106,7 @@ class Reader:
         Raises:
             VideoError: The video cannot be read.
             SamplingError: The sampling does not fit the video.
-            DataError: There is a store, but the video has no key, such as an open file; see `video_key`.
+            DataError: There is a store, but the video has no content for a key; see `video_key`.
         """
         if seed is not None and self.sampling.seed is None:
             return replace(self, sampling=replace(self.sampling, seed=seed))(video)

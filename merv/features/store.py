@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from io import TextIOBase
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,8 @@ class FeatureStore:
 def video_key(video: Any, cache_key: str) -> str:
     """Return a hash of a video's content and of `cache_key`.
 
-    Raises UnreadableVideo for a path that cannot be read, and DataError for an open file, which may be
-    readable only once, and other objects.
+    Raises UnreadableVideo for a path that cannot be read, and DataError for an object that has no content or
+    can be read only once.
     """
     return hashlib.sha256(f"{cache_key}{_content_digest(video)}".encode()).hexdigest()
 
@@ -89,7 +90,13 @@ def _content_digest(video: Any) -> str:
     if hasattr(type(video), "__array_interface__"):
         with open_video(video) as reader:
             return _content_digest(reader.read([0]))
-    raise DataError(f"Cannot store features of a {type(video).__name__}. Pass a path or bytes instead.")
+    if getattr(video, "seekable", lambda: False)() and not isinstance(video, TextIOBase):
+        video.seek(0)
+        return hashlib.sha256(video.read()).hexdigest()
+    raise DataError(
+        f"Cannot store features of a {type(video).__name__}: it has no content for a key, or can be read "
+        "only once. Pass a path or bytes."
+    )
 
 
 def _path_digest(path: Path) -> str:

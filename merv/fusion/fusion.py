@@ -105,7 +105,9 @@ class Fusion(nn.Module):
             )
         device, _ = device_and_dtype(self)
         grids = {name: grid.to(device) for name, grid in grids.items()}
-        mask = self._mask(grids)  # [B, E, t, h, w]
+        absent = torch.zeros_like(next(iter(grids.values())).mask)
+        masks = [grids[name].mask if name in grids else absent for name in self.names]
+        mask = torch.stack(masks, dim=1)  # [B, E, t, h, w]
         features = self._features(grids, mask)
         mix = self._mix_folded if self._is_folded() else self._mix_plain
         tokens, token_mask, weights = mix(features, mask, question)
@@ -246,10 +248,6 @@ class Fusion(nn.Module):
                 f"{ {name: list(shape) for name, shape in shapes.items()} }. Align them first: "
                 "MultiEncoder.align or Aligner."
             )
-
-    def _mask(self, grids: Mapping[str, Grid]) -> Tensor:
-        absent = torch.zeros_like(next(iter(grids.values())).mask)
-        return torch.stack([grids[n].mask if n in grids else absent for n in self.names], dim=1)
 
     def _features(self, grids: Mapping[str, Grid], mask: Tensor) -> list[Tensor]:
         """Return the features of each stream [B, t, h, w, D] in its projector's dtype; zeros if absent."""

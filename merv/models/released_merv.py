@@ -37,7 +37,10 @@ TRAINING = re.compile(
     "type|vidlm_id|model_id|llm_max_length|(align|finetune|enable)_.*|reduce_in_full_precision|"
     "save_checkpoint_after"
 )
-POOLING, HEADS = ("avg", "3davg"), {"linear": "linear", "gelu-mlp": "mlp"}
+ARCHITECTURE = re.compile(
+    r"(no-align\+)?(avg|3davg(\+frame(?P<frames>[1-9]\d*))?)\+(?P<head>linear|gelu-mlp)"
+)
+HEADS = {"linear": "linear", "gelu-mlp": "mlp"}
 GATE = "cross_attention_avg_lq"  # the default feature_fusion of the release
 
 
@@ -146,16 +149,13 @@ def _architecture(specifier: str) -> tuple[str, int]:
 
     An arch_specifier looks like `no-align+3davg+frame2+linear`.
     """
-    words = [word for word in specifier.split("+") if word != "no-align"]
-    frame_words = [word for word in words if re.fullmatch(r"frame[1-9]\d*", word)]
-    rest = [word for word in words if word not in frame_words]
-    is_known = len(rest) == 2 and rest[0] in POOLING and rest[1] in HEADS and len(frame_words) <= 1
-    if not is_known or (frame_words and rest[0] != "3davg"):
+    match = ARCHITECTURE.fullmatch(specifier)
+    if match is None:
         raise CheckpointError(
-            f"Unsupported arch_specifier {specifier!r}: expected [no-align+]{{{'|'.join(POOLING)}}}[+frameN]+"
-            f"{{{'|'.join(HEADS)}}}. merv has no projectors that pool with parameters."
+            f"Unsupported arch_specifier {specifier!r}: expected [no-align+]{{avg|3davg[+frameN]}}+"
+            "{linear|gelu-mlp}. merv has no projectors that pool with parameters."
         )
-    return HEADS[rest[1]], int(frame_words[0].removeprefix("frame")) if frame_words else 1
+    return HEADS[match["head"]], int(match["frames"] or 1)
 
 
 def _grid(model: Mapping[str, Any], steps: Sequence[int]) -> tuple[int, int, int]:

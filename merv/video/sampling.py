@@ -149,10 +149,7 @@ class Sampling:
             )
         if self.fps is not None and not self.fps > 0:
             raise SamplingError(f"fps must be greater than 0; got fps={self.fps}.")
-        if not is_count(self.total):
-            raise SamplingError(
-                f"Official sampling reads at least 1 frame of a clip; got total={self.total!r}."
-            )
+        _checked_count(self.total)
 
     def times(self, info: VideoInfo, num_frames: int, fps: float | None = None) -> list[float]:
         """Choose times for one encoder.

@@ -45,7 +45,7 @@ def test_key_depends_on_content_not_on_name(tmp_path):
         (tmp_path / name).write_bytes(content)
     a, b, c = (video_key(tmp_path / name, "cache key") for name in "abc")
     assert a == b != c
-    assert a == video_key(b"one", "cache key")
+    assert a == video_key(b"one", "cache key") == video_key(io.BytesIO(b"one"), "cache key")
     assert a != video_key(b"one", "other cache key")
 
 
@@ -80,8 +80,19 @@ def test_view_and_copy_of_an_array_have_the_same_key():
     assert video_key(frames, "cache key") == video_key(frames.copy(), "cache key")
 
 
-@pytest.mark.parametrize("source", [{}, io.BytesIO(b"one")])
-def test_source_without_key_is_rejected(source):
+def test_stream_is_rejected_without_reading_it():
+    class Pipe(io.BytesIO):
+        def seekable(self):
+            return False
+
+    pipe = Pipe(b"one")
+    with pytest.raises(DataError, match="Pipe"):
+        video_key(pipe, "cache key")
+    assert pipe.read() == b"one"
+
+
+@pytest.mark.parametrize("source", [{}, io.StringIO("one")])
+def test_object_without_content_is_rejected(source):
     with pytest.raises(DataError, match=type(source).__name__):
         video_key(source, "cache key")
 

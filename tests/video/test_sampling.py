@@ -128,7 +128,7 @@ def test_num_frames_must_be_a_positive_integer(sampling, frames) -> None:
 
 @pytest.mark.parametrize("total", [0, -32, 2.5])
 def test_official_total_must_be_a_positive_integer(total) -> None:
-    with pytest.raises(SamplingError, match=f"total={total}"):
+    with pytest.raises(SamplingError, match=f"got {total}"):
         Sampling("official", total=total)
 
 
