@@ -23,7 +23,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, LlamaConfig
 
 from merv.cli.main import main
-from merv.training.plan import GPUS
+from merv.cli.plan import DEVICES
 from merv.training.recipes import recipes
 from merv.utils.assets import smollm2_folder
 
@@ -59,7 +59,7 @@ def planned(name: str, llm: Path) -> tuple[str, bool]:
         main(["plan", *options])
     plan = json.loads(printed.getvalue())
     steps = math.ceil(samples / plan["global_batch"])
-    tflops = GPUS[gpu].tflops * 0.4
+    tflops = DEVICES[gpu][0] * 0.4
     once = plan["encode_flops"] * samples / plan["setup"]["devices"] if plan["stores_features"] else 0
     hours = (steps * sum(plan["flops"].values()) + once) / (tflops * 1e12 * 3600)
     devices = plan["setup"]["devices"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,11 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     from safetensors import SafetensorError
 
     folder = Path(folder)
-    remove_leftovers(folder)
     check_free(folder)
     try:
         with new_folder(folder) as temporary:
             yield temporary
+        remove_leftovers(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} could not be written: {error}. Its previous content is unchanged."
@@ -92,10 +92,8 @@ def load_folder(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
         raise CheckpointError(f"{path} holds a {saved_kind!r}; expected a {kind!r}.")
     try:
         return config, load_file(path / WEIGHTS)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} was replaced while it was being read. Load it again.") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} could not be read: {error}") from error
 
 
 def read_config(folder: str | Path, beside: str = WEIGHTS) -> tuple[str, dict[str, Any]]:
@@ -115,16 +113,12 @@ def read_config(folder: str | Path, beside: str = WEIGHTS) -> tuple[str, dict[st
         )
     try:
         config = json.loads((folder / CONFIG).read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{folder} is damaged: {error}") from error
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} was replaced while it was being read. Load it again.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} could not be read: {error}") from error
     version = config.pop("merv", None)
-    if version is None:
-        raise CheckpointError(f"{folder} was not written by merv: its {CONFIG} has no key 'merv'.")
     if version != FORMAT:
         raise CheckpointError(
-            f"{folder} has format {version}; this version of merv reads format {FORMAT}. "
+            f"{folder / CONFIG} has the format {version}; this version of merv reads its format {FORMAT}. "
             "Train or convert the model again."
         )
     return config.pop("kind"), config
@@ -176,14 +170,10 @@ def check_free(folder: str | Path) -> None:
     Raises:
         CheckpointError: The folder holds something else.
     """
-    folder = Path(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    try:
-        is_merv = "merv" in json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError):
-        is_merv = False
-    if not is_merv:
+    config = Path(folder, CONFIG)
+    is_merv = config.is_file() and b'"merv":' in config.read_bytes()
+    is_empty = not config.parent.exists() or (config.parent.is_dir() and not any(config.parent.iterdir()))
+    if not is_merv and not is_empty:
         raise CheckpointError(
             f"{folder} exists and is not a checkpoint of merv; it was not overwritten. Choose another folder."
         )
@@ -205,14 +195,9 @@ def find_folder(folder: str | Path) -> Path:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove the temporary folders of killed processes; an `.old` one is moved back if `folder` is missing.
+    """Remove the temporary folders of killed processes, after `folder` has been written.
 
     Temporary folders of other machines are kept, because they may still be in use.
     """
-    folder = Path(folder)
-    for leftover in filter(is_abandoned, temporaries_beside(folder)):
-        if leftover.name.endswith(".old") and not folder.exists():
-            with suppress(OSError):  # another process moved it first, or permissions are missing
-                leftover.replace(folder)
-        else:
-            shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in filter(is_abandoned, temporaries_beside(Path(folder))):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -123,13 +123,6 @@ class PretrainedMixin:
                 ) from error
 
 
-def part_sources(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The entries of a config that hold the sources of `llm` and of each encoder, by part."""
-    llm = {"llm": config["llm"]} if "llm" in config else {}
-    encoders = config.get("vision", config)["encoders"]
-    return {**llm, **{str(name): encoder["identity"] for name, encoder in encoders.items()}}
-
-
 def portable_config(config: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
     """A copy of a config with the sources of some parts replaced, by part.
 
@@ -137,7 +130,9 @@ def portable_config(config: Mapping[str, Any], sources: Mapping[str, str]) -> di
         CheckpointError: `sources` names an unknown part, or a part has only a local source.
     """
     portable = deepcopy(dict(config))
-    parts = part_sources(portable)
+    parts = {"llm": portable["llm"]} if "llm" in portable else {}
+    encoders = portable.get("vision", portable)["encoders"]
+    parts.update({name: encoder["identity"] for name, encoder in encoders.items()})
     for name, source in sources.items():
         if name not in parts:
             raise CheckpointError(
@@ -147,16 +142,11 @@ def portable_config(config: Mapping[str, Any], sources: Mapping[str, str]) -> di
             source, _, revision = source.partition("@")
             parts[name]["revision"] = revision or None
         parts[name]["source"] = source
-    local = {
-        name: part["source"] or "no source"
-        for name, part in parts.items()
-        if name not in sources and (not part["source"] or Path(part["source"]).is_absolute())
-    }
+    local = [name for name, part in parts.items() if not part["source"] or Path(part["source"]).is_absolute()]
     if local:
-        listed = ", ".join(f"{name} ({source})" for name, source in local.items())
         raise CheckpointError(
-            f"These parts are only on this machine: {listed}. Pass their hub ids: "
-            f'sources={{"{next(iter(local))}": "owner/name"}}. Loading checks that the weights are the same.'
+            f"These parts are only on this machine: {', '.join(local)}. Pass their hub ids: "
+            f'sources={{"{local[0]}": "owner/name"}}. Loading checks that the weights are the same.'
         )
     return portable
 
@@ -173,6 +163,8 @@ def find_model(name: str | Path) -> Path:
     Raises:
         WeightsError: Neither the hub nor the cache has the model.
     """
+    from huggingface_hub import snapshot_download
+
     local = find_folder(name)
     if local.is_dir() or not HUB_ID.fullmatch(str(name)):
         return local
@@ -182,22 +174,7 @@ def find_model(name: str | Path) -> Path:
         raise WeightsError(f"{repo} on the hub is not a model of merv: it has no {CONFIG}.")
     folder = config.parent  # the cache's layout: …/snapshots/<commit>/<file>
     download(repo, folder.name, WEIGHTS, ADVICE)
-    _download_llm(repo, folder)
-    return folder
-
-
-def bundled_llm(folder: Path, source: str) -> Path | None:
-    """The folder of a language model that is stored inside a model's folder, or None."""
-    llm = folder / source
-    return llm if BUNDLED.fullmatch(source) and llm.is_dir() else None
-
-
-def _download_llm(repo: str, folder: Path) -> None:
-    """Download the language model that a converted model stores in its own repository, if it has one."""
-    from huggingface_hub import snapshot_download
-
-    _, config = read_config(folder)
-    source = config.get("llm", {}).get("source", "/")
+    source = read_config(folder)[1].get("llm", {}).get("source", "")
     if BUNDLED.fullmatch(source):
         try:
             snapshot_download(repo, revision=folder.name, allow_patterns=f"{source}/*")
@@ -205,3 +182,10 @@ def _download_llm(repo: str, folder: Path) -> None:
             raise WeightsError(
                 f"{repo}/{source} could not be downloaded from the hub: {explain_hub_error(error)}."
             ) from error
+    return folder
+
+
+def bundled_llm(folder: Path, source: str) -> Path | None:
+    """The folder of a language model that is stored inside a model's folder, or None."""
+    llm = folder / source
+    return llm if BUNDLED.fullmatch(source) and llm.is_dir() else None

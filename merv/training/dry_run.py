@@ -11,8 +11,9 @@ import math
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -117,20 +118,18 @@ class Meter(TorchDispatchMode):
 
 
 def to_fake_tensors(module: nn.Module) -> None:
-    """Replace all parameters and buffers by fake ones on the CPU, in place; call it in a FakeTensorMode.
+    """Replace all parameters and buffers by fake ones on the CPU, in place; call it in a FakeTensorMode."""
 
-    Tensors shared by two modules stay shared.
-    """
-    fakes: dict[int, Tensor] = {}
+    @cache  # tensors shared by two modules stay shared
+    def fake(tensor: Tensor) -> Tensor:
+        empty = torch.empty_like(tensor, device="cpu", requires_grad=False)
+        return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
     for owner in module.modules():
         for table in (owner._parameters, owner._buffers):
             for name, tensor in table.items():
-                if tensor is not None and id(tensor) not in fakes:
-                    empty = torch.empty_like(tensor, device="cpu", requires_grad=False)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    fakes[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
                 if tensor is not None:
-                    table[name] = fakes[id(tensor)]  # type: ignore[assignment]
+                    table[name] = fake(tensor)  # type: ignore[assignment]
 
 
 def dry_step(
@@ -139,7 +138,7 @@ def dry_step(
     *,
     encode: bool,
     accumulate: int = 1,
-    autocast: bool = False,
+    precision: str = "32-true",
     gpu: bool = False,
 ) -> Cost:
     """Run one micro-batch and the optimizer's step on fake tensors.
@@ -150,7 +149,7 @@ def dry_step(
         shape: The sizes of the batch.
         encode: Whether the encoders run in the step.
         accumulate: Micro-batches per step of the optimizer.
-        autocast: Whether to autocast to bf16, like Lightning's `bf16-mixed`.
+        precision: As for Lightning's Trainer. A mixed one autocasts to bf16.
         gpu: Whether the optimizer updates all tensors at once, which is torch's default on a GPU.
 
     Returns:
@@ -158,19 +157,18 @@ def dry_step(
     """
     cost, meter = Cost(), Meter()
     model = training.model
-    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+    with FakeTensorMode(allow_non_fake_inputs=True), _without_shortcuts(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about devices, which fake tensors do not have
         to_fake_tensors(model)
         training.train()
         for tensor in (*model.parameters(), *model.buffers()):
             meter.add(tensor)
-        cast = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
-        trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(training.parameter_groups(), foreach=gpu)
-        with meter:
-            _set_gradients(trained)  # of a previous step, which also creates the optimizer's states
+        with meter:  # the previous step, which creates gradients and the optimizer's states
+            for parameter in model.parameters():
+                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
             optimizer.step()
-        with cast:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision.endswith("-mixed")):
             with _phase(cost, meter, ENCODE):
                 features = _features(model, shape, meter, encode)
             with _phase(cost, meter, FORWARD):
@@ -190,19 +188,29 @@ def dry_step(
 @contextmanager
 def _phase(cost: Cost, meter: Meter, name: str) -> Iterator[None]:
     meter.peak, meter.flops = meter.now, 0
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # a fused kernel without a FLOP formula
-    try:
-        with meter:
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+    with meter:
+        yield
     cost.flops[name], cost.peaks[name] = meter.flops, meter.peak
 
 
-def _set_gradients(parameters: list[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = torch.empty_like(parameter)
+@contextmanager
+def _without_shortcuts() -> Iterator[None]:
+    """Turn off what fake tensors cannot do.
+
+    transformers looks for packed sequences in the values of positions. torch has a fused kernel for frozen
+    attention, whose FLOPs have no formula.
+    """
+    from transformers import masking_utils
+
+    find_packed = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda *args, **kwargs: None
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find_packed
+        torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 # Encoding, fusion, language model -----------------------------------------------------------------
@@ -265,50 +273,36 @@ def _loss(model: Any, features: list[dict[str, Grid]], shape: BatchShape) -> Ten
         question = torch.empty(clips, model.fusion.output_dim) if model.fusion.mixer.conditioned else None
         tokens.append(model.vision.fuse(grids, question).tokens.flatten(0, 1))
     visual = torch.cat(tokens) if tokens else model.fusion.dummy_tokens()[:0]
-    with _skip_packing_detection():
-        logits = model.logits(
-            _FakePacked.of(shape), visual, torch.zeros(shape.answers, dtype=torch.long)
-        ).float()
+    positions = torch.zeros(shape.answers, dtype=torch.long)
+    logits = model.logits(_FakePacked.of(shape), visual, positions).float()
     labels = torch.zeros(shape.rows * shape.answers, dtype=torch.long)
     return cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
-
-
-@contextmanager
-def _skip_packing_detection() -> Iterator[None]:
-    """Keep transformers from looking for packed sequences in positions, which fake tensors do not have."""
-    from transformers import masking_utils
-
-    name = "find_packed_sequence_indices"
-    original = getattr(masking_utils, name, None)
-    setattr(masking_utils, name, lambda *args, **kwargs: None)
-    try:
-        yield
-    finally:
-        setattr(masking_utils, name, original)
 
 
 @dataclass(frozen=True, eq=False)
 class _FakePacked(Packed):
     """A packed batch of which only the sizes are known."""
 
-    visual_tokens: int = 0
-    padded: bool = True
+    shape: BatchShape
 
     @classmethod
     def of(cls, shape: BatchShape) -> _FakePacked:
         size = (shape.rows, shape.length)
         ids, positions, labels, branches = (torch.zeros(size, dtype=torch.long) for _ in range(4))
-        length = shape.length
-        mask = torch.ones(shape.rows, 1, length, length, dtype=torch.bool) if shape.shared else ids == 0
-        return cls(ids, mask, positions, labels, branches, shape.visual, shape.padded)
+        mask = (
+            torch.ones(shape.rows, 1, shape.length, shape.length, dtype=torch.bool)
+            if shape.shared
+            else ids == 0
+        )
+        return cls(ids, mask, positions, labels, branches, shape)
 
     def embed(self, table: nn.Module, visual: Tensor) -> Tensor:
         text = table(self.ids)
-        row, column = torch.zeros(2, self.visual_tokens, dtype=torch.long)
-        chosen = visual[torch.zeros(self.visual_tokens, dtype=torch.long)]
+        row, column = torch.zeros(2, self.shape.visual, dtype=torch.long)
+        chosen = visual[torch.zeros(self.shape.visual, dtype=torch.long)]
         return text.index_put((row, column), chosen.to(text))
 
     def attention_mask(self, like: Tensor, additive: bool) -> Any:
-        if self.mask.ndim == 2 and not self.padded:
+        if self.mask.ndim == 2 and not self.shape.padded:
             return None  # transformers drops a mask of ones, but it cannot inspect a fake one
         return super().attention_mask(like, additive)

@@ -6,52 +6,63 @@ tensors (dry_run.py); the rest is arithmetic.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from merv.data.module import ChatData
-from merv.errors import BrokenPlugin, WeightsError
+from merv.data.order import portions
+from merv.data.samples import media_parts
+from merv.data.sources import stream_samples
+from merv.errors import BrokenPlugin, DataError, WeightsError
+from merv.models.chat import user_message
 from merv.models.llm import DTYPES, SMOLLM2, LoraOptions, load_tokenizer
 from merv.models.multi_encoder import MultiEncoder
+from merv.models.packing import Tokens, pack, tokens_of
 from merv.models.video_llm import VideoLLM
 from merv.training.dry_run import ENCODE, OPTIMIZER, BatchShape, Cost, dry_step
 from merv.training.module import Training
-from merv.training.plan_batches import Batches, measure
 from merv.utils.assets import smollm2_folder
 from merv.utils.torch_modules import device_and_dtype, without_weights
 
+log = logging.getLogger(__name__)
+
 BYTES_PER_WEIGHT = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # with the scale of its block
+NUM_BATCHES = 32  # drawn at random; the median one is the typical batch
+QUESTION, ANSWER = "word " * 60, "word " * 20  # assumed if the data cannot be read
 
 
 @dataclass(frozen=True)
-class GPU:
-    """A GPU: dense bf16 TFLOPS with fp32 accumulation, from its datasheet, and memory in GB (10⁹ bytes)."""
+class Batches:
+    """Statistics of the training data and its batches.
 
-    tflops: float
-    memory: float
+    Args:
+        samples: Number of samples in an epoch.
+        videos: Number of videos and images in them.
+        conversations: Number of conversations in them.
+        tokens_mean: Mean length of a row in tokens.
+        tokens_max: Length of the longest row.
+        typical: The sizes of a batch of median size.
+        largest: The sizes of a batch of the longest samples.
+        measured: How many samples were read. 0: the data could not be read, and the sizes are guesses.
+    """
 
-
-GPUS = {
-    "b200": GPU(2250, 192),
-    "h200": GPU(989, 141),
-    "h100": GPU(989, 85),
-    "a100": GPU(312, 85),
-    "a100-40": GPU(312, 42),
-    "l40s": GPU(362, 48),
-    "l40": GPU(181, 48),
-    "a6000": GPU(155, 51),
-    "a10": GPU(125, 25),
-    "l4": GPU(121, 25),
-    "5090": GPU(210, 34),
-    "4090": GPU(165, 25),
-    "3090": GPU(71, 25),
-}
+    samples: int
+    videos: int
+    conversations: int
+    tokens_mean: float
+    tokens_max: int
+    typical: BatchShape
+    largest: BatchShape
+    measured: int
 
 
 @dataclass(frozen=True)
@@ -114,18 +125,12 @@ class Plan:
         """Peak memory of each device, in bytes."""
         return sum(self.memory.values())
 
-    @property
-    def checkpoint_bytes(self) -> float:
-        """Size of the kept checkpoints: trained weights and AdamW's two moments of each."""
-        return 3 * self.trained_bytes * self.setup.checkpoints
-
-    def seconds(self, tflops: float, utilization: float) -> float | None:
-        """Duration of the run at a fraction of the peak speed; None if the number of steps is unknown."""
+    def hours(self, tflops: float) -> float | None:
+        """Duration of the run at this speed of each device; None if the number of steps is unknown."""
         if self.steps is None:
             return None
-        speed = tflops * 1e12 * utilization
         encoding = self.encode_flops * self.batches.videos / self.setup.devices if self.stores_features else 0
-        return (self.steps * sum(self.flops.values()) + encoding) / speed
+        return (self.steps * sum(self.flops.values()) + encoding) / (tflops * 1e12 * 3600)
 
 
 def make_plan(
@@ -149,45 +154,36 @@ def make_plan(
     """
     options = training.options
     model = on_meta(training, setup.precision)
+    training.use_model(model)
     visual_tokens = model.fusion.mixer.num_tokens(math.prod(options.grid))
     batches = measure(data, model, options.packed_length, num_samples, setup.devices)
-    parts = {
-        name: (sum(p.numel() for p in parameters.values()), name in model.trained)
-        for name, parameters in model.parts().items()
-        if "." not in name
-    }
-    quantized = _saved_by_quantizing(model.llm, options.quantize)
-    weights = _weights(model)
     stores_features = options.feature_store is not None
-    dry_options: dict[str, Any] = {
-        "accumulate": setup.accumulate,
-        "autocast": setup.precision in ("bf16-mixed", "16-mixed"),
-        "gpu": gpu,
-    }
-    training.use_model(model)
-    largest = typical = dry_step(training, batches.largest, encode=not stores_features, **dry_options)
+    step = partial(dry_step, training, accumulate=setup.accumulate, precision=setup.precision, gpu=gpu)
+    largest = step(batches.largest, encode=not stores_features)
+    typical = largest
     if batches.typical != batches.largest:
-        typical = dry_step(training, batches.typical, encode=not stores_features, **dry_options)
+        typical = step(batches.typical, encode=not stores_features)
     if stores_features:
         one_video = BatchShape(videos=1, rows=1, length=visual_tokens + 8, answers=1, visual=visual_tokens)
-        encode_flops: float = dry_step(training, one_video, encode=True, **dry_options).flops[ENCODE]
+        encode_flops: float = step(one_video, encode=True).flops[ENCODE]
     else:
         encode_flops = typical.flops[ENCODE] / max(batches.typical.videos + batches.typical.stills, 1)
+    on_disk = stores_features and options.feature_store != "memory"
     global_batch = data.batch_size * setup.devices * setup.accumulate
     return Plan(
         visual_tokens=visual_tokens,
         batches=batches,
-        parts=parts,
-        memory=_memory(weights, quantized, largest, model, setup),
-        flops={
-            phase: flops * setup.accumulate for phase, flops in typical.flops.items() if phase != OPTIMIZER
+        parts={
+            name: (sum(p.numel() for p in parameters.values()), name in model.trained)
+            for name, parameters in model.parts().items()
+            if "." not in name
         },
+        memory=_memory(model, setup, options.quantize, largest),
+        flops={name: n * setup.accumulate for name, n in typical.flops.items() if name != OPTIMIZER},
         encode_flops=encode_flops,
         stores_features=stores_features,
-        store_bytes=_store_bytes(model, options.grid) * batches.videos
-        if stores_features and options.feature_store != "memory"
-        else 0.0,
-        trained_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+        store_bytes=_stored_bytes(model, options.grid) * batches.videos if on_disk else 0.0,
+        trained_bytes=_trained_bytes(model),
         steps=_steps(setup, batches.samples, global_batch),
         global_batch=global_batch,
         setup=setup,
@@ -198,9 +194,23 @@ def make_plan(
 
 
 def on_meta(training: Training, precision: str = "32-true") -> VideoLLM:
-    """The VideoLLM that `training` will build, on the meta device: shapes without values."""
+    """The VideoLLM that `training` will build, on the meta device: shapes without values.
+
+    Raises WeightsError if the config of the LLM cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     options = training.options
-    llm, tokenizer = llm_on_meta(options.llm, options.dtype)
+    source = smollm2_folder() if options.llm == SMOLLM2 else options.llm
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        tokenizer = load_tokenizer(source)
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"The config of the LLM {source!r} could not be loaded: {error}") from error
+    saved_dtype = config.get_text_config().dtype or torch.float32
+    dtype = saved_dtype if options.dtype == "auto" else DTYPES[options.dtype]
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     vision = without_weights(
         lambda: MultiEncoder(
             options.encoders,
@@ -219,79 +229,134 @@ def on_meta(training: Training, precision: str = "32-true") -> VideoLLM:
     return model
 
 
-def llm_on_meta(source: str | Path, dtype: str) -> tuple[Any, Any]:
-    """The LLM that `merv.models.llm.load_llm` loads, on the meta device, and its tokenizer.
+# The data ---------------------------------------------------------------------------------------
 
-    Raises WeightsError if its config cannot be loaded.
+
+def measure(
+    data: ChatData, model: VideoLLM, packed_length: int | None, max_samples: int, devices: int
+) -> Batches:
+    """Measure the batches of a run.
+
+    Args:
+        data: The data of the run.
+        model: The model; only its sizes and its tokenizer are used.
+        packed_length: As in the recipe.
+        max_samples: How many samples to read at most.
+        devices: Number of devices.
+
+    Returns:
+        The statistics; guesses if the data cannot be read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    num_samples, samples = _read(data, max_samples, devices)
+    guess = [user_message(QUESTION, "video", answer=ANSWER)]
+    conversations = [sample.conversations for sample in samples]
+    sizes = [_size(each[: data.max_questions], model) for each in conversations or [guess]]
+    lengths = [length for size in sizes for length in size.lengths]
+    sizes.sort(key=lambda size: max(size.lengths), reverse=True)
+    longest = [sizes[i % len(sizes)] for i in range(data.batch_size)]
+    generator = random.Random(0)
+    batches = [_batch(_draw(sizes, data, generator), packed_length) for _ in range(NUM_BATCHES)]
+    batches.sort(key=lambda batch: batch.rows * batch.length)
+    scale = num_samples / max(len(samples), 1)
+    return Batches(
+        samples=num_samples,
+        videos=round(scale * sum(len(size.visuals) for size in sizes)),
+        conversations=round(scale * sum(map(len, conversations))),
+        tokens_mean=sum(lengths) / len(lengths),
+        tokens_max=max(lengths),
+        typical=batches[NUM_BATCHES // 2],
+        largest=_batch(longest, packed_length),
+        measured=len(samples),
+    )
 
-    folder = smollm2_folder() if source == SMOLLM2 else source
+
+def _read(data: ChatData, max_samples: int, devices: int) -> tuple[int, list[Any]]:
+    """The number of samples in an epoch, and up to `max_samples` of them; nothing if there is no file."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        tokenizer = load_tokenizer(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise WeightsError(
-            f"The config of the LLM {str(source)!r} could not be loaded: {reason} Pass a hub id, or "
-            "the folder of a causal LM in the layout of transformers; its weights are not read."
-        ) from error
-    saved_dtype = config.get_text_config().dtype or torch.float32
-    with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(
-            config, dtype=saved_dtype if dtype == "auto" else DTYPES[dtype]
-        )
-    return llm.eval(), tokenizer
+        if data.stream:
+            samples = list(islice(stream_samples(data.train_source, data.root), max_samples))
+            return data.batches_per_epoch * data.batch_size * devices, samples
+        data.open_files()  # setup() would read every sample if they are grouped by length
+    except DataError as error:
+        log.warning("%s", error)
+        return 0, []
+    weights = list(data.train_source.values()) if isinstance(data.train_source, Mapping) else None
+    step = max(1, math.ceil(len(data.train) / max_samples))
+    return sum(portions(data.sizes, weights)), [data.train[i] for i in range(0, len(data.train), step)]
+
+
+class _Size(NamedTuple):
+    """The sizes of a sample: conversations as the model packs them, and the sources of videos and images."""
+
+    groups: list[list[Tokens]]
+    lengths: list[int]  # of the rows
+    visuals: set[str]
+    images: set[str]
+
+
+def _size(conversations: Sequence[Any], model: VideoLLM) -> _Size:
+    """Tokenize the conversations of a sample; a video becomes as many tokens as the model makes of it."""
+    t, h, w = model.vision.aligner.grid
+    parts = [part for messages in conversations for part in media_parts(messages)]
+    images = {str(part["image"]) for part in parts if part["type"] == "image"}
+    visuals: set[str] = set()
+    sequences = []
+    for messages in conversations:
+        for prompt in model.chat.answers(messages):
+            sources = [str(visual.source) for visual in prompt.visuals]
+            visuals.update(sources)
+            cells = [h * w * (1 if source in images else t) for source in sources]
+            ranges = [range(model.fusion.mixer.num_tokens(n)) for n in cells]
+            sequences.append(tokens_of(prompt, iter(ranges)))
+    groups = [sequences] if model.shares_rows else [[sequence] for sequence in sequences]
+    return _Size(groups, [len(pack([group], 0).ids[0]) for group in groups], visuals, visuals & images)
+
+
+def _draw(sizes: Sequence[_Size], data: ChatData, generator: random.Random) -> list[_Size]:
+    """Draw a batch as the data module does: neighbors in length if grouped by length, otherwise any."""
+    if not data.group_by_length:
+        return [generator.choice(sizes) for _ in range(data.batch_size)]
+    start = generator.randrange(max(1, len(sizes) - data.batch_size + 1))
+    return [sizes[start + i % (len(sizes) - start)] for i in range(data.batch_size)]
+
+
+def _batch(sizes: Sequence[_Size], packed_length: int | None) -> BatchShape:
+    """The sizes of a batch of these samples."""
+    packed = pack([group for size in sizes for group in size.groups], 0, "right", packed_length)
+    return BatchShape(
+        videos=sum(len(size.visuals - size.images) for size in sizes),
+        stills=sum(len(size.images) for size in sizes),
+        rows=packed.ids.shape[0],
+        length=packed.ids.shape[1],
+        answers=int((packed.labels[:, 1:] >= 0).any(dim=0).sum()),
+        visual=int((packed.ids < 0).sum()),
+        padded=not bool((packed.branches >= 0).all()),
+        shared=packed.mask.ndim == 4,
+    )
 
 
 # Arithmetic -------------------------------------------------------------------------------------
 
 
-def _weights(model: VideoLLM) -> dict[str, int]:
-    """Bytes of the LLM, the encoders and the fusion."""
-    parts: dict[str, nn.Module] = {
-        "LLM": model.llm,
-        "encoders": model.vision.encoders,
-        "fusion": model.fusion,
-    }
-    return {
+def _memory(model: VideoLLM, setup: Setup, quantize: str | None, cost: Cost) -> dict[str, float]:
+    """Bytes on one device at the moment of the highest use, by what uses them."""
+    parts = {"LLM": model.llm, "encoders": model.vision.encoders, "fusion": model.fusion}
+    memory: dict[str, float] = {
         f"weights of {name}": sum(t.nbytes for t in (*part.parameters(), *part.buffers()))
         for name, part in parts.items()
     }
-
-
-def _saved_by_quantizing(llm: nn.Module, quantize: str | None) -> tuple[float, float]:
-    """Bytes that quantization saves, and bytes of the largest Linear, which is dequantized to be used."""
-    if quantize is None:
-        return 0.0, 0.0
-    output = llm.get_output_embeddings()  # type: ignore[operator]
-    linears = [
-        (m.weight.numel(), m.weight.element_size())
-        for name, m in llm.named_modules()
-        if isinstance(m, nn.Linear) and m is not output and "lora_" not in name
-    ]
-    saved = sum(count * (size - BYTES_PER_WEIGHT[quantize]) for count, size in linears)
-    return saved, max(count * size for count, size in linears)
-
-
-def _memory(
-    weights: dict[str, int], quantized: tuple[float, float], cost: Cost, model: VideoLLM, setup: Setup
-) -> dict[str, float]:
-    """Bytes on one device at the moment of the highest use, by what uses them."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = sum(p.nbytes for p in trained)
-    states = 2 * gradients
-    memory: dict[str, float] = {name: float(count) for name, count in weights.items()}
-    memory["weights of LLM"] -= quantized[0]
-    memory["gradients"] = gradients
-    memory["optimizer states"] = states
-    held = sum(weights.values()) + gradients + states
+    memory["gradients"] = _trained_bytes(model)
+    memory["optimizer states"] = 2 * memory["gradients"]
+    held = sum(memory.values())
     updating = (cost.peaks[OPTIMIZER] - held) / (setup.devices if setup.sharded else 1)
     others = max(peak for phase, peak in cost.peaks.items() if phase != OPTIMIZER)
-    memory["activations"] = max(others - held, 0) + quantized[1]
-    if updating > memory["activations"]:  # the peak is in the optimizer's step, without activations
-        del memory["activations"]
+    saved, unpacked = _quantization(model.llm, quantize)
+    memory["weights of LLM"] -= saved
+    activations = max(others - held, 0) + unpacked
+    if updating > activations:  # the peak is in the optimizer's step, without activations
         memory["optimizer step"] = updating
+    else:
+        memory["activations"] = activations
     if setup.sharded:
         layers = [m for m in model.llm.modules() if type(m).__name__ in (model.llm._no_split_modules or ())]
         one = max((sum(p.nbytes for p in layer.parameters()) for layer in layers), default=0)
@@ -299,11 +364,29 @@ def _memory(
             memory[name] /= setup.devices
         memory["gathered layers"] = 2.0 * one  # the current one and the next
     elif setup.devices > 1:
-        memory["DDP buckets"] = gradients
+        memory["DDP buckets"] = memory["gradients"]
     return memory
 
 
-def _store_bytes(model: VideoLLM, grid: Sequence[int]) -> float:
+def _quantization(llm: nn.Module, quantize: str | None) -> tuple[float, float]:
+    """Bytes that quantization saves, and bytes of the largest Linear, which is dequantized to be used."""
+    if quantize is None:
+        return 0.0, 0.0
+    output = llm.get_output_embeddings()  # type: ignore[operator]
+    weights = [
+        m.weight
+        for name, m in llm.named_modules()
+        if isinstance(m, nn.Linear) and m is not output and "lora_" not in name
+    ]
+    saved = sum(w.nbytes - w.numel() * BYTES_PER_WEIGHT[quantize] for w in weights)
+    return saved, max(w.nbytes for w in weights)
+
+
+def _trained_bytes(model: VideoLLM) -> int:
+    return sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+def _stored_bytes(model: VideoLLM, grid: Sequence[int]) -> float:
     """Bytes of the stored features of one video: values, masks and times of each encoder."""
     cells = math.prod(grid)
     return sum(
@@ -314,9 +397,7 @@ def _store_bytes(model: VideoLLM, grid: Sequence[int]) -> float:
 
 def _steps(setup: Setup, samples: int, global_batch: int) -> int | None:
     """Optimizer steps; None if nothing determines them."""
-    by_epochs = None
+    limits = [setup.max_steps] if setup.max_steps > 0 else []
     if samples and setup.max_epochs not in (None, -1):
-        by_epochs = setup.max_epochs * math.ceil(samples / global_batch)  # type: ignore[operator]
-    if setup.max_steps > 0:
-        return min(setup.max_steps, by_epochs or setup.max_steps)
-    return by_epochs
+        limits.append(setup.max_epochs * math.ceil(samples / global_batch))  # type: ignore[operator]
+    return min(limits, default=None)

@@ -92,7 +92,6 @@ class Sharded(ModelParallelStrategy):
         with temporary_beside(Path(filepath)) as suggested:
             path, temporary = self.broadcast((Path(filepath), suggested))  # those of the first process
             if self.is_global_zero:
-                remove_leftovers(path)
                 temporary.mkdir(parents=True)
             self.barrier()
             states = {"state_dict": checkpoint.pop("state_dict")}
@@ -103,6 +102,7 @@ class Sharded(ModelParallelStrategy):
                 write_config(temporary, "VideoLLM", checkpoint["config"])
                 torch.save(checkpoint, temporary / META)
                 replace_folder(temporary, path)
+                remove_leftovers(path)
             self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
