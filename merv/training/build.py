@@ -40,6 +40,12 @@ def check_names(options: TrainingOptions) -> None:
         ("weights", options.weights or (), encoders),
     ):
         for name in names:
+            if option == "lr_overrides" and name in parts and name not in known:
+                raise TrainingError(
+                    f"model.lr_overrides sets the rate of {name!r}, which model.trainable does not train "
+                    f"({', '.join(known)}). Add it to trainable, or replace the recipe's mapping: "
+                    "--model.lr_overrides='{PART: RATE}', or null."
+                )
             if name not in known:
                 raise TrainingError(
                     f"model.{option}: unknown name {name!r}.{nearest(name, known)} "

@@ -246,6 +246,8 @@ class GracefulShutdown(Callback):
 
     def _save(self, trainer: Trainer, overwrite: bool = False) -> None:
         self.stopped = True
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints)]
         for callback in callbacks:
             callback.save(trainer, overwrite)

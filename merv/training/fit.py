@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning import Trainer
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -18,23 +21,48 @@ from merv.training.callbacks import GracefulShutdown, LossPlot, SampleAnswers, T
 from merv.training.checkpointing import CHECKPOINTS, Best, Checkpoints, Folders, newest
 from merv.training.module import Training, save
 from merv.training.sharding import register
+from merv.training.slurm import check_tasks, cluster_environment
 
 
 class Fit(LightningCLI):
-    """Builds trainer, model and data from the options, trains, and saves the model."""
+    """Builds trainer, model and data from the options, trains, and saves the model.
+
+    Args:
+        scratch: Folder that takes the place of the run's folder in a `fast_dev_run`, which must leave nothing
+            that a real run would resume from.
+        **options: Arguments of LightningCLI.
+    """
+
+    def __init__(self, *, scratch: str | Path, **options: Any) -> None:
+        self.scratch = Path(scratch)
+        super().__init__(**options)
 
     @classmethod
     def command(cls) -> int:
-        """Run the command in sys.argv; return the exit status, 130 after an interrupt."""
+        """Run the command in sys.argv; return the exit status, 130 after an interrupt.
+
+        Raises:
+            TrainingError: An option has a value of the wrong type.
+        """
         register()
-        finished = cls(
-            Training,
-            ChatData,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-        )
+        with TemporaryDirectory(prefix="merv_fit_") as scratch:
+            finished = cls(
+                scratch=scratch,
+                model_class=Training,
+                datamodule_class=ChatData,
+                parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
+                save_config_kwargs={"overwrite": True},
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+            )
         return 130 if finished.stopped else 0
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the options; a TrainingError instead of a page of usage if one has the wrong type."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise TrainingError(str(error).strip()) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the sections of a recipe besides trainer, model and data."""
@@ -56,7 +84,9 @@ class Fit(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Build the trainer with merv's defaults for what the options leave open."""
-        root = Path(config["default_root_dir"] or "outputs")
+        self.root = root = Path(config["default_root_dir"] or "outputs")
+        if config["fast_dev_run"]:
+            root = self.scratch
         config["default_root_dir"] = str(root)
         if config["logger"] in (None, True):
             csv = CSVLogger(root, name="logs")
@@ -68,20 +98,31 @@ class Fit(LightningCLI):
         if config["enable_progress_bar"] is not False:
             callbacks.append(TQDMProgressBar(refresh_rate=5))  # seldom enough for log files
         (checkpoints,) = (callback for callback in callbacks if isinstance(callback, Checkpoints))
-        if config["enable_checkpointing"] is False:
+        if config["enable_checkpointing"] is False or config["fast_dev_run"]:
             callbacks.remove(checkpoints)
         else:
             checkpoints.dirpath = str(root / CHECKPOINTS)
             if self.config["fit"]["data"]["val"] is not None:
                 callbacks.append(Best(root / CHECKPOINTS, checkpoints.best_metric))
-        config["plugins"] = [*(config["plugins"] or []), Folders()]
-        return super()._instantiate_trainer(config, callbacks)
+        plugins = config["plugins"] or []
+        plugins = [*plugins] if isinstance(plugins, list) else [plugins]
+        environment = cluster_environment(config["num_nodes"])
+        if environment is not None and not any(isinstance(p, ClusterEnvironment) for p in plugins):
+            plugins.append(environment)
+        config["plugins"] = [*plugins, Folders()]
+        trainer = super()._instantiate_trainer(config, callbacks)
+        check_tasks(trainer)
+        return trainer
 
     def before_fit(self) -> None:
         """Find the checkpoint to resume from, and fail now rather than when the model is saved."""
-        root = Path(self.trainer.default_root_dir)
+        root = self.root
         check_free(root / "model")
         options = self.config_init["fit"]
+        if self.is_dev_run:
+            print("Starting a new run for trainer.fast_dev_run; nothing will be saved.")
+            options["ckpt_path"] = None
+            return
         latest = newest(root / CHECKPOINTS)
         if options["ckpt_path"] in ("last", "auto"):
             if latest is None and options["ckpt_path"] == "last":
@@ -100,13 +141,18 @@ class Fit(LightningCLI):
         options["weights_only"] = True
 
     @property
+    def is_dev_run(self) -> bool:
+        """Whether the run only checks, with a few batches, that everything works."""
+        return bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+    @property
     def stopped(self) -> bool:
         """Whether the run was stopped before its end."""
         return any(isinstance(c, GracefulShutdown) and c.stopped for c in self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def after_fit(self) -> None:
-        """Save the trained model, unless the run was stopped."""
-        if not self.stopped:
-            folder = save(self.model, Path(self.trainer.default_root_dir) / "model")
+        """Save the trained model, unless the run was stopped or is a `fast_dev_run`."""
+        if not self.stopped and not self.is_dev_run:
+            folder = save(self.model, self.root / "model")
             if self.trainer.is_global_zero:
                 print(f"The trained model is in {folder}: merv ask VIDEO QUESTION --model {folder}")

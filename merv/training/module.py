@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from merv.checkpoints.folder import first_difference, save_folder
 from merv.data.loader import SAMPLE_ERRORS, Batch, bad_sample
 from merv.data.module import ChatData
-from merv.errors import BadLoss, CheckpointError, TrainingError
+from merv.errors import BadLoss, CheckpointError, MervError, TrainingError
 from merv.features.store import FeatureStore
 from merv.models.llm import LoraOptions, checkpoint_layers
 from merv.models.named_encoders import by_name
@@ -52,7 +53,7 @@ class Training(LightningModule):
 
     Args:
         llm: Folder or hub id of the language model.
-        encoders: Names of encoders.
+        encoders: Names of encoders, or one name.
         **options: The other fields of `merv.training.options.TrainingOptions`.
 
     Raises:
@@ -65,7 +66,7 @@ class Training(LightningModule):
         ('projector', 'mixer')
     """
 
-    def __init__(self, llm: str, encoders: list[str], **options: Any) -> None:
+    def __init__(self, llm: str, encoders: list[str] | str, **options: Any) -> None:
         super().__init__()
         self.options = TrainingOptions(llm, encoders, **options)
         # Plain values only, so that checkpoints load with weights_only=True.
@@ -75,11 +76,18 @@ class Training(LightningModule):
         self.loss_monitor = LossMonitor(self.options.loss_spike_threshold)
         self.tokens = 0  # answer tokens since the last optimizer step
         self.last_tokens = 0  # answer tokens of the last batch
+        self.schedule: dict[str, Any] = {}  # what `schedule_of` returned at the start
         self.random_states: dict[str, Any] | None = None  # of a checkpoint, restored before the first step
         self.stop_requested = False  # by a signal to this process
         self.stop_agreed = False  # by all processes: they stop after this step
 
     # Parts --------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check, before the model is loaded, that the interval of validation fits into an epoch."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and isinstance(data, ChatData):
+            check_validation(self.trainer, data)
 
     def configure_model(self) -> None:
         """Build the VideoLLM on the device that Lightning has chosen."""
@@ -170,7 +178,8 @@ class Training(LightningModule):
         Raises TrainingError for invalid rates and for a run without an end.
         """
         options = self.options
-        steps = self.trainer.estimated_stepping_batches
+        self.schedule = schedule_of(self.trainer)
+        steps = self.schedule["steps"]
         if not math.isfinite(steps):
             raise TrainingError("The schedule needs an end: set trainer.max_steps or trainer.max_epochs.")
         try:
@@ -222,7 +231,8 @@ class Training(LightningModule):
         if self.trainer.is_global_zero:
             print_parts(self.model)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, ChatData) and self.model.feature_store is not None:
+        encode_first = not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if encode_first and isinstance(data, ChatData) and self.model.feature_store is not None:
             videos = list(data.videos())[self.global_rank :: self.trainer.world_size]
             encode_all(self.model, videos, data.on_error == "skip", lambda: self.stop_requested)
             self.trainer.strategy.barrier()
@@ -334,9 +344,10 @@ class Training(LightningModule):
         checkpoint["config"] = self.model.config()
         checkpoint["random"] = gathered(random_states())
         checkpoint["losses"] = list(self.loss_monitor.past)
+        checkpoint["schedule"] = self.schedule
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that frozen parts and learning rates are those of the checkpoint.
+        """Check that frozen parts and learning rates are those of the checkpoint, and that its step fits.
 
         Raises CheckpointError that names the difference.
         """
@@ -347,6 +358,10 @@ class Training(LightningModule):
         states = checkpoint["random"]
         self.random_states = states[self.global_rank] if len(states) == processes() else None
         self.loss_monitor.past.extend(checkpoint["losses"])
+        now, step = schedule_of(self.trainer), checkpoint["global_step"]
+        change = compare_schedules(checkpoint["schedule"], now, step)
+        if change and self.trainer.is_global_zero:
+            logger.warning(change)
 
     def on_train_start(self) -> None:
         """Set the rates of this run's schedule, which may be longer than that of the checkpoint."""
@@ -378,15 +393,91 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def warmup_cosine(step: int, *, warmup_steps: int, steps: float) -> float:
-    """Fraction of the peak learning rate: linear warm-up, then a cosine to 0 at `steps`.
+def schedule_of(trainer: Trainer) -> dict[str, Any]:
+    """How many steps a run has in total, and what their number depends on; saved in checkpoints.
 
-    >>> [round(warmup_cosine(step, warmup_steps=2, steps=10), 2) for step in (0, 1, 2, 6, 10)]
-    [0.5, 1.0, 1.0, 0.5, 0.0]
+    Raises:
+        TrainingError: Lightning does not accept the options that limit the run.
     """
+    try:
+        if trainer.train_dataloader is None:
+            trainer.fit_loop.setup_data()
+        steps = trainer.estimated_stepping_batches
+    except MervError:
+        raise
+    except (ValueError, MisconfigurationException) as error:
+        raise TrainingError(f"trainer: {str(error).strip()}") from error
+    return {
+        "steps": steps,
+        "batches_per_epoch": trainer.num_training_batches,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+    }
+
+
+def compare_schedules(saved: Mapping[str, Any], now: Mapping[str, Any], step: int) -> str:
+    """Describe what another number of steps means for a run that resumes at `step`; "" if it is the same.
+
+    Raises:
+        CheckpointError: The steps of the two schedules mean different amounts of data, or this one ends
+            before `step`.
+
+    >>> one = {"steps": 100, "batches_per_epoch": 50, "accumulate_grad_batches": 1}
+    >>> compare_schedules(one, {**one, "steps": 60}, 50)
+    'The run now ends at step 60, not 100 (trainer.max_steps or max_epochs): it resumes at step 50 of 60.'
+    """
+    options = {
+        "accumulate_grad_batches": "trainer.accumulate_grad_batches",
+        "batches_per_epoch": "trainer.limit_train_batches, overfit_batches or data.batches_per_epoch",
+    }
+    for key, option in options.items():
+        if saved[key] != now[key]:
+            raise CheckpointError(
+                f"The checkpoint has {key} {saved[key]}, this run has {now[key]}, so step {step} is "
+                f"another position in data and schedule. Set {option} as before, or start a new run with "
+                "--model.init_from."
+            )
+    if now["steps"] < step:
+        raise CheckpointError(
+            f"The checkpoint is at step {step}, but this run ends at step {now['steps']}: trainer.max_steps "
+            "or trainer.max_epochs is too small. Increase it, or resume from an earlier checkpoint."
+        )
+    if now["steps"] == saved["steps"]:
+        return ""
+    return (
+        f"The run now ends at step {now['steps']}, not {saved['steps']} (trainer.max_steps or max_epochs): "
+        f"it resumes at step {step} of {now['steps']}."
+    )
+
+
+def warmup_cosine(step: int, *, warmup_steps: int, steps: float) -> float:
+    """Fraction of the peak learning rate: linear warm-up, then a cosine to 0 at `steps`, and 0 from there on.
+
+    >>> [round(warmup_cosine(step, warmup_steps=2, steps=10), 2) for step in (0, 1, 2, 6, 10, 15)]
+    [0.5, 1.0, 1.0, 0.5, 0.0, 0.0]
+    """
+    if step >= steps:
+        return 0.0
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+def check_validation(trainer: Trainer, data: ChatData) -> None:
+    """Raise TrainingError if validation is wanted after more batches than an epoch has."""
+    interval, limit = trainer.val_check_interval, trainer.limit_train_batches
+    counted_per_epoch = trainer.check_val_every_n_epoch is not None
+    if data.val_source is None or not isinstance(interval, int) or not counted_per_epoch:
+        return
+    if trainer.limit_val_batches == 0:
+        return
+    num_batches = len(data._train_loader())
+    num_batches = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
+    if interval > num_batches:
+        raise TrainingError(
+            f"trainer.val_check_interval is {interval} batches, but an epoch has {num_batches} per process. "
+            "Set it to at most that, or count batches across epochs with "
+            "--trainer.check_val_every_n_epoch=null."
+        )
 
 
 def encode_all(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merv.models.llm import LoraOptions
+from merv.utils.name_lists import tuple_of_names
 
 MULTI_ENCODER = (
     "grid",
@@ -30,7 +31,8 @@ class TrainingOptions:
 
     Args:
         llm: Folder or hub id of the language model.
-        encoders: Names of encoders; `merv encoders` lists them.
+        encoders: Names of encoders; `merv encoders` lists them. A single name here, and in `trainable` and
+            `compile`, is a list of one.
         grid: Common grid (t, h, w) of the visual tokens.
         mixer: Name or `module:Class` of the mixer; `merv plugins mixers` lists them.
         projector: Name or `module:Class` of the projector of each encoder.
@@ -67,10 +69,13 @@ class TrainingOptions:
         compile: Parts to run through torch.compile: `llm`, `encoders`.
         loss_spike_threshold: Stop at a loss this many times the largest of the last hundred. None: stop only
             at NaN and infinity.
+
+    Raises:
+        TrainingError: `encoders`, `trainable` or `compile` is not a name or a list of names.
     """
 
     llm: str
-    encoders: list[str]
+    encoders: list[str] | str
     grid: tuple[int, int, int] = (16, 8, 8)
     mixer: str = "cross_attention"
     projector: str = "linear"
@@ -85,7 +90,7 @@ class TrainingOptions:
     resample: str = "exact"
     backend: str = "pyav"
     init_from: str | None = None
-    trainable: Sequence[str] = ("projector", "mixer")
+    trainable: Sequence[str] | str = ("projector", "mixer")
     lora: LoraOptions | None = None
     lr: float = 1e-3
     lr_overrides: dict[str, float] | None = None
@@ -99,8 +104,13 @@ class TrainingOptions:
     feature_store: str | None = None
     gradient_checkpointing: bool = False
     packed_length: int | None = None
-    compile: Sequence[str] = ()
+    compile: Sequence[str] | str = ()
     loss_spike_threshold: float | None = 10.0
+
+    def __post_init__(self) -> None:
+        for option in ("trainable", "compile"):
+            object.__setattr__(self, option, tuple_of_names(getattr(self, option), f"model.{option}"))
+        object.__setattr__(self, "encoders", list(tuple_of_names(self.encoders, "model.encoders")))
 
     def multi_encoder(self) -> dict[str, Any]:
         """The options of the MultiEncoder, as its constructor takes them."""

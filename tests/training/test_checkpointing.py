@@ -13,7 +13,7 @@ from running import QUIET, difference, fit, make_material, weights
 from merv.models.multi_encoder import MultiEncoder
 from merv.models.video_llm import VideoLLM
 from merv.training.checkpointing import newest
-from merv.training.module import Training
+from merv.training.module import Training, warmup_cosine
 
 pytestmark = QUIET
 ALL = {"checkpoints__every_n_steps": 1, "checkpoints__save_total_limit": -1}
@@ -179,3 +179,86 @@ def test_run_stopped_while_encoding_keeps_stored_features(material, tmp_path, mo
     assert fit(material, tmp_path, model__feature_store=tmp_path / "store") == 2
     assert str(tmp_path / "store") in capsys.readouterr().err
     assert len(list((tmp_path / "store").rglob("*.safetensors"))) == 1
+
+
+# Runs that only check that everything works ------------------------------------------------
+
+
+@pytest.mark.parametrize("batches", ["true", "2"])
+def test_dev_run_leaves_nothing_in_the_folder_of_the_run(material, tmp_path, batches):
+    options = {"sample_answers__every_n_steps": 1, **ALL, "data__val": material / "data.jsonl"}
+    assert fit(material, tmp_path / "run", trainer__fast_dev_run=batches, **options) == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_dev_run_leaves_an_earlier_run_as_it_was(material, tmp_path):
+    assert fit(material, tmp_path) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for resume in ({}, {"ckpt_path": "auto"}, {"ckpt_path": "last"}):
+        assert fit(material, tmp_path, trainer__fast_dev_run="true", **resume) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_stopped_dev_run_leaves_nothing(material, tmp_path, monkeypatch):
+    monkeypatch.setattr(Training, "on_train_batch_start", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert fit(material, tmp_path / "run", trainer__fast_dev_run="true") == 130
+    assert not (tmp_path / "run").exists()
+
+
+def test_dev_run_encodes_only_the_videos_of_its_batches(material, tmp_path, monkeypatch):
+    monkeypatch.setattr("merv.training.module.encode_all", None)
+    assert fit(material, tmp_path, trainer__fast_dev_run="true") == 0
+
+
+# Resumed runs with another number of steps ---------------------------------------------------
+
+
+def test_learning_rate_stays_zero_beyond_the_end_of_the_schedule():
+    rates = [warmup_cosine(step, warmup_steps=2, steps=10) for step in range(40)]
+    assert rates[10:] == [0.0] * 30
+    assert warmup_cosine(3, warmup_steps=5, steps=3) == 0
+
+
+@pytest.fixture(scope="module")
+def two_of_six_steps(material, tmp_path_factory):
+    """A run that was stopped after 2 of 6 steps."""
+    out = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Training,
+            "on_before_zero_grad",
+            lambda self, *_: os.kill(os.getpid(), signal.SIGTERM) if self.global_step == 1 else None,
+        )
+        assert fit(material, out) == 130
+    assert checkpoint_names(out) == ["step=2"]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "name"),
+    [
+        ("trainer__accumulate_grad_batches", 2, "trainer.accumulate_grad_batches"),
+        ("trainer__limit_train_batches", 2, "trainer.limit_train_batches"),
+        ("trainer__max_steps", 1, "trainer.max_steps"),
+    ],
+)
+def test_resuming_with_steps_that_do_not_fit_names_the_option(
+    material, two_of_six_steps, tmp_path, capsys, option, value, name
+):
+    shutil.copytree(two_of_six_steps, tmp_path, dirs_exist_ok=True)
+    assert fit(material, tmp_path, ckpt_path="last", **{option: value}) == 2
+    assert name in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_shortened_run_has_the_learning_rates_of_the_shorter_one(
+    material, two_of_six_steps, tmp_path, monkeypatch, caplog
+):
+    rates = record_batches(monkeypatch, entry=lambda module, _: module.optimizers().param_groups[0]["lr"])
+    assert fit(material, tmp_path / "short", trainer__max_steps=4) == 0
+    short = rates[2:]
+    rates.clear()
+    shutil.copytree(two_of_six_steps, tmp_path / "long")
+    assert fit(material, tmp_path / "long", ckpt_path="last", trainer__max_steps=4) == 0
+    assert rates == short
+    assert "step 4, not 6" in caplog.text
