@@ -107,7 +107,7 @@ def run(argv: Sequence[str]) -> int:
     tflops, memory = DEVICES[options.gpu]
     tflops, memory = options.tflops or tflops, (options.memory or memory) * 1e9
     fits = plan.peak <= USABLE * memory
-    hours = plan.hours(tflops * options.utilization) if tflops else None
+    hours = plan.hours(tflops, options.utilization) if tflops else None
     if options.json:
         result = {"peak_bytes": plan.peak, "fits": fits, "hours": hours}
         print(json.dumps({**asdict(plan), **result}, indent=1))

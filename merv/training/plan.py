@@ -125,12 +125,12 @@ class Plan:
         """Peak memory of each device, in bytes."""
         return sum(self.memory.values())
 
-    def hours(self, tflops: float) -> float | None:
-        """Duration of the run at this speed of each device; None if the number of steps is unknown."""
+    def hours(self, tflops: float, utilization: float) -> float | None:
+        """Duration of the run at a fraction of the peak speed; None if the number of steps is unknown."""
         if self.steps is None:
             return None
         encoding = self.encode_flops * self.batches.videos / self.setup.devices if self.stores_features else 0
-        return (self.steps * sum(self.flops.values()) + encoding) / (tflops * 1e12 * 3600)
+        return (self.steps * sum(self.flops.values()) + encoding) / (tflops * 1e12 * utilization) / 3600
 
 
 def make_plan(
@@ -270,7 +270,7 @@ def measure(
     )
 
 
-def _read(data: ChatData, max_samples: int, devices: int) -> tuple[int, list[Any]]:
+def _read(data: Any, max_samples: int, devices: int) -> tuple[int, list[Any]]:
     """The number of samples in an epoch, and up to `max_samples` of them; nothing if there is no file."""
     try:
         if data.stream:
