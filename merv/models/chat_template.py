@@ -174,10 +174,11 @@ class ChatTemplate:
                 text, is_thinking = _after_thinking(text, opened), False
             text = self._without_special_tokens(text)
             text = text if has_begun else text.lstrip()
-            if text:
+            visible = text.rstrip()
+            if visible:
                 has_begun = True
-                yield text
-            text = ""
+                yield visible
+            text = text[len(visible) :]  # white space at the end of the answer is left out
 
     # Text ---------------------------------------------------------------------------------
 

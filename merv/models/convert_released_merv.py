@@ -30,13 +30,13 @@ from merv.models.released_merv import (
     VOCABULARY_MULTIPLE,
     ReleasedConfig,
     TranslatedFusion,
+    few,
     list_faults,
     read_config,
     translate_fusion,
     translate_projectors,
 )
 from merv.models.video_llm import VideoLLM
-from merv.utils.torch_modules import first_few
 from merv.video.sampling import Sampling
 
 FUSION_KEYS, PROJECTOR_KEYS, LLM_KEY = (
@@ -77,7 +77,7 @@ def convert(
     """
     check_free(out)
     released = read_config(_read_json(config))
-    base = load_base(llm or LLMS[released.llm], released.llm)
+    base = load_base(llm or LLMS[released.llm].source, released.llm)
     with replacing(out) as folder:
         model = _build(released, base, checkpoint, encoders or {}, log)
         model.save_pretrained(folder)
@@ -125,14 +125,13 @@ def read_parts(checkpoint: str | Path) -> Parts:
     content = _load(checkpoint)
     if not isinstance(content.get("model"), dict):
         raise CheckpointError(
-            f"{checkpoint} holds {first_few(list(content))}. Expected a checkpoint of the released MERV, "
-            "with a 'model'."
+            f"{checkpoint} holds {few(content)}. Expected a checkpoint of the released MERV, with a 'model'."
         )
     model = content.pop("model")
     unknown = [key for key in content if key not in TRAINING_KEYS]
     unknown += [f"model.{key}" for key in model if key not in (*FUSION_KEYS, *PROJECTOR_KEYS, LLM_KEY)]
     if unknown:
-        raise CheckpointError(f"{checkpoint} has unknown parts: {first_few(unknown)}.")
+        raise CheckpointError(f"{checkpoint} has unknown parts: {few(unknown)}.")
     projectors = _find_part(model, PROJECTOR_KEYS, checkpoint)
     fusion = _find_part(model, FUSION_KEYS, checkpoint)
     if not projectors or not model.get(LLM_KEY):
@@ -240,7 +239,7 @@ class BaseLLM:
         tied = [name for name in state if name not in required]
         if any(not torch.equal(state[name], network.state_dict()[name]) for name in tied):
             raise CheckpointError(
-                f"{LLM_KEY} has a separate {first_few(tied)}, but {self.source} ties it to the embeddings."
+                f"{LLM_KEY} has a separate {few(tied)}, but {self.source} ties it to the embeddings."
             )
         network.config.dtype = network.dtype
         network.config._name_or_path = "llm"  # relative to the config.json of the folder
@@ -267,10 +266,11 @@ def load_base(source: str | Path, name: str) -> BaseLLM:
         end_ids = GenerationConfig.from_pretrained(source).eos_token_id
     except OSError:  # the model has no generation config
         end_ids = None
-    tokenizer.add_special_tokens({"pad_token": PAD})
-    config.vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    config.pad_token_id = tokenizer.pad_token_id
-    tokenizer.chat_template = None  # the release prompts its base models in the plain format
+    if LLMS[name].adds_pad_token:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+        config.vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.chat_template = LLMS[name].chat_template
     generation = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id if end_ids is None else end_ids,
@@ -336,8 +336,7 @@ def _build_vision(
     unknown = [name for name in weights if name not in released.encoders]
     if unknown:
         raise WeightsError(
-            f"Unknown encoder in --encoder: {first_few(unknown)}. This model has "
-            f"{', '.join(released.encoders)}."
+            f"Unknown encoder in --encoder: {few(unknown)}. This model has {few(released.encoders)}."
         )
     return MultiEncoder(
         {name: _create_encoder(name, plugin, weights) for name, plugin in released.encoders.items()},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from merv.encoding.registry import list_encoders
 from merv.errors import BrokenPlugin, CheckpointError
+from merv.models.chat import VISUAL
 from merv.utils.suggest import nearest
-from merv.utils.torch_modules import first_few
 
 # Configuration ------------------------------------------------------------------------------
 
@@ -76,14 +76,13 @@ def read_config(config: Mapping[str, Any]) -> ReleasedConfig:
     model = config.get("model")
     if not isinstance(model, Mapping):
         raise CheckpointError(
-            "Expected the config.json of a released MERV, with an entry 'model'; got "
-            f"{first_few(list(config))}."
+            f"Expected the config.json of a released MERV, with an entry 'model'; got {few(config)}."
         )
     unknown = [key for key in model if key not in NETWORK and not TRAINING.fullmatch(key)]
     missing = [key for key in NETWORK if key not in model and key != "feature_fusion"]
     if unknown or missing:
         faults = list_faults({"missing": missing, "unknown": unknown})
-        raise CheckpointError(f"Options of 'model' in config.json: {faults}. Expected: {', '.join(NETWORK)}.")
+        raise CheckpointError(f"Options of 'model' in config.json: {faults}. Expected: {few(NETWORK, 9)}.")
     if model["image_resize_strategy"] != "resize-naive":
         raise CheckpointError(
             f"Unsupported image_resize_strategy {model['image_resize_strategy']!r}: only 'resize-naive' is "
@@ -108,14 +107,9 @@ def read_config(config: Mapping[str, Any]) -> ReleasedConfig:
     fusion = model.get("feature_fusion", GATE)
     llm = model["llm_backbone_id"]
     if llm not in LLMS:
-        raise CheckpointError(
-            f"Unsupported llm_backbone_id {llm!r}.{nearest(llm, LLMS)} Available: {', '.join(LLMS)}."
-        )
-    if fusion != GATE and (fusion not in (None, "first") or len(ids) > 1):
-        raise CheckpointError(
-            f"Unsupported feature_fusion {fusion!r} with {len(ids)} encoders. Expected {GATE!r}, or None or "
-            "'first' with one encoder."
-        )
+        reason = UNSUPPORTED_LLMS.get(llm) or nearest(llm, LLMS)
+        raise CheckpointError(f"Unsupported llm_backbone_id {llm!r}.{reason} Available: {', '.join(LLMS)}.")
+    _check_fusion(fusion, len(ids))
     num_frames = dict(zip(encoders, counts, strict=True))
     return ReleasedConfig(encoders, num_frames, grid, total_frames, projector, fusion, llm)
 
@@ -199,13 +193,48 @@ def translate_projectors(state: Mapping[str, Tensor], names: Sequence[str], kind
 
 
 def translate_fusion(kind: str | None, state: Mapping[str, Tensor]) -> TranslatedFusion:
-    """Translate the `feature_fusion` of the release (`adapter` in older checkpoints) to a mixer of merv.
-
-    Without one, or with `first`, a model of one encoder has the tokens of this encoder, as with "mean".
-    """
+    """Translate the `feature_fusion` of the release (`adapter` in older checkpoints) to a mixer of merv."""
     if kind == GATE:
         return _translate_gate(state)
-    return TranslatedFusion(_rename(state, {}, "feature_fusion"), "mean", {}, [])
+    mixer, options, names = MIXERS[kind]
+    new_names = {old: f"mixer.{new}" for old, new in names.items()}
+    return TranslatedFusion(_rename(state, new_names, "feature_fusion"), mixer, options, [])
+
+
+# feature_fusion of the release → mixer of merv, its options, and its tensors: name in the release → in merv
+MIXERS: dict[str | None, tuple[str, dict[str, Any], dict[str, str]]] = {
+    None: ("mean", {}, {}),
+    "first": ("mean", {}, {}),
+    "concat": ("concat", {}, {}),
+    "concat_channel": (
+        "concat_channels",
+        {},
+        {"projector.weight": "linear.weight", "projector.bias": "linear.bias"},
+    ),
+    "concat_channel_ln": (
+        "concat_channels",
+        {"norm": True},
+        {
+            "0.weight": "norm.weight",
+            "0.bias": "norm.bias",
+            "1.projector.weight": "linear.weight",
+            "1.projector.bias": "linear.bias",
+        },
+    ),
+}
+
+
+def _check_fusion(kind: str | None, num_encoders: int) -> None:
+    """Raise CheckpointError for a feature_fusion that is unknown or cannot have this many encoders."""
+    if kind != GATE and kind not in MIXERS:
+        raise CheckpointError(
+            f"Unsupported feature_fusion {kind!r}. Available: {', '.join([GATE, *map(str, MIXERS)])}."
+        )
+    if kind in (None, "first") and num_encoders > 1:
+        raise CheckpointError(
+            f"Unsupported feature_fusion {kind!r} with {num_encoders} encoders: the release then uses only "
+            "the first encoder, or fails."
+        )
 
 
 def _translate_gate(state: Mapping[str, Tensor]) -> TranslatedFusion:
@@ -237,8 +266,9 @@ def _rename(state: Mapping[str, Tensor], names: Mapping[str, str], part: str) ->
     return {new: state[old] for old, new in names.items()}
 
 
-def _check_names(state: Collection[str], expected: Collection[str], part: str) -> None:
+def _check_names(state: Iterable[str], expected: Iterable[str], part: str) -> None:
     """Raise CheckpointError unless `state` has exactly the expected names."""
+    state, expected = list(state), list(expected)
     faults = list_faults(
         {
             "missing": [name for name in expected if name not in state],
@@ -250,15 +280,96 @@ def _check_names(state: Collection[str], expected: Collection[str], part: str) -
 
 
 def list_faults(faults: Mapping[str, Sequence[str]]) -> str:
-    """List the first names of each fault, for messages; empty without names."""
-    return "; ".join(f"{fault} {first_few(list(names))}" for fault, names in faults.items() if names)
+    """List the names of each fault, for messages; empty without names."""
+    return "; ".join(f"{fault} {few(names)}" for fault, names in faults.items() if names)
+
+
+def few(names: Iterable[str], limit: int = 6) -> str:
+    """List the first names, for messages."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 # Language models ----------------------------------------------------------------------------
 
-LLMS = {  # id in the release → hub id
-    "llama2-7b-pure": "meta-llama/Llama-2-7b-hf",
-    "llama2-13b-pure": "meta-llama/Llama-2-13b-hf",
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A language model of the release.
+
+    Attributes:
+        source: Hub id.
+        adds_pad_token: Whether the release adds a <PAD> token.
+        chat_template: Chat template that gives the prompt of the release; None for the plain format.
+    """
+
+    source: str
+    adds_pad_token: bool = True
+    chat_template: str | None = None
+
+
+PAD = "<PAD>"
+VOCABULARY_MULTIPLE = 64  # with a <PAD>, the release pads the vocabulary to a multiple of this
+
+_ASSISTANT = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the "
+    "user provides, and assist the user with a variety of tasks using natural language."
+)
+_POLITE = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions."
+)
+
+
+def _template(system: str, first: str, user: str, assistant: str) -> str:
+    """Return a chat template of the release's prompt: BOS, all visual tokens, `first`, then the turns.
+
+    In `first`, the variable `system` is the content of a system turn, or else the release's default.
+    """
+    return (
+        f"{{%- set visual = '{VISUAL}' %}}{{{{- bos_token or '' }}}}"
+        "{%- for m in messages %}{{- visual * m.content.count(visual) }}{%- endfor %}"
+        f"{{%- set system = messages[0].content if messages[0].role == 'system' else {system!r} %}}"
+        "{%- for m in messages %}{%- set text = m.content.replace(visual, '').strip() %}"
+        "{%- set start = loop.first or (loop.index0 == 1 and messages[0].role == 'system') %}"
+        f"{{%- if m.role == 'user' %}}{{{{- {first} if start else '' }}}}{{{{- {user} }}}}"
+        f"{{%- elif m.role == 'assistant' %}}{{{{- {assistant} }}}}{{%- endif %}}{{%- endfor %}}"
+    )
+
+
+_HEADER = "'<|start_header_id|>{}<|end_header_id|>\\n\\n'"
+VICUNA = _template(_POLITE, "system + ' '", "'USER: ' + text + ' ASSISTANT:'", "' ' + text + eos_token")
+LLAMA2_CHAT = _template(
+    _ASSISTANT,
+    "''",
+    # The release has this typo, too: one > is missing.
+    "('' if start else bos_token) + '[INST] ' + ('<<SYS>\\n' + system + '\\n<</SYS>>\\n\\n' if start else '')"
+    " + text + ' [/INST]'",
+    "' ' + text + eos_token",
+)
+LLAMA31 = _template(
+    _ASSISTANT,
+    f"{_HEADER.format('system')} + system + '<|eot_id|>'",
+    f"{_HEADER.format('user')} + text + '<|eot_id|>' + {_HEADER.format('assistant')}",
+    "text + '<|eot_id|>'",
+)
+QWEN25 = _template(
+    _ASSISTANT,
+    "'<|im_start|>system\\n' + system + '<|im_end|>\\n'",
+    "'<|im_start|>user\\n' + text + '<|im_end|>\\n<|im_start|>assistant\\n'",
+    "text + '<|im_end|>'",
+)
+
+LLMS = {
+    "llama2-7b-pure": LanguageModel("meta-llama/Llama-2-7b-hf"),
+    "llama2-13b-pure": LanguageModel("meta-llama/Llama-2-13b-hf"),
+    "llama2-7b-chat": LanguageModel("meta-llama/Llama-2-7b-chat-hf", chat_template=LLAMA2_CHAT),
+    "llama2-13b-chat": LanguageModel("meta-llama/Llama-2-13b-chat-hf", chat_template=LLAMA2_CHAT),
+    "vicuna-v15-7b": LanguageModel("lmsys/vicuna-7b-v1.5", chat_template=VICUNA),
+    "vicuna-v15-13b": LanguageModel("lmsys/vicuna-13b-v1.5", chat_template=VICUNA),
+    "llama3.1-8b-chat": LanguageModel("meta-llama/Meta-Llama-3.1-8B-Instruct", False, LLAMA31),
+    "qwen2.5-7b-instruct": LanguageModel("Qwen/Qwen2.5-7B-Instruct", False, QWEN25),
+    "qwen2.5-3b-instruct": LanguageModel("Qwen/Qwen2.5-3B-Instruct", False, QWEN25),
 }
-PAD = "<PAD>"  # the release adds it
-VOCABULARY_MULTIPLE = 64  # and pads the vocabulary to a multiple of this
+_NO_END = " It was trained to end answers with the text </s>, which is not the end token of its tokenizer."
+UNSUPPORTED_LLMS = {"llama3-8b-pure": _NO_END, "llama3-8b-chat": _NO_END}

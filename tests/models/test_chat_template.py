@@ -90,7 +90,7 @@ def test_streamed_answer_is_without_thinking():
     template = ChatTemplate(tokenizer_of("thinking opened"))
     pieces = ["Hm. ", "</thi", "nk>\n\nA ", "cat.<|im_end|>"]
     assert "".join(template.stream_of(pieces, opened=True)) == "A cat."
-    assert "".join(template.stream_of(["A ", "cat."])) == "A cat."
+    assert "".join(template.stream_of(["A ", "cat. ", "</s>"])) == "A cat."
     assert "".join(template.stream_of(["<think>", "Hm</think>", "A cat."])) == "A cat."
 
 
@@ -129,7 +129,9 @@ def test_text_with_half_a_surrogate_pair_is_refused():
         ChatTemplate(tokenizer_of("chatml")).question(user_message("Who \ud83d?"))
 
 
-@pytest.mark.parametrize("name", ["no template", "chatml", "no end", "end after end", "thinking opened"])
+@pytest.mark.parametrize(
+    "name", ["no template", "space before the end", "no end", "end after end", "thinking opened"]
+)
 def test_trained_answers_are_generated_and_stop(name):
     model = model_of(name)
     model.train_only(["llm"])

@@ -1,11 +1,14 @@
-"""Configurations and mixers of the released MERV, translated to merv."""
+"""Configurations, mixers and prompts of the released MERV, translated to merv."""
 
 import pytest
 import torch
 from official import config_of
 
-from merv.errors import CheckpointError
-from merv.models.released_merv import ReleasedConfig, read_config, translate_fusion
+from merv.fusion.registry import MIXERS
+from merv.models.chat import VISUAL, user_message
+from merv.models.chat_template import ChatTemplate
+from merv.models.released_merv import LLMS, ReleasedConfig, read_config, translate_fusion
+from merv.testing import tiny_llm
 
 
 def test_default_configuration_of_the_release_is_translated():
@@ -47,13 +50,71 @@ def test_architectures_of_the_release_are_translated(specifier, steps, projector
     assert (released.grid, released.projector) == ((steps, 2, 2), projector)
 
 
-@pytest.mark.parametrize("kind", [None, "first"])
-def test_one_encoder_without_a_mixer_becomes_the_mean_of_one(kind):
-    released = read_config(config_of(["fake"], [16], 16, feature_fusion=kind))
-    translated = translate_fusion(released.fusion, {})
-    assert (translated.mixer, translated.state) == ("mean", {})
+@pytest.mark.parametrize(
+    ("kind", "names", "mixer"),
+    [
+        (None, [], "mean"),
+        ("concat", [], "concat"),
+        ("concat_channel", ["projector.weight", "projector.bias"], "concat_channels"),
+        (
+            "concat_channel_ln",
+            ["0.weight", "0.bias", "1.projector.weight", "1.projector.bias"],
+            "concat_channels",
+        ),
+    ],
+)
+def test_other_mixers_of_the_release_are_translated(kind, names, mixer):
+    num_encoders = 1 if kind is None else 2
+    translated = translate_fusion(kind, {name: torch.ones(1) for name in names})
+    state = MIXERS.create(mixer, 8, num_encoders, **translated.options).state_dict()
+    assert translated.mixer == mixer
+    assert {f"mixer.{name}" for name in state} == set(translated.state)
 
 
-def test_tensors_of_a_missing_mixer_are_rejected():
-    with pytest.raises(CheckpointError, match=r"unknown Q"):
-        translate_fusion(None, {"Q": torch.ones(1)})
+SEEING = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the "
+    "user provides, and assist the user with a variety of tasks using natural language."
+)
+POLITE = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions."
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "question", "follow_up"),
+    [
+        ("vicuna-v15-7b", POLITE + " USER: Why? ASSISTANT:", " So.</s>USER: And? ASSISTANT:"),
+        (
+            "llama2-7b-chat",
+            f"[INST] <<SYS>\n{SEEING}\n<</SYS>>\n\nWhy? [/INST]",
+            " So.</s><s>[INST] And? [/INST]",
+        ),
+        (
+            "llama3.1-8b-chat",
+            f"<|start_header_id|>system<|end_header_id|>\n\n{SEEING}<|eot_id|><|start_header_id|>user"
+            "<|end_header_id|>\n\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            "So.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nAnd?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        (
+            "qwen2.5-7b-instruct",
+            f"<|im_start|>system\n{SEEING}<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n",
+            "So.<|im_end|><|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n",
+        ),
+    ],
+)
+def test_chat_models_have_the_prompt_of_the_release_with_videos_after_bos(name, question, follow_up):
+    _, tokenizer = tiny_llm(bos="qwen" not in name)
+    tokenizer.chat_template = LLMS[name].chat_template
+    bos = tokenizer.bos_token or ""
+    for conversation, expected in [
+        (user_message("Why?", "clip"), question),
+        (
+            [*user_message("Why?", "clip", answer="So."), {"role": "user", "content": "And?"}],
+            question + follow_up,
+        ),
+    ]:
+        pieces = ChatTemplate(tokenizer).question(conversation).pieces
+        text = "".join(tokenizer.decode(piece) if isinstance(piece, list) else VISUAL for piece in pieces)
+        assert text == bos + VISUAL + expected
