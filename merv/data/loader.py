@@ -26,6 +26,7 @@ from merv.errors import DataError, PromptError, SamplingError, ShapeError, Video
 from merv.features.reader import LoadedVideo, Reader
 from merv.models.chat_template import ChatTemplate
 from merv.utils.distributed import gathered
+from merv.utils.private import shut_down_workers
 
 SAMPLE_ERRORS = (VideoError, SamplingError, ShapeError, PromptError, DataError)  # that a sample can cause
 OnError = Literal["raise", "skip"]
@@ -261,10 +262,7 @@ class Loader:
 
     def close(self) -> None:
         """Stop the workers. Garbage collection may take five seconds for each."""
-        iterator: Any = self.loader._iterator  # Lightning does the same for torch's loaders
-        if self.num_workers and iterator is not None:
-            iterator._shutdown_workers()
-        self.loader._iterator = None
+        shut_down_workers(self.loader)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the next batch; all processes have to call this together.

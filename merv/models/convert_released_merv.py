@@ -242,7 +242,7 @@ class BaseLLM:
                 f"{LLM_KEY} has a separate {few(tied)}, but {self.source} ties it to the embeddings."
             )
         network.config.dtype = network.dtype
-        network.config._name_or_path = "llm"  # relative to the config.json of the folder
+        network.config.name_or_path = "llm"  # relative to the config.json of the folder
         return network
 
 

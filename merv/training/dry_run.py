@@ -28,6 +28,7 @@ from merv.encoding.base import Encoder
 from merv.encoding.windows import FRAMES_AT_ONCE
 from merv.models.packing import Packed
 from merv.types import WHOLE_PICTURE, Grid
+from merv.utils.private import storage_key, tensor_tables
 from merv.utils.torch_modules import device_and_dtype
 
 OPTIMIZER = "optimizer"
@@ -104,8 +105,8 @@ class Meter(TorchDispatchMode):
 
     def add(self, tensor: Tensor) -> None:
         """Count an existing tensor. Views of a counted tensor add nothing."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        storage, key = tensor.untyped_storage(), storage_key(tensor)
+        size = storage.nbytes()
         if key not in self._alive:
             self._alive.add(key)
             self.now += size
@@ -125,11 +126,10 @@ def to_fake_tensors(module: nn.Module) -> None:
         empty = torch.empty_like(tensor, device="cpu", requires_grad=False)
         return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
-    for owner in module.modules():
-        for table in (owner._parameters, owner._buffers):
-            for name, tensor in table.items():
-                if tensor is not None:
-                    table[name] = fake(tensor)  # type: ignore[assignment]
+    for table in tensor_tables(module):
+        for name, tensor in table.items():
+            if tensor is not None:
+                table[name] = fake(tensor)
 
 
 def dry_step(

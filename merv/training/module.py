@@ -40,6 +40,7 @@ from merv.utils.distributed import (
     total_norm,
     unsharded,
 )
+from merv.utils.private import is_attached
 from merv.utils.suggest import nearest
 from merv.utils.torch_modules import bfloat16_is_slow
 
@@ -93,7 +94,7 @@ class Training(LightningModule):
         """Build the VideoLLM on the device that Lightning has chosen."""
         if self.model is not None:
             return
-        if self._trainer is not None and str(self.trainer.precision) in ("bf16-true", "16-true"):
+        if is_attached(self) and str(self.trainer.precision) in ("bf16-true", "16-true"):
             raise TrainingError(
                 f"precision {self.trainer.precision} rounds the trained weights after every step. Set "
                 "trainer.precision: bf16-mixed, and model.dtype for the frozen weights."

@@ -31,6 +31,7 @@ from merv.models.video_llm import VideoLLM
 from merv.training.dry_run import ENCODE, OPTIMIZER, BatchShape, Cost, dry_step
 from merv.training.module import Training
 from merv.utils.assets import smollm2_folder
+from merv.utils.private import layer_classes
 from merv.utils.torch_modules import device_and_dtype, without_weights
 
 log = logging.getLogger(__name__)
@@ -358,7 +359,8 @@ def _memory(model: VideoLLM, setup: Setup, quantize: str | None, cost: Cost) -> 
     else:
         memory["activations"] = activations
     if setup.sharded:
-        layers = [m for m in model.llm.modules() if type(m).__name__ in (model.llm._no_split_modules or ())]
+        names = layer_classes(model.llm)
+        layers = [module for module in model.llm.modules() if type(module).__name__ in names]
         one = max((sum(p.nbytes for p in layer.parameters()) for layer in layers), default=0)
         for name in ("weights of LLM", "weights of fusion", "gradients", "optimizer states"):
             memory[name] /= setup.devices

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from merv.checkpoints.folder import find_folder, read_config, remove_leftovers, save_folder, write_config
 from merv.errors import CheckpointError, TrainingError
 from merv.utils.files import replace_folder, temporary_beside
+from merv.utils.private import layer_classes
 
 META = "training.pt"  # holds everything in a checkpoint except config and model tensors
 
@@ -46,7 +47,7 @@ def shard(model: Any, mesh: Any) -> None:
         )
     mesh = mesh["data_parallel"]
     frozen = {p for _, encoder in model.vision.named() for p in encoder.parameters()}
-    layers = set(getattr(model.llm, "_no_split_modules", None) or ())
+    layers = layer_classes(model.llm)
     for module in list(model.llm.modules()):
         if type(module).__name__ in layers:
             # A LoRA is always fp32, so it needs a group separate from the layer

@@ -1,26 +1,71 @@
 """Private names of other libraries that merv uses, in one place.
 
-Each section says why the name is needed, what happens without it, and which versions it was tested with.
+Each section says why the name is needed and what to look at when it is gone. All were tested with torch 2.15,
+transformers 5.23 and lightning 2.6. Overrides of private methods are where the class is: `Checkpoints`
+(training/checkpointing.py), `Sharded` (training/sharding.py) and `Fit` (training/fit.py).
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterator
+from typing import Any
 
-# torch: Tensor._version ------------------------------------------------------------------------
-#
-# Why: the number of in-place writes to a tensor shows that weights have changed without hashing them.
-# torch documents it for autograd only ("in-place correctness checks") and has no public name for it.
-# Without it: features of a modified encoder would be stored under the key of the original weights.
-# Tested with: torch 2.15.
+from torch import Tensor, nn
+
+# torch -----------------------------------------------------------------------------------------
 
 
 def version_of(tensor: Tensor) -> int:
     """Number of in-place writes to a tensor, except writes through `tensor.data`.
 
-    It is 0 for a tensor that was created in inference mode: torch does not count its writes.
+    It shows that weights have changed without hashing them; torch has no public name for it. It is 0 for a
+    tensor that was created in inference mode: torch does not count its writes.
     """
     try:
         return tensor._version
     except RuntimeError:
         return 0
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Number that identifies the storage of a tensor; fake tensors have no `data_ptr`."""
+    return tensor.untyped_storage()._cdata
+
+
+def tensor_tables(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Name → tensor of the parameters, and of the buffers, of each submodule; the tables can be written to.
+
+    Assigning attributes instead would lose whether a buffer is saved.
+    """
+    for owner in module.modules():
+        yield owner._parameters
+        yield owner._buffers
+
+
+def shut_down_workers(loader: Any) -> None:
+    """Stop the worker processes of a torch DataLoader now, as Lightning does; no public method does it."""
+    iterator = loader._iterator
+    if loader.num_workers and iterator is not None:
+        iterator._shutdown_workers()
+    loader._iterator = None
+
+
+# transformers ----------------------------------------------------------------------------------
+
+
+def attention_kernel(llm: Any) -> str:
+    """Name of the attention implementation that an LLM uses, e.g. "sdpa"; only the setter is public."""
+    return llm.config.get_text_config()._attn_implementation
+
+
+def layer_classes(llm: Any) -> set[str]:
+    """Names of the classes of an LLM's layers, which it declares for splitting over devices."""
+    return set(getattr(llm, "_no_split_modules", None) or ())
+
+
+# lightning -------------------------------------------------------------------------------------
+
+
+def is_attached(module: Any) -> bool:
+    """Whether a LightningModule belongs to a Trainer; the public property raises if not."""
+    return module._trainer is not None
