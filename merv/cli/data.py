@@ -24,11 +24,11 @@ examples:
   merv data check train.json --root clips --media decode
   merv data check train.jsonl --against test.jsonl --llm FOLDER --max-tokens 4096
 
-Invalid is what training would stop at or should not see: malformed files and rows, videos and images that
-cannot be read or are too small, conversations that are too long or repeated, videos of the evaluation data.
-Notes are about copies of a video under another name, questions of the evaluation data about other videos,
-rows with follow-up questions, and members of a shard that belong to no sample. The exit status is 1 if
-anything is invalid. docs/data.md describes the rows.
+These are invalid, because they would stop training or should not be learned: malformed files and rows, videos
+and images that cannot be read or are too small, conversations that are too long or repeated, and videos of
+the evaluation data. These are only notes: copies of a video under another name, questions of the evaluation
+data about other videos, rows with follow-up questions, and members of a shard that do not belong to a sample.
+The exit status is 1 if anything is invalid. docs/data.md describes the rows.
 """
 MAX_SHOWN = 20  # findings of each list on the screen
 QUANTILES = {"min": 0.0, "median": 0.5, "95 %": 0.95, "max": 1.0}
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = actions.add_parser(
         "check",
         help="read all samples, videos and images, and list what is invalid and why",
+        description="Read all samples, videos and images, and list what is invalid and why.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="probe: open each video and image; decode: also decode 8 frames of each; "
         "none: only look for copies (default: probe)",
     )
-    check.add_argument("--llm", help="folder of a language model, whose tokenizer measures lengths")
+    check.add_argument("--llm", help="folder or hub id of a language model, whose tokenizer measures lengths")
     check.add_argument(
         "--visual-tokens",
         type=int,
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the files and write what was asked for; return 1 if anything is invalid."""
+    """Check the files and write the requested outputs; return 1 if anything is invalid."""
     from merv.data.check import check_data
 
     report = check_data(
@@ -163,6 +164,7 @@ def write_clean(report: Report, path: Path) -> None:
                     if isinstance(source, bytes):
                         out.write(source)
                     else:
+                        source.seek(0)  # `video_key` has read it
                         shutil.copyfileobj(source, out)
                 temporary.replace(file)
         return os.path.relpath(file, path.parent)
@@ -184,5 +186,6 @@ def _tokenizer(source: str) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(
-            f"Could not load a tokenizer from {source!r}: {reason} Give a model's folder."
+            f"Could not load a tokenizer from {source!r}: {reason} Pass the folder or hub id of a "
+            "language model."
         ) from error

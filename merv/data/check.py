@@ -30,7 +30,7 @@ from merv.video.reader import SKIP
 CHARACTERS_PER_TOKEN = 4  # of English, for an estimate without a tokenizer
 MIN_SIDE = 16  # pixels: a patch of the common encoders
 DECODED_FRAMES = 8  # of each video with media="decode", evenly spaced
-FOLLOW_UP_TURNS = 4  # messages with which a conversation has at least two questions
+FOLLOW_UP_TURNS = 4  # a conversation with this many messages has at least two questions
 CHUNK_SIZE = 32  # rows or files that a worker takes at once
 
 Media = Any  # a video or image: a path, FilePart or EmbeddedMedia
@@ -41,9 +41,11 @@ class Finding:
     """A remark about a sample or file.
 
     Args:
-        origin: Where the row is, or the file.
-        kind: What the remark is about.
-        reason: The remark, for people.
+        origin: The row (such as `train.jsonl:17`) or the file that the remark is about.
+        kind: What it is about. "file": a data file. "row": the form of a row. "media": a video or image.
+            "length": the length of a conversation. "duplicate": content that occurred before. "leak": content
+            that is also in the evaluation data.
+        reason: The remark, as text.
     """
 
     origin: str
@@ -57,11 +59,12 @@ class Report:
 
     Args:
         samples: The samples that were checked.
-        invalid: What training would stop at or should not see.
+        invalid: Findings about files and samples that training cannot use or must not use.
         notes: Findings that do not make a sample invalid.
         valid: Indices of the samples without an invalid finding.
         counts: Counts by name and category, such as `counts["rows"]["valid"]`.
-        numbers: Measured values by name, such as `numbers["duration_s"]`.
+        numbers: Measured values by name: "turns" and "tokens" of each conversation; "width" and "height"
+            (pixels), "duration_s" and "fps" of each video, the first two also of each image.
     """
 
     samples: Samples
@@ -122,12 +125,12 @@ def check_data(
     Args:
         files: Files of samples, as in `open_samples`.
         root: The folder that paths in rows start at; the folder of each file by default.
-        media: "probe" opens each video and image, "decode" also decodes some of its frames, "none" only
-            looks for copies.
+        media: "probe" opens each video and image, "decode" also decodes some of its frames. "none" opens
+            none, and only finds files with the same content.
         tokenizer: The language model's tokenizer, which renders conversations and measures their lengths.
             None: lengths are estimated from characters.
-        visual_tokens: Tokens that a video or image counts as.
-        max_tokens: Longer conversations are invalid. None: no limit.
+        visual_tokens: How many tokens to count for each video or image.
+        max_tokens: Conversations with more tokens are invalid. None: no limit.
         against: Files of evaluation data, which must not be in the training data.
         num_workers: Worker processes; 0: this process does the work.
         progress: Show progress bars in a terminal.
@@ -258,6 +261,7 @@ def _hash(value: Any) -> bytes:
 
 
 def _num_tokens(conversation: Conversation, tokenizer: Any, visual_tokens: int) -> int:
+    """Return the length of a conversation in tokens, measured by the tokenizer or estimated without one."""
     if tokenizer is None:
         text = sum(len(text_of(turn["content"])) for turn in conversation) // CHARACTERS_PER_TOKEN
     else:
@@ -278,7 +282,7 @@ def _check_media(sets: Sequence[Samples], mode: str, media: Media) -> MediaCheck
             if video.damage:
                 return MediaCheck(num_bytes, f"{info.name}: {video.damage}")
             if info.backend != "pillow" and info.frames == 1:
-                return MediaCheck(num_bytes, f"{info.name}: a video of only one frame")
+                return MediaCheck(num_bytes, f"{info.name}: only one frame; expected at least 2")
             if min(info.width, info.height) < MIN_SIDE:
                 size = f"{info.width}×{info.height} pixels; expected at least {MIN_SIDE}×{MIN_SIDE}"
                 return MediaCheck(num_bytes, f"{info.name}: {size}")
@@ -300,6 +304,7 @@ def _source_of(sets: Sequence[Samples], media: Media) -> Any:
 
 
 def _num_bytes(source: Any) -> int:
+    """Return the size in bytes, for a folder that of its files; 0 if it cannot be read."""
     if isinstance(source, (bytes, FilePart)):
         return len(source) if isinstance(source, bytes) else source.size
     try:
@@ -391,8 +396,9 @@ class _ReportBuilder:
         chats = [row for row in rows if row.media and max(row.num_turns) >= FOLLOW_UP_TURNS]
         if chats:
             reason = (
-                f"{len(chats)} of {len(rows)} rows, this one first, have several questions as turns of one "
-                "conversation. All answers but the first are then learned as answers to follow-up questions. "
+                f"{len(chats)} of {len(rows)} rows (this is the first) have several questions as turns of "
+                "one conversation. All answers but the first are then learned as answers to follow-up "
+                "questions. "
                 "If each question will be asked alone, use rows with 'questions' (docs/data.md)"
             )
             self.report.notes.append(Finding(chats[0].origin, "row", reason))

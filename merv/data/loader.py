@@ -1,7 +1,7 @@
 """Loader: batches for training, prepared by worker processes, with a resumable position in the epoch.
 
 The position counts the batches that were handed out, not those that workers have prefetched. A run that
-resumes from a saved state goes on with the next batch.
+resumes from a saved state continues with the next batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ from merv.models.chat_template import ChatTemplate
 from merv.utils.distributed import gathered
 from merv.utils.private import shut_down_workers
 
-SAMPLE_ERRORS = (VideoError, SamplingError, ShapeError, PromptError, DataError)  # that a sample can cause
+SAMPLE_ERRORS = (
+    VideoError,
+    SamplingError,
+    ShapeError,
+    PromptError,
+    DataError,
+)  # errors that one sample causes
 OnError = Literal["raise", "skip"]
 
 logger = logging.getLogger(__name__)
@@ -59,9 +65,9 @@ class BatchReader(Dataset):
     Args:
         samples: The samples that indices refer to.
         reader: Reads the videos; None leaves them unread.
-        max_questions: Number of conversations drawn from each sample, anew in every epoch; `segment` frame
-            sampling then also draws new frames in every epoch. None: all conversations in order, and the
-            same frames in every epoch.
+        max_questions: Maximum number of conversations that are drawn from each sample. Every epoch draws
+            different ones; with `segment` frame sampling, also different frames. None: all conversations in
+            order, and the same frames in every epoch.
         seed: Seed of these random choices.
         chat: The model's chat template. A conversation that it rejects is a bad sample.
     """
@@ -82,7 +88,15 @@ class BatchReader(Dataset):
         return self.batch(((index, partial(self.samples.__getitem__, index)) for index in indices), epoch)
 
     def batch(self, samples: Iterable[tuple[int, Callable[[], Sample]]], epoch: int) -> Batch:
-        """Read a batch. Each sample is its index and a function that returns it or raises its error."""
+        """Read a batch.
+
+        Args:
+            samples: For each sample, its index, and a function that returns it or raises its error.
+            epoch: The epoch, for random choices.
+
+        Returns:
+            The batch. Samples that cannot be used are in `skipped`; none of SAMPLE_ERRORS is raised.
+        """
         batch = Batch([], [], [], [])
         loaded: dict[Any, LoadedVideo | Exception] = {}  # so that each video is read once
         for index, parse in samples:
@@ -115,7 +129,7 @@ class BatchReader(Dataset):
         return random.permutation(count)[: self.max_questions].tolist()
 
     def _frame_seed(self, epoch: int, index: int) -> int:
-        """Return the seed for randomly drawn frames. Like the order, it repeats when a run is repeated."""
+        """Return the seed for randomly drawn frames. It depends only on `seed`, the epoch and the index."""
         epoch = 0 if self.max_questions is None else epoch
         return int(np.random.default_rng([self.seed, epoch, 5, index]).integers(2**32))
 
@@ -183,7 +197,8 @@ class BadSamplePolicy:
         if len(self.reasons) > self.max_skipped:
             raise DataError(
                 f"{len(self.reasons)} samples could not be used, but data.max_skipped is {self.max_skipped}. "
-                f"The last one: {next(reversed(self.reasons))}: {next(reversed(self.reasons.values()))}"
+                f"The last one: {next(reversed(self.reasons))}: {next(reversed(self.reasons.values()))} "
+                "Fix them (`merv data check` lists them all), or increase data.max_skipped."
             )
 
     def _log(self, origin: str, reason: str) -> None:
@@ -201,9 +216,9 @@ class Loader:
     DataLoader, so Lightning does not replace its sampler for several processes.
 
     Args:
-        batches: The dataset of batches, such as a BatchReader.
+        dataset: The dataset whose items are batches, such as a BatchReader.
         order: The order of samples.
-        process: Rank of this process in `order`.
+        rank: Rank of this process among the `world_size` processes of `order`.
         num_workers: Processes that prepare batches ahead, one thread each; 0: this process prepares them.
         policy: What to do about samples that cannot be used; by default, stop at the first one.
         limit: Returns how many batches of an epoch are used; None: all.
@@ -213,32 +228,32 @@ class Loader:
 
     def __init__(
         self,
-        batches: Dataset,
+        dataset: Dataset,
         order: EpochOrder,
         *,
-        process: int = 0,
+        rank: int = 0,
         num_workers: int = 0,
         policy: BadSamplePolicy | None = None,
         limit: Callable[[], float] | None = None,
         epoch: int = 0,
         content: str = "",
     ) -> None:
-        self.order, self.process, self.num_workers, self.limit = order, process, num_workers, limit
+        self.order, self.rank, self.num_workers, self.limit = order, rank, num_workers, limit
         self.policy = policy or BadSamplePolicy()
         self.content = content
-        self.epoch, self.position = epoch, 0  # of the next batch
+        self.epoch, self.position = epoch, 0  # epoch of the next batch, and its index there
         self.started = False  # whether iteration over `epoch` has started
         self.keys: list[tuple[int, list[int]]] = []  # of the epoch's remaining batches
         self.loader: DataLoader = DataLoader(
-            batches,
-            sampler=None if isinstance(batches, IterableDataset) else self.keys,
+            dataset,
+            sampler=None if isinstance(dataset, IterableDataset) else self.keys,
             batch_size=None,  # an item is a whole batch
             collate_fn=_identity,
             worker_init_fn=_detach_from_terminal,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            prefetch_factor=1 if num_workers else None,  # batches of frames are large
-            generator=torch.Generator(),  # leaves the global random state as it is in a resumed run
+            prefetch_factor=1 if num_workers else None,  # only one, because batches of frames are large
+            generator=torch.Generator(),  # an epoch must not advance the global random state
         )
 
     def __len__(self) -> int:
@@ -256,12 +271,12 @@ class Loader:
 
     def batches(self) -> Iterator[Batch]:
         """Return the batches of the epoch from the position on."""
-        rest = self.order.batches(self.epoch, self.process)[self.position :]
+        rest = self.order.batches(self.epoch, self.rank)[self.position :]
         self.keys[:] = [(self.epoch, indices.tolist()) for indices in rest]
         return iter(self.loader)
 
     def close(self) -> None:
-        """Stop the workers. Garbage collection may take five seconds for each."""
+        """Stop the workers at once. Garbage collection would take up to five seconds for each."""
         shut_down_workers(self.loader)
 
     def state_dict(self) -> dict[str, Any]:
@@ -271,14 +286,14 @@ class Loader:
         """
         at_end = self.position >= min(len(self), self.limit() if self.limit else len(self))
         epoch, position = (self.epoch + 1, 0) if at_end else (self.epoch, self.position)
-        skipped = dict(gathered((self.process, [list(item) for item in self.policy.reasons.items()])))
+        skipped = dict(gathered((self.rank, [list(item) for item in self.policy.reasons.items()])))
         return {"epoch": epoch, "position": position, "of": self.order_fingerprint(), "skipped": skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set the position at which the next `iter` starts; raises DataError if the order has changed."""
         saved, current = state["of"], self.order_fingerprint()
         changes = [
-            f"{name} was {saved.get(name)} and is now {value}"
+            f"{'content hash' if name == 'content' else name} was {saved.get(name)} and is now {value}"
             for name, value in current.items()
             if saved.get(name) != value
         ]
@@ -288,7 +303,7 @@ class Loader:
                 "and options, or start a new run from the trained model with --model.init_from."
             )
         self.epoch, self.position, self.started = state["epoch"], state["position"], False
-        self.policy.reasons = dict(state["skipped"][self.process])
+        self.policy.reasons = dict(state["skipped"][self.rank])
 
     def order_fingerprint(self) -> dict[str, Any]:
         """Return everything that the order of samples depends on."""
@@ -298,9 +313,9 @@ class Loader:
             "content": self.content,
             "weights": None if order.weights is None else list(order.weights),
             "batch_size": order.batch_size,
-            "processes": order.processes,
+            "processes": order.world_size,
             "seed": order.seed,
-            "group_by_length": order.kinds is not None,
+            "group_by_length": order.modalities is not None,
         }
 
 
@@ -309,9 +324,10 @@ def _identity(batch: Any) -> Any:
 
 
 def _detach_from_terminal(_: int) -> None:
-    """Keep Ctrl-C and `timeout` from stopping a worker, which the run needs to finish its step and save.
+    """Keep Ctrl-C and `timeout` from stopping a worker: the run still has to finish its step and save.
 
-    A terminal signals a process group. SIGTERM keeps its default, so that the run can stop its workers.
+    A terminal sends a signal to a whole process group, so each worker gets a group of its own. SIGTERM keeps
+    its default action, so that the run can stop its workers.
     """
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

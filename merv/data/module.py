@@ -15,7 +15,7 @@ import numpy as np
 from lightning import LightningDataModule
 
 from merv.data.loader import BadSamplePolicy, BatchReader, Loader, OnError
-from merv.data.order import KINDS, EpochOrder
+from merv.data.order import MODALITIES, EpochOrder
 from merv.data.samples import Sample, media_parts, text_of
 from merv.data.sources import Samples, foreign_members, open_samples, stream_samples
 from merv.data.stream_loader import StreamLoader, StreamReader
@@ -25,14 +25,14 @@ from merv.features.reader import Reader
 if TYPE_CHECKING:
     from merv.models.video_llm import VideoLLM
 
-HASHED_BYTES = 1 << 16  # of each of the 64 pieces of a file that are hashed
-VISUAL_LENGTH = 4096  # characters that a video or image counts as: 4 for each of 1024 tokens
+HASHED_BYTES = 1 << 16  # size of each of the 64 pieces of a large file that are hashed
+VISUAL_LENGTH = 4096  # length of a video or image in characters: 1024 tokens of 4 characters
 
 logger = logging.getLogger(__name__)
 
 
 class ChatData(LightningDataModule):
-    """Training and validation data from files of conversations; see `merv.data.sources.open_samples`.
+    """Training and validation data from files of conversations; docs/data.md describes the formats.
 
     Args:
         train: One or more files, all of which are used once in an epoch; or a mapping of files to weights,
@@ -40,18 +40,18 @@ class ChatData(LightningDataModule):
             `merv.data.order.EpochOrder`).
         val: One or more files, or None.
         batch_size: Samples per step and process.
-        max_questions: Maximum number of conversations per sample and epoch. They are drawn anew in each
-            epoch.
+        max_questions: Maximum number of conversations per sample and epoch. Each epoch draws different
+            ones.
         seed: Seed of the order of samples and of the choice of conversations.
-        group_by_length: Make batches of one kind (video, image or text) and of similar lengths, the largest
-            first. All samples are read once at the start.
+        group_by_length: Make batches of one modality (video, image or text) and of similar lengths, the
+            largest first. All samples are read once at the start.
         num_workers: Processes that read videos ahead, one thread each. None: one less than the CPU cores per
             training process, at most 8. There are no workers if features are stored in memory, because only
             the training process has that memory.
         on_error: What to do about a sample that cannot be used: `raise`; or `skip`, which logs it and
             appends it to `skipped.jsonl` in the run's folder. A skipped sample is not replaced.
-        max_skipped: Stop when a process has skipped more distinct samples. None: 1 % of the samples, at
-            least 10.
+        max_skipped: Stop when a process has skipped more than this many distinct samples. None: 1 % of the
+            samples, at least 10.
         stream: Read `train` as a stream, for data that is too large to index.
         batches_per_epoch: Number of batches in an epoch of a stream.
         shuffle_buffer_size: Samples of a stream that are shuffled together.
@@ -103,18 +103,18 @@ class ChatData(LightningDataModule):
         self.val: Sequence[Sample] = ()
         self.sizes: list[int] = []  # samples in each training source
         self.loader: Loader | None = None
-        self.loaders: WeakSet[Loader] = WeakSet()  # whose workers are stopped at the end
+        self.loaders: WeakSet[Loader] = WeakSet()  # their workers are stopped after the run
         self.resume_state: dict[str, Any] | None = None
         self.logged: set[Path] = set()  # shards with members that do not belong to samples
-        self.kinds_and_lengths: tuple[np.ndarray, np.ndarray] | None = None
+        self.modalities_and_lengths: tuple[np.ndarray, np.ndarray] | None = None
         if val is not None:  # Lightning skips validation if there is no val_dataloader
             self.val_dataloader = self._val_dataloader  # type: ignore[method-assign]
 
     def setup(self, stage: str | None = None) -> None:
         """Open the files and, with `group_by_length`, read all samples."""
         self.open_files()
-        if self.group_by_length and self.kinds_and_lengths is None:
-            self.kinds_and_lengths = kinds_and_lengths(self.train, self.on_error)
+        if self.group_by_length and self.modalities_and_lengths is None:
+            self.modalities_and_lengths = modalities_and_lengths(self.train, self.on_error)
 
     def open_files(self) -> None:
         """Open the files and read their indices, without reading samples."""
@@ -165,47 +165,47 @@ class ChatData(LightningDataModule):
 
     def _train_loader(self) -> Loader:
         reader = self.reader()
-        process, processes = self.rank_and_world_size()
+        rank, world_size = self.rank_and_world_size()
         options: dict[str, Any] = {
             "num_workers": self.worker_count(reader),
             "policy": self.policy(len(self.train) or (self.batches_per_epoch or 0) * self.batch_size),
             "epoch": 0 if self.trainer is None else self.trainer.current_epoch,
             "limit": None if self.trainer is None else lambda: self.trainer.num_training_batches,
         }
-        batches = BatchReader(self.train, reader, self.max_questions, self.seed, self.chat())
+        batch_reader = BatchReader(self.train, reader, self.max_questions, self.seed, self.chat())
         if self.stream:
             source = stream_samples(self.train_source, self.root)
             stream = StreamReader(
-                source, batches, self.batch_size, self.shuffle_buffer_size, process, processes
+                source, batch_reader, self.batch_size, self.shuffle_buffer_size, rank, world_size
             )
             return StreamLoader(stream, batches_per_epoch=self.batches_per_epoch or 1, **options)
         weights = list(self.train_source.values()) if isinstance(self.train_source, Mapping) else None
-        kinds, lengths = self.kinds_and_lengths or (None, None)
+        modalities, lengths = self.modalities_and_lengths or (None, None)
         order = EpochOrder(
             self.sizes,
             self.batch_size,
-            processes,
+            world_size,
             self.seed,
             weights=weights,
-            kinds=kinds,
+            modalities=modalities,
             lengths=lengths,
         )
         if isinstance(self.train_source, Mapping):
             mixed = zip(order.portions, self.sizes, self.train_source, strict=True)
             counts = ", ".join(f"{portion} of {size} of {path}" for portion, size, path in mixed)
             logger.info("Samples in an epoch: %s", counts)
-        return Loader(batches, order, process=process, content=self.content, **options)
+        return Loader(batch_reader, order, rank=rank, content=self.content, **options)
 
     def _val_dataloader(self) -> Loader:
         """Return the validation batches of this process, in the order of the file, with all conversations."""
         reader = self.reader()
-        process, processes = self.rank_and_world_size()
-        order = EpochOrder([len(self.val)], self.batch_size, processes, shuffle=False)
-        batches = BatchReader(self.val, reader, chat=self.chat())
+        rank, world_size = self.rank_and_world_size()
+        order = EpochOrder([len(self.val)], self.batch_size, world_size, shuffle=False)
+        batch_reader = BatchReader(self.val, reader, chat=self.chat())
         loader = Loader(
-            batches,
+            batch_reader,
             order,
-            process=process,
+            rank=rank,
             num_workers=self.worker_count(reader),
             policy=self.policy(len(self.val)),
         )
@@ -260,7 +260,7 @@ class ChatData(LightningDataModule):
         return max(0, min(8, cores // processes - 1))
 
     def policy(self, num_samples: int) -> BadSamplePolicy:
-        """Return the policy about samples that cannot be used."""
+        """Return the policy for samples that cannot be used."""
         max_skipped = max(10, num_samples // 100) if self.max_skipped is None else self.max_skipped
         folder = None if self.trainer is None else self.trainer.default_root_dir
         return BadSamplePolicy(self.on_error, max_skipped, folder)
@@ -280,15 +280,15 @@ class ChatData(LightningDataModule):
                             yield samples[number].origin, video
 
 
-def kinds_and_lengths(
+def modalities_and_lengths(
     samples: Sequence[Sample], on_error: OnError = "raise"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the kind of each sample as an index into KINDS, and its length in characters.
+    """Return the modality of each sample as an index into MODALITIES, and its length in characters.
 
     A video or image counts as VISUAL_LENGTH characters. A malformed sample raises DataError, or counts as
     text of length 0 if `on_error` is "skip".
     """
-    kinds = np.full(len(samples), KINDS.index("text"), dtype=np.int8)
+    modalities = np.full(len(samples), MODALITIES.index("text"), dtype=np.int8)
     lengths = np.zeros(len(samples), dtype=np.int64)
     for number in range(len(samples)):
         try:
@@ -298,11 +298,11 @@ def kinds_and_lengths(
                 raise
             continue
         media = [media_parts(conversation) for conversation in conversations]
-        types = {part["type"] for parts in media for part in parts}
-        kinds[number] = min((KINDS.index(kind) for kind in types), default=KINDS.index("text"))
+        types = {part["type"] for parts in media for part in parts} or {"text"}
+        modalities[number] = min(map(MODALITIES.index, types))
         characters = sum(len(text_of(turn["content"])) for turns in conversations for turn in turns)
         lengths[number] = characters + VISUAL_LENGTH * max(map(len, media), default=0)
-    return kinds, lengths
+    return modalities, lengths
 
 
 def content_hash(files: Sequence[Path]) -> str:

@@ -1,9 +1,9 @@
-"""Order: which samples come when, as a pure function of seed, epoch and number of processes.
+"""Order: the samples of each training step, as a pure function of seed, epoch and number of processes.
 
 An epoch is a sequence of steps. A step is what all processes train on at once: `batch_size` samples for each
-of them, fewer in the last step. Its samples are dealt to the processes in turn, so all processes have the
-same number of batches, of similar lengths. No sample is repeated or dropped: if a step has fewer samples
-than there are processes, the last processes get an empty batch.
+of them, fewer in the last step. Its samples are distributed over the processes round-robin, so all processes
+have the same number of batches, of similar lengths. No sample is repeated or dropped: if a step has fewer
+samples than there are processes, the last processes get an empty batch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from merv.errors import DataError
 
 Indices = NDArray[np.int64]
-KINDS = ("video", "image", "text")  # of a sample: the first of these that it has
-MEGABATCH_STEPS = (
-    50  # steps whose samples are sorted by length together; more means less padding, less random
-)
+MODALITIES = ("video", "image", "text")  # a sample has the first of these that it contains
+# Steps whose samples are sorted by length together: more steps mean less padding, but a less random order
+MEGABATCH_STEPS = 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,16 +31,17 @@ class EpochOrder:
     Args:
         sizes: Number of samples in each set. Samples are numbered across the sets, in order.
         batch_size: Samples per step and process.
-        processes: Number of processes that share the data.
+        world_size: Number of processes that share the data.
         seed: Seed of the order.
         weights: Proportions in which the sets are mixed. An epoch is then as long as it can be without a
-            repeated sample: it has all of one set and a part of each other set. All parts of a set come
-            before one comes again. None: every epoch has all samples.
+            repeated sample: it has all of one set and a part of each other set. Later epochs have the other
+            parts; each part is used once before any is used again. None: every epoch has all samples.
         shuffle: False keeps the order of the sets.
-        kinds: Index into KINDS of each sample.
-        lengths: Length of each sample, in any unit. With `kinds` and `lengths`, a step has samples of one
-            kind and of similar lengths; what remains of each kind shares the last steps. The longest step
-            of each kind comes first, so if memory runs out, it runs out at the start.
+        modalities: Index into MODALITIES of each sample.
+        lengths: Length of each sample, in any unit. With `modalities` and `lengths`, a step has samples of
+            one modality and of similar lengths. The samples that do not fill such a step are combined in a
+            few mixed steps. The longest step of each modality comes first, so that too little memory shows
+            at the start.
 
     Example:
         >>> order = EpochOrder([5], batch_size=2)
@@ -49,22 +49,22 @@ class EpochOrder:
         (3, [0, 1, 2, 3, 4])
 
     Source: grouping by length within shuffled megabatches is `group_by_length` of transformers; grouping by
-    kind is from LLaVA (arXiv 2304.08485).
+    modality is `group_by_modality_length` of LLaVA (arXiv 2304.08485).
     """
 
     sizes: Sequence[int]
     batch_size: int
-    processes: int = 1
+    world_size: int = 1
     seed: int = 0
     weights: Sequence[float] | None = None
     shuffle: bool = True
-    kinds: NDArray[np.int8] | None = None
+    modalities: NDArray[np.int8] | None = None
     lengths: Indices | None = None
 
     @property
     def step_size(self) -> int:
         """Samples in a step, over all processes."""
-        return self.batch_size * self.processes
+        return self.batch_size * self.world_size
 
     @cached_property
     def portions(self) -> list[int]:
@@ -78,21 +78,20 @@ class EpochOrder:
     def epoch(self, epoch: int) -> list[Indices]:
         """Return the steps of an epoch, each as the indices of its samples."""
         chosen = self._choose(epoch)
-        if self.kinds is None or self.lengths is None:
+        if self.modalities is None or self.lengths is None:
             return _split(chosen, self.step_size)
         return self._group(chosen, np.random.default_rng([self.seed, epoch, 1]))
 
-    def batches(self, epoch: int, process: int = 0) -> list[Indices]:
+    def batches(self, epoch: int, rank: int = 0) -> list[Indices]:
         """Return the batches of one process in an epoch."""
-        return [step[process :: self.processes] for step in self.epoch(epoch)]
+        return [step[rank :: self.world_size] for step in self.epoch(epoch)]
 
     def _choose(self, epoch: int) -> Indices:
         """Return the samples of an epoch, in random order."""
         chosen, start = [], 0
         for number, (size, portion) in enumerate(zip(self.sizes, self.portions, strict=True)):
-            cycle, part = divmod(
-                epoch, size // portion
-            )  # each cycle shuffles the set and splits it into parts
+            # Each cycle shuffles the set and splits it into parts, one for each epoch of the cycle
+            cycle, part = divmod(epoch, size // portion)
             shuffled = np.arange(size)
             if self.shuffle:
                 np.random.default_rng([self.seed, cycle, 2, number]).shuffle(shuffled)
@@ -104,11 +103,11 @@ class EpochOrder:
         return samples
 
     def _group(self, chosen: Indices, random: np.random.Generator) -> list[Indices]:
-        """Split the samples into steps of one kind and of similar lengths."""
-        assert self.kinds is not None
+        """Split the samples into steps of one modality and of similar lengths."""
+        assert self.modalities is not None
         steps, rest = [], []
-        for kind in range(len(KINDS)):
-            samples = chosen[self.kinds[chosen] == kind]
+        for modality in range(len(MODALITIES)):
+            samples = chosen[self.modalities[chosen] == modality]
             full_steps = len(samples) // self.step_size
             end = full_steps * self.step_size
             megabatch = self.step_size * max(1, min(MEGABATCH_STEPS, full_steps // 4))
@@ -118,17 +117,19 @@ class EpochOrder:
             rest.append(self._longest_first(samples[end:]))
         steps += _split(np.concatenate(rest), self.step_size)
         steps = [steps[i] for i in random.permutation(len(steps))]
-        largest = [
-            max(range(len(steps)), key=lambda i: self._memory(steps[i], kind)) for kind in range(len(KINDS))
-        ]
-        first = list(dict.fromkeys(i for kind, i in enumerate(largest) if self._memory(steps[i], kind)))
+        first: list[int] = []
+        for modality in range(len(MODALITIES)):
+            lengths = [self._padded_length(step, modality) for step in steps]
+            largest = int(np.argmax(lengths))
+            if lengths[largest] and largest not in first:
+                first.append(largest)
         return [steps[i] for i in first] + [step for i, step in enumerate(steps) if i not in first]
 
-    def _memory(self, step: Indices, kind: int) -> int:
-        """Return the padded length of the samples of one kind in a step: all are padded to the longest."""
-        assert self.kinds is not None
+    def _padded_length(self, step: Indices, modality: int) -> int:
+        """Return the total length of the samples of one modality in a step, all padded to the longest."""
+        assert self.modalities is not None
         assert self.lengths is not None
-        lengths = self.lengths[step[self.kinds[step] == kind]]
+        lengths = self.lengths[step[self.modalities[step] == modality]]
         return len(lengths) * int(lengths.max(initial=0))
 
     def _longest_first(self, samples: Indices) -> Indices:
@@ -153,7 +154,7 @@ def portions(sizes: Sequence[int], weights: Sequence[float] | None) -> list[int]
     if not all(counts):
         raise DataError(
             f"The weights {list(weights)} are too unequal for sets of {list(sizes)} samples: an epoch "
-            f"without repeated samples would have {counts} of them. Raise the smallest weight."
+            f"without repeated samples would take {counts} samples from them. Increase the smallest weight."
         )
     return counts
 

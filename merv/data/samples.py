@@ -37,8 +37,8 @@ class Sample:
     Args:
         conversations: Each is a list of messages.
         kinds: The kind of each conversation, or "".
-        origin: Where the row is, for messages: `train.jsonl:17` (a line), `train.json[16]` (an index) or
-            `shard.tar/00042` (a key).
+        origin: Where the row is, for error messages: `train.jsonl:17` (a line), `train.json[16]` (an index)
+            or `shard.tar/00042` (a key).
     """
 
     conversations: tuple[Conversation, ...]
@@ -208,12 +208,16 @@ def _insert_files(turns: Conversation, files: list[Part]) -> Conversation:
         ]
         return turns
     if len(placeholders) != len(files):
-        raise ValueError(f"{len(placeholders)} placeholders for videos and images, but {len(files)} files")
+        raise ValueError(
+            f"expected one file per placeholder; got {len(placeholders)} placeholders for videos and images, "
+            f"and {len(files)} files"
+        )
     kinds = Counter(part["type"] for part in files)
     kinds_match = Counter(part["type"] for part in placeholders) == kinds
     if not kinds_match and len(kinds) > 1:
         raise ValueError(
-            f"the placeholders are for {[p['type'] for p in placeholders]}, but the files are {dict(kinds)}"
+            "expected placeholders of the same types as the files; got placeholders for "
+            f"{[p['type'] for p in placeholders]}, and the files {dict(kinds)}"
         )
     for placeholder in placeholders:  # LLaVA's own data uses <image> for videos, too
         file = next(file for file in files if not kinds_match or file["type"] == placeholder["type"])
@@ -233,7 +237,9 @@ def _check_conversation(conversation: Conversation) -> None:
         text = text_of(content)
         has_media = bool(media_parts([turn]))
         if has_media and role != "user":
-            raise ValueError(f"videos and images are only allowed in user messages; the {role} has one")
+            raise ValueError(
+                f"videos and images are only allowed in user messages; the {role} message has one"
+            )
         if not has_media and not text.strip():
             raise ValueError(f"the {role} message is empty: {_short(content)}")
         _check_unicode(text)
@@ -247,14 +253,15 @@ def _check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the text {_short(text[error.start : error.end])} is half of a surrogate pair, not Unicode"
+            f"the text {_short(text[error.start : error.end])} is half of a surrogate pair, which is not "
+            "valid Unicode; remove it"
         ) from error
 
 
 def _source(value: Any, root: Path) -> Any:
     """Return a path joined to `root`, or bytes or a file object unchanged.
 
-    `datasets` gives {"bytes": …, "path": …}, of which the bytes are used if there are any.
+    Of the {"bytes": …, "path": …} that `datasets` gives, the bytes are used, or the path if there are none.
     """
     if isinstance(value, Mapping) and {"bytes", "path"} & set(value):
         value = value.get("bytes") or value.get("path")

@@ -1,4 +1,4 @@
-"""Sources: open files of samples without reading them whole.
+"""Sources: open files of samples without loading them into memory.
 
 JSON and JSONL files and WebDataset shards are indexed once and then read at byte offsets. Parquet files and
 folders of Hugging Face `datasets` are memory-mapped by that library.
@@ -27,7 +27,7 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 VIDEOS = (".mp4", ".m4v", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif")
 CAPTION_QUESTION = "Describe what is shown."  # the .txt of a WebDataset sample is the answer
 FOREIGN_FILE = re.compile(r"(readme|license|notice)\.(md|rst|txt)|thumbs\.db|desktop\.ini", re.IGNORECASE)
-FOREIGN_FOLDERS = (".", "__MACOSX", "PaxHeader")  # how their names start
+FOREIGN_FOLDERS = (".", "__MACOSX", "PaxHeader")  # prefixes of folder names
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 Source = str | Path | Sequence[str | Path]
 
@@ -84,7 +84,7 @@ class Rows:
         raise NotImplementedError
 
     def origin(self, index: int) -> str:
-        """Return where a row is, for messages."""
+        """Return where a row is, for error messages."""
         return f"{self.path}[{index}]"
 
     def row(self, index: int) -> Any:
@@ -124,7 +124,8 @@ def stream_samples(source: Any, root: str | Path | None = None, split: str = "tr
     Args:
         source: Parquet files, with patterns as in `open_samples`; the name of a dataset on the Hugging Face
             Hub; or a `datasets.IterableDataset`.
-        root: The folder that relative paths in rows start at.
+        root: The folder that relative paths in rows start at. None: the folder of the first Parquet file; for
+            other sources, the current folder.
         split: The split of a dataset on the hub.
 
     Returns:
@@ -132,6 +133,13 @@ def stream_samples(source: Any, root: str | Path | None = None, split: str = "tr
 
     Raises:
         DataError: The source cannot be streamed.
+
+    Example:
+        >>> from datasets import IterableDataset
+        >>> row = {"video": "a.mp4", "questions": [{"question": "Who?", "answer": "A cat."}]}
+        >>> stream = stream_samples(IterableDataset.from_generator(lambda: iter([row])), root="clips")
+        >>> next(iter(stream)).videos()
+        ['clips/a.mp4']
     """
     from datasets import IterableDataset, load_dataset
 
@@ -144,8 +152,8 @@ def stream_samples(source: Any, root: str | Path | None = None, split: str = "tr
         return SampleStream(rows, root or paths[0].parent, str(source))
     if last.suffix in FORMATS or last.exists():
         raise DataError(
-            f"{source} cannot be streamed; expected Parquet files. Use open_samples, which reads other "
-            "formats row by row (data.stream: false)."
+            f"{source} cannot be streamed; expected Parquet files, or the name of a dataset on the hub. Use "
+            "open_samples, which reads other formats row by row (data.stream: false)."
         )
     try:
         return SampleStream(load_dataset(str(source), split=split, streaming=True), root, str(source))
@@ -154,7 +162,13 @@ def stream_samples(source: Any, root: str | Path | None = None, split: str = "tr
 
 
 class SampleStream:
-    """Samples of a `datasets.IterableDataset`, in its order. A malformed row raises DataError."""
+    """Samples of a `datasets.IterableDataset`, in its order. A malformed row raises DataError.
+
+    Args:
+        rows: The `datasets.IterableDataset`.
+        root: The folder that relative paths in rows start at. None: the current folder.
+        name: Name of the stream, with which the origin of a sample starts: `name[16]`.
+    """
 
     def __init__(self, rows: Any, root: str | Path | None, name: str) -> None:
         self.rows, self.root, self.name = rows.with_format("arrow"), Path(root or ""), name
@@ -180,7 +194,7 @@ class SampleStream:
         return SampleStream(rows, self.root, f"{self.name}, shard {index} of {count}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the stream: the samples that were yielded do not come again."""
+        """Return the position in the stream, after the samples that were already yielded."""
         return {"rows": self.rows.state_dict(), "num_read": self.num_read}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -190,9 +204,15 @@ class SampleStream:
 
 
 class FilePart(io.RawIOBase):
-    """A range of bytes of a file, such as a member of a shard, as a file object of its own.
+    """A file object over a range of bytes of a file, such as a member of a shard.
 
     It opens the file only while it reads, and pickles as path and range.
+
+    Args:
+        path: The file.
+        start: Where the range starts, in bytes.
+        size: Size of the range in bytes.
+        name: Name of this part, for error messages.
     """
 
     def __init__(self, path: str, start: int, size: int, name: str) -> None:
@@ -352,9 +372,9 @@ def _parse(data: bytes, origin: str) -> Any:
 class ShardRows(Rows):
     """Samples of a WebDataset shard: the members with the same key are a row and its videos and images.
 
-    The library webdataset can only stream a shard; this reads any sample at once. Hidden files, `__MACOSX/`,
-    README files, links, and files without an extension, which have no key, are left out and named in
-    `foreign`.
+    The library webdataset can only stream a shard; this class reads samples in any order. Members that do not
+    belong to samples are left out and named in `foreign`: hidden files, `__MACOSX/`, README, LICENSE and
+    NOTICE files, `Thumbs.db`, `desktop.ini`, links, and files without an extension, which have no key.
     """
 
     def __post_init__(self) -> None:
@@ -433,7 +453,7 @@ class TableRows(Rows):
             table = Dataset.from_parquet(path)
         else:
             table = Dataset.from_list([])
-        self.table = table.with_format("arrow")  # does not decode videos and images
+        self.table = table.with_format("arrow")
 
     def __len__(self) -> int:
         return len(self.table)

@@ -30,8 +30,8 @@ class StreamReader(IterableDataset):
         reader: Reads the batches.
         batch_size: Samples in a batch.
         shuffle_buffer_size: Samples that are shuffled together.
-        process: Rank of this process.
-        processes: Number of processes that share the stream.
+        rank: Rank of this process.
+        world_size: Number of processes that share the stream.
     """
 
     def __init__(
@@ -40,34 +40,34 @@ class StreamReader(IterableDataset):
         reader: BatchReader,
         batch_size: int,
         shuffle_buffer_size: int,
-        process: int,
-        processes: int,
+        rank: int,
+        world_size: int,
     ) -> None:
         self.stream, self.reader, self.batch_size = stream, reader, batch_size
         # A multiple of batch_size: otherwise each buffer would end with a short batch
         self.shuffle_buffer_size = math.ceil(shuffle_buffer_size / batch_size) * batch_size
-        self.process, self.processes = process, processes
+        self.rank, self.world_size = rank, world_size
         self.states: dict[int, dict[str, Any]] = {}  # of this process's shards, from which to continue
-        self.first_shard = 0  # the shard that the next batch comes from
+        self.first_shard = 0  # the shard of worker 0, whose batch comes first
 
     def __iter__(self) -> Iterator[tuple[Batch, int, dict[str, Any]]]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        own_shard = (worker + self.first_shard) % num_workers
-        shard, num_shards = self.process * num_workers + own_shard, self.processes * num_workers
-        state = self.states.get(own_shard) or _start_of_pass(0)
+        local_shard = (worker + self.first_shard) % num_workers
+        shard, num_shards = self.rank * num_workers + local_shard, self.world_size * num_workers
+        state = self.states.get(local_shard) or _start_of_pass(0)
         while True:
             stream = self.stream.shard(shard, num_shards)
             if state["stream"] is not None:
                 stream.load_state_dict(state["stream"])
             is_empty = state["stream"] is None
-            for batch, state in self._one_pass(stream, state, shard, num_shards):  # noqa: B020 — the last state
+            for batch, state in self._one_pass(stream, state, shard, num_shards):  # noqa: B020 — used after the loop
                 is_empty = False
-                yield batch, own_shard, state
+                yield batch, local_shard, state
             if is_empty:
                 raise DataError(
-                    f"Shard {shard} of {num_shards} of {self.stream.name} has no samples. Set a smaller "
-                    "data.num_workers."
+                    f"Shard {shard} of {num_shards} of {self.stream.name} has no samples; expected at least "
+                    "one for each worker of each process. Set a smaller data.num_workers."
                 )
             state = _start_of_pass(state["pass_index"] + 1)
 
@@ -106,15 +106,20 @@ class StreamLoader(Loader):
     """A `Loader` over a stream, in epochs of `batches_per_epoch` batches.
 
     Resuming needs the same number of processes and workers.
+
+    Args:
+        reader: Reads the stream.
+        batches_per_epoch: Number of batches of this process in an epoch.
+        **options: Options of `Loader`, except `rank`.
     """
 
     def __init__(self, reader: StreamReader, *, batches_per_epoch: int, **options: Any) -> None:
         samples = batches_per_epoch * reader.batch_size
         order = EpochOrder([samples], reader.batch_size, seed=reader.reader.seed)
-        super().__init__(reader, order, process=reader.process, **options)
+        super().__init__(reader, order, rank=reader.rank, **options)
         self.reader = reader
         self.next_shard = 0  # the shard that the next batch comes from
-        self.iterator: Iterator[Any] | None = None  # goes on across epochs
+        self.iterator: Iterator[Any] | None = None  # continues across epochs
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batches that remain in the epoch."""
@@ -133,13 +138,13 @@ class StreamLoader(Loader):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and the states of all shards; all processes have to call this together."""
-        states = dict(gathered((self.process, self.reader.states)))
+        states = dict(gathered((self.rank, self.reader.states)))
         return {**super().state_dict(), "shard_states": states, "next_shard": self.next_shard}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set the position at which the next `iter` starts; raises DataError if the order has changed."""
         super().load_state_dict(state)
-        self.reader.states = dict(state["shard_states"][self.process])
+        self.reader.states = dict(state["shard_states"][self.rank])
         self.next_shard = self.reader.first_shard = state["next_shard"]
         self.iterator = None
 
@@ -149,7 +154,7 @@ class StreamLoader(Loader):
         return {
             "batch_size": reader.batch_size,
             "shuffle_buffer_size": reader.shuffle_buffer_size,
-            "processes": reader.processes,
+            "processes": reader.world_size,
             "num_workers": self.num_workers,
             "seed": self.order.seed,
             "batches_per_epoch": len(self),

@@ -256,11 +256,11 @@ def test_source_that_cannot_be_streamed_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
-    [("[{row},]", "Expecting value"), ("[{row} {row}]", "Expecting ','"), ("[{row}] more", "Extra data")],
+    "text",
+    ["[{row},]", "[{row} {row}]", "[{row}] more"],
 )
-def test_malformed_json_list_is_an_error(tmp_path, text, reason):
+def test_malformed_json_list_is_an_error(tmp_path, text):
     row = '{"messages": [{"role": "user", "content": "é?"}, {"role": "assistant", "content": "b"}]}'
     (tmp_path / "a.json").write_text(text.replace("{row}", row))
-    with pytest.raises(DataError, match=reason):
+    with pytest.raises(DataError, match=r"a\.json"):
         open_samples(str(tmp_path / "a.json"))
