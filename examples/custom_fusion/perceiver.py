@@ -35,6 +35,7 @@ class Perceiver(Mixer):
         self.attention = nn.MultiheadAttention(output_dim, heads, batch_first=True)
 
     def num_tokens(self, cells: int) -> int:
+        """The same number for any grid."""
         return self.tokens
 
     def positions(self, cells: Tensor) -> Tensor:
