@@ -15,10 +15,15 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `merv average`."""
     parser.epilog = EXAMPLES
-    parser.add_argument("checkpoints", nargs="+", help="folders of trained models or checkpoints")
-    parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument(
-        "--coefficients", nargs="+", type=float, help="a weight for each checkpoint, in order; default: equal"
+        "checkpoints", nargs="+", metavar="CHECKPOINT", help="folders of trained models or checkpoints"
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
+    parser.add_argument(
+        "--coefficients",
+        nargs="+",
+        type=float,
+        help="a number ≥ 0 for each checkpoint, in order; only their ratios matter (default: equal)",
     )
 
 

@@ -8,15 +8,15 @@ EXAMPLES = """\
 example:
   merv consolidate outputs/mine/checkpoints/step=500 outputs/mine/model
 
-The model must fit into this machine's memory. No GPU is needed.
+The trained parts must fit into this machine's memory. No GPU is needed.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `merv consolidate`."""
     parser.epilog = EXAMPLES
-    parser.add_argument("checkpoint", help="the folder of a sharded checkpoint")
-    parser.add_argument("out", help="the folder to write")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a sharded checkpoint")
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
 
 
 def run(args: argparse.Namespace) -> int:

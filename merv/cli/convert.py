@@ -14,24 +14,28 @@ examples:
   merv ask clip.mp4 "What happens?" --model merv-full
 
 The checkpoint holds neither the encoders nor the language model's config and tokenizer. They are loaded
-from the hub unless you pass folders.
+from the hub unless you pass --llm and --encoder. docs/convert.md lists the supported checkpoints.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `merv convert`."""
     parser.epilog = EXAMPLES
-    parser.add_argument("checkpoint", help="the .pt file of the released model")
-    parser.add_argument("out", help="the folder to write")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the .pt file of the released model")
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("--config", required=True, help="the config.json of the released model")
-    parser.add_argument("--llm", help="folder or hub id of the language model that it was trained from")
+    parser.add_argument(
+        "--llm",
+        help="folder or hub id of the config and tokenizer of the language model (default: the hub id of "
+        "the release)",
+    )
     parser.add_argument(
         "--encoder",
         action="append",
         type=name_and_folder,
         default=[],
         metavar="NAME=FOLDER",
-        help="a local folder with the weights of an encoder",
+        help="folder or hub id of an encoder's weights; can be repeated",
     )
 
 

@@ -20,8 +20,8 @@ State = Literal["ok", "note", "broken"]
 MARKS: dict[State, str] = {"ok": " ", "note": "?", "broken": "!"}
 
 EXAMPLES = """\
-A line that starts with ! is broken, and the exit status is then 1. A line that starts with ? is optional or
-worth a look. For GPUs and drivers, run `python -m torch.utils.collect_env`; for plug-ins, `merv plugins`.
+A ! marks something required that does not work; the exit status is then 1. A ? marks something optional.
+For GPUs and drivers, run `python -m torch.utils.collect_env`; for plug-ins, `merv plugins`.
 
 examples:
   merv doctor                 paste the output into a bug report
@@ -32,7 +32,7 @@ examples:
 class Line:
     """One line of the report.
 
-    Attributes:
+    Args:
         name: What was checked.
         text: The result in words.
         state: "ok"; "note" for something optional; "broken" if merv does not work without it.

@@ -39,11 +39,11 @@ DEVICES = {
     "5090": (210, 34),
     "4090": (165, 25),
     "3090": (71, 25),
-    "cpu": (None, math.inf),  # neither is known
+    "cpu": (None, math.inf),  # speed and memory differ from machine to machine
 }
 USABLE = 0.92  # share of a device's memory; the rest is for the context, workspaces and fragmentation
 ADVICE = """
-It does not fit. What helps, the least costly first:
+It does not fit. These options need less memory, the least costly first:
   a smaller --data.batch_size with more --trainer.accumulate_grad_batches
   --model.gradient_checkpointing=true: a third slower
   --trainer.precision=bf16-mixed; --model.dtype=bf16 if the language model is frozen
@@ -62,11 +62,18 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--gpu", choices=DEVICES, default="h100", help="default: %(default)s")
-    parser.add_argument("--utilization", type=float, default=0.4, help="share of the GPU's peak speed, 0.4")
+    parser.add_argument("--gpu", choices=DEVICES, default="h100", help="the GPU (default: %(default)s)")
+    parser.add_argument(
+        "--utilization",
+        type=float,
+        default=0.4,
+        help="share of the GPU's peak speed that the run reaches (default: %(default)s)",
+    )
     parser.add_argument("--tflops", type=float, help="peak speed in TFLOP/s, for a device not in the list")
     parser.add_argument("--memory", type=float, help="memory in GB, for a device not in the list")
-    parser.add_argument("--samples", type=int, default=256, help="number of samples to read, 256")
+    parser.add_argument(
+        "--samples", type=int, default=256, help="number of samples to read (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_known_args(argv)
 

@@ -23,8 +23,8 @@ LONG_COLUMNS = {
 }
 
 EXAMPLES = """\
-The plain list imports nothing. --long imports each plug-in. A plug-in that cannot be imported is shown as
-broken and does not affect the others.
+The plain list imports nothing. `merv plugins KIND --long` imports the plug-ins of a kind and shows more about
+them. A plug-in that cannot be imported is shown as broken and does not affect the others.
 
 examples:
   merv plugins                                  list plug-ins of all kinds
@@ -56,7 +56,7 @@ def add_kind_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
         "check",
         help=f"check that the {singular} NAME satisfies its contract",
         description=f"Create each {singular} with random weights and check that it satisfies its contract.",
-        epilog=f"example:\n  merv plugins {kind} check my_module:MyClass",
+        epilog="example:\n  %(prog)s my_module:MyClass",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = "NAME, NAME/VARIANT or MODULE:CLASS" if kind == "encoders" else "NAME or MODULE:CLASS"
@@ -101,7 +101,7 @@ def _long(kind: str, plugin: Plugin) -> Iterable[Sequence[str]]:
         return [
             (f"{name}/{variant}", *owner, "ok", *_cells(spec)) for variant, spec in loaded.variants.items()
         ]
-    options = list(inspect.signature(loaded).parameters.values())[2:]  # merv itself gives the first two
+    options = list(inspect.signature(loaded).parameters.values())[2:]  # merv passes the first two itself
     description = (vars(loaded).get("__doc__") or "").strip().partition("\n")[0]
     return [(name, *owner, "ok", ", ".join(map(_option, options)) or "-", description)]
 
