@@ -1,4 +1,4 @@
-"""What all tests share: few threads, no network, torch and numpy in doctests."""
+"""What all tests share: one thread, no network, fixed seeds, and distributions with entry points."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-torch.set_num_threads(1)  # more make small tests many times slower on a busy machine
+torch.set_num_threads(1)  # more threads make small tests many times slower on a busy machine
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def seed() -> None:
 
 @pytest.fixture
 def plant(tmp_path, monkeypatch):
-    """Install a distribution and its modules, as pip would, with entries of a group."""
+    """Return a function that installs a distribution with modules and entry points, as pip would."""
 
     def install(
         distribution: str, entries: dict[str, str], group: str = "merv.encoders", **modules: str

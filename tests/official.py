@@ -35,7 +35,12 @@ class Mixer(nn.Module):
 class Official(nn.Module):
     """Projectors, mixer and language model, without encoders.
 
-    widths: Channels of each encoder. side: A frame becomes side × side tokens.
+    Args:
+        llm: A causal language model of transformers.
+        widths: Channels of each encoder.
+        side: A frame becomes side × side tokens.
+        hidden: Hidden dimensions of the mixer.
+        mlp: Whether a projector is an MLP of two layers instead of one Linear.
     """
 
     def __init__(
@@ -80,7 +85,7 @@ def grown(llm: Any, tokens: int) -> Any:
     return type(llm)(config).eval()
 
 
-def config_of(ids: list[str], frames: list[int], steps: int, **changed: Any) -> dict[str, Any]:
+def config_of(ids: list[str], frames: list[int], steps: int, **overrides: Any) -> dict[str, Any]:
     """The release's config.json for the encoders `ids`, with 4 tokens per time step."""
     model = {
         "type": "merv-base",
@@ -99,14 +104,14 @@ def config_of(ids: list[str], frames: list[int], steps: int, **changed: Any) -> 
         "enable_gradient_checkpointing": True,
         "save_checkpoint_after": 512,
         "reduce_in_full_precision": False,
-        **changed,
+        **overrides,
     }
     return {"model": model, "stage": "finetune", "seed": 7}
 
 
-def write(folder: Path, model: dict[str, Any], config: dict[str, Any], **beside: Any) -> Path:
-    """Write latest-checkpoint.pt and config.json. Returns the path of the former."""
+def write(folder: Path, model: dict[str, Any], config: dict[str, Any], **extra: Any) -> Path:
+    """Write latest-checkpoint.pt, with `extra` entries, and config.json. Returns the checkpoint's path."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    torch.save({"model": model, **beside}, folder / "latest-checkpoint.pt")
+    torch.save({"model": model, **extra}, folder / "latest-checkpoint.pt")
     return folder / "latest-checkpoint.pt"

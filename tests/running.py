@@ -51,8 +51,10 @@ def fit(material, out, **options) -> int:
 
 
 def weights(out) -> dict:
+    """Return the trained tensors of a run by name."""
     return load_file(out / "model/model.safetensors")
 
 
 def difference(one, other) -> float:
+    """Return the maximum absolute difference between two dicts of tensors."""
     return max(float((one[name] - other[name]).abs().max()) for name in one)

@@ -1,4 +1,4 @@
-"""The structure of the package: layers, imports, and no knowledge of particular encoders."""
+"""The structure of the package: its layers, its imports, and that the core names no encoder."""
 
 import ast
 import importlib.metadata

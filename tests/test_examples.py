@@ -1,4 +1,4 @@
-"""The examples run, print an answer, and give every token the same weight."""
+"""The examples run, print an answer, and weight all tokens equally if they accumulate gradients."""
 
 import importlib
 from pathlib import Path

@@ -9,10 +9,12 @@ from merv.testing import tiny_llm
 
 
 def video(frames: int, height: int = 32, width: int = 32) -> torch.Tensor:
+    """Return random uint8 frames [T, 3, H, W]."""
     return torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8)
 
 
 def build(conditioned: bool = False, **llm) -> VideoLLM:
+    """Return a VideoLLM with two fake encoders; `conditioned`: the mixer sees the question."""
     model, tokenizer = tiny_llm(**llm)
     options = {"conditioned": True} if conditioned else {}
     vision = MultiEncoder(

@@ -166,7 +166,7 @@ def plan_clips(split: Split, count: int, seed: int, things: Sequence[Thing]) -> 
     plans = []
     for index in range(count):
         rng = random.Random(f"{seed} {split} {index}")
-        order = _draw_order(rng, split, 1 + index % min(MAX_SHOTS, len(things)), things)
+        order = _sample_order(rng, split, 1 + index % min(MAX_SHOTS, len(things)), things)
         plans.append(plan_clip(rng, [thing.name for thing in order]))
     return plans
 
@@ -185,7 +185,7 @@ def plan_clip(rng: random.Random, names: Sequence[str]) -> ClipPlan:
     return ClipPlan(tuple(_plan_shot(rng, name, start / FPS, end / FPS) for name, start, end in shots))
 
 
-def _draw_order(rng: random.Random, split: Split, shots: int, things: Sequence[Thing]) -> list[Thing]:
+def _sample_order(rng: random.Random, split: Split, shots: int, things: Sequence[Thing]) -> list[Thing]:
     for _ in range(1000):
         order = rng.sample(list(things), shots)
         if split_of(order) == split:

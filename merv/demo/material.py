@@ -31,7 +31,8 @@ class Thing:
         credit: Author and license, as stated by the package.
         held_out: Whether it is left out of training.
         frames: For footage, the first frame and the frame after the last one; None for all.
-        also: Names of other things that are visible in it, too. No question asks whether they are shown.
+        also: Names of other things that are visible in the same picture. No question asks whether they are
+            shown.
     """
 
     name: str
@@ -84,10 +85,12 @@ def load_pictures(things: Sequence[Thing]) -> dict[str, list[Image.Image]]:
 
 def _load(thing: Thing) -> list[Image.Image]:
     if not thing.path.is_file():
-        raise DataError(
-            f"{thing.path}, the file of {thing.name!r}, does not exist. Reinstall its package: "
-            'pip install --force-reinstall "merv[demo]"'
+        advice = (
+            "Run `merv download` again."
+            if thing.kind == "footage"
+            else "Reinstall the package that contains it: scikit-image or scikit-learn."
         )
+        raise DataError(f"{thing.path}, the file of {thing.name!r}, does not exist. {advice}")
     if thing.kind == "photograph":
         from PIL import Image, ImageOps
 

@@ -1,4 +1,4 @@
-"""Ask questions about planned clips, with one-word answers that follow from the plan.
+"""Generate questions about planned clips, with one-word answers that follow from the plan.
 
 Kinds of questions: `first` and `last` (what is shown), `count` (number of shots), `when` (start, middle or
 end), `order` (is one thing shown before another) and `present` (is a thing shown). Answers are balanced as
@@ -47,7 +47,7 @@ class Row:
 def questions(
     plan: ClipPlan, names: Sequence[str], rng: random.Random, *, per_clip: int = 5, new: Collection[str] = ()
 ) -> list[Question]:
-    """Ask `per_clip` different questions about a clip, of as many kinds as possible.
+    """Generate `per_clip` different questions about a clip, of as many kinds as possible.
 
     Args:
         plan: The plan of the clip. A clip of one shot gets no `when` and no `order`.
@@ -67,13 +67,13 @@ def questions(
         ['count', 'first', 'last', 'order', 'present', 'when']
     """
     asked: dict[str, Question] = {}
-    coins = {kind: rng.random() < 0.5 for kind in KINDS}
+    starts_with_yes = {kind: rng.random() < 0.5 for kind in KINDS}
     for attempt in range(20):
         for kind in rng.sample(KINDS, len(KINDS)):
             if len(asked) == per_clip:
                 return list(asked.values())
-            yes = coins[kind] != bool(attempt % 2)  # alternate the answers of a kind
-            question_and_answer = _ASK[kind](plan.names, names, rng, yes)
+            yes = starts_with_yes[kind] != bool(attempt % 2)  # alternate the answers of a kind
+            question_and_answer = _GENERATE[kind](plan.names, names, rng, yes)
             if question_and_answer is not None:
                 text, answer = question_and_answer
                 has_new_name = not set(new).isdisjoint(re.findall(r"\w+", f"{text} {answer}"))
@@ -87,23 +87,23 @@ def questions(
 # Each function gets the names that are shown, the names that may be asked about, and whether the answer of a
 # yes-or-no question should be yes. It returns a question and its answer, or None if the clip is too short.
 
-_Asked = tuple[str, str] | None
+_QuestionAnswer = tuple[str, str] | None
 
 
-def _first(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _Asked:
+def _first(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _QuestionAnswer:
     return "What is shown first?", shown[0]
 
 
-def _last(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _Asked:
+def _last(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _QuestionAnswer:
     return "What is shown last?", shown[-1]
 
 
-def _count(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _Asked:
+def _count(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _QuestionAnswer:
     return "How many shots are there?", NUMBERS[len(shown) - 1]
 
 
-def _when(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _Asked:
-    """Ask about the middle in half of the clips of three or more shots, to balance the three answers."""
+def _when(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _QuestionAnswer:
+    """Make the answer "middle" in half of the clips of three or more shots, to balance the three answers."""
     if len(shown) < 2:
         return None
     if len(shown) > 2 and rng.random() < 0.5:
@@ -113,7 +113,7 @@ def _when(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: b
     return f"When is the {name} shown: start, middle or end?", answer
 
 
-def _order(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _Asked:
+def _order(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _QuestionAnswer:
     if len(shown) < 2:
         return None
     earlier, later = sorted(rng.sample(shown, 2), key=shown.index)
@@ -121,13 +121,13 @@ def _order(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: 
     return f"Is the {first} shown before the {second}?", "yes" if yes else "no"
 
 
-def _present(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _Asked:
+def _present(shown: Sequence[str], names: Sequence[str], rng: random.Random, yes: bool) -> _QuestionAnswer:
     absent = [name for name in names if name not in shown]
     name = rng.choice(shown if yes or not absent else absent)
     return f"Is the {name} shown?", "yes" if name in shown else "no"
 
 
-_ASK: dict[str, Callable[[Sequence[str], Sequence[str], random.Random, bool], _Asked]] = {
+_GENERATE: dict[str, Callable[[Sequence[str], Sequence[str], random.Random, bool], _QuestionAnswer]] = {
     "first": _first,
     "last": _last,
     "count": _count,
@@ -141,7 +141,22 @@ _ASK: dict[str, Callable[[Sequence[str], Sequence[str], random.Random, bool], _A
 
 
 def rows(clips: Iterable[Clip], things: Sequence[Thing], *, per_clip: int = 5, seed: int = 0) -> list[Row]:
-    """Ask questions about each clip; only clips that show held-out things get questions about such things."""
+    """Generate questions about each clip.
+
+    Only clips that show held-out things get questions about such things.
+
+    Args:
+        clips: The clips.
+        things: All things that questions may name.
+        per_clip: Number of questions about each clip.
+        seed: Makes the questions repeatable.
+
+    Returns:
+        One row for each clip, in the same order.
+
+    Raises:
+        DataError: A clip allows fewer different questions.
+    """
     new = {thing.name for thing in things if thing.held_out}
     result = []
     for clip in clips:
@@ -163,7 +178,7 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> Path:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Read a file of `write_rows`."""
+    """Read a file that `write_rows` has written."""
     result = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)

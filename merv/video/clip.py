@@ -27,7 +27,7 @@ class Clip:
         info: Properties of the video.
         span_s: Start and end of the sampled range, in seconds; (0, 0) for a still.
         frames: Encoder name → preprocessed Frames with batch size 1.
-        indices: Encoder name → the index in the video of each of those frames.
+        indices: Encoder name → the index of each frame in the video.
     """
 
     info: VideoInfo
@@ -72,6 +72,8 @@ def prepare(
     Raises:
         VideoError: The video cannot be read.
         SamplingError: The sampling does not fit the video.
+        ShapeError: An array has another dtype or shape, or a preset cannot crop frames that are this long.
+        MissingDependency: The decoding backend cannot be loaded.
 
     Example:
         >>> from merv import create_encoder

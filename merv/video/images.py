@@ -71,8 +71,8 @@ def array_reader(source: Any, name: str, fps: float) -> ImagesReader:
     if channels_first == channels_last or not pixels.numel():
         raise ShapeError(
             f"{name}: expected shape [T, 3, H, W] or [T, H, W, 3], or one image without T; got "
-            f"{list(pixels.shape)}. No axis may be empty, and only one of the two may have size 3. Pass a "
-            "batch of videos as a list: list(batch)."
+            f"{list(pixels.shape)}. No axis may be empty, and exactly one of axes -3 and -1 must "
+            "have size 3. Pass a batch of videos as a list: list(batch)."
         )
     if channels_last:
         pixels = pixels.movedim(-1, -3)
@@ -137,7 +137,10 @@ def _constant_rate_info(name: str, shape: Sequence[int], fps: float, codec: str)
 
 
 def image_reader(file: BinaryIO, name: str, *, owned: bool, max_pixels: int) -> ImagesReader | None:
-    """Return a reader of an image or animation, or None if PIL does not recognize the file."""
+    """Return a reader of an image or animation, or None if PIL does not recognize the file.
+
+    If `owned`, the reader closes the file. Images of more than `max_pixels` are refused.
+    """
     try:
         image = _open_image(file)
     except UnidentifiedImageError:
@@ -172,9 +175,9 @@ def image_reader(file: BinaryIO, name: str, *, owned: bool, max_pixels: int) -> 
 
 
 def _frame_starts(image: Image.Image, first: int) -> tuple[list[float], str]:
-    """Return when each frame of an animation starts and the last one ends, in seconds, and the damage.
+    """Return (times in seconds, damage) of an animation: when each frame starts, and when the last one ends.
 
-    The list ends before the first frame that cannot be read, because later frames build on it.
+    The list stops before the first frame that cannot be read, because later frames depend on it.
     """
     starts_ms = [0.0]
     while True:
@@ -194,7 +197,7 @@ def _frame_starts(image: Image.Image, first: int) -> tuple[list[float], str]:
 def _open_image(file: BinaryIO) -> Image.Image:
     """Open an image with PIL without decoding it.
 
-    `Image.open` is not used, because a caller cannot raise its limit on the size.
+    `Image.open` is not used: its limit on the size is global, so `max_pixels` could not raise it.
     """
     file.seek(0)
     start = file.read(16)
@@ -209,7 +212,7 @@ def _open_image(file: BinaryIO) -> Image.Image:
 
 
 def _message(error: Exception) -> str:
-    """Return PIL's message without a full stop; it says if the limit on the size is PIL's own."""
+    """Return PIL's message without the final period. If PIL refused the size, name its limit."""
     is_limit = isinstance(error, Image.DecompressionBombError)
     return str(error).rstrip(".") + is_limit * "; the limit is PIL's own: 2 * PIL.Image.MAX_IMAGE_PIXELS"
 

@@ -50,7 +50,11 @@ def load_video(
     Raises:
         UnreadableVideo: The source is missing or no requested frame can be decoded.
         DamagedVideo: Some requested frames cannot be decoded.
-        SamplingError: The range or the number of frames does not fit the clip.
+        SamplingError: The range or the number of frames does not fit the clip, or `fps`, `start_s` or
+            `end_s` is passed together with a `Sampling`.
+        ShapeError: An array has another dtype or shape.
+        MissingDependency: The backend cannot be loaded.
+        VideoError: The source is of another type, or `on_error` or `backend` is unknown.
 
     Example:
         >>> frames = load_video(torch.zeros(50, 3, 32, 48, dtype=torch.uint8), num_frames=4)
@@ -63,7 +67,8 @@ def load_video(
         sampling = Sampling(cast(Mode, sampling), start_s=start_s, end_s=end_s, fps=fps)
     elif fps is not None or start_s or end_s is not None:
         raise SamplingError(
-            "fps, start_s and end_s must not be passed beside a Sampling. Set them in the Sampling itself."
+            f"fps, start_s and end_s must be set in the Sampling that is passed as sampling=, as in "
+            f"Sampling(fps=2); got load_video(…, fps={fps}, start_s={start_s}, end_s={end_s})."
         )
     try:
         with open_video(source, backend=backend, max_pixels=max_pixels) as reader:

