@@ -1,18 +1,18 @@
-"""Lines of code of each package: without docstrings, comments and blank lines.
+"""Count the lines of code of each package, without docstrings, comments and blank lines.
 
 python benchmarks/code_lines.py [CHECKOUT]
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import io
-import sys
 import tokenize
 from collections import Counter
 from pathlib import Path
 
-LAYOUT = {
+LAYOUT = {  # tokens that are not code
     tokenize.COMMENT,
     tokenize.NL,
     tokenize.NEWLINE,
@@ -45,16 +45,24 @@ def by_package(checkout: Path) -> Counter[str]:
     counts: Counter[str] = Counter()
     for path in [*(checkout / "merv").rglob("*.py"), *(checkout / "encoders").glob("*.py")]:
         folders = path.relative_to(checkout).parts[:-1]
-        linked = folders[:2] in (("merv", "encoders"), ("merv", "recipes"))
-        if not linked:
+        is_link = folders[:2] in (("merv", "encoders"), ("merv", "recipes"))
+        if not is_link:
             counts["/".join(folders[:2])] += code_lines(path.read_text(encoding="utf-8"))
     return counts
 
 
 def main() -> None:
     """Print one row per package, and the total."""
-    checkout = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1]
-    counts = by_package(checkout)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "checkout",
+        type=Path,
+        nargs="?",
+        default=Path(__file__).parents[1],
+        metavar="CHECKOUT",
+        help="(default: this one)",
+    )
+    counts = by_package(parser.parse_args().checkout)
     for package, count in sorted(counts.items()):
         print(f"{package:20} {count:6}")
     print(f"{'total':20} {counts.total():6}")

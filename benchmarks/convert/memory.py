@@ -6,11 +6,12 @@ The checkpoints have the format of the release and are written by tests/official
 released mixer with 3072 hidden dimensions, and a random Llama in fp32 with enough layers for the size. Each
 is converted in a separate process. Peak memory is the kernel's VmHWM minus the memory of the process after
 all imports. It includes the pages of the mapped file that are in use, which the kernel can reclaim.
-"Anonymous" is the peak without these pages, sampled every 5 ms.
+The "anonymous part" is the peak without these pages, sampled every 5 ms.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -81,8 +82,9 @@ def child(folder: Path) -> None:
 
 
 def main(sizes: list[float]) -> None:
+    """Convert one checkpoint of each size in a child process, and print a row for each."""
     torch.manual_seed(0)
-    print("file, MB   written, MB   peak memory over the imports, MB   of it anonymous, MB   seconds")
+    print("file, MB   written, MB   peak memory beyond imports, MB   anonymous part, MB   seconds")
     for size in sizes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -93,8 +95,8 @@ def main(sizes: list[float]) -> None:
             result = json.loads(done.stdout.splitlines()[-1])
             written = sum(path.stat().st_size for path in (folder / "out").rglob("*") if path.is_file())
             print(
-                f"{file.stat().st_size / MB:8.0f}   {written / MB:11.0f}   {result['peak']:32.0f}   "
-                f"{result['anonymous']:19.0f}   {result['seconds']:7.1f}",
+                f"{file.stat().st_size / MB:8.0f}   {written / MB:11.0f}   {result['peak']:30.0f}   "
+                f"{result['anonymous']:18.0f}   {result['seconds']:7.1f}",
                 flush=True,
             )
 
@@ -103,4 +105,13 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(Path(sys.argv[2]))
     else:
-        main([float(size) for size in sys.argv[1:]] or [0.6, 1.2, 2.4])
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        parser.add_argument(
+            "sizes",
+            type=float,
+            nargs="*",
+            default=[0.6, 1.2, 2.4],
+            metavar="GIGABYTES",
+            help="(default: 0.6 1.2 2.4)",
+        )
+        main(parser.parse_args().sizes)

@@ -44,11 +44,18 @@ BOUND = 1e-4  # for the maximum difference in fp32
 
 
 def main() -> None:
+    """Print one row for each reference and preset."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--depth", type=int, default=4, help="blocks of each network")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument(
+        "--python",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="Python with the library of a reference",
+    )
     parser.add_argument("--write", action="store_true", help="put the rows into docs/encoders.md")
     parser.add_argument(
         "--compile", action="store_true", help="also run with torch.compile, and print the difference"
@@ -73,6 +80,7 @@ def main() -> None:
 
 
 def installed(name: str) -> bool:
+    """Return whether this Python has the library of a reference."""
     try:
         return bool(version(importlib.import_module(f"references.{name}").LIBRARY))
     except ImportError:
@@ -80,6 +88,7 @@ def installed(name: str) -> bool:
 
 
 def run_reference(name: str, folder: Path, depth: int, python: str, threads: int) -> None:
+    """Run a reference with `python`; it writes weights and features into the folder."""
     command = [python, "-m", "references", name, str(folder), f"--depth={depth}", f"--threads={threads}"]
     subprocess.run(command, check=True, cwd=HERE, stdout=subprocess.DEVNULL)
 
@@ -119,7 +128,7 @@ def compare(name: str, folder: Path, depth: int) -> dict[tuple[str, ...], str]:
         rows[key] = line((*key, *figures))
         print(rows[key], flush=True)
         if fp32.maximum > BOUND:
-            print(f"  above {BOUND}")
+            print(f"  NOT EQUAL: the maximum difference in fp32 is above {BOUND}")
     return rows
 
 
@@ -153,7 +162,9 @@ class Difference:
     @classmethod
     def of(cls, actual: Tensor, expected: Tensor) -> Difference:
         if actual.shape != expected.shape:
-            raise SystemExit(f"merv has shape {list(actual.shape)}, the library {list(expected.shape)}")
+            raise SystemExit(
+                f"Expected the library's shape {list(expected.shape)}; merv returned {list(actual.shape)}."
+            )
         difference = (actual.double() - expected.double()).abs()
         return cls(difference.max().item(), difference.mean().item(), expected.double().std().item())
 

@@ -24,7 +24,7 @@ def main() -> None:
     """Build, run and release one encoder after the other, so that 8 GB of memory suffice."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME")
-    parser.add_argument("--weights")
+    parser.add_argument("--weights", metavar="FOLDER_OR_HUB_ID", help="(default: random weights)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -48,7 +48,8 @@ def measure(name: str, weights: str | None) -> str:
     encoded = time.perf_counter()
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
     if values.shape != (1, *spec.grid, spec.embed_dim) or parameters != spec.parameters:
-        raise SystemExit(f"{name}: {list(values.shape)}, {parameters} parameters; the spec says {spec}")
+        expected = f"{[1, *spec.grid, spec.embed_dim]} and {spec.parameters} parameters"
+        raise SystemExit(f"{name}: the spec says {expected}; got {list(values.shape)} and {parameters}.")
     tokens = "×".join(map(str, values.shape[1:]))
     seconds = (built - started, preprocessed - built, encoded - preprocessed)
     return ROW.format(

@@ -10,8 +10,8 @@ tests/encoding/test_golden.py compares merv's encoders with them.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -33,7 +33,10 @@ def sliced(stage: str, whole: Tensor) -> Tensor:
 
 
 def main() -> None:
-    for name in sys.argv[1:]:
+    """Write one file for each NAME, and print its path."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("names", nargs="+", metavar="NAME")
+    for name in parser.parse_args().names:
         with tempfile.TemporaryDirectory() as folder:
             run(name, Path(folder), SIZE)
             print(save_golden(name, Path(folder)))

@@ -1,9 +1,9 @@
-"""Are trained answers generated, and do they stop? For every kind of chat template and many classes of LLM.
+"""Check that a model generates its training answers and stops, for many chat templates and classes of LLM.
 
-python benchmarks/models/conversations.py [--write]
+    python benchmarks/models/conversations.py [--write]
 
 A tiny model with random weights is trained for a few steps on one conversation of two turns and on two single
-questions. Then it is asked. --write stores the tables in benchmarks/results/conversations.md.
+questions, and then asked them again. --write stores the tables in benchmarks/results/conversations.md.
 """
 
 from __future__ import annotations
@@ -137,9 +137,9 @@ def main() -> None:
         "# Trained answers are generated, and they stop",
         "",
         f"`python benchmarks/models/conversations.py --write`, torch {torch.__version__}, transformers "
-        f"{__version__}, {platform.machine()}, one thread. Sequences: into how many a conversation of two "
-        "turns is split. One turn, two turns: the trained answers are generated, in a batch and as a stream, "
-        "and nothing follows. Rows shared: two questions about a video share a row. "
+        f"{__version__}, {platform.machine()}, one thread. Sequences: the number that a conversation of two "
+        "turns is split into. One turn, two turns: the trained answers are generated, in a batch and as a "
+        "stream, and nothing follows. Rows shared: two questions about a video share a row. "
         f"Steps: until the mean loss is below {LEARNED}, checked every {STEPS} steps.",
     ]
 

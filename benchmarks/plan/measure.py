@@ -1,12 +1,13 @@
 """Compare `merv plan` with real runs: predicted and measured FLOPs and memory of a training step.
 
     python benchmarks/plan/measure.py --out benchmarks/results/plan.md
-    python benchmarks/plan/measure.py --only lora full
+    python benchmarks/plan/measure.py --only projector full
 
 Each setting runs in a process of its own. It trains a transformer with random weights for a few steps with
 Lightning, as `merv fit` does. Measured FLOPs come from torch's FlopCounterMode. Measured memory comes from
-the profiler events of torch's allocator, not from our own counter: all bytes allocated since the model was
-loaded, at the peak of a step after the first. CPU allocators have no peak statistics as GPU allocators have.
+the profiler events of torch's allocator, not from the counter of `merv plan`: all bytes allocated since the
+model was loaded, at the peak of a step after the first. Unlike GPU allocators, CPU allocators have no peak
+statistics.
 The resident memory of the process is printed too; it includes Python, libraries and freed pages.
 """
 
@@ -243,9 +244,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="*", default=list(SETTINGS), help="names of settings")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=list(SETTINGS),
+        metavar="NAME",
+        help=f"run only these settings: {'; '.join(SETTINGS)}",
+    )
     parser.add_argument("--out", type=Path, help="file for the table")
-    parser.add_argument("--machine", default="AMD EPYC (Zen 4), 2 shared virtual cores, one used")
+    parser.add_argument(
+        "--machine",
+        help="description of the machine in the table",
+        default="AMD EPYC (Zen 4), 2 shared virtual cores, one used",
+    )
     args = parser.parse_args()
     import lightning  # noqa: F401 - imported once, before the processes are forked
     import transformers  # noqa: F401

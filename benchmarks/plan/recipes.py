@@ -4,8 +4,8 @@
     python benchmarks/plan/recipes.py [NAME ...] [--write]
 
 Nothing is measured. The language model has the published shape of Llama-2-7B, without weights, and SmolLM2's
-tokenizer. The rows are the guesses of `merv plan` without a data file: one video, a question of 60 words, an
-answer of 20. The number of samples is that of arXiv 2501.01426.
+tokenizer. Without a data file, `merv plan` assumes that each sample has one video, a question of 60 words and
+an answer of 20. The number of samples is that of arXiv 2501.01426.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ PLUG_IN = Path(__file__).parents[2] / "examples/third_party_encoder"
 
 def llama(folder: Path) -> Path:
     """Write the config of Llama-2-7B and a tokenizer, without weights."""
-    width = {"hidden_size": 4096, "intermediate_size": 11_008}
-    config = LlamaConfig(vocab_size=32_000, num_hidden_layers=32, num_attention_heads=32, **width)
+    sizes = {"hidden_size": 4096, "intermediate_size": 11_008}
+    config = LlamaConfig(vocab_size=32_000, num_hidden_layers=32, num_attention_heads=32, **sizes)
     config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(smollm2_folder()).save_pretrained(folder)
@@ -60,8 +60,8 @@ def planned(name: str, llm: Path) -> tuple[str, bool]:
     plan = json.loads(printed.getvalue())
     steps = math.ceil(samples / plan["global_batch"])
     tflops = DEVICES[gpu][0] * 0.4
-    once = plan["encode_flops"] * samples / plan["setup"]["devices"] if plan["stores_features"] else 0
-    hours = (steps * sum(plan["flops"].values()) + once) / (tflops * 1e12 * 3600)
+    encode_flops = plan["encode_flops"] * samples / plan["setup"]["devices"] if plan["stores_features"] else 0
+    hours = (steps * sum(plan["flops"].values()) + encode_flops) / (tflops * 1e12 * 3600)
     devices = plan["setup"]["devices"]
     text = (
         f"{plan['peak_bytes'] / 1e9:.1f} GB per GPU, {hours:,.0f} h for {samples / 1000:,.0f}k samples on "
@@ -79,8 +79,8 @@ def write(name: str, text: str) -> None:
 def run() -> None:
     """Plan every recipe whose header names GPUs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--write", action="store_true", help="write into the recipes")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="names of recipes (default: all for GPUs)")
+    parser.add_argument("--write", action="store_true", help="replace the Planned lines of the recipes")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         llm = llama(Path(folder))

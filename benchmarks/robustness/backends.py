@@ -3,10 +3,10 @@
     python benchmarks/robustness/backends.py FOLDER
 
 The script reads every valid video of material.py, which it generates, and every file in FOLDER with PyAV
-and with torchcodec: all frames (64 of long clips) in random order. "carried" is the number of frames that
-show the same index as with PyAV; max and mean are differences between pixels in levels of 255. Then it
-measures the time for 16 uniformly spaced frames of each file in FOLDER, including opening, scanning and
-decoding. The time is the minimum of 7 runs; the backends alternate.
+and with torchcodec: all frames (64 of long clips) in random order. The generated frames show their own index:
+"carried" is the number of frames that show the same index with both. "max" and "mean" are differences between
+pixels in levels of 255. Then it measures the time for 16 uniformly spaced frames of each file in FOLDER,
+including opening, scanning and decoding. The time is the minimum of 7 runs; the backends alternate.
 
 Why pixels differ: both backends convert with libswscale, and do so equally if it has a direct conversion.
 Otherwise (more than 8 bits, 4:1:0, 4:1:1, odd sizes) PyAV upsamples the color planes bilinearly and uses
@@ -17,8 +17,8 @@ metadata, and with bicubic upsampling, PyAV returns the same pixels as torchcode
 
 from __future__ import annotations
 
+import argparse
 import random
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -49,12 +49,12 @@ class Outcome:
     refused: bool = False
 
 
-def compare(name: str, path: Path, carries: bool = False, gray: bool = False) -> Outcome:
-    """Read a file with both backends and compare."""
+def compare(name: str, path: Path, shows_index: bool = False, gray: bool = False) -> Outcome:
+    """Read a file with both backends and compare; `gray`: its index is shown without colors."""
     with open_video(path) as ours:
         try:
             with open_video(path, backend="torchcodec") as theirs:
-                return compared(name, ours, theirs, carries, gray)
+                return compared(name, ours, theirs, shows_index, gray)
         except VideoError as error:
             reason = str(error).partition(": ")[2].removeprefix("torchcodec cannot read it: ")
             # Either torchcodec's reader or PyAV's scan refused the file.
@@ -62,7 +62,7 @@ def compare(name: str, path: Path, carries: bool = False, gray: bool = False) ->
             return Outcome(ROW.format(name, ours.info.frames, "", "", "", "", reason), refused=True)
 
 
-def compared(name: str, ours: VideoReader, theirs: VideoReader, carries: bool, gray: bool) -> Outcome:
+def compared(name: str, ours: VideoReader, theirs: VideoReader, shows_index: bool, gray: bool) -> Outcome:
     """Compare two readers of one file frame by frame."""
     frames = ours.info.frames
     chosen = random.Random(0).sample(range(frames), min(frames, 64))
@@ -70,14 +70,14 @@ def compared(name: str, ours: VideoReader, theirs: VideoReader, carries: bool, g
     pixels, others = ours.read(chosen), theirs.read(chosen)
     difference = (pixels.int() - others.int()).abs()
     same = len(chosen)
-    if carries:
+    if shows_index:
         carried, found = ([index_of(p.numpy(), gray) for p in read] for read in (pixels, others))
         same = sum(a == b for a, b in zip(carried, found, strict=True))
     line = ROW.format(
         name,
         frames,
         "equal" if same_times else "DIFFER",
-        f"{same}/{len(chosen)}" if carries else "",
+        f"{same}/{len(chosen)}" if shows_index else "",
         difference.max().item(),
         f"{difference.float().mean().item():.3f}",
         "" if not difference.any() else color(ours),
@@ -128,4 +128,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    main(parser.parse_args().folder)

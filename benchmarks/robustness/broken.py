@@ -28,7 +28,7 @@ TOUCHED: list[str] = []  # what was opened because a file referred to it
 def altered(
     name: str, alter: Callable[[bytes], bytes], error: tuple[str, ...] | None, **details: Any
 ) -> Case:
-    """A valid file of 50 frames in five groups of pictures, modified by `alter`."""
+    """A file of 50 frames in five groups of pictures (GOPs), damaged by `alter`."""
 
     def make(path: Path) -> None:
         if path.suffix in (".gif", ".webp"):
@@ -56,15 +56,15 @@ def flipped(bits: int) -> Callable[[bytes], bytes]:
 
     def flip(data: bytes) -> bytes:
         noise, copy = np.random.default_rng(0), bytearray(data)
-        for place in noise.integers(len(data) // 2, len(data), bits):
-            copy[place] ^= 1 << int(noise.integers(8))
+        for offset in noise.integers(len(data) // 2, len(data), bits):
+            copy[offset] ^= 1 << int(noise.integers(8))
         return bytes(copy)
 
     return flip
 
 
 def hole(data: bytes) -> bytes:
-    """Zero a tenth of the file, like an incomplete download in parts."""
+    """Replace a tenth of the file with zeros, like a download in parts of which one is missing."""
     begin, end = int(0.45 * len(data)), int(0.55 * len(data))
     return data[:begin] + bytes(end - begin) + data[end:]
 

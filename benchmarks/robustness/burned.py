@@ -97,29 +97,29 @@ def video(
     path = target if hasattr(target, "write") else str(target)
     with av.open(path, "w", format=format, options=container or {}) as file:
         audio = add_sound(file) if sound == "before" else None
-        rows = [
+        videos = [
             file.add_stream(codec, rate=rate, options=QUICK.get(codec, {}) | (options or {}))
             for _ in range(streams)
         ]
-        for row in rows:
-            row.width, row.height = size
-            row.pix_fmt = pix_fmt
-            row.bit_rate = 2_000_000
-            row.time_base = row.codec_context.time_base = tick
-            setup(row)
+        for stream in videos:
+            stream.width, stream.height = size
+            stream.pix_fmt = pix_fmt
+            stream.bit_rate = 2_000_000
+            stream.time_base = stream.codec_context.time_base = tick
+            setup(stream)
         audio = add_sound(file) if sound == "after" else audio
         if audio:
             mux_sound(file, audio, len(indices) / fps)
         turned = stored(np.zeros((1, 2, 3))).shape[:2] == (2, 1)
-        for place, index in enumerate(indices):
-            for number, row in enumerate(rows):
+        for position, index in enumerate(indices):
+            for number, stream in enumerate(videos):
                 rgb = stored(picture(index + 100 * number, *(size[::-1] if turned else size)))
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
                 frame = frame.reformat(format=pix_fmt, **levels) if levels else frame
-                frame.pts, frame.time_base = pts[place] if pts else place, tick
-                mux(file, row.encode(frame), shift)
-        for row in rows:
-            mux(file, row.encode(), shift)
+                frame.pts, frame.time_base = pts[position] if pts else position, tick
+                mux(file, stream.encode(frame), shift)
+        for stream in videos:
+            mux(file, stream.encode(), shift)
 
 
 def mux(file: Any, packets: Iterable[Any], shift: int) -> None:

@@ -7,7 +7,7 @@ decoding, and the times of all frames decoded in sequence by PyAV. "pixels" is t
 between a frame that merv reads out of order and the same frame decoded in sequence.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import av
@@ -68,4 +68,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    main(parser.parse_args().folder)

@@ -33,7 +33,7 @@ class Outcome:
 
 
 def confined(work: Callable[[], dict[str, Any]], limit_s: int) -> Outcome:
-    """Run `work` and return its result as an Outcome, with its peak memory."""
+    """Run `work`, which returns fields of Outcome. Its CPU time and peak memory are added if not set."""
     until_s = time.monotonic() + PATIENCE * limit_s
     reading, writing = os.pipe()
     child = os.fork()
@@ -49,11 +49,11 @@ def confined(work: Callable[[], dict[str, Any]], limit_s: int) -> Outcome:
         if not part:
             break
     os.close(reading)
-    waits = time.monotonic() >= until_s
-    if waits:
+    timed_out = time.monotonic() >= until_s
+    if timed_out:
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
-    if waits or (os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)):
+    if timed_out or (os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)):
         return Outcome("hang", float(limit_s), wrong=[f"not done after {limit_s} s"])
     if status or not data:
         return Outcome("crash", 0.0, wrong=[data.decode(errors="replace") or f"status {status}"])

@@ -2,12 +2,12 @@
 
     python benchmarks/robustness/material.py FOLDER
 
-writes the valid video files, for trying out decoders.
+The script writes the valid video files into FOLDER, to try decoders with.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -37,13 +37,13 @@ class Case:
         times_s: When the frames are shown; for a damaged file, the times of the undamaged one.
         indices: The indices that the frames show; for a damaged file, those of the undamaged one.
         whole: Whether all frames must be returned.
-        error: Names of the errors that reading may raise; None if it must not raise.
+        error: Names of the errors that reading may raise; None if it must not raise. If not `whole`,
+            DamagedVideo is always allowed.
         size: (width, height) as displayed.
         gray: Whether the video has no colors.
         pixels: Whether the frames are large enough to show an index.
         color: Allowed error of the colors, in levels of 255.
         reading: Options of `open_video`.
-        sound: Whether it is a valid video file.
     """
 
     name: str
@@ -58,18 +58,21 @@ class Case:
     pixels: bool = True
     color: float = 80.0
     reading: tuple[tuple[str, Any], ...] = ()
-    sound: bool = False
 
 
 def clip(name: str, kind: str, frames: int = 12, fps: float = 25, **details: Any) -> Case:
-    """A case that `burned.video` writes; `shown` is its display size if it differs from the stored size."""
-    fields = ("times_s", "indices", "gray", "pixels", "reading", "color", "error", "whole", "sound")
-    own: dict[str, Any] = {"sound": True} | {key: details.pop(key) for key in fields if key in details}
+    """A case that `burned.video` writes.
+
+    `details` are fields of Case, arguments of `burned.video`, and two more: `shown` is the display size if it
+    differs from the stored size, and `make` replaces `burned.video`.
+    """
+    fields = ("times_s", "indices", "gray", "pixels", "reading", "color", "error", "whole")
+    values: dict[str, Any] = {key: details.pop(key) for key in fields if key in details}
     size = details.pop("shown", details.get("size", SIZE))
-    indices = own.pop("indices", tuple(range(frames)))
-    times_s = own.pop("times_s", steady(len(indices), fps))
+    indices = values.pop("indices", tuple(range(frames)))
+    times_s = values.pop("times_s", steady(len(indices), fps))
     make = details.pop("make", None) or partial(video, frames=frames, fps=fps, **details)
-    return Case(name, kind, make, times_s, indices, size=size, **own)
+    return Case(name, kind, make, times_s, indices, size=size, **values)
 
 
 def steady(frames: int, fps: float = 25, start_s: float = 0.0) -> tuple[float, ...]:
@@ -133,15 +136,15 @@ def joined(name: str, first_s: float, second_s: float) -> Case:
             parts.append(part.getvalue())
         path.write_bytes(b"".join(parts))
 
-    return Case(name, "time", make, steady(24), tuple(range(24)), whole=False, sound=True)
+    return Case(name, "time", make, steady(24), tuple(range(24)), whole=False)
 
 
 def trimmed(path: Path) -> None:
     """Write 20 frames, of which the edit list shows 5 to 14; frame 5 is inside a group of pictures."""
     video(path, 20, options={"g": "10"})
     data = bytearray(path.read_bytes())
-    place = data.index(b"elst") + 12  # duration in ms, then the media's time: 512 ticks a frame
-    data[place : place + 8] = (400).to_bytes(4, "big") + (5 * 512).to_bytes(4, "big")
+    offset = data.index(b"elst") + 12  # duration in ms, then the media's time: 512 ticks a frame
+    data[offset : offset + 8] = (400).to_bytes(4, "big") + (5 * 512).to_bytes(4, "big")
     path.write_bytes(data)
 
 
@@ -339,7 +342,7 @@ def containers() -> list[Case]:
     ]
 
 
-def sound_videos() -> list[Case]:
+def valid_videos() -> list[Case]:
     """Return every case that is a valid video file."""
     return [*timing(), *colors(), *shapes(), *containers()]
 
@@ -348,7 +351,7 @@ def generate(folder: Path) -> list[tuple[Case, Path]]:
     """Write every valid video file into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     made = []
-    for case in sound_videos():
+    for case in valid_videos():
         case.make(folder / case.name)
         made.append((case, folder / case.name))
     return made
@@ -356,4 +359,6 @@ def generate(folder: Path) -> list[tuple[Case, Path]]:
 
 if __name__ == "__main__":
     av.logging.set_level(None)
-    print(f"{len(generate(Path(sys.argv[1])))} videos written")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    print(f"{len(generate(parser.parse_args().folder))} videos written")

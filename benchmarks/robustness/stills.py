@@ -84,8 +84,8 @@ def pictures() -> list[Case]:
         animation("parts.webp", times, lossless=True, minimize_size=True, kmax=100),
         animation("lossy.webp", times, quality=90),
         animation("animation.png", times),
-        clip("animation.apng", "picture", codec="apng", pix_fmt="rgba", sound=False),
-        clip("by_ffmpeg.gif", "picture", codec="gif", pix_fmt="rgb8", sound=False, pixels=False),
+        clip("animation.apng", "picture", codec="apng", pix_fmt="rgba"),
+        clip("by_ffmpeg.gif", "picture", codec="gif", pix_fmt="rgb8", pixels=False),
         Case("folder", "picture", folder, steady(5), tuple(range(5))),
     ]
 

@@ -5,13 +5,15 @@
 Each of about 1,000 seeded copies is read in its own process with a time limit: 16 frames, spread over the
 length that it claims, with on_error="raise" and, if that raises an error, with "partial". The returned
 frames are averaged to 24×32 cells and compared with those of the undamaged clip. A frame "differs" if a
-cell is more than 8 levels of 255 off. It is "misplaced" if another frame of the clip is nearer, by more
-than 1 level, than the frame of that time. A copy that lost its start counts time from its first readable
-frame, so all its times may be off by the same amount.
+cell is more than 8 levels of 255 off. It is "misplaced" if another frame of the clip is closer, by more
+than 1 level, than the frame at that time. A copy that lost its start counts time from its first readable
+frame, so all its times may be off by the same amount. The exit status is 1 after a hang, a crash, or an
+error that does not name the file and on_error.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -32,7 +34,7 @@ from merv.video.reader import VideoReader
 LIMIT_S = 20
 FRAMES = 16
 CELLS = (24, 32)
-SEEN = 8.0  # a frame differs if a cell is more levels off
+MAX_DIFFERENCE = 8.0  # levels of 255; a frame "differs" if one of its cells is further off
 ROW = "{:16} {:>6} {:>6} {:>9} {:>11} {:>5} {:>6} {:>8}  {:>8} {:>8} {:>10}   {:>8} {:>8} {:>10}"
 
 
@@ -45,8 +47,8 @@ def flips(count: int) -> Callable[[bytearray, np.random.Generator], bytearray]:
     """Replace random bytes with random values."""
 
     def flip(data: bytearray, noise: np.random.Generator) -> bytearray:
-        for place, value in zip(noise.integers(0, len(data), count), noise.bytes(count), strict=True):
-            data[place] = value
+        for offset, value in zip(noise.integers(0, len(data), count), noise.bytes(count), strict=True):
+            data[offset] = value
         return data
 
     return flip
@@ -59,7 +61,7 @@ def part(data: bytearray, noise: np.random.Generator) -> slice:
 
 
 def zeros(data: bytearray, noise: np.random.Generator) -> bytearray:
-    """Zero a random part."""
+    """Replace a random part with zeros."""
     where = part(data, noise)
     data[where] = bytes(len(data[where]))
     return data
@@ -86,7 +88,7 @@ def cells(pixels: Tensor) -> Tensor:
     return torch.stack([adaptive_avg_pool2d(picture.float(), CELLS) for picture in pixels])
 
 
-def sound(path: Path) -> tuple[Tensor, Tensor]:
+def reference(path: Path) -> tuple[Tensor, Tensor]:
     """Return the times and cells of all frames of an undamaged clip."""
     with open_video(path) as video:
         parts = np.array_split(range(video.info.frames), min(video.info.frames, 10))
@@ -99,14 +101,16 @@ def compared(
 ) -> list[int]:
     """Return how many frames were returned, differ, and are misplaced."""
     times_s, pictures = clip
-    came = cells(pixels)
-    said = torch.tensor([video.info.times_s[i] for i in indices if i not in video.missing])
-    far = torch.stack([(pictures - picture).abs().mean((1, 2, 3)) for picture in came])  # [came, all]
-    lag = (times_s[far.argmin(1)] - said).median()
-    at = (times_s - (said + lag)[:, None]).abs().argmin(1)  # the frame that should have been returned
-    differs = (came - pictures[at]).abs().amax((1, 2, 3)) > SEEN
-    misplaced = far.gather(1, at[:, None])[:, 0] > far.amin(1) + 1
-    return [len(came), int(differs.sum()), int(misplaced.sum())]
+    returned = cells(pixels)
+    claimed_s = torch.tensor([video.info.times_s[i] for i in indices if i not in video.missing])
+    # distance: [returned frames, frames of the clip]
+    distance = torch.stack([(pictures - picture).abs().mean((1, 2, 3)) for picture in returned])
+    lag_s = (times_s[distance.argmin(1)] - claimed_s).median()
+    # expected: index in the clip of each frame that should have been returned
+    expected = (times_s - (claimed_s + lag_s)[:, None]).abs().argmin(1)
+    differs = (returned - pictures[expected]).abs().amax((1, 2, 3)) > MAX_DIFFERENCE
+    misplaced = distance.gather(1, expected[:, None])[:, 0] > distance.amin(1) + 1
+    return [len(returned), int(differs.sum()), int(misplaced.sum())]
 
 
 def verdict(data: bytes, name: str, clip: tuple[Tensor, Tensor]) -> dict[str, Any]:
@@ -137,13 +141,13 @@ def copies(folder: Path, count: int) -> list[tuple[str, Path, int]]:
     return [(list(HARMS)[i % len(HARMS)], paths[which], i) for i, which in enumerate(chosen)]
 
 
-def main(folder: Path, count: int = 1002) -> int:
-    """Print the table, one row per kind of damage."""
+def main(folder: Path, count: int) -> int:
+    """Print the table, one row per kind of damage, and return the exit status."""
     torch.set_num_threads(1)
     todo = copies(folder, count)
     outcomes: dict[str, list[Outcome]] = {harm: [] for harm in HARMS}
     for path in sorted({path for _, path, _ in todo}):
-        clip, data = sound(path), path.read_bytes()
+        clip, data = reference(path), path.read_bytes()
         for harm, of, seed in todo:
             if of == path:
                 torn = bytes(HARMS[harm](bytearray(data), np.random.default_rng(seed)))
@@ -176,4 +180,8 @@ def row(harm: str, outcomes: list[Outcome]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of valid clips")
+    parser.add_argument("copies", type=int, nargs="?", default=1002, metavar="COPIES", help="(default: 1002)")
+    args = parser.parse_args()
+    sys.exit(main(args.folder, args.copies))

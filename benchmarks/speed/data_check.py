@@ -2,14 +2,15 @@
 
     python benchmarks/speed/data_check.py [--videos 600] [--rows 3000] [--workers 2]
 
-The data set is generated: H.264 clips of 10 s and 320×240, with five conversations of random words about
-each. There are three modes: "none" reads only the rows; "probe", the default, scans each clip and decodes
-its first frame; "decode" also decodes 8 frames of each clip. The times are wall-clock seconds of one run,
-including the start of the workers. The script writes them to benchmarks/results/data_check.txt, with the
-name of the machine.
+The data set is generated: H.264 clips of 10 s and 320×240, and conversations of random words about them, by
+default five about each. There are three modes: "none" reads only the rows; "probe", the default, scans each
+clip and decodes its first frame; "decode" also decodes 8 frames of each clip. Times are wall-clock seconds
+of one run, including the start of the workers. The script writes them to benchmarks/results/data_check.txt,
+with the name of the machine.
 
-Predicted before the first run: 2000 conversations per second for "none", 300 for "probe", 100 for "decode".
-Measured on a busy machine: 1578, 511 and 220. For "none", starting the workers takes most of the time.
+Before the first run, we expected 2000 conversations per second for "none", 300 for "probe" and 100 for
+"decode". On a busy machine, we measured 1578, 511 and 220. For "none", starting the workers takes most of the
+time.
 """
 
 from __future__ import annotations

@@ -5,15 +5,15 @@
 Frames of the videos, or generated ones (waves, edges, noise), are squashed to 224×224. For each
 interpolation, the script prints the maximum and the mean difference from the installed Pillow in levels of
 255, the percentage of values that differ, and the CPU milliseconds per frame (the minimum of five runs; the
-ways alternate). `bytes` is what "fast" does on a CPU. `floats` is what it does on other devices; here it
+methods alternate). `bytes` is what "fast" does on a CPU. `floats` is what it does on other devices; here it
 runs on the CPU to measure its error, so its time on a GPU is not measured. `columns` makes Pillow resample
 columns before rows, as it always did before version 13.
 
-Predicted before the first run: "fast" is three times as fast on one thread, and no value differs by more
-than 1. Measured on an AMD EPYC (Zen 4) with Pillow 13: 2.4 to 7.2 times as fast, mostly 4 to 5 times. If
+Before the first run, we expected "fast" to be three times as fast on one thread, and no value to differ by
+more than 1. Measured on an AMD EPYC (Zen 4) with Pillow 13: 2.4 to 7.2 times as fast, mostly 4 to 5 times. If
 Pillow starts with the columns, as torch does, values differ by up to 2, in less than 1 % of cases (floats:
-7 %). Not predicted: Pillow 13 starts with the rows if the height shrinks much more than the width. Then
-"fast" and older Pillow versions differ by up to 7, in 5 to 21 % of cases. Floats in a single pass would
+7 %). We did not expect that Pillow 13 starts with the rows if the height shrinks much more than the width.
+Then "fast" and older Pillow versions differ by up to 7, in 5 to 21 % of cases. Floats in a single pass would
 differ in 10 to 20 % (Pillow rounds after each pass).
 """
 
@@ -38,7 +38,7 @@ ROW = "{:24} {:9} {:9} {:7} {:>4} {:>9} {:>9} {:>9} {:>7}"
 
 
 def main() -> None:
-    """Print one row for each material, interpolation and way to resample."""
+    """Print one row for each material, interpolation and method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("videos", nargs="*", metavar="VIDEO")
     parser.add_argument("--frames", type=int, default=8)
@@ -46,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, Pillow {version('pillow')}, {args.threads} threads, to 224×224")
-    print(ROW.format("material", "size", "filter", "way", "max", "mean", "differ %", "ms/frame", "ratio"))
+    print(ROW.format("material", "size", "filter", "method", "max", "mean", "differ %", "ms/frame", "ratio"))
     for name, pixels in material(args.videos, args.frames):
         for interpolation in ("bicubic", "bilinear"):
             for row in compare(pixels, Preset("squash", (224, 224), interpolation)):  # type: ignore[arg-type]
@@ -62,10 +62,10 @@ def material(videos: list[str], frames: int):
         yield video.rpartition("/")[2], loaded.pixels[0]
     if not videos:
         for height, width in SIZES:
-            yield "made", made(frames, height, width)
+            yield "generated", generated(frames, height, width)
 
 
-def made(frames: int, height: int, width: int) -> Tensor:
+def generated(frames: int, height: int, width: int) -> Tensor:
     """Generate smooth waves, hard edges and a little noise, different in each frame and channel."""
     seed = torch.Generator().manual_seed(0)
     waves = interpolate(torch.rand(frames, 3, 9, 16, generator=seed), (height, width), mode="bicubic")
@@ -76,30 +76,30 @@ def made(frames: int, height: int, width: int) -> Tensor:
 
 
 def compare(pixels: Tensor, preset: Preset):
-    """Yield way, maximum and mean difference, percentage that differs, milliseconds, and speedup."""
+    """Yield method, maximum and mean difference, percentage that differs, milliseconds, and speedup."""
     columns = replace(preset, input_size=(pixels.shape[2], preset.input_size[1]))
-    ways: dict[str, Callable[[], Tensor]] = {
+    methods: dict[str, Callable[[], Tensor]] = {
         "exact": lambda: resize(pixels, preset)[0],
         "bytes": lambda: resize(pixels, preset, "fast")[0],
         "columns": lambda: resize(resize(pixels, columns)[0], preset)[0],
         "floats": lambda: _two_passes(pixels, preset.input_size, preset),
     }
-    seconds = {way: float("inf") for way in ways}
+    seconds = {method: float("inf") for method in methods}
     results = {}
     for _ in range(5):
-        for way, run in ways.items():
+        for method, run in methods.items():
             started = time.process_time()
-            results[way] = run()
-            seconds[way] = min(seconds[way], time.process_time() - started)
-    for way in ways:
-        off = (results[way].int() - results["exact"].int()).abs()
+            results[method] = run()
+            seconds[method] = min(seconds[method], time.process_time() - started)
+    for method in methods:
+        off = (results[method].int() - results["exact"].int()).abs()
         yield (
-            way,
+            method,
             int(off.max()),
             f"{off.float().mean():.5f}",
             f"{100 * (off > 0).float().mean():.3f}",
-            f"{1000 * seconds[way] / len(pixels):.2f}",
-            f"{seconds['exact'] / seconds[way]:.2f}",
+            f"{1000 * seconds[method] / len(pixels):.2f}",
+            f"{seconds['exact'] / seconds[method]:.2f}",
         )
 
 

@@ -7,10 +7,12 @@ Clips and questions are like those of the demo, only more of them. The image enc
 and the 3-D network where shots change; a question needs one of them or both. There are two measures on the
 same stored features:
 
-    readout    fusion and a linear map, trained on the questions (readout.py): the information in the tokens
-    llm        SmolLM2-135M with a LoRA, trained with the fusion as `merv fit` does: the answers of the LLM
+    readout    a linear probe, trained together with the fusion (readout.py): measures the information in the
+               tokens
+    llm        SmolLM2-135M with a LoRA, trained together with the fusion as `merv fit` does: measures the
+               answers of the LLM
 
-All results are saved in the folder. An interrupted study resumes where it stopped, and parts of it can run in
+All results are saved in --out. An interrupted study resumes where it stopped, and parts of it can run in
 parallel (--measures, --arms, --seeds, --threads 1). At the end, the study writes fusion.md with tables,
 fusion.json and fusion.png there. --publish copies them to benchmarks/results.
 """
@@ -256,9 +258,9 @@ def main() -> None:
         "--image-frames", type=int, default=3, help=f"frames per clip for {IMAGE} (default: 3)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--read-out-steps", type=int, default=1000)
-    parser.add_argument("--llm-steps", type=int, default=800)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
+    parser.add_argument("--read-out-steps", type=int, default=1000, help="training steps (default: 1000)")
+    parser.add_argument("--llm-steps", type=int, default=800, help="training steps (default: 800)")
     parser.add_argument(
         "--lr", type=float, default=3e-3, help="learning rate of the fusion in the training with the LLM"
     )
@@ -271,9 +273,15 @@ def main() -> None:
         nargs="+",
         choices=ARMS,
         default=[a for a in ARMS if not ARMS[a].free],
-        help="run only these",
+        help="run only these (default: all except 'free tokens')",
     )
-    parser.add_argument("--measures", nargs="+", default=["readout", "llm"], choices=["readout", "llm"])
+    parser.add_argument(
+        "--measures",
+        nargs="+",
+        default=["readout", "llm"],
+        choices=["readout", "llm"],
+        help="(default: both)",
+    )
     parser.add_argument("--publish", action="store_true", help="copy the results to benchmarks/results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

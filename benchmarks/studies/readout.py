@@ -1,4 +1,4 @@
-"""A linear read-out: answer questions about a clip from its fused tokens with a linear map.
+"""A linear probe, called read-out here: a linear map answers questions about a clip from its fused tokens.
 
 Fusion and read-out are trained together with cross-entropy, on the same questions as the language model. One
 Linear maps the concatenated tokens of a clip to the outputs:
@@ -31,7 +31,13 @@ WHEN = ("start", "middle", "end")
 class Answers:
     """Express questions as choices between outputs of the read-out.
 
-    things: All names that occur in questions and answers. outputs: Number of outputs of the read-out.
+    Args:
+        things: All names that occur in questions and answers.
+
+    Attributes:
+        things: Name → its index.
+        start: Kind of question → its first output.
+        outputs: Number of outputs of the read-out.
     """
 
     def __init__(self, things: Sequence[str]) -> None:
@@ -97,7 +103,21 @@ def read_out(
     lr: float,
     seed: int,
 ) -> dict[str, list[bool]]:
-    """Train fusion and read-out on `train`; return for each of `tests` which answers are right."""
+    """Train fusion and read-out, and test them.
+
+    Args:
+        fusion: The fusion, which is trained in place.
+        train: Aligned features of the training clips, and the questions about them.
+        tests: Name of a test → features and questions.
+        outputs: Number of outputs of the read-out.
+        steps: Number of training steps.
+        batch: Clips per step.
+        lr: Learning rate of the fusion; the read-out has a tenth of it.
+        seed: Seed of the order of the clips.
+
+    Returns:
+        Name of a test → for each question, whether the answer is right.
+    """
     grids, questions = train
     torch.manual_seed(seed)
     fusion.scale_to(1.0)

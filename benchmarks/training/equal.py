@@ -1,6 +1,6 @@
-"""Train the same 20 steps in several arrangements and compare the trained weights.
+"""Train the same steps in several arrangements and compare the trained weights.
 
-    python benchmarks/training/equal.py [--out outputs/equal] [--publish]
+    python benchmarks/training/equal.py [--out outputs/equal] [--steps 20] [--publish]
 
 The reference is one process with batches of 4. It is compared with accumulated micro-batches of 2 or 1,
 packing, gradient checkpointing, DDP with two processes, DDP with accumulation, and FSDP2 with two processes

@@ -1,8 +1,8 @@
 """Kill runs in every phase, resume them, and compare weights and samples with an uninterrupted run.
 
-    python benchmarks/training/kill.py [--out outputs/kill] [--each 5]
+    python benchmarks/training/kill.py [--out outputs/kill] [--each 5] [--publish]
 
-Each run is a process that gets SIGKILL, which it cannot handle, in one phase: while it waits for data, in the
+Each run is a process that gets SIGKILL, which it cannot catch, in one phase: while it waits for data, in the
 forward pass, in the middle of the backward pass, in the optimizer, while it writes a checkpoint, or between
 epochs. `--ckpt_path=auto` resumes it. It is killed again in one of its first forward passes, if there are any
 left, and resumed again. At the end, model.safetensors must have the same bytes as without a kill, and every
@@ -51,7 +51,7 @@ RUN = 0  # process id of the run
 
 
 def dying_at(count: int, function: Callable[..., Any], after: bool = True) -> Callable[..., Any]:
-    """Wrap a function so that it kills the run at its count-th call, after or before its work."""
+    """Wrap a function so that its count-th call kills the run; if not `after`, before it does its work."""
     calls = Counter[str]()
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -81,7 +81,7 @@ def half_saved(count: int) -> Callable[..., Any]:
 
 
 def arm(phase: str, count: int) -> None:
-    """Make this process die in a phase, the count-th time that it gets there."""
+    """Make this process kill itself when it reaches a phase for the count-th time."""
     if phase == "data":
         Reader.__call__ = dying_at(count, Reader.__call__, after=count % 2 == 0)  # type: ignore[method-assign]
     elif phase == "forward":
@@ -206,7 +206,7 @@ def main() -> None:
         (RESULTS / "kill.md").write_text(text)
 
 
-# How often a run gets to each phase, at least. The kills are spread over these.
+# Phase → a number of times that every run reaches it. The kills are spread over them.
 PHASES = {"data": 20, "forward": 48, "backward": 48, "optimizer": 24, "checkpoint": 24, "epoch": 3}
 
 if __name__ == "__main__":

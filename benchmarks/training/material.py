@@ -29,7 +29,7 @@ def make(folder: Path) -> None:
 
 
 def options(folder: Path, out: Path, **more: object) -> list[str]:
-    """Return the arguments of `merv fit` for a run in `out`, with further options as part__option."""
+    """Return the arguments of `merv fit` for a run in `out`, with `more` options, written part__option."""
     values: dict[str, object] = {
         "model__llm": folder / "llm",
         "model__encoders": "[fake,fake/video]",

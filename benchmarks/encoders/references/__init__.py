@@ -5,7 +5,7 @@ its own process, if necessary in an environment that has the library and not mer
 
     LIBRARY                   the distribution of the model
     ENCODER                   name of merv's encoder, with or without a variant, for `merv.create_encoder`
-    FRAMES, WIDTH             number of frames, and channels of the full-size network
+    FRAMES, WIDTH             number of frames, and channels (embed_dim) of the full-size network
     BLOCKS                    path of the list of blocks in the library's model and in `net` of merv's encoder
     PRESETS                   preset → a function that turns PIL images into pixels [T, 3, H, W]
     publish(folder, size)     writes weights in the layout of the hub; returns the library's model with them
@@ -47,7 +47,7 @@ class Size:
         return self.width // 64
 
 
-# Data that does not depend on the machine, torch and numpy -----------------------------------------
+# Data that does not depend on the machine or on the versions of torch and numpy ----------------------
 
 
 def numbers(key: str, shape: Sequence[int]) -> Tensor:
@@ -134,17 +134,21 @@ def normalized(image: Image.Image, mean: Sequence[float], std: Sequence[float]) 
     return torch.from_numpy(values.transpose(2, 0, 1).copy())
 
 
-def squash(how: Image.Resampling, mean: Sequence[float], std: Sequence[float], side: int = 224) -> Transform:
+def squash(
+    filter_: Image.Resampling, mean: Sequence[float], std: Sequence[float], side: int = 224
+) -> Transform:
     """The released MERV's preprocessing without a crop: PIL's resize, then normalization."""
-    return each(lambda image: normalized(image.resize((side, side), how), mean, std))
+    return each(lambda image: normalized(image.resize((side, side), filter_), mean, std))
 
 
-def crop(how: Image.Resampling, mean: Sequence[float], std: Sequence[float], side: int = 224) -> Transform:
+def crop(
+    filter_: Image.Resampling, mean: Sequence[float], std: Sequence[float], side: int = 224
+) -> Transform:
     """The released MERV's preprocessing with a crop: PIL's resize, center crop, normalization."""
 
     def one(image: Image.Image) -> Tensor:
         short = min(image.size)
-        image = image.resize([length * side // short for length in image.size], how)
+        image = image.resize([length * side // short for length in image.size], filter_)
         left, top = (round((length - side) / 2) for length in image.size)
         return normalized(image.crop((left, top, left + side, top + side)), mean, std)
 
