@@ -34,7 +34,7 @@ def vision_config(source: Source, max_frames: int) -> dict:
         if config.get(key) not in known:
             raise WeightsError(
                 f"{source.name}: config.json has vision_config.{key} = {config.get(key)!r}; expected one of "
-                f"{', '.join(map(str, known))}. The value has no default."
+                f"{', '.join(map(str, known))}. Use the config.json of the checkpoint."
             )
     return config
 

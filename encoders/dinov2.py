@@ -31,7 +31,7 @@ SIZES = {
 }
 
 # Names in checkpoints of transformers → official names.
-TRANSFORMERS = {
+FROM_TRANSFORMERS = {
     r"^(dinov2|dinov2_with_registers)\.": "",
     r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
     r"^embeddings\.position_embeddings$": "pos_embed",
@@ -82,7 +82,7 @@ class DINOv2(Encoder):
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         from timm.models.vision_transformer import checkpoint_filter_fn
 
-        official = joined(renamed(state, TRANSFORMERS), ("query", "key", "value"), "qkv")
+        official = joined(renamed(state, FROM_TRANSFORMERS), ("query", "key", "value"), "qkv")
         return checkpoint_filter_fn(official, self.net)
 
     def encode(self, pixels: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class Fake(Encoder):
             parameters=4620,
         ),
     }
-    released_names: ClassVar = {"fake": "image", "fake-video": "video"}  # in checkpoints for tests
+    released_names: ClassVar = {"fake": "image", "fake-video": "video"}  # names in the checkpoints of tests
 
     def build(self) -> None:
         spec = self.spec

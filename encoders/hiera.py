@@ -34,7 +34,7 @@ SIZES = {
 
 
 class Hiera(Encoder):
-    """The output of the last stage, as in the released MERV: 8×7×7 cells for 16 frames.
+    """The output of the last stage, as in the released MERV: 8×7×7 cells for each window of 16 frames.
 
     The norm and the head are left out: they work on the mean of all cells.
 
@@ -79,5 +79,5 @@ class Hiera(Encoder):
 
     def encode(self, pixels: Tensor) -> Tensor:
         windows = rearrange(pixels, "b (n t) c h w -> (b n) c t h w", t=WINDOW)
-        _, stages = self.net(windows, return_intermediates=True)  # in the order of the image
+        _, stages = self.net(windows, return_intermediates=True)  # cells in raster order
         return rearrange(stages[-1], "(b n) t h w d -> b (n t) h w d", b=pixels.shape[0])

@@ -21,7 +21,7 @@ SIZE, PATCH = 224, 14
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CROP = Preset("crop", (SIZE, SIZE), "bilinear_plain", mean=MEAN, std=STD)
 # Tensors of the checkpoint that are not used: the text tower, and position ids from older versions.
-REST = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+UNUSED = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 POSITIONS = "vision_model.embeddings.position_ids"
 
 # variant: hub id, channels, layers, heads, parameters
@@ -71,11 +71,11 @@ class LanguageBind(Encoder):
         self.net = Tower(Shape(width, layers, heads, PATCH, SIZE, frames, config["hidden_act"], class_tokens))
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        state = select(state, prefix="vision_model.", drop=(*REST, POSITIONS))
+        state = select(state, prefix="vision_model.", drop=(*UNUSED, POSITIONS))
         token, patches = "embeddings.class_embedding", "embeddings.patch_embedding.weight"
         if token in state and state[token].ndim == 1:
             state[token] = state[token][None]
-        if patches in state and state[patches].ndim == 5:  # version 1.5 has tubes of one frame
+        if patches in state and state[patches].ndim == 5:  # version 1.5 has tubelets of one frame
             state[patches] = state[patches].squeeze(2)
         return state
 

@@ -28,7 +28,7 @@ SIZES = {
 }
 
 # Names in checkpoints of transformers → names in timm.
-TRANSFORMERS = {
+FROM_TRANSFORMERS = {
     r"^vision_model\.embeddings\.patch_embedding\.": "patch_embed.proj.",
     r"^vision_model\.embeddings\.position_embedding\.weight$": "pos_embed",
     r"^vision_model\.encoder\.layers\.": "blocks.",
@@ -37,7 +37,7 @@ TRANSFORMERS = {
     r"\.layer_norm(\d)\.": r".norm\1.",
     r"^vision_model\.post_layernorm\.": "norm.",
 }
-REST = ("attn_pool.", "vision_model.head.", "text_model.", "logit_scale", "logit_bias")
+UNUSED = ("attn_pool.", "vision_model.head.", "text_model.", "logit_scale", "logit_bias")
 
 
 def specs(family: str, sizes: Mapping[str, tuple[str, int, int, int, int, int]]) -> dict[str, EncoderSpec]:
@@ -79,7 +79,7 @@ class SigLIP(Encoder):
         self.net = timm.create_model(name, pretrained=False, num_classes=0, global_pool="")
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        state = renamed(select(state, drop=REST), TRANSFORMERS)
+        state = renamed(select(state, drop=UNUSED), FROM_TRANSFORMERS)
         if "pos_embed" in state and state["pos_embed"].ndim == 2:  # transformers has no batch dimension
             state["pos_embed"] = state["pos_embed"][None]
         return joined(state, ("q", "k", "v"), "qkv")

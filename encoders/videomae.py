@@ -21,7 +21,7 @@ PRESETS = {
     "upstream": Preset("crop", (SIZE, SIZE), "bilinear", None, MEAN, STD, "down"),
 }
 # Tensors of the checkpoints that are not used: the decoder of pretraining, the head of fine-tuning.
-REST = ("decoder.", "encoder_to_decoder.", "mask_token", "fc_norm.", "classifier.")
+UNUSED = ("decoder.", "encoder_to_decoder.", "mask_token", "fc_norm.", "classifier.")
 
 # Names in the checkpoints → names in newer versions of transformers.
 NEWER_NAMES = {r"\.q_bias$": ".query.bias", r"\.v_bias$": ".value.bias"}
@@ -74,7 +74,7 @@ class VideoMAE(Encoder):
         self.net = VideoMAEModel(config)
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        state = select(state, prefix="videomae.", drop=REST)
+        state = select(state, prefix="videomae.", drop=UNUSED)
         has_old_names = "encoder.layer.0.attention.attention.q_bias" in self.net.state_dict()
         return state if has_old_names else renamed(state, NEWER_NAMES)
 

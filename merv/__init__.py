@@ -1,5 +1,6 @@
 """merv fuses several frozen visual encoders into one video language model.
 
+>>> import torch
 >>> from merv import MultiEncoder
 >>> video = MultiEncoder(["fake"])(torch.zeros(8, 3, 32, 32, dtype=torch.uint8))
 >>> video.tokens.shape
@@ -55,12 +56,12 @@ _MODULES = {
     "VideoInfo": "merv.types",
     "VideoLLM": "merv.models.video_llm",
     "WeightingMixer": "merv.fusion.mixers",
-    "user_message": "merv.models.chat",
     "create_encoder": "merv.encoding.registry",
     "find_encoder": "merv.encoding.registry",
     "list_encoders": "merv.encoding.registry",
     "load_video": "merv.video.load",
     "preprocess": "merv.video.transforms",
+    "user_message": "merv.models.chat",
 }
 __all__ = [*_MODULES]
 

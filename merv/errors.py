@@ -6,17 +6,17 @@ MervError
 │   └── DamagedVideo      some of the requested frames cannot be decoded
 ├── SamplingError         the requested times do not fit the clip
 ├── ShapeError            a tensor has a wrong shape, or a preset or spec has an invalid value
-├── PluginError           a plug-in cannot be found, loaded or trusted, or does not have an option
+├── PluginError           a plug-in cannot be found, loaded or trusted, or does not accept an option
 │   ├── UnknownPlugin     no plug-in has this name
 │   ├── AmbiguousPlugin   several distributions register this name
 │   └── BrokenPlugin      a plug-in cannot be imported or created, or does not satisfy its contract
-├── EncoderError          an encoder does not support a request, or returns what its spec does not say
+├── EncoderError          an encoder or one of its options is invalid, or its output does not match its spec
 ├── WeightsError          weights cannot be found or read, or do not fit the module
 ├── CheckpointError       a saved folder cannot be written or read, or does not fit the model
 ├── PromptError           chat messages cannot be turned into a prompt
 ├── TrainingError         the training options do not fit the model, the data or each other
 │   └── BadLoss           a loss is not finite, or is a spike
-├── DataError             a training or evaluation sample is invalid
+├── DataError             a training or evaluation sample is invalid, or a video has no content to hash
 └── MissingDependency     an optional package is not installed
 
 Each message says what merv got, what it expected and what to try.
@@ -48,7 +48,7 @@ class ShapeError(MervError, ValueError):
 
 
 class PluginError(MervError):
-    """A plug-in cannot be found, loaded or trusted, or does not have an option."""
+    """A plug-in cannot be found, loaded or trusted, or does not accept an option."""
 
 
 class UnknownPlugin(PluginError, KeyError):
@@ -66,7 +66,7 @@ class BrokenPlugin(PluginError):
 
 
 class EncoderError(MervError):
-    """An encoder does not support a request, or returns what its spec does not say."""
+    """An encoder or one of its options is invalid, or its output does not match its spec."""
 
 
 class WeightsError(MervError):
@@ -90,7 +90,7 @@ class BadLoss(TrainingError):
 
 
 class DataError(MervError):
-    """A training or evaluation sample is invalid."""
+    """A training or evaluation sample is invalid, or a video has no content to hash for a feature store."""
 
 
 class MissingDependency(MervError, ImportError):

@@ -59,7 +59,7 @@ class _Tensors:
     def to(
         self: Self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
     ) -> Self:
-        """Like `Tensor.to`, for all tensors. Only pixels, values and tokens change their dtype."""
+        """Like `Tensor.to`, for all tensors. A dtype applies to pixels, values and tokens only."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         moved = {}
@@ -97,6 +97,10 @@ class VideoInfo:
         rotation: Clockwise rotation in degrees that has been applied to width and height.
         codec: Name of the codec.
         backend: Name of the decoding backend.
+
+    Example:
+        >>> VideoInfo("clip.mp4", duration_s=2.0, times_s=(0.0, 0.5, 1.0, 1.5), width=640, height=360).fps
+        2.0
     """
 
     name: str
@@ -129,8 +133,8 @@ class Frames(_Tensors):
     """A batch of clips, decoded or preprocessed for an encoder.
 
     Args:
-        pixels: RGB images [B, T, 3, H, W]: uint8 as decoded, floating point as preprocessed. Encoders that
-            keep the aspect ratio get packed patches [B, P, 3·p·p] instead.
+        pixels: RGB images [B, T, 3, H, W]: uint8 as decoded, floating point as preprocessed. With
+            `patches`, P packed patches of p×p pixels, [B, P, 3·p·p]; no encoder accepts these yet.
         times_s: Time of each frame in seconds, [B, T].
         extent: Rectangle of the original image that the pixels show, [B, 4].
         mask: True for a real frame, False for padding, [B, T].
@@ -197,6 +201,12 @@ class Grid(_Tensors):
 
     Raises:
         ShapeError: The shapes do not match.
+
+    Example:
+        >>> times_s, extent = torch.arange(4.0)[None], torch.tensor([WHOLE_PICTURE])
+        >>> mask = torch.ones(1, 4, 2, 2, dtype=torch.bool)
+        >>> Grid(torch.zeros(1, 4, 2, 2, 768), times_s, extent, mask).shape
+        (4, 2, 2)
     """
 
     values: Tensor
@@ -211,7 +221,7 @@ class Grid(_Tensors):
 
     @classmethod
     def batch(cls, grids: Sequence[Grid]) -> Grid:
-        """Concatenate grids with equal h, w and D. Grids with fewer steps are padded at the end."""
+        """Concatenate grids with equal h, w and D. Grids with fewer steps get masked steps at the end."""
         t = max(grid.shape[0] for grid in grids)
 
         def padded(x: Tensor) -> Tensor:  # [B, t', ...] → [B, t, ...], padded with zeros
@@ -237,13 +247,18 @@ class Fused(_Tensors):
 
     Args:
         tokens: Tokens [B, N, L].
-        positions: Time in seconds, row and column of each token's cell, [B, N, 3], float.
+        positions: Time in seconds, row and column (from 0) of each token's cell, [B, N, 3].
         mask: True for a real token, False for padding, [B, N].
         mix_weights: Contribution of each encoder to each cell, [B, E, t, h, w]. It sums to 1 over the
             encoders that cover the cell, and is 0 in padding. None if the mixer has no weights.
 
     Raises:
         ShapeError: The shapes do not match.
+
+    Example:
+        >>> mask = torch.ones(1, 16, dtype=torch.bool)
+        >>> Fused(torch.zeros(1, 16, 576), torch.zeros(1, 16, 3), mask).tokens.shape
+        torch.Size([1, 16, 576])
     """
 
     tokens: Tensor
@@ -266,17 +281,21 @@ class Preset:
             side to `resize_short_side` and takes the center. "letterbox" resizes the long side to
             `input_size` and pads with the mean.
         input_size: (height, width) in pixels.
-        interpolation: "bicubic" or "bilinear", antialiased as in PIL, or "bilinear_plain": torch's on floats,
-            without antialiasing.
+        interpolation: "bicubic" or "bilinear", antialiased as in PIL; or "bilinear_plain", torch's
+            `F.interpolate` of floating-point pixels without antialiasing.
         resize_short_side: Short side before the crop, in pixels. It must be at least the long side of
-            `input_size`. None for the short side of `input_size`, which suffices for a square.
+            `input_size`. None means the short side of `input_size`, which is enough for a square.
         mean: Mean of each RGB channel, for pixels in [0, 1].
         std: Standard deviation of each RGB channel. The result is (pixel − mean) / std.
-        center: How to round the position of a crop that leaves an odd number of pixels: "nearest" as
-            torchvision does, or "down" as transformers does.
+        center: How to round the offset of a centered crop if an odd number of pixels is cut off: "nearest" as
+            in torchvision, or "down" as in transformers.
 
     Raises:
         ShapeError: A value is invalid.
+
+    Example:
+        >>> Preset("crop", (224, 224), resize_short_side=256).interpolation
+        'bicubic'
     """
 
     crop_mode: CropMode
@@ -333,14 +352,14 @@ class EncoderSpec:
 
     Args:
         name: Name of the encoder.
-        num_frames: Number of frames to sample from a clip; with `fps`, the maximum.
+        num_frames: Number of frames to sample from a clip; if `fps` is set, the maximum number.
         grid: (t, h, w) of the features of `num_frames` frames.
         embed_dim: Channels of the features (D).
         presets: Ways to preprocess frames, by name. The first is the default.
         fps: Sample at this rate, in frames per second, instead of a fixed number of frames.
-        window_size: Number of frames that see each other: 1 for an image encoder, 0 if all frames of a clip
-            of any length do. Windows are independent, so equal ones are encoded once. Clips are sampled to
-            a multiple of it.
+        window_size: Number of frames that the network processes together: 1 for an image encoder, 0 if it
+            takes a whole clip of any length. Windows are independent, so equal ones are encoded once. The
+            last frame of a clip is repeated to complete a window.
         tubelet_size: Number of frames in one step of the encoder's time axis.
         patch: Side of a patch in pixels; None if it does not apply.
         layer: Description of the layer that the features come from.
@@ -351,6 +370,11 @@ class EncoderSpec:
 
     Raises:
         ShapeError: A value is invalid.
+
+    Example:
+        >>> presets = {"squash": Preset("squash", (112, 112))}
+        >>> EncoderSpec("mine", num_frames=16, grid=(16, 7, 7), embed_dim=384, presets=presets).window_size
+        1
     """
 
     name: str

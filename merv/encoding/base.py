@@ -1,7 +1,7 @@
 """The base class of encoders: it turns preprocessed frames into the features of one frozen network.
 
 An encoder is one file with a table of variants, `build` and `encode`. The base class loads and freezes the
-weights, checks shapes, and carries times, extents and masks along. `encoders/` has examples to copy;
+weights, checks shapes, and passes times, extents and masks through. `encoders/` has examples to copy;
 docs/encoders.md is the guide.
 """
 
@@ -75,7 +75,7 @@ class Encoder(TrackedModule):
     ) -> None:
         super().__init__()
         # Follows .to(), so that an encoder without parameters has a device and dtype, too.
-        self.register_buffer("here", torch.zeros(()), persistent=False)
+        self.register_buffer("device_probe", torch.zeros(()), persistent=False)
         if fault := self.class_fault():
             raise BrokenPlugin(f"{type(self).__name__} {fault}.")
         self.variant = variant or next(iter(self.variants))
@@ -104,7 +104,7 @@ class Encoder(TrackedModule):
 
     @classmethod
     def class_fault(cls) -> str | None:
-        """Say why the class declares no valid variants; None if it does."""
+        """Describe what is wrong with `variants`; None if they are valid."""
         variants = getattr(cls, "variants", None)
         if not (variants and isinstance(variants, dict)):
             return f"has variants = {variants!r}; expected a dict of name → merv.EncoderSpec, default first"
@@ -156,7 +156,7 @@ class Encoder(TrackedModule):
 
         Args:
             frames: Preprocessed frames, pixels of shape [B, T, 3, H, W]. T must be a multiple of the spec's
-                window_size.
+                window_size (of its tubelet_size if window_size is 0).
 
         Returns:
             Features on the encoder's own grid, values of shape [B, t, h, w, D].

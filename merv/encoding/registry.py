@@ -34,6 +34,9 @@ def find_encoder(name: str) -> type[Encoder]:
     Args:
         name: `name`, `distribution:name` or `module:Class`.
 
+    Returns:
+        The class, a subclass of `merv.Encoder`.
+
     Raises:
         UnknownPlugin: No encoder has this name.
         AmbiguousPlugin: Several distributions register this name.
@@ -71,11 +74,14 @@ def create_encoder(name: str, **options: Any) -> Encoder:
         name: Name of the encoder, as in `find_encoder`, with or without a variant: "dinov2", "dinov2/base".
         **options: Arguments of `Encoder`: variant, weights, preset.
 
+    Returns:
+        The encoder in eval mode, with weights in float32.
+
     Raises:
         UnknownPlugin: No encoder has this name.
         AmbiguousPlugin: Several distributions register this name.
         BrokenPlugin: The encoder cannot be imported or created.
-        PluginError: The encoder does not have one of the options.
+        PluginError: The encoder does not accept one of the options.
         EncoderError: The encoder does not have this variant or preset.
         WeightsError: The weights cannot be loaded, or do not fit.
 

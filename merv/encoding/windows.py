@@ -25,8 +25,8 @@ def encode_distinct(
     Args:
         encoder: The encoder.
         clips: Frames of one clip each, pixels of shape [1, T, 3, H, W].
-        indices: For each clip, the frame of its video that each frame shows. Windows of a clip are equal if
-            they show the same frames at the same pace.
+        indices: For each clip, the index in the video of each of its frames. Two windows of a clip are equal
+            if they have the same indices at the same intervals in time.
 
     Returns:
         Features of each clip on the encoder's own grid, values of shape [1, t, h, w, D].

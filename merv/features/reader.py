@@ -1,4 +1,4 @@
-"""Read videos for encoders in other processes, without the encoders.
+"""Read videos in other processes, such as data loader workers, without loading the encoders there.
 
 A `Reader` is small and has no weights, so each worker of a data loader can have one. Workers decode and
 preprocess videos, or load stored features, while the model trains.
@@ -34,7 +34,7 @@ DIGESTS: WeakKeyDictionary[Encoder, tuple[list[Any], str]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class EncoderRequest:
-    """What a `Reader` needs to know of an encoder.
+    """What a `Reader` needs to know about an encoder.
 
     Args:
         spec: The encoder's spec.
@@ -53,7 +53,7 @@ class LoadedVideo:
     """A video that a `Reader` has read; `MultiEncoder.features` accepts it instead of a video.
 
     Args:
-        clip: Frames for the encoders whose features are not stored yet; None if all are.
+        clip: Frames for the encoders whose features are not stored yet; None if all features are stored.
         stored: Encoder name → its features from the store.
         keys: Encoder name → key of its features in the store; empty without a store.
     """
@@ -68,7 +68,7 @@ class Reader:
     """Does the part of `MultiEncoder.features` that needs no network; `MultiEncoder.reader` creates one.
 
     Args:
-        requests: Encoder name → what the reader needs to know of the encoder.
+        requests: Encoder name → what the reader needs to know about the encoder.
         sampling: How to choose times.
         num_frames: Encoder name → number of frames, to override the encoder's spec.
         backend: Decoding backend; see `merv.video.open.open_video`.
@@ -138,14 +138,26 @@ def feature_cache_key(
     backend: str,
     resample: Resample,
 ) -> str:
-    """Return everything that an encoder's aligned features depend on, except the video.
+    """Describe everything that an encoder's aligned features depend on, except the video.
 
-    `video_key` hashes it together with the content of the video. Raises EncoderError for a custom aligner,
-    because it is unknown what it depends on.
+    Args:
+        encoder: The encoder, with its final weights and dtype.
+        num_frames: Number of frames per video; None for that of the encoder's spec.
+        sampling: How times are chosen.
+        aligner: The aligner.
+        backend: Decoding backend.
+        resample: How frames are resized.
+
+    Returns:
+        A JSON text, which `video_key` hashes together with the content of the video.
+
+    Raises:
+        EncoderError: The aligner is a custom one; merv does not know what its output depends on.
     """
     if type(aligner) is not Aligner:
         raise EncoderError(
-            f"Features of the custom aligner {type(aligner).__name__} cannot be stored. Use no store."
+            f"Features of the custom aligner {type(aligner).__name__} cannot be stored. Use merv.Aligner, "
+            "or do not pass a store."
         )
     hash_values = encoder.modified or encoder.identity.sha256 is None  # the identity does not describe them
     spec, preset = encoder.spec, encoder.preset

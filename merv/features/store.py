@@ -94,8 +94,8 @@ def _content_digest(video: Any) -> str:
         video.seek(0)
         return hashlib.sha256(video.read()).hexdigest()
     raise DataError(
-        f"Cannot store features of a {type(video).__name__}: it has no content for a key, or can be read "
-        "only once. Pass a path or bytes."
+        f"Cannot store features of a {type(video).__name__}: its content cannot be hashed, or can be "
+        "read only once. Pass a path or bytes."
     )
 
 

@@ -1,9 +1,9 @@
 """Resample the grid of every encoder to one common grid of time, rows and columns.
 
 Each target cell is the mean of the source cells that it overlaps, weighted by the overlap in time,
-height and width. The aligner has no parameters, so aligned features can be stored. Cells have times
-in seconds and positions in units of the picture. An encoder that crops therefore leaves the border
-cells empty; its features are not stretched over them.
+height and width. The aligner has no parameters, so aligned features can be stored. Cells are
+compared in seconds and in units of the original image. If an encoder crops the image, the border cells
+are therefore empty; its features are not stretched over them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Aligner(nn.Module):
     Args:
         grid: The common size (t, h, w). A still, which has no duration, gets one step of time.
         mode: "area" weights source cells by their overlap. "official" is the AdaptiveAvgPool3d of the
-            released MERV, which ignores times and extents. The two are equal if the sizes divide and the
-            encoder sees the whole picture. From 14 to 8 cells, the windows of "official" overlap, whereas
-            "area" divides a source cell among its targets.
+            released MERV, which ignores times and extents. The two are equal if the encoder's size is a
+            multiple of the common size and it sees the whole image. From 14 to 8 cells, the windows of
+            "official" overlap, whereas "area" divides a source cell among its targets.
 
     Raises:
-        ShapeError: The grid is not three whole numbers of at least 1, or the mode is unknown.
+        ShapeError: The grid is not three integers of at least 1, or the mode is unknown.
 
     Example:
         >>> grid = Grid(torch.rand(2, 16, 14, 14, 768), torch.arange(16.).expand(2, -1),
@@ -50,7 +50,7 @@ class Aligner(nn.Module):
         super().__init__()
         if not isinstance(grid, Sequence) or len(grid) != 3 or not all(map(is_count, grid)):
             raise ShapeError(
-                f"Expected a grid (time, rows, columns), three whole numbers of at least 1; got {grid!r}."
+                f"Expected a grid (time, rows, columns), three integers of at least 1; got {grid!r}."
             )
         if mode not in ("area", "official"):
             raise ShapeError(f"Unknown aligner mode {mode!r}. Available: 'area', 'official'.")
@@ -113,10 +113,10 @@ def cell_edges(times_s: Tensor) -> Tensor:
 
 
 def extend_to_span(edges_s: Tensor, span_s: Tensor, shown_s: Tensor) -> Tensor:
-    """Extend the first and last cell to the start and end of the clip, if they contain its outer frames.
+    """Extend the first and last cell to the start and end of the clip.
 
-    A cell contains a frame whose distance to the cell is at most the length of the cell. Edges are of shape
-    [B, t, 2]. Cells whose start and end are equal stay as they are.
+    The first cell is extended unless the first sampled frame is more than one cell length before it, and the
+    last cell accordingly. Edges are of shape [B, t, 2]. Cells whose start and end are equal are not changed.
 
     >>> edges_s = torch.tensor([[[0.5, 1.0], [1.0, 1.5]]])
     >>> extend_to_span(edges_s, torch.tensor([[0., 2.]]), torch.tensor([[0.6, 1.4]]))
@@ -153,7 +153,7 @@ def overlap(source: Tensor, target: Tensor) -> Tensor:
 
 
 def _uniform_if_instant(weights: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """Weight all source cells equally where source or target has no duration: one step, or a still."""
+    """Weight all source cells equally where source or target has no duration (a single step, or a still)."""
     instant = (source[..., 0] == source[..., 1]).all(dim=1) | (target[..., 0] == target[..., 1]).all(dim=1)
     return torch.where(instant[:, None, None], torch.full_like(weights, 1 / weights.shape[2]), weights)
 

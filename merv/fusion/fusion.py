@@ -3,7 +3,8 @@
 There are two ways to compute the same tokens. The plain way, used in training, projects every stream to the
 dimension of the LLM and then mixes. The folded way, used in eval mode, computes the weights from the features
 and mixes before it projects: one matrix product of [a_1 p_1 | … | a_E p_E] with the stacked projectors, plus
-Σ a_e b_e. It never creates a [B, E, N, L] tensor.
+Σ a_e b_e. Here a_e is the weight of encoder e, p_e are its features before the last Linear of its projector,
+and b_e is the bias of that Linear. It never creates a [B, E, N, L] tensor.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ class Fusion(nn.Module):
         mixer: A registered name (see `merv plugins mixers`), `module:Class`, or a subclass of `Mixer`.
         projector: A registered name (see `merv plugins projectors`), `module:Class`, or a subclass of
             `Projector`.
-        norm: Normalize features before projection, and tokens after mixing to the root mean square
-            `token_rms`. Without it, training soon makes tokens many times larger than the embeddings of the
+        norm: Normalize features before projection, and tokens after mixing to a fixed root mean square (see
+            `scale_to`). Without it, training soon makes tokens many times larger than the embeddings of the
             LLM, whose layers then hardly change them. The released MERV does not normalize.
         mixer_options: Further arguments of the mixer.
         projector_options: Further arguments of the projectors.
         folded: Mix before projection. By default, fold in eval mode if mixer and projectors allow it.
 
     Raises:
-        ShapeError: `output_dim` is not a whole number of at least 1.
-        PluginError: A mixer or projector is unknown, cannot be created, or does not have an option.
+        ShapeError: `output_dim` is not an integer of at least 1.
+        PluginError: A mixer or projector is unknown, cannot be created, or does not accept an option.
 
     Example:
         >>> fusion = Fusion({"a": 32, "b": 48}, output_dim=64, mixer="gate")
@@ -69,7 +70,7 @@ class Fusion(nn.Module):
     ) -> None:
         super().__init__()
         if not is_count(output_dim):
-            raise ShapeError(f"Expected output_dim to be a whole number of at least 1; got {output_dim!r}.")
+            raise ShapeError(f"Expected output_dim to be an integer of at least 1; got {output_dim!r}.")
         self.names, self.output_dim, self.folded = list(embed_dims), int(output_dim), folded
         self.norm = norm
         self.mixer_options, self.projector_options = dict(mixer_options or {}), dict(projector_options or {})
@@ -158,7 +159,7 @@ class Fusion(nn.Module):
         self.names.append(name)
 
     def config(self) -> dict[str, Any]:
-        """Return the constructor arguments, without `embed_dims` and `folded`, as JSON.
+        """Return the constructor arguments, without `embed_dims` and `folded`, as a dict of JSON values.
 
         Raises:
             CheckpointError: A fusion built from these arguments would differ from this one.
@@ -187,8 +188,9 @@ class Fusion(nn.Module):
             name: p.input_dim for name, p in zip(self.names, self._ordered_projectors(), strict=True)
         }
         rebuilt = without_weights(lambda: Fusion(embed_dims, **options), BrokenPlugin)
-        if difference := first_unlike(self, rebuilt):
-            raise CheckpointError(f"This fusion was modified and cannot be saved: {difference}. {SAVED}")
+        names = "this fusion", "one that its options give"
+        if difference := first_unlike(self, rebuilt, names):
+            raise CheckpointError(f"A modified fusion cannot be saved: {difference}. {SAVED}")
         return options
 
     # Plain and folded ---------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Mixers: combine the aligned streams of several encoders into one sequence of tokens.
 
-A weighting mixer applies a linear map (`reader`) to every stream and computes logits from its outputs
-(`score`). A softmax over the encoders that are present at a cell gives the weights, and the tokens are the
-weighted sum of the streams. Because `reader` is linear, a linear projector can be applied after mixing
-instead of before; see `merv.fusion.fusion`. The concatenating mixers have no weights.
+A weighting mixer applies a linear map (`reader`) to every stream and computes logits from its outputs, the
+`reads` (`score`). A softmax over the encoders that are present at a cell gives the weights, and the tokens
+are the weighted sum of the streams. Because `reader` is linear, a linear projector can be applied after
+mixing instead of before; see `merv.fusion.fusion`. The concatenating mixers have no weights.
 
 A mixer is registered in the entry point group `merv.mixers` or named as `module:Class`; see docs/fusion.md.
 """
@@ -38,6 +38,14 @@ class Mixer(nn.Module):
         conditioned: Whether the mixer takes the embedding of the question.
         per_encoder_parameters: Parameters that consist of one block per encoder: name → (axis of the blocks,
             initial value of the block of an added encoder). None if no encoder can be added.
+
+    Example:
+        >>> class First(Mixer):
+        ...     def forward(self, streams, mask, question=None):
+        ...         return streams[:, 0].flatten(1, 3), mask[:, 0].flatten(1), None
+        >>> mask = torch.ones(1, 2, 4, 3, 3, dtype=torch.bool)
+        >>> First(output_dim=64, num_encoders=2)(torch.zeros(1, 2, 4, 3, 3, 64), mask)[0].shape
+        torch.Size([1, 36, 64])
     """
 
     conditioned: bool = False
@@ -107,7 +115,18 @@ class Mixer(nn.Module):
 
 
 class WeightingMixer(Mixer):
-    """Base class of mixers whose tokens are a weighted sum; a subclass defines `reader` and `score`."""
+    """Base class of mixers whose tokens are a weighted sum; a subclass defines `score`, and maybe `reader`.
+
+    Example:
+        >>> class OnlyFirst(WeightingMixer):
+        ...     def score(self, reads, mask, question=None):
+        ...         logits = torch.full((self.num_encoders,), -1e9)
+        ...         logits[0] = 0.0
+        ...         return logits[:, None, None, None]
+        >>> mask = torch.ones(1, 2, 1, 1, 1, dtype=torch.bool)
+        >>> OnlyFirst(output_dim=64, num_encoders=2)(torch.zeros(1, 2, 1, 1, 1, 64), mask)[2].flatten()
+        tensor([1., 0.])
+    """
 
     @property
     def foldable(self) -> bool:
@@ -168,7 +187,7 @@ class Gate(WeightingMixer):
 
     b_k cancels in the softmax, and the value and output projections get no gradient, so this class has none
     of them. The rest equals a product with one vector, u = W_kᵀ(W_q Q + b_q) / √hidden. The factors of u are
-    trained, as in the released MERV, because the optimizer would take other steps on u itself.
+    trained, as in the released MERV, because training u itself would take other optimizer steps.
 
     Args:
         output_dim: Embedding dimension of the LLM (L).
@@ -200,6 +219,8 @@ class Gate(WeightingMixer):
 
 class CrossAttention(WeightingMixer):
     """One weight per encoder and space-time cell, optionally conditioned on the question.
+
+    It is not the mixer that the released MERV calls cross attention; that one is `Gate`.
 
     At each cell, a query attends to the E streams of that cell. It is computed from the mean of these streams
     and, if `conditioned`, from the question. Queries and keys are normalized, so the scale of features and
@@ -249,8 +270,8 @@ class CrossAttention(WeightingMixer):
         if not isinstance(question, Tensor) or question.ndim != 2 or question.shape[1] != self.output_dim:
             got = list(question.shape) if isinstance(question, Tensor) else repr(question)
             raise ShapeError(
-                f"Expected question=[B, {self.output_dim}] for this conditioned mixer, got {got}. "
-                "To mix without a question, build it with conditioned=False."
+                f"Expected question= of shape [B, {self.output_dim}], the mean embedding of the question's "
+                f"tokens; got {got}. To mix without a question, create the mixer with conditioned=False."
             )
         assert self.from_question is not None
         query = _unit(self.from_question(question.to(self.from_question.weight)).float())

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 class Projector(nn.Module):
     """Map features of one encoder to the dimension of the LLM by a Linear, as the released MERV does.
 
-    A subclass creates other layers in `build`. While `forward` is `linear(before(features))`, `linear` is
-    applied after mixing in eval mode. A subclass that overrides `forward` is always applied before mixing.
+    A subclass creates other layers in `build`. `forward` is `linear(before(features))`. In eval mode, a
+    `Fusion` may apply `linear` after mixing, with the same result. If a subclass overrides `forward`, it is
+    always applied before mixing.
 
     Args:
         input_dim: Channels of the encoder (D).
         output_dim: Embedding dimension of the LLM (L).
         norm: Normalize each feature vector to mean 0 and variance 1 first. The scales of encoders differ by
-            orders of magnitude; without normalization, the largest one is learned first. The released MERV
-            does not normalize.
+            orders of magnitude; without normalization, the encoder with the largest features dominates
+            early training. The released MERV does not normalize.
 
     Example:
         >>> Projector(48, 64)(torch.zeros(5, 48)).shape

@@ -19,7 +19,7 @@ from typing import Any
 from merv.errors import PromptError
 
 VISUAL = "\ue000"  # stands for one video or image in rendered text: a private-use character
-NOT_LEARNED = -100  # label that the loss ignores
+NOT_LEARNED = -100  # label that the loss ignores, torch's ignore_index
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
@@ -35,12 +35,12 @@ class Visual:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation as token ids, split where visual tokens are inserted.
+    """A sequence of token ids from one conversation, split where visual tokens are inserted.
 
     Attributes:
         pieces: Lists of token ids and `Visual`s, in order.
         learned: For each piece, which of its tokens belong to an answer; empty for a `Visual`.
-        conversation: Number of the conversation in its batch.
+        conversation: Index of the conversation in its batch, from 0.
     """
 
     pieces: tuple[list[int] | Visual, ...]

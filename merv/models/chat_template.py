@@ -1,6 +1,6 @@
-"""Conversations as prompts: what the LLM reads before each answer, and what it learns to say.
+"""Conversations as prompts: what the LLM reads before each answer, and what it learns to answer.
 
-Every answer is learned under the prompt that inference will give: the messages before it, rendered with the
+In training, the same prompt precedes an answer as in inference: the messages before it, rendered with the
 generation prompt. Most chat templates render earlier turns the same way in later prompts; then one sequence
 holds all answers. Others rewrite earlier turns (they drop thinking or the last token); then a conversation
 becomes several sequences, which share their common prefix in a row (packing.py).
@@ -21,7 +21,7 @@ from merv.models.chat import VISUAL, Message, Prompt, Visual, to_texts
 
 logger = logging.getLogger(__name__)
 
-TEXTS = [
+TOKENIZER_PROBES = [  # tokenizers with different rules give these different ids
     "Hello, world!  2 × 3\n\n",
     " don't",
     "x\tÉté ſ ﬁ",
@@ -29,11 +29,12 @@ TEXTS = [
     "🙂",
     "a</s>b",
     "In: Who?\nOut:",
-]  # ids differ
+]
 PROBE = "Zq7"  # an answer that occurs nowhere in a chat template
-OPENED = re.compile(r"<think>\s*(</think>\s*)?$")  # at the end of a generation prompt
-EMPTY = re.compile(r"^\s*<think>\s*</think>\s*")  # thinking that a template adds to answers without any
-CLOSE = "\n</think>\n\n"
+THINKING_OPENED = re.compile(r"<think>\s*(</think>\s*)?$")  # at the end of a generation prompt
+# The empty thinking block that a template adds to answers without thinking.
+THINKING_EMPTY = re.compile(r"^\s*<think>\s*</think>\s*")
+THINKING_END = "\n</think>\n\n"
 THINKING_STARTS = ("<think>", "<|channel|>")
 ANSWER_FOLLOWS = ("</think>", "<|message|>")  # the answer follows the last of these; the latter is gpt-oss's
 
@@ -42,7 +43,7 @@ Item = int | Visual  # of a sequence: a token id, or a video or image
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, as prompts and answers.
+    """Renders conversations by the chat template of a tokenizer: as a prompt, or as answers to learn.
 
     A tokenizer without a template gets the prompt of the released MERV's base model, `In: … \\nOut: …`, with
     the visual tokens right after BOS.
@@ -69,6 +70,9 @@ class ChatTemplate:
     def question(self, messages: Sequence[Message]) -> Prompt:
         """Render messages as the prompt of the next answer.
 
+        Args:
+            messages: A conversation that ends with a message of the user.
+
         Raises:
             PromptError: The messages are malformed, or the chat template rejects them.
         """
@@ -79,7 +83,11 @@ class ChatTemplate:
     def answers(self, messages: Sequence[Message]) -> list[Prompt]:
         """Render a conversation as sequences in which each answer, with its end token, is learned once.
 
-        Messages after the last answer are left out.
+        Args:
+            messages: A conversation with at least one answer. Messages after the last answer are left out.
+
+        Returns:
+            One sequence, or several if the chat template changes earlier turns.
 
         Raises:
             PromptError: The messages are malformed or have no answer, or the chat template rejects them or
@@ -131,9 +139,9 @@ class ChatTemplate:
         return self.tokenizer.convert_tokens_to_ids(self.end_token)
 
     def identity(self) -> dict[str, Any]:
-        """Return the entry of a checkpoint that identifies tokenizer and template, as JSON."""
+        """Return what identifies tokenizer and template in a checkpoint, as a dict of JSON values."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
-        probe = self.tokenizer(TEXTS, add_special_tokens=False).input_ids
+        probe = self.tokenizer(TOKENIZER_PROBES, add_special_tokens=False).input_ids
         return {
             "sha256": hashlib.sha256(json.dumps([vocabulary, probe]).encode()).hexdigest(),
             "chat_template": self.tokenizer.chat_template,
@@ -142,8 +150,8 @@ class ChatTemplate:
         }
 
     def opens_thinking(self, messages: Sequence[Message]) -> bool:
-        """Return whether the prompt of the next answer ends inside of a thinking block."""
-        opened = OPENED.search(self._text(to_texts(messages)[0], is_question=True))
+        """Return whether the prompt of the next answer ends inside a thinking block."""
+        opened = THINKING_OPENED.search(self._text(to_texts(messages)[0], is_question=True))
         return opened is not None and opened[1] is None
 
     def answer_of(self, ids: Sequence[int], opened: bool = False, keep_thinking: bool = False) -> str:
@@ -152,7 +160,7 @@ class ChatTemplate:
         Args:
             ids: Generated token ids.
             opened: Whether the prompt opened a thinking block.
-            keep_thinking: Return all text instead.
+            keep_thinking: Return all text, with the thinking.
         """
         text = self.tokenizer.decode(ids, skip_special_tokens=False)
         if not keep_thinking:
@@ -162,7 +170,13 @@ class ChatTemplate:
     def stream_of(
         self, pieces: Iterable[str], opened: bool = False, keep_thinking: bool = False
     ) -> Iterator[str]:
-        """Turn pieces of decoded text, special tokens included, into those of the answer."""
+        """Yield the answer from a stream of decoded text, without special tokens.
+
+        Args:
+            pieces: Decoded text with special tokens.
+            opened: Whether the prompt opened a thinking block.
+            keep_thinking: Yield all text, with the thinking.
+        """
         text, is_thinking, has_begun = "", not keep_thinking, False
         for piece in pieces:
             text += piece
@@ -185,7 +199,7 @@ class ChatTemplate:
     def _split(self, texts: Texts) -> tuple[str, str]:
         """Return the prompt before the last message, which is an answer, and the text to learn."""
         prompt, full = self._text(texts[:-1], is_question=True), self._text(texts, is_question=False)
-        opened = OPENED.search(prompt)
+        opened = THINKING_OPENED.search(prompt)
         if full.startswith(prompt):
             answer = full[len(prompt) :]
         else:  # the template changes what comes before the answer
@@ -194,23 +208,23 @@ class ChatTemplate:
                 1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(history, prompt, strict=False))
             )
             generation_prompt = prompt[start : opened.start() if opened else None]
-            place = full.rfind(generation_prompt)
-            if not generation_prompt or place < 0:
+            index = full.rfind(generation_prompt)
+            if not generation_prompt or index < 0:
                 raise PromptError(
                     f"The chat template does not render {generation_prompt!r}, the end of its prompt, before "
-                    f"an answer: …{full[-80:]!r}. Set another chat template."
+                    f"an answer: …{full[-80:]!r}. Set another tokenizer.chat_template."
                 )
-            answer = EMPTY.sub("", full[place + len(generation_prompt) :])
+            answer = THINKING_EMPTY.sub("", full[index + len(generation_prompt) :])
             if opened and not opened[1]:
-                answer = CLOSE + answer
+                answer = THINKING_END + answer
         if not opened:
-            answer = EMPTY.sub("", answer)
+            answer = THINKING_EMPTY.sub("", answer)
         tail, end = self._end()
         answer, tail = answer.rstrip(), tail.rstrip()
         if not answer.endswith(tail):
             raise PromptError(
                 f"The chat template ends the answer {texts[-1]['content'][:60]!r} with {answer[-40:]!r}, but "
-                f"others with {tail!r}. Set another chat template."
+                f"others with {tail!r}. Set another tokenizer.chat_template."
             )
         return prompt, answer.removesuffix(tail) + end
 
@@ -221,10 +235,10 @@ class ChatTemplate:
             texts = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
             tail = self._text(texts, is_question=False).rpartition(PROBE)[2]
             known = {*self.tokenizer.all_special_tokens, *map(str, self.tokenizer.get_added_vocab())}
-            places = sorted((tail.find(token), -len(token)) for token in known if token and token in tail)
-            if places:
-                place, length = places[0]
-                end = tail[: place - length]
+            found = sorted((tail.find(token), -len(token)) for token in known if token and token in tail)
+            if found:
+                index, length = found[0]
+                end = tail[: index - length]
             elif self.tokenizer.eos_token is not None:
                 end = self.tokenizer.eos_token
             else:
@@ -287,11 +301,11 @@ def restore_template(tokenizer: Any, saved: Mapping[str, Any], source: Any) -> d
 
 def check_tokenizer(saved: Mapping[str, Any], loaded: Mapping[str, Any], folder: Any) -> None:
     """Raise CheckpointError if two identities are of different tokenizers."""
-    for key, what in (("sha256", "vocabulary or rules"), ("end_token", "end token")):
+    for key, what in (("sha256", "vocabulary or other rules"), ("end_token", "end token")):
         if saved[key] != loaded[key]:
             raise CheckpointError(
-                f"{folder} was trained with another tokenizer: its {what} differ ({saved[key]} then, "
-                f"{loaded[key]} now). Pass the folder or hub id of the original LLM as llm=."
+                f"{folder} was trained with a tokenizer with another {what} (saved: {saved[key]}, loaded: "
+                f"{loaded[key]}). Pass the folder or hub id of the original LLM as llm=."
             )
 
 
@@ -307,10 +321,10 @@ def _after_thinking(text: str, opened: bool) -> str:
     """Return the text after the last thinking block; nothing if that block has no end."""
     ends = [(text.rfind(mark), mark) for mark in ANSWER_FOLLOWS if mark in text]
     if ends:
-        place, mark = max(ends)
-        return text[place + len(mark) :]
+        index, mark = max(ends)
+        return text[index + len(mark) :]
     if opened or text.lstrip().startswith("<think>"):
-        logger.warning("The answer ends inside of its thinking: raise max_new_tokens.")
+        logger.warning("The answer was cut off in its thinking block. Increase max_new_tokens.")
         return ""
     return text
 

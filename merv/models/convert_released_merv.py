@@ -284,10 +284,12 @@ def write_llm(
 ) -> None:
     """Write weights, tokenizer and generation config in the format of transformers.
 
-    folder: Folder to write.
-    shapes: Meta tensors with the names, shapes and dtypes of the weights.
-    checkpoint: File that the weights are copied from.
-    shard_bytes: Maximum size of a weights file, in bytes.
+    Args:
+        folder: Folder to write.
+        base: Tokenizer and generation config.
+        shapes: Meta tensors with the names, shapes and dtypes of the weights.
+        checkpoint: File that the weights are copied from.
+        shard_bytes: Maximum size of a weights file, in bytes.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file

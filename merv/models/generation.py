@@ -16,7 +16,8 @@ from merv.models.outputs import VisualTokens
 from merv.models.packing import Packed
 
 SAMPLING = {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
-ITSELF = {"bos_token_id", "decoder_start_token_id", "cache_implementation"}  # no matter of decoding
+# Options of a generation_config that belong to the LLM and do not change how it decodes.
+MODEL_OPTIONS = {"bos_token_id", "decoder_start_token_id", "cache_implementation"}
 
 
 class GenerationMixin:
@@ -57,7 +58,7 @@ class GenerationMixin:
                 options such as `temperature` imply `do_sample=True`.
 
         Returns:
-            The text of each answer.
+            The text of each answer; `num_return_sequences` answers per conversation, if that option is set.
 
         Raises:
             PromptError: A conversation is malformed, ends with a message of the assistant, or does not fit
@@ -75,9 +76,20 @@ class GenerationMixin:
     def stream(
         self, conversation: Conversation, *, keep_thinking: bool = False, **options: Any
     ) -> Iterator[str]:
-        """Generate the answer to one conversation as a stream of text; arguments as in `generate`.
+        """Generate the answer to one conversation as a stream of text.
 
         Generation stops when the iterator is closed.
+
+        Args:
+            conversation: A conversation that ends with a message of the user.
+            keep_thinking: See `generate`.
+            **options: See `generate`.
+
+        Yields:
+            Pieces of the answer, which joined give the text that `generate` returns.
+
+        Raises:
+            PromptError: See `generate`.
         """
         inputs = self._inputs([conversation])
         options = self._options(options, inputs["inputs_embeds"].shape[1])
@@ -100,7 +112,7 @@ class GenerationMixin:
         return {"inputs_embeds": embeddings, "attention_mask": packed.mask.long()}
 
     def _options(self, options: dict[str, Any], prompt_length: int) -> dict[str, Any]:
-        if options.get("temperature") == 0:  # as OpenAI-compatible servers take it
+        if options.get("temperature") == 0:  # greedy decoding, as in OpenAI-compatible servers
             options = {name: value for name, value in options.items() if name not in SAMPLING}
         defaults: dict[str, Any] = {
             "do_sample": bool(SAMPLING & options.keys()),
@@ -127,7 +139,7 @@ def _generation_config(llm: Any) -> Iterator[None]:
     from transformers import GenerationConfig
 
     own = llm.generation_config
-    llm.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in ITSELF})
+    llm.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in MODEL_OPTIONS})
     try:
         yield
     finally:

@@ -49,7 +49,7 @@ class LoraOptions:
     lora_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        # Options from a list and from a tuple compare as equal.
+        # Always a tuple, so that options from a list and from a tuple are equal.
         names = tuple_of_names(self.target_modules, "model.lora.target_modules")
         if ALL_LINEAR in names and len(names) > 1:
             raise TrainingError(
@@ -118,8 +118,8 @@ def _loading(source: str | Path) -> Iterator[None]:
 def load_tokenizer(folder: str | Path) -> Any:
     """Load the tokenizer of an LLM, exactly as its tokenizer.json describes it.
 
-    transformers 5 replaces the normalizer of some files, with which Llama 2 and others were trained;
-    text after a special token then gets other ids.
+    transformers 5 replaces the normalizer of some of these files, such as Llama 2's. With the new one, text
+    after a special token gets other ids than in the training of the LLM.
     """
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
@@ -256,7 +256,7 @@ def check_llm(llm: Any) -> bool:
 
 
 def _works_with_embeddings(llm: Any, ids: torch.Tensor) -> bool:
-    """Compare the logits of token ids with those of their embeddings, followed by one of no token."""
+    """Compare the logits of token ids with those of their embeddings, followed by one that no token has."""
     table = llm.get_input_embeddings()
     embeddings = table(ids)
     embeddings = torch.cat([embeddings, embeddings.mean(dim=1, keepdim=True)], dim=1)
@@ -340,8 +340,8 @@ def fingerprint(llm: nn.Module, *, linears: bool = True, dtype: torch.dtype | No
 def identity(llm: Any) -> dict[str, Any]:
     """Return the entry of a checkpoint that identifies the LLM: source, quantization, hashes of weights.
 
-    The hashes tell apart any two LLMs of the same dtype, LLMs of other dtypes by their values in bfloat16,
-    and quantized ones by what quantizing leaves alone.
+    LLMs of the same dtype are compared by all bits of their weights, LLMs of different dtypes by their values
+    in bfloat16, and a quantized LLM with another one by the parameters that quantizing does not change.
     """
     config = getattr(llm.config, "quantization_config", None)
     quantize = "nf4" if getattr(config, "load_in_4bit", False) else None

@@ -109,7 +109,8 @@ class MultiEncoder(PretrainedMixin, nn.Module):
 
     Raises:
         EncoderError: An encoder, its name or one of its options is invalid.
-        PluginError: An encoder, mixer or projector is unknown, cannot be created, or does not have an option.
+        PluginError: An encoder, mixer or projector is unknown, cannot be created, or does not accept an
+            option.
         WeightsError: The weights of an encoder could not be loaded.
         ShapeError: The grid, `output_dim`, mixer or projector is invalid.
 
@@ -370,7 +371,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
     # Parts --------------------------------------------------------------------------------
 
     def named(self, encoders: Sequence[str] | None = None) -> Iterator[tuple[str, Encoder]]:
-        """Yield names and encoders in the order of the streams, of all encoders or of those in `encoders`."""
+        """Yield (name, encoder) in the order of the streams: all encoders, or those named in `encoders`."""
         if encoders is not None:
             encoders = [encoders] if isinstance(encoders, str) else encoders
             for name in encoders:
@@ -403,7 +404,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
     # Saving -------------------------------------------------------------------------------
 
     def config(self) -> dict[str, Any]:
-        """Return the arguments of `from_config`, as JSON; trained weights are not included.
+        """Return what `from_config` needs, as a dict of JSON values; trained weights are not included.
 
         Raises:
             CheckpointError: An encoder has random weights, which cannot be loaded again, or the aligner, the
@@ -444,7 +445,17 @@ class MultiEncoder(PretrainedMixin, nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], weights: Mapping[str, str | None]) -> MultiEncoder:
-        """Create a MultiEncoder from the result of `config`, with an untrained fusion."""
+        """Create a MultiEncoder from the result of `config`, with an untrained fusion.
+
+        Args:
+            config: What `config` returned.
+            weights: Encoder name → where its weights are, for encoders whose weights have moved.
+
+        Raises:
+            CheckpointError: The config is invalid, or an encoder has other weights than the saved one.
+            WeightsError: The weights of an encoder could not be loaded.
+            PluginError: The config names a class that is neither registered nor imported.
+        """
         options = dict(config)
         for registry, option in ((MIXERS, "mixer"), (PROJECTORS, "projector")):
             path = options.get(option, "")

@@ -107,14 +107,14 @@ def check_keys(option: str, values: Any, encoders: Iterable[str]) -> None:
 
 
 def checked_num_frames(num_frames: Mapping[str, int], encoders: Mapping[str, Encoder]) -> dict[str, int]:
-    """Return the numbers of frames as int; each must be a multiple of the encoder's window."""
+    """Return the numbers of frames as int; each must be a multiple of the window or tubelet."""
     check_keys("num_frames", num_frames, encoders)
     for name, count in num_frames.items():
         window = encoders[name].spec.window_size or encoders[name].spec.tubelet_size
         if not is_count(count) or count % window:
             raise EncoderError(
-                f"Expected num_frames of {name} to be a positive multiple of {window}, the size of its "
-                f"window; got {count!r}."
+                f"Expected num_frames of {name} to be a positive multiple of {window}, its window_size or "
+                f"tubelet_size; got {count!r}."
             )
     return {name: int(count) for name, count in num_frames.items()}
 

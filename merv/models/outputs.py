@@ -15,7 +15,7 @@ class VisualTokens:
     """The visual tokens of a batch.
 
     Attributes:
-        tokens: Tokens of all distinct videos, shape [V, L].
+        tokens: The V tokens of all distinct videos, shape [V, L].
         ranges: For each video in the prompts, in order, the range of its tokens.
         mix_weights: Encoder name → its mean weight over all cells, a scalar. Empty if the mixer has no
             weights.
@@ -35,10 +35,10 @@ class VideoLLMOutput:
     Attributes:
         logits: Predictions in float32, shape [B, K, vocabulary].
         labels: Tokens of the answers, shape [B, K]; NOT_LEARNED where the row has none.
-        branches: Number of the sequence in its row, from 1, that each token belongs to; shape [B, K].
+        branches: For each token, the number of its sequence in the row, from 1; shape [B, K].
         mix_weights: See `VisualTokens`.
-        conversations: For each row, the number of the conversation in the batch that each of its sequences
-            belongs to. None if several groups are packed into a row.
+        conversations: For each row and each of its sequences, the index of its conversation in the batch.
+            None if several groups are packed into a row.
     """
 
     logits: Tensor

@@ -1,9 +1,10 @@
 """Pack prompts with visual tokens into the LLM's input: padded, masked, labeled.
 
-A group of conversations about the same video is packed into one row. Their common prefix comes first. Then
-each conversation has a branch that attends to the prefix and to itself. The position ids of every branch
-continue after the prefix, so the result is exact. Several groups can share a row, to reduce padding; they do
-not attend to each other.
+A conversation is one sequence of tokens, or several (see chat_template.py). The sequences of a group of
+conversations about the same video are packed into one row. Their common prefix comes first. Then each
+sequence has a branch that attends to the prefix and to itself. The position ids of every branch continue
+after the prefix, so the logits equal those of separate rows. Several groups can share a row, to reduce
+padding; they do not attend to each other.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from merv.models.chat import NOT_LEARNED, Prompt, Visual
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """One conversation: `ids` and `labels`, each of shape [n]. Visual token i has the id −1−i."""
+    """One sequence: `ids` and `labels`, each of shape [n]. Visual token i has the id −1−i."""
 
     ids: Tensor
     labels: Tensor
@@ -51,7 +52,7 @@ class Packed:
             shape [B, 1, S, S].
         positions: Position ids, shape [B, S].
         labels: Tokens of the answers, NOT_LEARNED elsewhere, shape [B, S].
-        branches: 0 in the common prefix, n in the n-th conversation of the group, −1 in the padding, shape
+        branches: 0 in the common prefix, n in the n-th sequence of the group, −1 in the padding, shape
             [B, S].
     """
 
@@ -70,7 +71,13 @@ class Packed:
         return embeddings.index_put((is_visual,), visual[-1 - self.ids[is_visual]].to(embeddings))
 
     def attention_mask(self, like: Tensor, additive: bool) -> Tensor:
-        """Return the mask for the LLM, [B, 1, S, S] masks as values to add to its scores if `additive`."""
+        """Return the mask that the LLM's attention takes.
+
+        Args:
+            like: Tensor with the dtype and device of an additive mask.
+            additive: Whether the attention adds a [B, 1, S, S] mask to its scores: 0 where a token attends,
+                the lowest number elsewhere. A mask of shape [B, S] is always boolean.
+        """
         if self.mask.ndim == 2 or not additive:
             return self.mask
         return like.new_zeros(self.mask.shape).masked_fill(~self.mask, torch.finfo(like.dtype).min)
@@ -82,11 +89,14 @@ def pack(
     side: Literal["left", "right"] = "right",
     packed_length: int | None = None,
 ) -> Packed:
-    """Pack each group of conversations into one row.
+    """Pack each group of sequences into one row.
 
-    side: Side of the padding; generation needs "left".
-    packed_length: Put several groups into one row of at most this many tokens. A longer group has its own
-        row.
+    Args:
+        groups: The sequences of each group.
+        pad_id: Token id of the padding.
+        side: Side of the padding; generation needs "left".
+        packed_length: Put several groups into one row of at most this many tokens. A longer group has its
+            own row.
     """
     columns = [_columns(group, number) for number, group in enumerate(groups)]
     rows = [[of_group] for of_group in columns]
@@ -123,7 +133,7 @@ class _Columns:
 
 
 def _columns(group: Sequence[Tokens], group_number: int) -> _Columns:
-    """Return the columns of one group: the common prefix, then the rest of each conversation."""
+    """Return the columns of one group: the common prefix, then the rest of each sequence."""
     prefix = _prefix_length(group)
     first = group[0]
     ids, labels = [first.ids[:prefix]], [first.labels[:prefix]]
@@ -151,7 +161,7 @@ def _bin_pack(groups: Sequence[_Columns], max_length: int) -> list[list[_Columns
 
 
 def _prefix_length(group: Sequence[Tokens]) -> int:
-    """Return the number of tokens that all conversations of a group start with, before any answer."""
+    """Return the number of tokens that all sequences of a group start with, before any answer."""
     if len(group) == 1:
         return 0
     shortest = min(len(sequence.ids) for sequence in group)
@@ -161,7 +171,7 @@ def _prefix_length(group: Sequence[Tokens]) -> int:
     if not differs.any():
         return shortest - 1
     first = int(differs.nonzero()[0])
-    # The token before an answer predicts its first token, so every conversation needs its own one.
+    # The token before an answer predicts its first token, so every sequence needs its own copy.
     return max(first - 1, 0) if learned[:, first].any() else first
 
 

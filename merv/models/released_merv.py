@@ -196,13 +196,13 @@ def translate_fusion(kind: str | None, state: Mapping[str, Tensor]) -> Translate
     """Translate the `feature_fusion` of the release (`adapter` in older checkpoints) to a mixer of merv."""
     if kind == GATE:
         return _translate_gate(state)
-    mixer, options, names = MIXERS[kind]
+    mixer, options, names = RELEASED_MIXERS[kind]
     new_names = {old: f"mixer.{new}" for old, new in names.items()}
     return TranslatedFusion(_rename(state, new_names, "feature_fusion"), mixer, options, [])
 
 
 # feature_fusion of the release → mixer of merv, its options, and its tensors: name in the release → in merv
-MIXERS: dict[str | None, tuple[str, dict[str, Any], dict[str, str]]] = {
+RELEASED_MIXERS: dict[str | None, tuple[str, dict[str, Any], dict[str, str]]] = {
     None: ("mean", {}, {}),
     "first": ("mean", {}, {}),
     "concat": ("concat", {}, {}),
@@ -226,9 +226,10 @@ MIXERS: dict[str | None, tuple[str, dict[str, Any], dict[str, str]]] = {
 
 def _check_fusion(kind: str | None, num_encoders: int) -> None:
     """Raise CheckpointError for a feature_fusion that is unknown or cannot have this many encoders."""
-    if kind != GATE and kind not in MIXERS:
+    if kind != GATE and kind not in RELEASED_MIXERS:
         raise CheckpointError(
-            f"Unsupported feature_fusion {kind!r}. Available: {', '.join([GATE, *map(str, MIXERS)])}."
+            f"Unsupported feature_fusion {kind!r}. Available: "
+            f"{', '.join([GATE, *map(str, RELEASED_MIXERS)])}."
         )
     if kind in (None, "first") and num_encoders > 1:
         raise CheckpointError(

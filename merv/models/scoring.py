@@ -56,6 +56,9 @@ class ScoringMixin:
 
         Returns:
             For each group, True or False for each of its conversations.
+
+        Raises:
+            PromptError: A conversation has no answer.
         """
         return self.score_batch(groups)[0]
 
@@ -63,7 +66,17 @@ class ScoringMixin:
     def score_batch(
         self, groups: Sequence[Sequence[Conversation]]
     ) -> tuple[list[list[bool]], VideoLLMOutput]:
-        """Return the results of `exact_match` and `forward`, computed in one pass."""
+        """Compute the results of `exact_match` and `forward` in one pass.
+
+        Args:
+            groups: Conversations with answers, grouped as in `VideoLLM.forward`.
+
+        Returns:
+            What `exact_match` returns, and what `forward` returns.
+
+        Raises:
+            PromptError: A conversation has no answer.
+        """
         if not groups:
             return [], self(groups)
         out = self(groups)

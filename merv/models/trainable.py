@@ -43,7 +43,7 @@ class TrainablePartsMixin(nn.Module):
         """Return the parameters by part: {part: {parameter name: parameter}}.
 
         The parts are "projector", "mixer", "llm", "lora" if there is one, and each encoder by its name.
-        "projector.NAME" and "mixer.NAME" are the parts of one encoder.
+        "projector.NAME" and "mixer.NAME" are the projector and the mixer parameters of one encoder.
         """
         fusion = {f"vision.fusion.{name}": p for name, p in self.fusion.named_parameters()}
         llm = {f"llm.{name}": p for name, p in self.llm.named_parameters()}
@@ -120,18 +120,18 @@ class TrainablePartsMixin(nn.Module):
         self.lora = options
         self.train_only(self.trained)
 
-    def add_encoder(self, name: str, encoder: Encoder, num_frames: int | None = None) -> None:
+    def add_encoder(self, name: str, encoder: str | Encoder, num_frames: int | None = None) -> None:
         """Add an encoder: a new projector, and near-zero initial weight in the mixer.
 
         To train only the new encoder's part, call `train_only([f"projector.{name}", f"mixer.{name}"])`.
 
         Args:
             name: Name of the encoder in this model.
-            encoder: The encoder.
+            encoder: An encoder name or a `merv.Encoder`.
             num_frames: Number of frames that it gets per video. Defaults to that of its spec.
 
         Raises:
-            EncoderError: The name is already used, or num_frames does not fit the encoder.
+            EncoderError: The name is invalid or already used, or num_frames does not fit the encoder.
             ShapeError: No encoder can be added to the mixer.
         """
         self.vision.add_encoder(name, encoder, num_frames)

@@ -271,7 +271,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
     # Saving -------------------------------------------------------------------------------
 
     def config(self) -> dict[str, Any]:
-        """Return everything that `from_pretrained` needs besides tensors, as JSON.
+        """Return everything that `from_pretrained` needs besides tensors, as a dict of JSON values.
 
         Raises:
             CheckpointError: An encoder has random weights, which cannot be loaded again, or the mixer, a

@@ -33,7 +33,7 @@ class EncoderSubject:
         return self.type(**self.options)
 
     @property
-    def length(self) -> int:
+    def num_frames(self) -> int:
         """Number of frames in a clip."""
         return max(2, self.encoder.spec.window_size or 8 * self.encoder.spec.tubelet_size)
 
@@ -41,11 +41,11 @@ class EncoderSubject:
     def frames(self) -> Frames:
         """Two cropped clips [2, T, 3, H, W]; the second half of the second clip is padding."""
         generator = torch.Generator().manual_seed(0)
-        pixels = torch.randn(2, self.length, 3, *self.encoder.preset.input_size, generator=generator)
-        times_s = torch.stack([torch.arange(self.length) / 8, 3 + torch.arange(self.length) / 25])
+        pixels = torch.randn(2, self.num_frames, 3, *self.encoder.preset.input_size, generator=generator)
+        times_s = torch.stack([torch.arange(self.num_frames) / 8, 3 + torch.arange(self.num_frames) / 25])
         extent = torch.tensor([[0.0, 0.25, 1.0, 0.75], [0.1, 0.2, 0.9, 0.8]])
-        mask = torch.ones(2, self.length, dtype=torch.bool)
-        mask[1, self.length // 2 :] = False
+        mask = torch.ones(2, self.num_frames, dtype=torch.bool)
+        mask[1, self.num_frames // 2 :] = False
         return Frames(pixels, times_s.double(), extent, mask)
 
     @cached_property
@@ -105,10 +105,10 @@ def _is_frozen(subject: EncoderSubject) -> str | None:
 
 def _shape_matches_the_spec(subject: EncoderSubject) -> str | None:
     spec = subject.encoder.spec
-    expected = [2, subject.length // spec.tubelet_size, *spec.grid[1:], spec.embed_dim]
+    expected = [2, subject.num_frames // spec.tubelet_size, *spec.grid[1:], spec.embed_dim]
     shape = list(subject.grid.values.shape)
     if shape != expected:
-        return f"expected features {expected} for {subject.length} frames, got {shape}"
+        return f"expected features {expected} for {subject.num_frames} frames, got {shape}"
     invalid = int((~subject.grid.values.isfinite()).sum())
     return f"{invalid} features are NaN or infinite" if invalid else None
 
@@ -128,7 +128,7 @@ def _clips_are_independent(subject: EncoderSubject) -> str | None:
 
 def _windows_are_independent(subject: EncoderSubject) -> str | None:
     if not subject.encoder.spec.window_size:  # the whole clip is one window, so padding must not matter
-        unpadded = subject.encoder(Frames.of(subject.frames.pixels[1:, : subject.length // 2])).values
+        unpadded = subject.encoder(Frames.of(subject.frames.pixels[1:, : subject.num_frames // 2])).values
         return difference(unpadded, subject.grid.values[1:, : unpadded.shape[1]])
     joined = Frames.of(subject.frames.pixels.flatten(0, 1)[None])  # both clips as one
     return difference(subject.encoder(joined).values, subject.grid.values.flatten(0, 1)[None])

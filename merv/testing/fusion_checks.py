@@ -18,8 +18,8 @@ from merv.testing.findings import difference
 from merv.types import WHOLE_PICTURE, Grid
 
 EMBED_DIMS = {"a": 8, "b": 12, "c": 6}  # encoder → D
-WIDTH, GRID = 64, (4, 3, 2)  # L, and (t, h, w)
-FEATURES = 24  # D, the input width of a projector that is checked alone
+OUTPUT_DIM, GRID = 64, (4, 3, 2)  # L, and (t, h, w)
+INPUT_DIM = 24  # D of a projector that is checked alone
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -46,16 +46,16 @@ class MixerSubject:
 
     def __init__(self, mixer: type[Mixer], **options: Any) -> None:
         self.type, self.options = mixer, options
-        self.streams = _random(2, len(EMBED_DIMS), *GRID, WIDTH)
+        self.streams = _random(2, len(EMBED_DIMS), *GRID, OUTPUT_DIM)
         self.mask = _mask()
 
     def create(self) -> Mixer:
         """Create another mixer with its initial weights."""
-        return MIXERS.create(self.type, WIDTH, len(EMBED_DIMS), **self.options)
+        return MIXERS.create(self.type, OUTPUT_DIM, len(EMBED_DIMS), **self.options)
 
     def create_fusion(self) -> Fusion:
         """Create a fusion with such a mixer."""
-        return Fusion(EMBED_DIMS, WIDTH, self.type, mixer_options=self.options)
+        return Fusion(EMBED_DIMS, OUTPUT_DIM, self.type, mixer_options=self.options)
 
     @cached_property
     def module(self) -> Mixer:
@@ -65,7 +65,7 @@ class MixerSubject:
         self, mixer: Mixer, streams: Tensor, clips: slice = slice(None)
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Mix clips: tokens, their mask, weights."""
-        question = _random(2, WIDTH, seed=9)[clips] if mixer.conditioned else None
+        question = _random(2, OUTPUT_DIM, seed=9)[clips] if mixer.conditioned else None
         return mixer(streams[clips], self.mask[clips], question)
 
     def run(self, module: Mixer, clips: slice = slice(None)) -> Tensor:
@@ -84,15 +84,15 @@ class ProjectorSubject:
 
     def __init__(self, projector: type[Projector], **options: Any) -> None:
         self.type, self.options = projector, options
-        self.features = _random(2, *GRID, FEATURES)
+        self.features = _random(2, *GRID, INPUT_DIM)
 
     def create(self) -> Projector:
         """Create another projector with its initial weights."""
-        return PROJECTORS.create(self.type, FEATURES, WIDTH, **{"norm": True, **self.options})
+        return PROJECTORS.create(self.type, INPUT_DIM, OUTPUT_DIM, **{"norm": True, **self.options})
 
     def create_fusion(self) -> Fusion:
         """Create a fusion with such projectors."""
-        return Fusion(EMBED_DIMS, WIDTH, "mean", projector=self.type, projector_options=self.options)
+        return Fusion(EMBED_DIMS, OUTPUT_DIM, "mean", projector=self.type, projector_options=self.options)
 
     @cached_property
     def module(self) -> Projector:
@@ -146,7 +146,7 @@ def _folded_form_equals_the_plain_one(subject: Subject) -> str | None:
         name: Grid(_random(2, *GRID, embed_dim, seed=number), times_s, extent, mask[:, number])
         for number, (name, embed_dim) in enumerate(EMBED_DIMS.items())
     }
-    question = _random(2, WIDTH) if fusion.mixer.conditioned else None
+    question = _random(2, OUTPUT_DIM) if fusion.mixer.conditioned else None
     with torch.no_grad():
         folded = fusion(grids, question)
         fusion.folded = False
@@ -178,7 +178,7 @@ def _output_shapes_are_correct(subject: MixerSubject) -> str | None:
     count = subject.module.num_tokens(t * h * w)
     positions = subject.module.positions(cell_positions(torch.zeros(2, t), h, w))
     for name, tensor, expected in (
-        ("tokens", tokens, [2, count, WIDTH]),
+        ("tokens", tokens, [2, count, OUTPUT_DIM]),
         ("mask", mask, [2, count]),
         ("positions", positions, [2, count, 3]),
         ("weights", weights, list(subject.mask.shape)),
@@ -215,8 +215,8 @@ def _masked_features_are_ignored(subject: MixerSubject) -> str | None:
 def _accepts_a_clip_without_features(subject: MixerSubject) -> str | None:
     """A training step without a video runs the fusion on one cell that no encoder sees."""
     mixer = copy.deepcopy(subject.module).train()
-    streams = _random(1, len(EMBED_DIMS), 1, 1, 1, WIDTH).requires_grad_()
-    question = _random(1, WIDTH) if mixer.conditioned else None
+    streams = _random(1, len(EMBED_DIMS), 1, 1, 1, OUTPUT_DIM).requires_grad_()
+    question = _random(1, OUTPUT_DIM) if mixer.conditioned else None
     tokens, _, _ = mixer(streams, torch.zeros(streams.shape[:-1], dtype=torch.bool), question)
     (0.0 * tokens.sum()).backward()
     if not tokens.isfinite().all():
@@ -231,7 +231,7 @@ def _accepts_a_clip_without_features(subject: MixerSubject) -> str | None:
 
 
 def _output_shape_is_correct(subject: ProjectorSubject) -> str | None:
-    shape, expected = list(subject.output.shape), [*subject.features.shape[:-1], WIDTH]
+    shape, expected = list(subject.output.shape), [*subject.features.shape[:-1], OUTPUT_DIM]
     if shape == expected:
         return None
     return f"expected {expected} for features {list(subject.features.shape)}, got {shape}"

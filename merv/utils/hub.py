@@ -17,8 +17,8 @@ ADVICE = (
 def find_on_hub(repo: str, revision: str | None, names: Sequence[str], advice: str = ADVICE) -> Path | None:
     """Find the first file of a list that a repository has, and download it if needed.
 
-    A full commit hash that is in the cache is read from there. Otherwise the hub is asked first, because a
-    branch may have moved; the cache is used only if the hub does not answer.
+    If `revision` is a full commit hash and the cache has one of the files, there is no request. Otherwise the
+    hub is asked first, because a branch may have moved; the cache is used only if the hub does not answer.
 
     Args:
         repo: The id of the repository, "owner/name".
@@ -35,7 +35,7 @@ def find_on_hub(repo: str, revision: str | None, names: Sequence[str], advice: s
     Example:
         >>> find_on_hub("some one/model", None, ["model.safetensors"])
         Traceback (most recent call last):
-        merv.errors.WeightsError: 'some one/model' is neither a path nor a valid hub id: ...
+        merv.errors.WeightsError: 'some one/model' is neither a path nor a valid hub id; ...
     """
     cached = _in_cache(repo, revision, names)
     if cached is not None and revision and COMMIT.fullmatch(revision):
@@ -57,7 +57,9 @@ def _in_cache(repo: str, revision: str | None, names: Sequence[str]) -> Path | N
     try:
         paths = [try_to_load_from_cache(repo, name, revision=revision) for name in names]
     except HFValidationError as error:
-        raise WeightsError(f"{repo!r} is neither a path nor a valid hub id: {error}") from error
+        raise WeightsError(
+            f"{repo!r} is neither a path nor a valid hub id; expected 'owner/name': {error}"
+        ) from error
     return next((Path(path) for path in paths if isinstance(path, str)), None)
 
 

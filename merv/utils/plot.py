@@ -39,7 +39,7 @@ def draw_clip(
     path: str | Path,
     title: str = "",
 ) -> None:
-    """Draw one clip: its frames in time, the mix weight of each encoder over time, questions and answers.
+    """Draw one clip: its frames, the mix weight of each encoder over time, questions and answers.
 
     Args:
         pictures: RGB arrays [H, W, 3].

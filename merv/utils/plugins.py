@@ -5,8 +5,8 @@ A package registers a plug-in in the entry-point group of its kind, in its pypro
     [project.entry-points."merv.encoders"]
     histogram = "my_package.histogram:Histogram"
 
-Listing plug-ins imports none of them; a plug-in is imported when it is first used. The idea is pluggy's and
-pytest's.
+Listing plug-ins imports none of them; a plug-in is imported when it is first used. pluggy and pytest
+work in the same way.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class Registry:
 
         Raises:
             UnknownPlugin, AmbiguousPlugin, BrokenPlugin: As in `load`.
-            PluginError: The class does not have one of the options, or lacks one.
-            MervError: The class itself raises it.
+            PluginError: The class does not accept one of the options, or a required one is missing.
+            MervError: Raised by the constructor of the class.
         """
         if isinstance(name, type):
             plugin, loaded = Plugin(name.__name__, "", "", class_path(name), self), name
@@ -242,7 +242,7 @@ def class_path(cls: type) -> str:
 
 
 def is_importable(cls: type) -> bool:
-    """Whether another process can import a class by its path. Classes of functions and scripts are not."""
+    """Whether another process can import a class by its path: not if a function or a script defines it."""
     if cls.__module__ == "__main__":
         return False
     with suppress(KeyError, AttributeError):

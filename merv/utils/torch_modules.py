@@ -16,7 +16,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of the first floating-point parameter or buffer of a module."""
+    """Device and dtype of the first floating-point parameter or buffer; CPU and float32 if there is none."""
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
@@ -46,8 +46,12 @@ def class_of(module: nn.Module) -> type[nn.Module]:
     return current.__mro__[2] if current.__mro__[1].__name__ == "FSDPModule" else current
 
 
-def first_unlike(one: nn.Module, other: nn.Module) -> str | None:
+def first_unlike(
+    one: nn.Module, other: nn.Module, names: tuple[str, str] = ("one", "the other")
+) -> str | None:
     """Describe the first difference in classes or shapes between two modules; None if there is none.
+
+    `names` are what the description calls the two modules.
 
     >>> first_unlike(nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 4)))
     '0.weight is [3, 2] in one and [4, 2] in the other'
@@ -60,15 +64,15 @@ def first_unlike(one: nn.Module, other: nn.Module) -> str | None:
         for name in {**first, **second}:
             if first.get(name) != second.get(name):
                 left, right = first.get(name, "absent"), second.get(name, "absent")
-                return f"{name or 'the module'} is {left} in one and {right} in the other"
+                return f"{name or 'the module'} is {left} in {names[0]} and {right} in {names[1]}"
     return None
 
 
 def state_dict_mismatch(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
     """Describe how the keys, shapes and kinds of numbers of two state dicts differ; None if they match.
 
-    Floating-point dtypes may differ from each other. Integers do not match floating-point numbers: they are
-    quantized weights, not values.
+    Floating-point dtypes may differ. Integers in place of floating-point numbers are a mismatch, because they
+    are quantized weights.
 
     >>> state_dict_mismatch({"a": torch.zeros(1), "b": torch.zeros(2)}, {"b": torch.zeros(3)})
     '1 missing (a); 1 of another shape (b [3], expected [2])'

