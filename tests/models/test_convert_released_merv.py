@@ -303,7 +303,7 @@ def test_unsupported_configurations_are_rejected_by_name(name, changed):
 
 
 def test_incomplete_configuration_is_rejected_by_name():
-    with pytest.raises(CheckpointError, match="num_frames.*num_frames"):
+    with pytest.raises(CheckpointError, match=r"num_frames.*num_frames"):
         read_config({"model": {name: value for name, value in TWO["model"].items() if name != "num_frames"}})
     with pytest.raises(CheckpointError, match=r"'model'.*trainer"):
         read_config({"trainer": {}})
