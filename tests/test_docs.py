@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 from merv.cli import main as cli
-from merv.training.recipes import described
+from merv.training.recipes import documented_options
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -153,5 +153,5 @@ def test_every_option_in_the_docs_exists():
         mentioned |= set(re.findall(rf"`({parts})\.(\w+)`", text))
     mentioned.discard(("model", "safetensors"))  # a file name
     assert len(mentioned) > 10
-    options = {part: described(part)[1] for part in parts.split("|")}
+    options = {part: documented_options(part)[1] for part in parts.split("|")}
     assert [f"{part}.{name}" for part, name in sorted(mentioned) if name not in options[part]] == []

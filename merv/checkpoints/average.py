@@ -1,6 +1,6 @@
 """The mean of several checkpoints of one model, tensor by tensor.
 
-Source: model soups, arXiv 2203.05482. Averaging the last checkpoints of a run is older.
+Source: model soups, arXiv 2203.05482. Averaging the last checkpoints of a run is an older method.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def average(
     """Write the weighted mean of checkpoints as a folder that `from_pretrained` loads.
 
     Sums are computed in fp32; each tensor has the dtype that it has in the first checkpoint. Memory holds one
-    model and one tensor of another. The optimizer state is left out.
+    model, and one tensor of one other model at a time. The optimizer state is left out.
 
     Args:
         checkpoints: Two or more folders written by `save_pretrained` or by a run, all of the same model.
@@ -42,6 +42,16 @@ def average(
     Raises:
         CheckpointError: A folder is not a checkpoint, two checkpoints are of different models, or the
             coefficients are invalid.
+
+    Example:
+        >>> import tempfile
+        >>> from merv import MultiEncoder
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("a", "b"):
+        ...         MultiEncoder(["fake"], output_dim=8).save_pretrained(f"{folder}/{name}")
+        ...     average([f"{folder}/a", f"{folder}/b"], f"{folder}/mean", coefficients=[3, 1])
+        ...     MultiEncoder.from_pretrained(f"{folder}/mean").fusion.output_dim
+        8
     """
     count = len(checkpoints)
     weights = [1.0] * count if coefficients is None else list(coefficients)

@@ -28,7 +28,7 @@ model = {kind}.from_pretrained("{repo_id}")
 
 {parts}
 
-The encoders' licenses are as known to merv. For the language model's license, see its own page.
+The licenses of the encoders are those that merv knows. For the language model's license, see its own page.
 
 ## Training
 

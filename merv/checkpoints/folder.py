@@ -27,7 +27,7 @@ def save_folder(
 
     Args:
         folder: The folder to write.
-        kind: The class that can load it.
+        kind: Name of the class that loads it, such as "VideoLLM".
         config: Values for config.json.
         state: The trained tensors.
 
@@ -96,8 +96,8 @@ def load_folder(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
         raise CheckpointError(f"{path} could not be read: {error}") from error
 
 
-def read_config(folder: str | Path, beside: str = WEIGHTS) -> tuple[str, dict[str, Any]]:
-    """Read kind and config of a folder. `beside` is another file that it must have.
+def read_config(folder: str | Path, required: str = WEIGHTS) -> tuple[str, dict[str, Any]]:
+    """Read kind and config of a folder. `required` is another file that the folder must have.
 
     Raises:
         CheckpointError: The folder is missing, damaged, or not a model of merv.
@@ -105,27 +105,36 @@ def read_config(folder: str | Path, beside: str = WEIGHTS) -> tuple[str, dict[st
     folder = find_folder(folder)
     if not folder.is_dir():
         raise CheckpointError(f"The folder {folder} does not exist.{_suggestion(folder.parent, folder.name)}")
-    if not (folder / CONFIG).is_file() or not (folder / beside).is_file():
+    if not (folder / CONFIG).is_file() or not (folder / required).is_file():
         files = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        is_sharded = required == WEIGHTS and (folder / CONFIG).is_file() and (folder / ".metadata").is_file()
+        advice = (
+            " Run `merv consolidate` first: it is sharded." if is_sharded else _suggestion(folder, "model")
+        )
         raise CheckpointError(
-            f"{folder} is not a checkpoint of merv. Expected {CONFIG} and {beside}, found {files}."
-            f"{_suggestion(folder, 'model')}"
+            f"{folder} is not a complete model of merv. Expected {CONFIG} and {required}, found {files}."
+            f"{advice}"
         )
     try:
         config = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} could not be read: {error}") from error
     version = config.pop("merv", None)
+    if version is None:
+        raise CheckpointError(
+            f"{folder / CONFIG} was not written by merv: it has no key 'merv'. Expected a folder written by "
+            "save_pretrained or `merv fit`."
+        )
     if version != FORMAT:
         raise CheckpointError(
-            f"{folder / CONFIG} has the format {version}; this version of merv reads its format {FORMAT}. "
+            f"{folder / CONFIG} has format {version}; this version of merv reads format {FORMAT}. "
             "Train or convert the model again."
         )
     return config.pop("kind"), config
 
 
 def _suggestion(run: Path, typed: str) -> str:
-    """A sentence that names a model in the folder of a run, or nothing."""
+    """Return a sentence that names a model in the folder of a run; "" if there is none."""
     models = [path.parent.name for path in run.glob(f"*/{CONFIG}")]
     steps = sorted(run.glob("checkpoints/step=*"), key=lambda path: path.stat().st_mtime)
     if steps and "model" not in models:

@@ -50,6 +50,13 @@ class PretrainedMixin:
         Raises:
             CheckpointError: An encoder has random weights, which could not be loaded again, or the folder
                 holds something other than a model of merv.
+
+        Example:
+            >>> from merv import MultiEncoder
+            >>> with TemporaryDirectory() as folder:
+            ...     MultiEncoder(["fake"], grid=(4, 2, 2)).save_pretrained(f"{folder}/mine")
+            ...     MultiEncoder.from_pretrained(f"{folder}/mine").aligner.grid
+            (4, 2, 2)
         """
         save_folder(folder, self.kind, self.config(), self.trainable_state_dict())
 
@@ -124,7 +131,7 @@ class PretrainedMixin:
 
 
 def portable_config(config: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
-    """A copy of a config with the sources of some parts replaced, by part.
+    """Return a copy of a config, in which `sources` replaces the sources of some parts (part → source).
 
     Raises:
         CheckpointError: `sources` names an unknown part, or a part has only a local source.
@@ -160,6 +167,9 @@ def find_model(name: str | Path) -> Path:
     Args:
         name: A local folder, or "owner/name" or "owner/name@revision" on the hub. A local folder comes first.
 
+    Returns:
+        The folder. If there is none and `name` cannot be a hub id, `name` as a path.
+
     Raises:
         WeightsError: Neither the hub nor the cache has the model.
     """
@@ -178,7 +188,7 @@ def find_model(name: str | Path) -> Path:
     if BUNDLED.fullmatch(source):
         try:
             snapshot_download(repo, revision=folder.name, allow_patterns=f"{source}/*")
-        except Exception as error:  # see push_to_hub
+        except Exception as error:  # errors of the hub and of its HTTP client share no other base class
             raise WeightsError(
                 f"{repo}/{source} could not be downloaded from the hub: {explain_hub_error(error)}."
             ) from error

@@ -29,9 +29,9 @@ examples:
   merv ask clip.mp4 "Tell a story." --model FOLDER --temperature 0.7 --top-p 0.9
   merv ask "" "What is a video?" --model FOLDER            text only, without a video
 
-A video can be a video file, an animated GIF, an image, or a folder of frames. Each question is asked alone,
-about all the videos; the encoders run once. Without --temperature and --top-p, the most likely tokens are
-chosen, so the same question gets the same answer.
+A video can be a video file, an animated GIF, an image, or a folder of frames. Each question is asked
+separately, about all the videos; the encoders run once. Without --temperature and --top-p, the most likely
+tokens are chosen, so the same question gets the same answer.
 """
 
 
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE:CLASS",
-        help="plug-in class of the model that no installed package registers; its module is imported",
+        help="class of the model that no installed package registers; imports its module; can be repeated",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
     parser.add_argument(

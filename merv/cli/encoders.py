@@ -1,4 +1,4 @@
-"""`merv encoders`: short for `merv plugins encoders`."""
+"""`merv encoders`: shorthand for `merv plugins encoders`."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from merv.errors import TrainingError
-from merv.training.recipes import check_keys, described, first_line, recipes, with_recipes
+from merv.training.recipes import check_keys, documented_options, first_line, recipes, with_recipes
 
 # Parts of Lightning's warnings that appear in every run and that a user cannot act on.
 NOISE = (
@@ -63,20 +63,22 @@ def run(argv: Sequence[str]) -> int:
 def help_text() -> str:
     """The text of `merv fit --help`: recipes, and the options with their defaults."""
     lines = [
-        "usage: merv fit --config RECIPE [--PART.OPTION=VALUE ...] [--ckpt_path=last]",
+        "usage: merv fit --config RECIPE [--SECTION.OPTION=VALUE ...] [--ckpt_path=last]",
         "",
         "Train with a recipe: a YAML file, or one of",
         *(f"  {name:28} {first_line(path)}" for name, path in recipes().items()),
     ]
-    for part in ("model", "data", "checkpoints", "sample_answers"):
-        documentation, options = described(part)
-        lines += ["", f"--{part}.OPTION, with one of", *(f"  {option}" for option in options.values())]
+    for section in ("model", "data", "checkpoints", "sample_answers"):
+        documentation, options = documented_options(section)
+        lines += ["", f"--{section}.OPTION, with one of", *(f"  {option}" for option in options.values())]
         lines += ["", documentation]
     lines += [
         "",
         "--trainer.OPTION, with an option of Lightning's Trainer: max_steps, max_epochs, devices, strategy,",
         "  precision, accumulate_grad_batches, gradient_clip_val, default_root_dir, logger, ...",
-        "--ckpt_path=last resumes from the newest checkpoint of the run; auto does so if there is one.",
-        "--print_config prints the complete recipe, --help-all Lightning's help for every option (15 s).",
+        "--ckpt_path=last resumes from the newest checkpoint of the run. --ckpt_path=auto starts a new run",
+        "  if there is none.",
+        "--print_config prints the complete recipe. --help-all prints Lightning's help for every option;",
+        "  this takes about 15 s.",
     ]
     return "\n".join(lines)

@@ -19,14 +19,14 @@ from merv.utils.suggest import nearest
 class Command:
     """One subcommand.
 
-    Attributes:
+    Args:
         name: The name to type.
         help: One sentence for the help text.
         module: A module with `add_arguments(parser)` and `run(args)`, which returns the exit status or None.
         raw: Whether the module parses its own arguments; it then has only `run(arguments)`.
-        imports_from_cwd: Whether the command may import modules from the current folder. Not allowed if that
-            folder may belong to an untrusted model.
-        intermixed: Whether options may stand between the positional arguments of a variable number.
+        imports_from_cwd: Whether the command may import modules from the current folder. False for a command
+            that loads models, because the folder may belong to an untrusted one.
+        intermixed: Whether options may appear between positional arguments, if their number varies.
     """
 
     name: str
@@ -88,9 +88,10 @@ environment variables:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `merv` and return the exit status: 2 for an error that the user can fix, 130 for an interrupt.
+    """Run `merv` and return the exit status of the command.
 
-    Other exceptions are bugs and show their traceback.
+    It is 2 for an error that the user can fix, 130 for an interrupt, and 141 for a closed pipe. Other
+    exceptions are bugs and show their traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
     # Let idle OpenMP threads spin only briefly: long spinning makes a busy machine many times slower, and no
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def import_from_cwd() -> None:
-    """Let `module:Class` name a file in the current folder; the folder goes last, to shadow no package."""
+    """Let `module:Class` name a file in the current folder. Installed packages take precedence over it."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 

@@ -36,8 +36,7 @@ class ChatData(LightningDataModule):
 
     Args:
         train: One or more files, all of which are used once in an epoch; or a mapping of files to weights,
-            by which they are mixed. An epoch is then as long as it can be without a repeated sample (see
-            `merv.data.order.EpochOrder`).
+            by which they are mixed. An epoch is then as long as it can be without a repeated sample.
         val: One or more files, or None.
         batch_size: Samples per step and process.
         max_questions: Maximum number of conversations per sample and epoch. Each epoch draws different
@@ -53,7 +52,7 @@ class ChatData(LightningDataModule):
         max_skipped: Stop when a process has skipped more than this many distinct samples. None: 1 % of the
             samples, at least 10.
         stream: Read `train` as a stream, for data that is too large to index.
-        batches_per_epoch: Number of batches in an epoch of a stream.
+        batches_per_epoch: Number of batches of each process in an epoch of a stream.
         shuffle_buffer_size: Samples of a stream that are shuffled together.
         root: The folder that paths in rows start at. None: the folder of each file.
 

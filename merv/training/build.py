@@ -17,7 +17,8 @@ from merv.models.video_llm import VideoLLM
 from merv.training.options import TrainingOptions
 from merv.utils.suggest import nearest
 
-SHARED = ("norm", "align", "backend", "resample")  # saved under the name of the option
+# Options that have the same name and values in a model's config.json
+SAME_IN_CONFIG = ("norm", "align", "backend", "resample")
 
 
 def check_names(options: TrainingOptions) -> None:
@@ -71,7 +72,7 @@ def from_scratch(options: TrainingOptions, store: FeatureStore | None = None) ->
 def from_checkpoint(options: TrainingOptions, store: FeatureStore | None = None) -> VideoLLM:
     """The model in `init_from`, with the encoders that it lacks added.
 
-    Raises TrainingError if the options describe another model, CheckpointError if `init_from` is no model.
+    Raises TrainingError if the options describe another model, CheckpointError if `init_from` is not a model.
     """
     encoders: dict[str, Any] = by_name(options.encoders)
     weights, presets = options.weights or {}, options.presets or {}
@@ -95,8 +96,8 @@ def from_checkpoint(options: TrainingOptions, store: FeatureStore | None = None)
         in_model = {name: value for name, (value, _) in differences.items()}
         in_recipe = {name: value for name, (_, value) in differences.items()}
         raise TrainingError(
-            f"model.init_from, {options.init_from}, has {in_model}; this recipe has {in_recipe}. "
-            "Set them to the same values."
+            f"The model in model.init_from, {options.init_from}, has {in_model}; this recipe has "
+            f"{in_recipe}. Change the recipe to the values of the model."
         )
     for name, encoder in encoders.items():
         if name not in model.vision.encoders:
@@ -113,7 +114,7 @@ def _differences(
     """Option → its values in the model and in the recipe, where they differ."""
     vision, existing = model.vision, list(model.vision.encoders)
     config = vision.config()
-    values = {name: (config[name], getattr(options, name)) for name in SHARED}
+    values = {name: (config[name], getattr(options, name)) for name in SAME_IN_CONFIG}
     if options.chat_template_kwargs is not None:
         values["chat_template_kwargs"] = (model.chat.options, options.chat_template_kwargs)
     values["grid"] = (config["grid"], list(options.grid))

@@ -24,7 +24,7 @@ from merv.errors import BadLoss
 from merv.training.checkpointing import CHECKPOINTS, Checkpoints
 from merv.utils.plot import draw_loss
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LOSS_HISTORY = 100  # number of recent losses that a new one is compared with
 
@@ -33,8 +33,8 @@ class LossMonitor:
     """Detects losses that must not be learned from: NaN, infinite, or a spike.
 
     Args:
-        loss_spike_threshold: A loss above this multiple of the largest of the last 100 is a spike. None: any
-            finite loss is accepted.
+        loss_spike_threshold: A loss is a spike if it is above 1 and above this multiple of the largest of the
+            last 100 losses. The first 100 losses are not compared. None: any finite loss is accepted.
 
     Example:
         >>> monitor = LossMonitor(loss_spike_threshold=5)
@@ -164,7 +164,7 @@ class SampleAnswers(Callback):
         try:
             self._sample(trainer, module, data.val or data.train)
         except SAMPLE_ERRORS as error:  # training itself reports or skips bad samples
-            log.warning("No answers were sampled at step %s: %s", step, error)
+            logger.warning("No answers were sampled at step %s: %s", step, error)
 
     def _sample(self, trainer: Trainer, module: LightningModule, samples: Any) -> None:
         conversations = [samples[i].conversations[0] for i in range(min(self.num_samples, len(samples)))]
@@ -204,7 +204,7 @@ class GracefulShutdown(Callback):
         self._install_handlers(module)
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
-        self._install_handlers(module)  # Lightning has installed its own since on_fit_start
+        self._install_handlers(module)  # Lightning installs its own after on_fit_start
 
     def _install_handlers(self, module: Any) -> None:
         def request_stop(*_: Any) -> None:

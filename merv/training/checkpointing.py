@@ -19,10 +19,10 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from merv.checkpoints.folder import find_folder, load_folder, replacing, write_model
 from merv.errors import CheckpointError
-from merv.training.sharding import META
+from merv.training.sharding import TRAINING_STATE
 
 CHECKPOINTS = "checkpoints"  # the subfolder of a run
-PREFIX = "model."  # of the tensors' names in the LightningModule
+PREFIX = "model."  # how the LightningModule names the tensors of its model
 
 
 class Folders(CheckpointIO):
@@ -35,7 +35,7 @@ class Folders(CheckpointIO):
         with replacing(path) as temporary:
             write_model(temporary, "VideoLLM", checkpoint["config"], tensors)
             try:
-                with (temporary / META).open("wb") as file:
+                with (temporary / TRAINING_STATE).open("wb") as file:
                     torch.save(rest, file)
             except RuntimeError as error:  # torch hides the OSError of a full disk behind this one
                 raise OSError(error.__context__ or error) from error
@@ -50,12 +50,12 @@ class Folders(CheckpointIO):
         """
         path = find_folder(path)
         config, tensors = load_folder(path, "VideoLLM")
-        if not (path / META).is_file():
+        if not (path / TRAINING_STATE).is_file():
             raise CheckpointError(
-                f"Cannot resume from {path}: it is a trained model without {META}. "
+                f"Cannot resume from {path}: it is a trained model without {TRAINING_STATE}. "
                 "To start a new run with it, set model.init_from."
             )
-        rest = torch.load(path / META, map_location="cpu", weights_only=True)
+        rest = torch.load(path / TRAINING_STATE, map_location="cpu", weights_only=True)
         state = {PREFIX + name: tensor for name, tensor in tensors.items()}
         return {**rest, "config": config, "state_dict": state}
 
@@ -92,14 +92,14 @@ class Checkpoints(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """Independent of `every_n_steps`, so that a resumed run deletes old checkpoints if it is changed."""
+        """The same for all options: a run resumed with other options still deletes its old checkpoints."""
         return "Checkpoints"
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         return previous != current  # Lightning keeps every checkpoint that the run was resumed from
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Do not save the resumed step again: within an accumulation it would lack gradients."""
+        """Do not save the resumed step again: during gradient accumulation, gradients would be missing."""
         super().on_train_start(trainer, module)
         self._last_global_step_saved = trainer.global_step
 
@@ -113,7 +113,7 @@ class Checkpoints(ModelCheckpoint):
         self.save(trainer)
 
     def save(self, trainer: Trainer, overwrite: bool = False) -> None:
-        """Save this step now. If it is saved already, only with `overwrite`."""
+        """Save this step now. With `overwrite`, also if it is saved already."""
         if overwrite or self._last_global_step_saved != trainer.global_step:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
@@ -136,9 +136,11 @@ class Best(ModelCheckpoint):
         )
 
 
-def newest(folder: str | Path) -> Path | None:
+def newest_checkpoint(folder: str | Path) -> Path | None:
     """The checkpoint with the highest step in a folder, or None."""
-    checkpoints = [p for p in Path(folder).glob("step=*") if p.name[5:].isdigit() and (p / META).is_file()]
+    checkpoints = [
+        p for p in Path(folder).glob("step=*") if p.name[5:].isdigit() and (p / TRAINING_STATE).is_file()
+    ]
     return max(checkpoints, key=lambda path: int(path.name[5:]), default=None)
 
 

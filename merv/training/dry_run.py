@@ -40,12 +40,12 @@ class BatchShape:
     """The sizes of one batch.
 
     Args:
-        videos: Number of videos, which have all time steps of the grid.
+        videos: Number of videos. Each has all time steps of the grid.
         rows: Number of rows that the language model reads (B).
         length: Length of a row in tokens (S).
         answers: Number of positions at which any row has a token to learn (K).
         visual: Number of visual tokens in all rows.
-        stills: Number of images, which have one time step.
+        stills: Number of images. Each has one time step.
         padded: Whether the rows differ in length.
         shared: Whether a row holds more than one conversation.
     """
@@ -150,7 +150,8 @@ def dry_step(
         encode: Whether the encoders run in the step.
         accumulate: Micro-batches per step of the optimizer.
         precision: As for Lightning's Trainer. A mixed one autocasts to bf16.
-        gpu: Whether the optimizer updates all tensors at once, which is torch's default on a GPU.
+        gpu: Whether to estimate for a GPU, where torch's optimizers update all tensors at once by default
+            (`foreach`).
 
     Returns:
         FLOPs and memory by phase.

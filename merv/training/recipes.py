@@ -11,15 +11,16 @@ from pathlib import Path
 from merv.errors import TrainingError
 from merv.utils.suggest import nearest
 
-# Part of a recipe → package, file and class that define its options.
-PARTS = {
+# Section of a recipe → package, file and class that define its options
+SECTIONS = {
     "trainer": ("lightning", "pytorch/trainer/trainer.py", "Trainer"),
     "model": ("merv", "training/options.py", "TrainingOptions"),
     "data": ("merv", "data/module.py", "ChatData"),
     "checkpoints": ("merv", "training/checkpointing.py", "Checkpoints"),
     "sample_answers": ("merv", "training/callbacks.py", "SampleAnswers"),
 }
-SINGLE = ("config", "c", "seed_everything", "ckpt_path", "weights_only", "print_config", "help", "h")
+# Keys outside the sections, each with a single value
+TOP_LEVEL_KEYS = ("config", "c", "seed_everything", "ckpt_path", "weights_only", "print_config", "help", "h")
 
 
 def recipes() -> dict[str, Path]:
@@ -58,38 +59,42 @@ def with_recipes(argv: Sequence[str]) -> list[str]:
     return out
 
 
-def check_keys(argv: Sequence[str], also: Sequence[str] = ()) -> None:
-    """Check every key, in recipes and typed, against the options of its part.
+def check_keys(argv: Sequence[str]) -> None:
+    """Check every key in the recipes and on the command line.
 
     Args:
-        argv: Arguments of `merv fit`, recipes as paths.
-        also: Further options of the command.
+        argv: Arguments of `merv fit`, with recipes as paths.
 
     Raises:
-        TrainingError: An unknown key; the message names the nearest one.
+        TrainingError: A key is unknown. The message names the nearest one.
     """
-    known = {**options(), **{option: {} for option in also}}
+    known = options()
     for origin, key in _keys(argv):
-        part, _, rest = key.partition(".")
-        if part not in known:
-            raise TrainingError(f"{origin}: unknown key {part!r}.{nearest(part, known)}")
+        section, _, rest = key.partition(".")
+        if section not in known:
+            raise TrainingError(
+                f"{origin}: unknown key {section!r}.{nearest(section, known)} Available: {', '.join(known)}."
+            )
         name = re.split(r"[.+]", rest)[0]
-        if known[part] and name and name not in known[part]:
-            raise TrainingError(f"{origin}: {part} has no option {name!r}.{nearest(name, known[part])}")
+        if known[section] and name and name not in known[section]:
+            raise TrainingError(
+                f"{origin}: {section} has no option {name!r}.{nearest(name, known[section])} "
+                "`merv fit --help` lists the options."
+            )
 
 
 def options() -> dict[str, dict[str, str]]:
-    """Part of a recipe → its options as source text; empty for keys with a single value."""
-    known: dict[str, dict[str, str]] = {part: described(part)[1] for part in PARTS}
-    return {**known, **{key: {} for key in SINGLE}}
+    """Section of a recipe → its options as source text; empty for keys with a single value."""
+    known: dict[str, dict[str, str]] = {section: documented_options(section)[1] for section in SECTIONS}
+    return {**known, **{key: {} for key in TOP_LEVEL_KEYS}}
 
 
-def described(part: str) -> tuple[str, dict[str, str]]:
-    """Docstring of the class behind a part, and its options with types and defaults.
+def documented_options(section: str) -> tuple[str, dict[str, str]]:
+    """Docstring of the class behind a section of a recipe, and its options with types and defaults.
 
     They are parsed from the source file, because importing Lightning takes seconds.
     """
-    package, path, name = PARTS[part]
+    package, path, name = SECTIONS[section]
     spec = find_spec(package)
     assert spec is not None
     assert spec.origin is not None
@@ -103,15 +108,15 @@ def described(part: str) -> tuple[str, dict[str, str]]:
     arguments = [*init.args.args[1:], *init.args.kwonlyargs]
     values = [*init.args.defaults, *init.args.kw_defaults]
     defaults = dict(zip(reversed(arguments), reversed(values), strict=False))
-    written = {}
+    texts = {}
     for argument in arguments:
         default = defaults.get(argument)
-        written[argument.arg] = ast.unparse(argument) + (f" = {ast.unparse(default)}" if default else "")
-    return ast.get_docstring(node) or "", written
+        texts[argument.arg] = ast.unparse(argument) + (f" = {ast.unparse(default)}" if default else "")
+    return ast.get_docstring(node) or "", texts
 
 
 def _keys(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Origin and dotted name of each key, of the recipes and of the typed options."""
+    """Yield the origin and the dotted name of each key on the command line and in its recipes."""
     import yaml
 
     for i, argument in enumerate(argv):
@@ -127,10 +132,10 @@ def _keys(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
                 raise TrainingError(f"{path} is not valid YAML: {error}") from error
             if not isinstance(recipe, Mapping):
                 raise TrainingError(f"{path} is not a recipe: expected the keys trainer, model and data.")
-            for part, values in recipe.items():
-                yield path, str(part)
+            for section, values in recipe.items():
+                yield path, str(section)
                 yield from (
-                    (path, f"{part}.{key}") for key in (values if isinstance(values, Mapping) else ())
+                    (path, f"{section}.{key}") for key in (values if isinstance(values, Mapping) else ())
                 )
 
 

@@ -19,7 +19,7 @@ from merv.errors import CheckpointError, TrainingError
 from merv.utils.files import replace_folder, temporary_beside
 from merv.utils.private import layer_classes
 
-META = "training.pt"  # holds everything in a checkpoint except config and model tensors
+TRAINING_STATE = "training.pt"  # everything in a checkpoint except config and model tensors
 
 
 def shard(model: Any, mesh: Any) -> None:
@@ -91,7 +91,9 @@ class Sharded(ModelParallelStrategy):
         import torch.distributed.checkpoint as dcp
 
         with temporary_beside(Path(filepath)) as suggested:
-            path, temporary = self.broadcast((Path(filepath), suggested))  # those of the first process
+            path, temporary = self.broadcast(
+                (Path(filepath), suggested)
+            )  # all use the paths of the first process
             if self.is_global_zero:
                 temporary.mkdir(parents=True)
             self.barrier()
@@ -101,7 +103,7 @@ class Sharded(ModelParallelStrategy):
             dcp.save(states, checkpoint_id=temporary)
             if self.is_global_zero:
                 write_config(temporary, "VideoLLM", checkpoint["config"])
-                torch.save(checkpoint, temporary / META)
+                torch.save(checkpoint, temporary / TRAINING_STATE)
                 replace_folder(temporary, path)
                 remove_leftovers(path)
             self.barrier()
@@ -125,7 +127,7 @@ class Sharded(ModelParallelStrategy):
             states = {key: get_optimizer_state_dict(self.model, optimizer)}
             dcp.load(states, checkpoint_id=path)
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=states[key])
-        return torch.load(path / META, weights_only=True)
+        return torch.load(path / TRAINING_STATE, weights_only=True)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Delete the folder."""
@@ -141,10 +143,10 @@ def register() -> None:
 
 def is_sharded(path: str | Path) -> bool:
     """Whether `Sharded` wrote the checkpoint in this folder."""
-    return (Path(path) / ".metadata").is_file() and (Path(path) / META).is_file()
+    return (Path(path) / ".metadata").is_file() and (Path(path) / TRAINING_STATE).is_file()
 
 
-def whole_state(path: str | Path) -> Mapping[str, torch.Tensor]:
+def full_state_dict(path: str | Path) -> Mapping[str, torch.Tensor]:
     """Read the model's tensors from a sharded checkpoint, in one process.
 
     Raises:
@@ -154,7 +156,10 @@ def whole_state(path: str | Path) -> Mapping[str, torch.Tensor]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     if not is_sharded(path):
-        raise CheckpointError(f"{path} is not a sharded checkpoint of merv.")
+        raise CheckpointError(
+            f"{path} is not a sharded checkpoint of merv. Expected a folder that a run with "
+            "trainer.strategy: sharded wrote."
+        )
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -168,16 +173,17 @@ def whole_state(path: str | Path) -> Mapping[str, torch.Tensor]:
 def consolidate(folder: str | Path, out: str | Path) -> None:
     """Turn a sharded checkpoint into a folder that `VideoLLM.from_pretrained` loads.
 
-    The model must fit into this machine's memory. The optimizer state is left out.
+    The trained parts must fit into this machine's memory. The optimizer state is left out.
 
     Args:
         folder: The sharded checkpoint.
         out: The folder to write. It is written completely or not at all.
 
     Raises:
-        CheckpointError: `folder` is not a sharded checkpoint, or `out` exists and is not merv's.
+        CheckpointError: `folder` is not a sharded checkpoint, or `out` holds something other than a model of
+            merv.
     """
     folder = find_folder(folder)
-    state = whole_state(folder)
-    kind, config = read_config(folder, beside=META)
+    state = full_state_dict(folder)
+    kind, config = read_config(folder, required=TRAINING_STATE)
     save_folder(out, kind, config, state)

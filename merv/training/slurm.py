@@ -1,7 +1,7 @@
-"""Whether the processes of a run were started by SLURM's srun, which Lightning cannot tell for sure.
+"""Detect whether SLURM's srun started the processes of a run. Lightning cannot always tell.
 
 Lightning takes part in a SLURM job as soon as SLURM_NTASKS is set. But batch scripts and interactive shells
-have this variable, too: a process in them would wait for others that nobody has started.
+have this variable, too: a process in them would wait for processes that do not exist.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def cluster_environment(num_nodes: int) -> ClusterEnvironment | None:
                 "--nodes and --ntasks-per-node instead of --ntasks, or for one process: srun --ntasks=1."
             )
         return SLURMEnvironment()
-    if num_nodes > 1 and "NODE_RANK" not in os.environ:  # which is set by those who start nodes by hand
+    if num_nodes > 1 and "NODE_RANK" not in os.environ:  # users set it to start each node by hand
         raise TrainingError(
             f"trainer.num_nodes is {num_nodes}, but srun did not start this process, so nothing runs on the "
             f"other nodes. Run `srun --nodes={num_nodes} --ntasks-per-node=DEVICES merv fit ...`."

@@ -86,7 +86,7 @@ def test_every_question_is_asked_about_all_videos(ask, streamed, arguments, vide
         ([], "question"),
     ],
 )
-def test_path_as_question_and_question_as_video_are_refused_by_name(ask, streamed, arguments, named):
+def test_path_as_question_or_question_as_video_is_an_error_that_names_it(ask, streamed, arguments, named):
     status, _, error = ask(*arguments)
     assert (status, streamed) == (2, [])
     assert named in error
@@ -161,7 +161,7 @@ def test_sampled_answers_differ_and_temperature_zero_is_greedy(ask):
         ("--max-new-tokens", "0"),
     ],
 )
-def test_invalid_value_of_an_option_is_refused_by_name(ask, option, value):
+def test_invalid_value_is_an_error_that_names_the_option(ask, option, value):
     status, _, error = ask("a.mp4", "Who?", f"{option}={value}")
     assert status == 2
     assert f"argument {option}" in error

@@ -18,7 +18,7 @@ from merv.models.video_llm import VideoLLM
 from merv.testing import tiny_llm
 from merv.training.module import Training
 from merv.training.options import TrainingOptions
-from merv.training.recipes import check_keys, described
+from merv.training.recipes import check_keys, documented_options
 
 pytestmark = QUIET
 
@@ -79,7 +79,7 @@ def test_missing_recipe_lists_the_available_ones(capsys):
 
 def test_described_options_are_those_of_the_classes():
     for part, of in {"trainer": Trainer, "model": TrainingOptions, "data": ChatData}.items():
-        assert list(described(part)[1]) == list(inspect.signature(of).parameters)
+        assert list(documented_options(part)[1]) == list(inspect.signature(of).parameters)
 
 
 @pytest.mark.parametrize(("option", "value"), [("lr", "-1"), ("betas", "[0.9, 1.5]")])

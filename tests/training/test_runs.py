@@ -17,7 +17,7 @@ from merv.errors import CheckpointError, DataError, TrainingError
 from merv.models.video_llm import VideoLLM
 from merv.training import checkpointing
 from merv.training.callbacks import LossMonitor
-from merv.training.checkpointing import newest
+from merv.training.checkpointing import newest_checkpoint
 from merv.training.module import Training, compare
 
 pytestmark = QUIET
@@ -66,7 +66,7 @@ def test_run_stopped_by_a_signal_resumes_to_the_same_weights(material, tmp_path,
     assert fit(material, tmp_path / "stopped", **options, trainer__callbacks=stop) == 130
     assert "--ckpt_path=last" in capsys.readouterr().out
     assert not (tmp_path / "stopped/model").exists()
-    assert newest(tmp_path / "stopped/checkpoints").name == "step=4"
+    assert newest_checkpoint(tmp_path / "stopped/checkpoints").name == "step=4"
     assert fit(material, tmp_path / "stopped", **options, ckpt_path="last") == 0
     assert difference(weights(tmp_path / "whole"), weights(tmp_path / "stopped")) == 0
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from running import QUIET, difference, fit, make_material, weights
 
-from merv.training.sharding import whole_state
+from merv.training.sharding import full_state_dict
 
 pytestmark = [*QUIET, pytest.mark.usefixtures("no_process_group"), pytest.mark.filterwarnings("ignore")]
 
@@ -28,7 +28,7 @@ def test_sharded_run_resumes_and_its_checkpoint_is_consolidated(material, tmp_pa
     assert fit(material, tmp_path / "plain", **lora) == 0
     assert fit(material, tmp_path / "sharded", **lora, **options) == 0
     assert difference(weights(tmp_path / "plain"), weights(tmp_path / "sharded")) < 1e-6
-    state = whole_state(tmp_path / "sharded/checkpoints/step=6")
+    state = full_state_dict(tmp_path / "sharded/checkpoints/step=6")
     assert difference(weights(tmp_path / "sharded"), state) == 0
     resume = {**options, "ckpt_path": tmp_path / "sharded/checkpoints/step=3"}
     assert fit(material, tmp_path / "resumed", **lora, **resume) == 0
@@ -52,5 +52,5 @@ def test_sharded_llm_is_saved_correctly_after_generation(material, tmp_path):
     assert fit(material, tmp_path / "plain", **options) == 0
     assert fit(material, tmp_path / "sharded", **options, **every_step, **sharded) == 0
     assert difference(weights(tmp_path / "plain"), weights(tmp_path / "sharded")) < 1e-6
-    state = whole_state(tmp_path / "sharded/checkpoints/step=3")
+    state = full_state_dict(tmp_path / "sharded/checkpoints/step=3")
     assert difference(weights(tmp_path / "sharded"), state) == 0

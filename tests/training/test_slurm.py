@@ -40,6 +40,7 @@ def test_processes_of_srun_form_a_group(monkeypatch):
 
 
 def test_several_nodes_without_srun_are_an_error(monkeypatch):
+    monkeypatch.delenv("NODE_RANK", raising=False)  # Lightning leaves it behind in other tests
     setenv(monkeypatch, **SHELL)
     with pytest.raises(TrainingError, match="srun --nodes=2"):
         cluster_environment(num_nodes=2)
