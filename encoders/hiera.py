@@ -68,7 +68,7 @@ class Hiera(Encoder):
                 import hiera
         except ImportError as error:
             raise MissingDependency(
-                f'Hiera needs another package ({error}): pip install "merv[hiera]"'
+                f'Hiera needs another package ({error}): pip install ".[hiera]" in the clone'
             ) from error
         name, *_ = SIZES[self.variant]
         self.net = getattr(hiera, name)()

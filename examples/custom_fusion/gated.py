@@ -1,7 +1,9 @@
 """A custom projector: a learned gate scales each channel of the projection.
 
     merv plugins projectors check gated:Gated
-    merv fit --config recipe.yaml --model.projector=gated:Gated
+    merv fit --config recipe.yaml --model.projector=gated:Gated --data.train=YOURS.json
+
+Training needs `pip install ".[demo]"` in the clone of merv, then `merv download`.
 
 Source: gated linear units, arXiv 1612.08083.
 """

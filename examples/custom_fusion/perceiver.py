@@ -1,8 +1,11 @@
 """A custom mixer: a fixed number of learned queries attend to all cells and become the video's tokens.
 
     merv plugins mixers check perceiver:Perceiver
-    merv fit --config recipe.yaml --model.mixer=perceiver:Perceiver
-    merv ask VIDEO QUESTION --model outputs/custom_fusion/model --trust perceiver:Perceiver
+    merv fit --config recipe.yaml --model.mixer=perceiver:Perceiver --data.train=YOURS.json
+    merv ask VIDEO QUESTION --model outputs/custom_fusion/model \\
+        --trust perceiver:Perceiver --trust gated:Gated
+
+Training needs `pip install ".[demo]"` in the clone of merv, then `merv download`.
 
 Source: the resampler of Perceiver, arXiv 2103.03206, as used in Flamingo, arXiv 2204.14198.
 """
