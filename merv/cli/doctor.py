@@ -87,8 +87,8 @@ def versions() -> Iterator[Line]:
             if not extra:
                 import_module(_module_of(package))
         except PackageNotFoundError:
-            install = f'"merv[{extra}]"' if extra else package
-            text = f"is not installed. Run: pip install {install}"
+            install = f'pip install ".[{extra}]" in the clone' if extra else f"pip install {package}"
+            text = f"is not installed. Run: {install}"
             yield Line(package, text, "note" if extra else "broken")
         except Exception as error:  # for example a torchvision that was built for another torch
             yield Line(package, f"{installed} cannot be imported: {_one_line(error)}", "broken")

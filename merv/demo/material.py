@@ -130,7 +130,8 @@ def _inside(package: str, folder: str) -> Path:
     for package_folder in package_folders(package):
         return package_folder / folder
     raise MissingDependency(
-        f'The demo needs photographs from {package}, which is not installed. Run: pip install "merv[demo]"'
+        f"The demo needs photographs from {package}, which is not installed. In the clone, run: "
+        'pip install ".[demo]"'
     )
 
 

@@ -144,7 +144,9 @@ class Fusion(nn.Module):
             projector.scale_to(rms)
 
     def add_encoder(self, name: str, embed_dim: int) -> None:
-        """Add an encoder after the others: a new projector, and near-zero initial weight in the mixer.
+        """Add an encoder after the others, with a new projector.
+
+        `Mixer.add_encoder` describes how much it counts at first, which depends on the mixer.
 
         Raises:
             ShapeError: No encoder can be added to the mixer.

@@ -56,10 +56,11 @@ class Mixer(nn.Module):
         self.output_dim, self.num_encoders = output_dim, num_encoders
 
     def add_encoder(self) -> None:
-        """Add an encoder after the others, with near-zero initial weight.
+        """Add an encoder after the others.
 
-        Two mixers are exceptions: `gate` computes the weight of the new encoder with the parameters that it
-        has, and `mean` gives it the same weight as the others.
+        With `cross_attention` and `scalar` it starts with about a fiftieth of the weight of another encoder,
+        with `concat_channels` at zero. `gate` and `mean` have no parameters per encoder, so the new encoder
+        counts fully at once; `concat` adds its tokens at once.
 
         Raises:
             ShapeError: No encoder can be added to this mixer.

@@ -121,7 +121,9 @@ class TrainablePartsMixin(nn.Module):
         self.train_only(self.trained)
 
     def add_encoder(self, name: str, encoder: str | Encoder, num_frames: int | None = None) -> None:
-        """Add an encoder: a new projector, and near-zero initial weight in the mixer.
+        """Add an encoder after the others, with a new projector.
+
+        `merv.Mixer.add_encoder` describes how much it counts at first, which depends on the mixer.
 
         To train only the new encoder's part, call `train_only([f"projector.{name}", f"mixer.{name}"])`.
 

@@ -176,7 +176,8 @@ def smollm2_folder() -> Path:
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     if find_spec("gguf") is None or find_spec("accelerate") is None:
         raise MissingDependency(
-            'The packages gguf and accelerate are needed to read a GGUF file: pip install "merv[demo]".'
+            "The packages gguf and accelerate are needed to read a GGUF file: "
+            'pip install ".[demo]" in the clone.'
         )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

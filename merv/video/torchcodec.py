@@ -91,9 +91,9 @@ def load_decoder() -> Any:
         from torchcodec.decoders import VideoDecoder
     except (ImportError, RuntimeError, OSError) as error:  # not installed, or built for another torch
         raise MissingDependency(
-            f"backend='torchcodec' needs torchcodec ({first_line(error)}): pip install \"merv[torchcodec]\", "
-            "in the version that matches your torch. It also needs FFmpeg's shared libraries. Or use "
-            "backend='pyav', which includes its own."
+            f"backend='torchcodec' needs torchcodec ({first_line(error)}): pip install \".[torchcodec]\" "
+            "in the clone, in the version that matches your torch. It also needs FFmpeg's shared libraries. "
+            "Or use backend='pyav', which includes its own."
         ) from error
     if torchcodec.ffmpeg_major_version is None:
         raise MissingDependency(

@@ -83,7 +83,7 @@ def test_missing_optional_package_comes_with_its_install_command(monkeypatch: py
     monkeypatch.setattr(doctor, "_requirements", lambda: {"nowhere": "half"})
     lines = list(doctor.versions())
     assert states(lines)["nowhere"] == "note"
-    assert 'pip install "merv[half]"' in texts(lines)["nowhere"]
+    assert "[half]" in texts(lines)["nowhere"]
 
 
 def test_requirements_come_from_the_metadata() -> None:
@@ -100,7 +100,7 @@ def test_each_backend_decodes_a_video(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchcodec", None)
     lines = list(doctor.decoding())
     assert states(lines) == {"pyav": "ok", "torchcodec": "note"}
-    assert 'pip install "merv[torchcodec]"' in texts(lines)["torchcodec"]
+    assert "[torchcodec]" in texts(lines)["torchcodec"]
 
 
 def test_backend_that_cannot_decode_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,5 +238,5 @@ def test_encoder_satisfies_the_contract(small, monkeypatch, encoder, variant, wi
 def test_hiera_without_its_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "hiera", None)
     monkeypatch.delitem(sys.modules, "merv.encoders.hiera")
-    with pytest.raises(MissingDependency, match=r'pip install "merv\[hiera\]"'):
+    with pytest.raises(MissingDependency, match=r"\[hiera\]"):
         create_encoder("hiera", weights=None)

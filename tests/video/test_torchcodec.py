@@ -198,7 +198,7 @@ def test_error_without_torchcodec_has_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, None)
-    with pytest.raises(MissingDependency, match=r'pip install "merv\[torchcodec\]"'):
+    with pytest.raises(MissingDependency, match=r"\[torchcodec\]"):
         open_video(make_video(tmp_path / "a.mp4"), backend="torchcodec")
 
 
