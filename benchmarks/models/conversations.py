@@ -119,7 +119,7 @@ def row(name: str, model: VideoLLM) -> str:
     one_turn = all([ask(model, conversation) for conversation in ONE])
     results = [one_turn, ask(model, SEVERAL), agrees(model, [*ONE, SEVERAL])]
     cells = [name, f"`{model.chat.end_token}`", str(len(model.chat.answers(SEVERAL)))]
-    cells += ["yes" if model.shares_rows else "no", str(steps)]
+    cells += ["yes" if model.supports_shared_prefix else "no", str(steps)]
     cells += ["yes" if result else "**no**" for result in results]
     return f"| {' | '.join(cells)} |"
 

@@ -86,6 +86,12 @@ def _parts(model: Any, config: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"Encoder `{name}`: `{saved['class']}`, variant {saved['variant']}, preset {saved['preset']}, "
             f"weights `{identity['source']}{revision}` with SHA-256 `{identity['sha256'][:16]}…`, "
-            f"license {encoder.spec.weights_license or UNKNOWN}."
+            f"license {_license(encoder)}."
         )
     return lines
+
+
+def _license(encoder: Any) -> str:
+    """Return the license of an encoder's weights, or the mark of what merv does not know."""
+    weights_license = encoder.spec.weights_license
+    return UNKNOWN if weights_license == "unknown" else weights_license

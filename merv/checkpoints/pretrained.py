@@ -39,17 +39,18 @@ class PretrainedMixin:
         raise NotImplementedError
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save the trained tensors, and the sources and hashes of the frozen parts.
+        """Save the trained tensors, and the sources and hashes of the other parts.
 
-        Frozen weights are not copied, so the folder is small.
+        Unmodified pretrained weights are not copied. A trained language model or encoder is saved in full.
 
         Args:
             folder: The folder to write. It is written completely or not at all. An older model in it is
                 replaced.
 
         Raises:
-            CheckpointError: An encoder has random weights, which could not be loaded again, or the folder
-                holds something other than a model of merv.
+            CheckpointError: An encoder has random weights, which could not be loaded again; an encoder of a
+                MultiEncoder was modified (only a VideoLLM saves its weights); or the folder holds something
+                other than a model of merv.
 
         Example:
             >>> from merv import MultiEncoder

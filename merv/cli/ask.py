@@ -102,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-thinking", action="store_true", help="also print the thinking of a reasoning model"
     )
     parser.add_argument(
-        "--weights", action="store_true", help="also print the mixer's average weight of each encoder"
+        "--mix-weights", action="store_true", help="also print the mixer's average weight of each encoder"
     )
 
 
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         if len(questions) > 1:
             print(f"Q: {question}\nA: ", end="", flush=True)
         _print_answer(model.stream(conversation, **options))
-        if args.weights and videos:
+        if args.mix_weights and videos:
             print("weights:", _weights(model, conversation))
     return 0
 
@@ -212,7 +212,7 @@ def _load(args: argparse.Namespace) -> VideoLLM:
         weights=dict(args.encoder),
         dtype=args.dtype,
         quantize=args.quantize,
-        feature_store=FeatureStore(),  # so that the encoders run once for all questions and --weights
+        feature_store=FeatureStore(),  # so that the encoders run once for all questions and --mix-weights
     ).to(args.device)
     if args.device == "cpu" and model.llm.dtype == torch.bfloat16 and bfloat16_is_slow():
         print("merv: bfloat16 is slow on this CPU. --dtype fp32 is many times faster.", file=sys.stderr)

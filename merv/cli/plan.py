@@ -149,6 +149,7 @@ def setup_of(config: Any) -> Any:
 def show(plan: Any, options: argparse.Namespace, memory: float, hours: float | None) -> None:
     """Print the plan as a table."""
     batches = plan.batches
+    device = "your device" if options.tflops or options.memory else options.gpu
 
     def row(name: str, value: str, note: str = "") -> None:
         print(f"  {name:26}{value:>16}  {note}".rstrip())
@@ -164,7 +165,7 @@ def show(plan: Any, options: argparse.Namespace, memory: float, hours: float | N
     print("Memory per device")
     for name, count in plan.memory.items():
         row(name, size(count))
-    share = f"{plan.peak / memory:.0%} of {size(memory)} on {options.gpu}; leave {1 - USABLE:.0%} free"
+    share = f"{plan.peak / memory:.0%} of {size(memory)} on {device}; leave {1 - USABLE:.0%} free"
     row("total", size(plan.peak), "" if math.isinf(memory) else share)
     print("Run")
     step_flops = sum(plan.flops.values())
@@ -173,7 +174,7 @@ def show(plan: Any, options: argparse.Namespace, memory: float, hours: float | N
         row("encoders, once per video", f"{plan.encode_flops / 1e12:,.3g} TFLOP")
     row("steps", "?" if plan.steps is None else f"{plan.steps:,}")
     if hours is not None:
-        note = f"on {options.gpu} at {options.utilization:.0%} of its peak (assumed), without decoding"
+        note = f"on {device} at {options.utilization:.0%} of its peak (assumed), without decoding"
         row("hours", f"{hours:,.2g}", note)
     disk = plan.store_bytes + plan.trained_bytes * (1 + 3 * plan.setup.checkpoints)  # with AdamW's moments
     row("disk", size(disk), f"features {size(plan.store_bytes)}, {plan.setup.checkpoints} checkpoints")

@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(title="kinds", dest="kind", metavar="KIND")
     for kind, registry in REGISTRIES.items():
         kind_parser = kinds.add_parser(
-            kind, help=f"entry-point group {registry.group}", description=f"List the installed {kind}."
+            kind,
+            help=f"list or check {kind} (entry-point group {registry.group})",
+            description=f"List the installed {kind}.",
         )
         add_kind_arguments(kind_parser, kind)
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from merv.data.order import EpochOrder
+from merv.data.order import FRAMES, QUESTIONS, EpochOrder
 from merv.data.samples import Conversation, Group, Part, Sample
 from merv.errors import DataError, PromptError, SamplingError, ShapeError, VideoError
 from merv.features.reader import LoadedVideo, Reader
@@ -66,8 +66,8 @@ class BatchReader(Dataset):
         samples: The samples that indices refer to.
         reader: Reads the videos; None leaves them unread.
         max_questions: Maximum number of conversations that are drawn from each sample. Every epoch draws
-            different ones; with `segment` frame sampling, also different frames. None: all conversations in
-            order, and the same frames in every epoch.
+            different ones and, with `segment` frame sampling and no feature store, different frames. None:
+            all conversations in order, and the same frames in every epoch.
         seed: Seed of these random choices.
         chat: The model's chat template. A conversation that it rejects is a bad sample.
     """
@@ -125,13 +125,13 @@ class BatchReader(Dataset):
     def _choose_conversations(self, count: int, epoch: int, index: int) -> list[int]:
         if self.max_questions is None:
             return list(range(count))
-        random = np.random.default_rng([self.seed, epoch, 3, index])
+        random = np.random.default_rng([self.seed, epoch, QUESTIONS, index])
         return random.permutation(count)[: self.max_questions].tolist()
 
     def _frame_seed(self, epoch: int, index: int) -> int:
         """Return the seed for randomly drawn frames. It depends only on `seed`, the epoch and the index."""
         epoch = 0 if self.max_questions is None else epoch
-        return int(np.random.default_rng([self.seed, epoch, 5, index]).integers(2**32))
+        return int(np.random.default_rng([self.seed, epoch, FRAMES, index]).integers(2**32))
 
     def _read(
         self, conversation: Conversation, loaded: dict[Any, LoadedVideo | Exception], seed: int
@@ -287,11 +287,11 @@ class Loader:
         at_end = self.position >= min(len(self), self.limit() if self.limit else len(self))
         epoch, position = (self.epoch + 1, 0) if at_end else (self.epoch, self.position)
         skipped = dict(gathered((self.rank, [list(item) for item in self.policy.reasons.items()])))
-        return {"epoch": epoch, "position": position, "of": self.order_fingerprint(), "skipped": skipped}
+        return {"epoch": epoch, "position": position, "order": self.order_fingerprint(), "skipped": skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set the position at which the next `iter` starts; raises DataError if the order has changed."""
-        saved, current = state["of"], self.order_fingerprint()
+        saved, current = state["order"], self.order_fingerprint()
         changes = [
             f"{'content hash' if name == 'content' else name} was {saved.get(name)} and is now {value}"
             for name, value in current.items()

@@ -43,7 +43,7 @@ class ChatData(LightningDataModule):
             ones.
         seed: Seed of the order of samples and of the choice of conversations.
         group_by_length: Make batches of one modality (video, image or text) and of similar lengths, the
-            largest first. All samples are read once at the start.
+            starting with the largest batch of each modality. All samples are read once at the start.
         num_workers: Processes that read videos ahead, one thread each. None: one less than the CPU cores per
             training process, at most 8. There are no workers if features are stored in memory, because only
             the training process has that memory.
@@ -51,7 +51,8 @@ class ChatData(LightningDataModule):
             appends it to `skipped.jsonl` in the run's folder. A skipped sample is not replaced.
         max_skipped: Stop when a process has skipped more than this many distinct samples. None: 1 % of the
             samples, at least 10.
-        stream: Read `train` as a stream, for data that is too large to index.
+        stream: Read `train` in passes, for data that is too large to index: Parquet files, or the name of a
+            dataset on the hub. Needs `batches_per_epoch`.
         batches_per_epoch: Number of batches of each process in an epoch of a stream.
         shuffle_buffer_size: Samples of a stream that are shuffled together.
         root: The folder that paths in rows start at. None: the folder of each file.

@@ -22,6 +22,8 @@ Indices = NDArray[np.int64]
 MODALITIES = ("video", "image", "text")  # a sample has the first of these that it contains
 # Steps whose samples are sorted by length together: more steps mean less padding, but a less random order
 MEGABATCH_STEPS = 50
+# What random numbers are drawn for; a part of their seed, so that draws are independent
+EPOCH, GROUPS, SET, QUESTIONS, STREAM, FRAMES = range(6)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +82,7 @@ class EpochOrder:
         chosen = self._choose(epoch)
         if self.modalities is None or self.lengths is None:
             return _split(chosen, self.step_size)
-        return self._group(chosen, np.random.default_rng([self.seed, epoch, 1]))
+        return self._group(chosen, np.random.default_rng([self.seed, epoch, GROUPS]))
 
     def batches(self, epoch: int, rank: int = 0) -> list[Indices]:
         """Return the batches of one process in an epoch."""
@@ -94,12 +96,12 @@ class EpochOrder:
             cycle, part = divmod(epoch, size // portion)
             shuffled = np.arange(size)
             if self.shuffle:
-                np.random.default_rng([self.seed, cycle, 2, number]).shuffle(shuffled)
+                np.random.default_rng([self.seed, cycle, SET, number]).shuffle(shuffled)
             chosen.append(start + shuffled[part * portion : (part + 1) * portion])
             start += size
         samples = np.concatenate(chosen)
         if self.shuffle:
-            np.random.default_rng([self.seed, epoch, 0]).shuffle(samples)
+            np.random.default_rng([self.seed, epoch, EPOCH]).shuffle(samples)
         return samples
 
     def _group(self, chosen: Indices, random: np.random.Generator) -> list[Indices]:

@@ -16,7 +16,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from merv.data.loader import Batch, BatchReader, Loader
-from merv.data.order import EpochOrder
+from merv.data.order import STREAM, EpochOrder
 from merv.data.sources import SampleStream
 from merv.errors import DataError
 from merv.utils.distributed import gathered
@@ -60,7 +60,7 @@ class StreamReader(IterableDataset):
             stream = self.stream.shard(shard, num_shards)
             if state["stream"] is not None:
                 stream.load_state_dict(state["stream"])
-            is_empty = state["stream"] is None
+            is_empty = state["stream"] is None  # a resumed pass may have no batches left
             for batch, state in self._one_pass(stream, state, shard, num_shards):  # noqa: B020 — used after the loop
                 is_empty = False
                 yield batch, local_shard, state
@@ -80,7 +80,7 @@ class StreamReader(IterableDataset):
         size = self.shuffle_buffer_size
         rows = stream.unparsed()
         while buffer := list(islice(rows, size)):
-            seed = [self.reader.seed, pass_index, 4, shard, num_buffers]
+            seed = [self.reader.seed, pass_index, STREAM, shard, num_buffers]
             order = np.random.default_rng(seed).permutation(len(buffer))
             for start in range(used, len(buffer), self.batch_size):
                 chosen = order[start : start + self.batch_size].tolist()

@@ -126,6 +126,11 @@ class Encoder(TrackedModule):
                 )
             if self.spec.revision:
                 weights = f"{weights}@{self.spec.revision}"
+        if weights == BUILT_IN and self.spec.source != BUILT_IN:
+            raise WeightsError(
+                f"{self.spec.name} has no built-in weights. Pass a folder, file or hub id as weights=, or "
+                "None for random weights."
+            )
         return None if weights in (None, BUILT_IN) else locate(weights, self.weight_files)
 
     def _load(self) -> Identity:

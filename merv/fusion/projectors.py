@@ -56,7 +56,8 @@ class Projector(nn.Module):
     def scale_to(self, rms: float) -> None:
         """Reinitialize `linear` so that inputs of variance 1 give tokens of root mean square `rms`."""
         nn.init.normal_(self.linear.weight, std=rms / self.linear.in_features**0.5)
-        nn.init.zeros_(self.linear.bias)
+        if self.linear.bias is not None:
+            nn.init.zeros_(self.linear.bias)
 
 
 class MLP(Projector):

@@ -7,7 +7,7 @@ Messages have the format of transformers and of OpenAI-compatible servers:
      {"role": "assistant", "content": "A cat jumps."}]
 
 The chat template of the tokenizer renders them. A tokenizer without a template gets the prompt of the
-released MERV's base model, `In: … \\nOut: …`, with the visual tokens right after BOS.
+released MERV's base model, `In: … \\nOut: …`, with the visual tokens before each `In:`.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class ChatTemplate:
     """Renders conversations by the chat template of a tokenizer: as a prompt, or as answers to learn.
 
     A tokenizer without a template gets the prompt of the released MERV's base model, `In: … \\nOut: …`, with
-    the visual tokens right after BOS.
+    the visual tokens before each `In:`.
 
     Args:
         tokenizer: Tokenizer of transformers.
@@ -197,7 +197,15 @@ class ChatTemplate:
     # Text ---------------------------------------------------------------------------------
 
     def _split(self, texts: Texts) -> tuple[str, str]:
-        """Return the prompt before the last message, which is an answer, and the text to learn."""
+        """Return the prompt before the last message, which is an answer, and the text to learn.
+
+        For example, Qwen3 renders the answer "A cat." to the question "Who?" as
+
+            <|im_start|>user / Who?<|im_end|> / <|im_start|>assistant / <think></think> / A cat.<|im_end|>
+
+        with line breaks at the slashes, and its prompt ends with "assistant". The text to learn is
+        "A cat.<|im_end|>": without the empty thinking block, and only up to the end token.
+        """
         prompt, full = self._text(texts[:-1], is_question=True), self._text(texts, is_question=False)
         opened = THINKING_OPENED.search(prompt)
         if full.startswith(prompt):
@@ -229,16 +237,19 @@ class ChatTemplate:
         return prompt, answer.removesuffix(tail) + end
 
     def _end(self) -> tuple[str, str]:
-        """Return what the template writes after an answer, and its beginning up to the end token."""
+        """Return the text that the template writes after an answer, and that up to the end token.
+
+        For example, "<|end|><|endoftext|>" and "<|end|>" for Phi-3. Without any end token, it is EOS.
+        """
         template = self.tokenizer.chat_template
         if template not in self._ends:
             texts = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
             tail = self._text(texts, is_question=False).rpartition(PROBE)[2]
             known = {*self.tokenizer.all_special_tokens, *map(str, self.tokenizer.get_added_vocab())}
-            found = sorted((tail.find(token), -len(token)) for token in known if token and token in tail)
+            found = [token for token in known if token and token in tail]
             if found:
-                index, length = found[0]
-                end = tail[: index - length]
+                first = min(found, key=lambda token: (tail.find(token), -len(token)))
+                end = tail[: tail.find(first) + len(first)]
             elif self.tokenizer.eos_token is not None:
                 end = self.tokenizer.eos_token
             else:

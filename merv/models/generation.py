@@ -54,8 +54,9 @@ class GenerationMixin:
             conversations: Conversations that end with a message of the user.
             keep_thinking: Whether thinking is part of the answer. By default the answer is the text after the
                 last thinking block.
-            **options: Options of transformers' `generate`. The default is `max_new_tokens=64`. Sampling
-                options such as `temperature` imply `do_sample=True`.
+            **options: Options of transformers' `generate`. The default is `max_new_tokens=64`. The limit
+                is lowered to what fits into the LLM's context. Sampling options such as `temperature` imply
+                `do_sample=True`.
 
         Returns:
             The text of each answer; `num_return_sequences` answers per conversation, if that option is set.

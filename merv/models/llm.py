@@ -141,7 +141,9 @@ def _quantization_options(quantize: str | None, dtype: str) -> dict[str, Any]:
     if quantize not in ("nf4", "int8"):
         raise WeightsError(f"Unknown quantize {quantize!r} for the LLM. Available: nf4, int8.")
     if find_spec("bitsandbytes") is None or find_spec("accelerate") is None:
-        raise MissingDependency(f'quantize={quantize} needs bitsandbytes: pip install "merv[qlora]"')
+        raise MissingDependency(
+            f'quantize={quantize} needs bitsandbytes: pip install ".[qlora]" in the clone'
+        )
     from transformers import BitsAndBytesConfig
 
     compute = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
@@ -182,7 +184,7 @@ def add_lora(llm: nn.Module, options: LoraOptions) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise MissingDependency('LoRA needs peft: pip install "merv[lora]"') from error
+        raise MissingDependency('LoRA needs peft: pip install ".[lora]" in the clone') from error
     config = LoraConfig(
         r=options.r,
         lora_alpha=options.lora_alpha,
@@ -216,8 +218,9 @@ def add_lora(llm: nn.Module, options: LoraOptions) -> None:
 def check_llm(llm: Any) -> bool:
     """Check that an LLM works with visual tokens, and whether conversations can share its rows.
 
-    A few random tokens are run through the LLM as ids and as embeddings, and two short conversations in one
-    row and in a row each. On the meta device, which has no values, the config decides alone.
+    It compares the logits of a few random tokens, given as ids and as embeddings, and those of two short
+    conversations, in one shared row and in separate rows. On the meta device, which has no values, the config
+    alone decides.
 
     Returns:
         Whether conversations about one video can share a row with exact results. This needs position ids and
@@ -234,7 +237,7 @@ def check_llm(llm: Any) -> bool:
             f"{name} cannot be used: its generate() takes no embeddings (inputs_embeds), so it could not "
             "answer questions about videos. Use another LLM."
         )
-    shares = config_allows_sharing(llm)
+    shares = config_allows_shared_prefix(llm)
     if any(tensor.is_meta for tensor in (*llm.parameters(), *llm.buffers())):
         return shares
     modes = {module: module.training for module in llm.modules()}
@@ -249,7 +252,7 @@ def check_llm(llm: Any) -> bool:
                 f"{name} cannot be used: it needs token ids and computes other logits from embeddings alone "
                 "(its layers have further embeddings of the text). Use another LLM."
             )
-        return shares and _rows_are_exact(llm, ids, length)
+        return shares and _shared_prefix_is_exact(llm, ids, length)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -267,7 +270,7 @@ def _works_with_embeddings(llm: Any, ids: torch.Tensor) -> bool:
     return _close(logits, llm(input_ids=ids, use_cache=False).logits)
 
 
-def config_allows_sharing(llm: Any) -> bool:
+def config_allows_shared_prefix(llm: Any) -> bool:
     """Return whether the config says nothing against sharing rows: attention kernel, windows, layers."""
     config = llm.config.get_text_config()
     return (
@@ -285,7 +288,7 @@ def _windows(llm: Any) -> list[int]:
     return [value for value in named if 0 < value <= 512]
 
 
-def _rows_are_exact(llm: Any, ids: torch.Tensor, length: int) -> bool:
+def _shared_prefix_is_exact(llm: Any, ids: torch.Tensor, length: int) -> bool:
     """Compare two conversations that share a row, after `length` common tokens, with a row for each."""
     ends = [ids[length : length + 3], ids[length + 3 : length + 7]]
     whole = [torch.cat([ids[:length], end])[None] for end in ends]

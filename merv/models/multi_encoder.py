@@ -93,13 +93,14 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         output_dim: Dimension L of the tokens, usually that of the LLM's embeddings. Without it, there are no
             untrained layers: a token is the concatenation of all encoders' channels.
         mixer: A registered name, `module:Class` or a subclass of `Mixer`. This and the next four arguments
-            are described in `merv.fusion.fusion.Fusion`. They only have an effect with `output_dim`.
+            are described in `merv.fusion.fusion.Fusion`. They need `output_dim`.
         projector: A registered name, `module:Class` or a subclass of `Projector`.
         norm: Normalize features before projection and tokens after mixing.
         mixer_options: Further arguments of the mixer.
         projector_options: Further arguments of the projectors.
         weights: Weights of the encoders that are given by name: "pretrained", a folder or file, a hub id,
-            None for random weights, or a mapping from encoder names to these.
+            None for random weights (built-in encoders always use their own), or a mapping from encoder names
+            to these.
         presets: Encoder name → preset that preprocesses its frames. Defaults to the first preset of its spec.
         num_frames: Encoder name → number of frames per video. Defaults to that of its spec.
         sampling: A mode of `merv.video.sampling.Sampling`, or a Sampling.
@@ -347,7 +348,9 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         return Reader(requests, self.sampling, self.num_frames, store=store, **options)
 
     def add_encoder(self, name: str, encoder: str | Encoder, num_frames: int | None = None) -> None:
-        """Add an encoder after the others, with near-zero initial weight in the mixer.
+        """Add an encoder after the others.
+
+        `merv.Mixer.add_encoder` describes how much it counts at first, which depends on the mixer.
 
         Args:
             name: Name of the encoder in this model.

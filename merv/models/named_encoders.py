@@ -14,6 +14,8 @@ from merv.errors import CheckpointError, EncoderError, WeightsError
 from merv.types import is_count
 from merv.utils.suggest import nearest
 
+RESERVED = ("projector", "mixer", "lora", "llm")  # parts that can be trained, beside the encoders
+
 
 def by_name(encoders: Sequence[str | Encoder] | Mapping[str, str | Encoder]) -> dict[str, str | Encoder]:
     """Return the encoders with names: the keys of a mapping, or else a default name for each.
@@ -60,7 +62,11 @@ def default_name(encoder: str | Encoder) -> str:
 
 
 def check_name(name: object) -> None:
-    """Raise EncoderError for a name that torch does not allow for a submodule."""
+    """Raise EncoderError for a name that torch does not allow for a submodule, or that is that of a part."""
+    if name in RESERVED:
+        raise EncoderError(
+            f"An encoder cannot be called {name!r}, which is a part of a VideoLLM. Choose another name."
+        )
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise EncoderError(
             f"An encoder cannot be called {name!r}, because torch does not allow it as the name of a "

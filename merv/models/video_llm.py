@@ -18,7 +18,14 @@ from merv.fusion.fusion import Fusion
 from merv.models.chat import NOT_LEARNED, Conversation, Prompt, Visual, check_messages
 from merv.models.chat_template import ChatTemplate, check_tokenizer, restore_template
 from merv.models.generation import GenerationMixin
-from merv.models.llm import LoraOptions, check_llm, check_same, config_allows_sharing, identity, load_llm
+from merv.models.llm import (
+    LoraOptions,
+    check_llm,
+    check_same,
+    config_allows_shared_prefix,
+    identity,
+    load_llm,
+)
 from merv.models.multi_encoder import Encoded, MultiEncoder, source_key
 from merv.models.outputs import VideoLLMOutput, VisualTokens
 from merv.models.packing import Packed, pack, tokens_of
@@ -29,6 +36,10 @@ from merv.utils.private import attention_kernel
 
 class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMixin):
     """A causal language model that answers questions about videos and images.
+
+    Tokens of a new MultiEncoder have a root mean square of 1. Before training with a loop of your own, scale
+    them to the LLM's embeddings with `model.fusion.scale_to(rms)`, as `merv fit` does; see
+    examples/plain_torch.py.
 
     Args:
         llm: Causal language model of transformers, for example from `merv.models.llm.load_llm`.
@@ -78,7 +89,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         self.feature_store = feature_store
         self.chat = ChatTemplate(tokenizer, chat_template_kwargs)
         self.chat.check()
-        self._rows_are_exact = check_llm(llm)
+        self._shared_prefix_is_exact = check_llm(llm)
         self.identity = identity(llm)
         self.train_only(("projector", "mixer"))
 
@@ -119,7 +130,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         )
 
     def render(self, groups: Sequence[Sequence[Conversation]]) -> list[list[Prompt]]:
-        """Return the sequences of each row: those of a group, or one if the LLM cannot share rows."""
+        """Return the sequences of each row: a row per group, or per sequence if the LLM cannot share rows."""
         rows: list[list[Prompt]] = []
         count = 0
         for group in groups:
@@ -130,7 +141,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
                 )
                 row += [replace(prompt, conversation=count) for prompt in prompts]
                 count += 1
-            rows += [row] if self.shares_rows else [[prompt] for prompt in row]
+            rows += [row] if self.supports_shared_prefix else [[prompt] for prompt in row]
         return rows
 
     def encode_visuals(self, prompts: Sequence[Sequence[Prompt]]) -> VisualTokens:
@@ -248,9 +259,9 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         return self.chat.end_id if pad_id is None else pad_id
 
     @property
-    def shares_rows(self) -> bool:
+    def supports_shared_prefix(self) -> bool:
         """Whether conversations about one video share a row; see `merv.models.llm.check_llm`."""
-        return self._rows_are_exact and config_allows_sharing(self.llm)
+        return self._shared_prefix_is_exact and config_allows_shared_prefix(self.llm)
 
     @property
     def max_length(self) -> int | None:  # type: ignore[override]

@@ -91,7 +91,7 @@ class LossMonitor:
 class Throughput(Callback):
     """Logs speed and progress, averaged over the last 20 batches.
 
-    `tokens_per_s` is answer tokens per second, `data_wait` the share of time spent waiting for data,
+    `tokens_per_s` is answer tokens per second of this process, `data_wait` the share of time spent waiting,
     `memory_gb` the peak memory, `minutes_left` the estimated time to the end of the run.
     """
 

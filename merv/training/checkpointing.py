@@ -1,7 +1,8 @@
 """Checkpoints of a training run: folders from which it resumes exactly.
 
 A checkpoint is the folder of `VideoLLM.save_pretrained`, so that `merv ask --model` loads it, plus
-`training.pt`: optimizer, schedule, position in the data, random states.
+`training.pt`: optimizer, schedule, position in the data, random states. With `trainer.strategy: sharded`, run
+`merv consolidate` first.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class Checkpoints(ModelCheckpoint):
         every_n_steps: Steps of the optimizer between two checkpoints.
         save_total_limit: How many checkpoints to keep, the newest ones. -1: all.
         monitor: With validation data, the checkpoint with the best value of this metric is kept as
-            `checkpoints/best`: `val/exact_match` (share of exactly correct answers), `val/KIND`, `val/loss`.
+            `checkpoints/best`: `val/exact_match` (share of exactly correct answers), `val/KIND`
+            (`val/accuracy` for questions without a kind), or `val/loss`.
     """
 
     FILE_EXTENSION = ""

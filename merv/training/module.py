@@ -141,7 +141,7 @@ class Training(LightningModule):
     def _check_model(self, model: VideoLLM) -> None:
         """Raise TrainingError if the options do not fit the model that was built."""
         options = self.options
-        if options.packed_length and not model.shares_rows:
+        if options.packed_length and not model.supports_shared_prefix:
             raise TrainingError(
                 "This LLM's attention does not support the masks that packing needs: remove "
                 "model.packed_length."
@@ -295,7 +295,8 @@ class Training(LightningModule):
             hits = self.hits.get(kind, [])
             right, total = sum_over_processes([sum(hits), len(hits)], self.device)
             counts.append((right, total))
-            # No kind is logged as "accuracy"; a kind that is called like a logged value gets an underscore
+            # Questions without a kind are logged as val/accuracy. A kind named like another value gets an
+            # underscore.
             name = f"{kind}_" if kind in ("exact_match", "loss", "accuracy") else kind or "accuracy"
             self.log(f"val/{name}", right / total, sync_dist=True)
         loss_sum, tokens = sum_over_processes([self.val_loss_sum, self.val_tokens], self.device)

@@ -40,20 +40,22 @@ class TrainingOptions:
         norm: Normalize features before the projector and tokens after the mixer.
         mixer_options: Arguments of the mixer's constructor.
         projector_options: Arguments of the projector's constructor.
-        weights: Encoder name to folder or hub id, where weights are not at the encoder's default source.
-        presets: Encoder name to preprocessing preset, where it is not the encoder's first.
-        num_frames: Encoder name to number of frames, where it is not the encoder's default.
-        sampling: How frames are chosen; see docs/video.md.
+        weights: Encoder name → folder or hub id, for encoders whose weights are not at their default source.
+        presets: Encoder name → preprocessing preset, if not the encoder's first one.
+        num_frames: Encoder name → number of frames, if not the encoder's default.
+        sampling: How frames are chosen: `uniform`, `segment`, `official`, or `fps` for encoders that have
+            a rate; see docs/video.md.
         align: How features are resampled onto the grid: `area`, or `official` as in the released MERV.
         resample: How frames are resized, `exact` (as PIL does) or `fast` (by torch).
         backend: Video decoder, `pyav` or `torchcodec`.
-        init_from: Trained model to start from: a folder that `save_pretrained` or a checkpoint wrote.
-            Encoders that it lacks are added.
+        init_from: Trained model to start from: a folder of `save_pretrained`, a checkpoint of a run, or a hub
+            id. Encoders that it lacks are added.
         trainable: Parts to train: `projector`, `mixer`, `lora`, `llm`, an encoder's name, or `projector.NAME`
             and `mixer.NAME` for the share of one encoder.
-        lora: The LoRA, if `lora` is trainable.
+        lora: `{r, lora_alpha, target_modules, lora_dropout}` as in peft, if `lora` is trainable. None: r 8,
+            lora_alpha 16, q_proj and v_proj.
         lr: Peak learning rate.
-        lr_overrides: Part to peak learning rate, where it is not `lr`.
+        lr_overrides: Part → peak learning rate, if not `lr`.
         betas: AdamW's betas.
         weight_decay: AdamW's weight decay; biases, norms and other vectors have none.
         warmup: Fraction of the steps with linear warm-up; a cosine to zero follows.
@@ -63,7 +65,8 @@ class TrainingOptions:
         quantize: Quantize the LLM's frozen weights with bitsandbytes: `nf4` (QLoRA) or `int8`.
         embed_scale: Root mean square of the visual tokens; None: that of the LLM's own embeddings.
         feature_store: Where features of frozen encoders are stored, so that each video is encoded only
-            once: a folder, or `memory`. None: encoders run in every step.
+            once: a folder, or `memory`. None: encoders run in every step. Randomly sampled frames
+            keep their first draw in the store.
         gradient_checkpointing: Recompute the LLM's activations in the backward pass: less memory, a third
             more time in the LLM.
         packed_length: Pack several samples into one row of up to this many tokens.

@@ -22,7 +22,7 @@ from merv.data.module import ChatData
 from merv.data.order import portions
 from merv.data.samples import media_parts
 from merv.data.sources import stream_samples
-from merv.errors import BrokenPlugin, DataError, WeightsError
+from merv.errors import BrokenPlugin, DataError, TrainingError, WeightsError
 from merv.models.chat import user_message
 from merv.models.llm import DTYPES, SMOLLM2, LoraOptions, load_tokenizer
 from merv.models.multi_encoder import MultiEncoder
@@ -163,7 +163,9 @@ def make_plan(
         MervError: Options or data are invalid.
     """
     options = training.options
-    model = on_meta(training, setup.precision)
+    if setup.precision in ("bf16-true", "16-true"):
+        raise TrainingError(f"merv fit does not train with precision {setup.precision}. Use bf16-mixed.")
+    model = on_meta(training)
     training.use_model(model)
     visual_tokens = model.fusion.mixer.num_tokens(math.prod(options.grid))
     batches = measure(data, model, options.packed_length, num_samples, setup.devices)
@@ -203,7 +205,7 @@ def make_plan(
 # The model --------------------------------------------------------------------------------------
 
 
-def on_meta(training: Training, precision: str = "32-true") -> VideoLLM:
+def on_meta(training: Training) -> VideoLLM:
     """The VideoLLM that `training` will build, on the meta device: shapes without values.
 
     Raises WeightsError if the config of the LLM cannot be loaded.
@@ -237,8 +239,6 @@ def on_meta(training: Training, precision: str = "32-true") -> VideoLLM:
     if "lora" in options.trainable:
         model.add_lora(options.lora or LoraOptions())
     model.train_only(options.trainable)
-    if precision == "bf16-true":
-        model.to(torch.bfloat16)
     return model
 
 
@@ -321,7 +321,7 @@ def _size(conversations: Sequence[Any], model: VideoLLM) -> _Size:
             cells = [h * w * (1 if source in images else t) for source in sources]
             ranges = [range(model.fusion.mixer.num_tokens(n)) for n in cells]
             sequences.append(tokens_of(prompt, iter(ranges)))
-    groups = [sequences] if model.shares_rows else [[sequence] for sequence in sequences]
+    groups = [sequences] if model.supports_shared_prefix else [[sequence] for sequence in sequences]
     return _Size(groups, [len(pack([group], 0).ids[0]) for group in groups], visuals, visuals & images)
 
 

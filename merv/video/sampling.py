@@ -179,7 +179,10 @@ class Sampling:
         if rate:
             return fps_times(duration_s, rate, num_frames, self.start_s)
         if self.mode == "fps":
-            raise SamplingError("sampling='fps' needs a rate, but fps is not set. Try fps=2.")
+            raise SamplingError(
+                "sampling='fps' needs a rate, but neither fps= nor the encoder sets one. Use "
+                "Sampling('fps', fps=2) in Python, or sampling='uniform'."
+            )
         return uniform_times(duration_s, num_frames, self.start_s)
 
     def _end_s(self, info: VideoInfo) -> float:

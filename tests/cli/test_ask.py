@@ -105,7 +105,7 @@ def test_encoders_run_once_for_all_questions(ask, monkeypatch):
     assert ask("a.mp4", "Who?", "--max-new-tokens", "1")[0] == 0
     once = len(calls)
     questions = ["--question", "Who?", "--question", "Why?", "--question", "When?"]
-    status, out, _ = ask("a.mp4", *questions, "--max-new-tokens", "1", "--weights")
+    status, out, _ = ask("a.mp4", *questions, "--max-new-tokens", "1", "--mix-weights")
     assert (status, len(calls)) == (0, 2 * once)
     assert out.count("weights: fake 100%") == 3
 

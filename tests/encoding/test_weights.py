@@ -8,6 +8,7 @@ import torch
 from hub import write_hub, write_shards
 from torch import nn
 
+from merv import create_encoder
 from merv.encoding.weights import (
     BUILT_IN,
     Source,
@@ -289,3 +290,8 @@ def test_package_is_found_installed_or_in_the_cache_without_importing_it(tmp_pat
 def test_package_without_glob_is_refused(weights):
     with pytest.raises(WeightsError, match=r"package:MODULE/GLOB"):
         locate(weights)
+
+
+def test_built_in_weights_of_an_encoder_that_has_none_are_refused():
+    with pytest.raises(WeightsError, match="dinov2"):
+        create_encoder("dinov2/small", weights="built-in")

@@ -108,7 +108,7 @@ def test_custom_mixer_and_projector_are_planned_trained_saved_loaded_and_asked(e
     assert "merv ask --trust perceiver:Perceiver" in capsys.readouterr().err
     assert not set(MODULES) & set(sys.modules)
     trusted = ["--trust", "perceiver:Perceiver", "--trust", "gated:Gated"]
-    assert main(["ask", *asked, *trusted, "--weights"]) == 0
+    assert main(["ask", *asked, *trusted, "--mix-weights"]) == 0
     assert "weights: none" in capsys.readouterr().out
 
 

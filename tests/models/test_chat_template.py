@@ -154,7 +154,7 @@ def test_rewritten_turns_share_their_prefix_in_one_row():
     (row,) = model.render([[SEVERAL]])
     assert [prompt.conversation for prompt in row] == [0, 0]
     loss, log_probs = model([[SEVERAL]]).loss, model.log_probs([SEVERAL])
-    model._rows_are_exact = False
+    model._shared_prefix_is_exact = False
     torch.testing.assert_close(model([[SEVERAL]]).loss, loss)
     torch.testing.assert_close(model.log_probs([SEVERAL]), log_probs)
 

@@ -115,7 +115,8 @@ def test_total_limits_the_frames_of_a_single_encoder():
 
 def test_ask_uses_a_converted_folder(released, capsys):
     folder, *_ = released
-    arguments = [str(folder / "clip.mp4"), QUESTION, "--model", str(folder / "two_converted"), "--weights"]
+    model = str(folder / "two_converted")
+    arguments = [str(folder / "clip.mp4"), QUESTION, "--model", model, "--mix-weights"]
     assert main(["ask", *arguments, "--max-new-tokens", "4"]) == 0
     assert "weights: fake " in capsys.readouterr().out
 

@@ -97,7 +97,7 @@ FALCON_H1 = {
 )
 def test_rows_are_shared_where_that_is_exact(kind, options, shares):
     model = video_llm(make_llm(kind, **options))
-    assert model.shares_rows == shares
+    assert model.supports_shared_prefix == shares
     separate = [model([[conversation]]).loss_sum for conversation in ANSWERED]
     torch.testing.assert_close(model([ANSWERED]).loss_sum, sum(separate))
 

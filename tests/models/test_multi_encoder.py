@@ -321,8 +321,8 @@ def test_weights_for_an_unknown_encoder_are_an_error_when_loading(both, tmp_path
 # Invalid arguments --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.b", "keys", "train", "", 3])
-def test_name_that_torch_does_not_allow_is_rejected_before_anything_changes(name):
+@pytest.mark.parametrize("name", ["a.b", "keys", "train", "", 3, "llm", "mixer"])
+def test_name_that_cannot_be_used_is_rejected_before_anything_changes(name):
     with pytest.raises(EncoderError, match=re.escape(repr(name))):
         MultiEncoder({name: "fake"})
     model = MultiEncoder(["fake"], output_dim=8, grid=(2, 2, 2))

@@ -78,7 +78,7 @@ def test_attention_without_custom_masks_gets_one_row_per_conversation(monkeypatc
     assert packed.mask.ndim == 2
     assert len(packed.ids) == 3
     monkeypatch.setattr(model.llm.config, "_attn_implementation_internal", "sdpa")
-    monkeypatch.setattr(model, "_rows_are_exact", False)
+    monkeypatch.setattr(model, "_shared_prefix_is_exact", False)
     torch.testing.assert_close(model(groups).loss, shared_loss)
     assert model.exact_match(groups) == exact
 
