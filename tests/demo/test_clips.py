@@ -186,7 +186,7 @@ def test_footage_is_loaded_from_first_to_last_frame(tmp_path):
 
 def test_missing_package_is_an_error_with_the_install_command(monkeypatch):
     monkeypatch.setattr(material, "package_folders", lambda name: [])
-    with pytest.raises(MissingDependency, match="skimage.*demo"):
+    with pytest.raises(MissingDependency, match=r"skimage.*demo"):
         material.photographs()
 
 
