@@ -193,6 +193,10 @@ class ChatTemplate:
                 has_begun = True
                 yield visible
             text = text[len(visible) :]  # white space at the end of the answer is left out
+        if is_thinking:  # the stream ended before it was clear whether it begins with thinking
+            text = self._without_special_tokens(_after_thinking(text, opened)).strip()
+            if text:
+                yield text
 
     # Text ---------------------------------------------------------------------------------
 
@@ -273,7 +277,7 @@ class ChatTemplate:
             raise PromptError(f"The tokenizer's chat template rejects the messages: {reason}.") from error
 
     def _without_special_tokens(self, text: str) -> str:
-        for token in self.tokenizer.all_special_tokens:
+        for token in {*self.tokenizer.all_special_tokens, self.end_token}:
             text = text.replace(token, "")
         return text
 

@@ -94,6 +94,26 @@ def test_streamed_answer_is_without_thinking():
     assert "".join(template.stream_of(["<think>", "Hm</think>", "A cat."])) == "A cat."
 
 
+def test_streamed_answer_that_looks_like_thinking_is_not_lost():
+    template = ChatTemplate(tokenizer_of("chatml"))
+    assert "".join(template.stream_of(["<", "th"])) == "<th"
+
+
+def test_unfinished_streamed_thinking_is_no_answer(caplog):
+    template = ChatTemplate(tokenizer_of("thinking opened"))
+    assert "".join(template.stream_of(["Hm, ", "perhaps"], opened=True)) == ""
+    assert "max_new_tokens" in caplog.text
+
+
+def test_end_token_that_is_not_special_is_no_part_of_the_answer():
+    tokenizer = tiny_llm()[1]
+    tokenizer.add_tokens(["<|im_end|>"])
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    template = ChatTemplate(tokenizer)
+    assert template.end_token == "<|im_end|>"
+    assert template.answer_of(tokenizer("A cat.<|im_end|>", add_special_tokens=False).input_ids) == "A cat."
+
+
 def test_thinking_in_an_answer_is_learned():
     tokenizer = tokenizer_of("chatml")
     answer = "<think>\nHm.\n</think>\n\nA cat."
