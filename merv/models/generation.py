@@ -5,15 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from merv.errors import PromptError
-from merv.models.chat import Conversation, Prompt, check_messages
+from merv.models.chat import Conversation, check_messages
 from merv.models.chat_template import ChatTemplate
-from merv.models.outputs import VisualTokens
-from merv.models.packing import Packed
 
 SAMPLING = {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 # Options of a generation_config that belong to the LLM and do not change how it decodes.
@@ -30,16 +29,7 @@ class GenerationMixin:
     max_length: int | None
     if TYPE_CHECKING:
 
-        def encode_visuals(self, prompts: Sequence[Sequence[Prompt]]) -> VisualTokens: ...
-        def pack(
-            self,
-            prompts: Sequence[Sequence[Prompt]],
-            visual: VisualTokens,
-            *,
-            side: Literal["left", "right"] = "right",
-            packed_length: int | None = None,
-            room: int = 0,
-        ) -> Packed: ...
+        def embed_prompts(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]: ...
 
     @torch.no_grad()
     def generate(
@@ -106,11 +96,7 @@ class GenerationMixin:
                     f"the assistant's {str(messages[-1]['content'])[:80]!r}. Remove that message."
                 )
         with torch.no_grad():
-            prompts = [[self.chat.question(messages)] for messages in conversations]
-            visual = self.encode_visuals(prompts)
-            packed = self.pack(prompts, visual, side="left", room=1)
-            embeddings = packed.embed(self.llm.get_input_embeddings(), visual.tokens)
-        return {"inputs_embeds": embeddings, "attention_mask": packed.mask.long()}
+            return self.embed_prompts(conversations)
 
     def _options(self, options: dict[str, Any], prompt_length: int) -> dict[str, Any]:
         if options.get("temperature") == 0:  # greedy decoding, as in OpenAI-compatible servers

@@ -197,6 +197,18 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         visual = self.encode_visuals(prompts)
         return self.pack(prompts, visual, **options), visual
 
+    def embed_prompts(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
+        """Return the input of `llm.generate` for the next answer of each conversation, padded on the left.
+
+        Raises:
+            PromptError: A conversation is malformed or leaves no room in the LLM's context.
+        """
+        prompts = [[self.chat.question(messages)] for messages in conversations]
+        visual = self.encode_visuals(prompts)
+        packed = self.pack(prompts, visual, side="left", room=1)
+        embeddings = packed.embed(self.llm.get_input_embeddings(), visual.tokens)
+        return {"inputs_embeds": embeddings, "attention_mask": packed.mask.long()}
+
     def logits(self, packed: Packed, visual: Tensor, keep: Tensor) -> Tensor:
         """Return the logits [B, K, vocabulary] at the positions `keep` [K] of each row."""
         embeddings = packed.embed(self.llm.get_input_embeddings(), visual)

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from llama_tokenizer import write_llama_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from merv import MultiEncoder, VideoLLM, user_message
@@ -210,27 +211,11 @@ def test_lora_target_that_matches_nothing_is_refused_beside_one_that_matches():
 
 
 def test_tokenizer_is_as_its_file_describes_it(tmp_path):
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
-    words = ["<unk>", "<s>", "</s>", "▁", "I", "n", "▁I", "▁In", "In", "a", "▁a"]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    merges = [("▁", "I"), ("▁I", "n"), ("I", "n"), ("▁", "a")]
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Replace("▁", " ")
-    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-    }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    original = write_llama_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     text = "In a</s>In a</s>In"
+    expected = original.encode(text, add_special_tokens=False).ids
     loaded = load_tokenizer(tmp_path)
-    expected = backend.encode(text, add_special_tokens=False).ids
     assert loaded(text, add_special_tokens=False).input_ids == expected
     loaded.save_pretrained(tmp_path / "again")
     assert load_tokenizer(tmp_path / "again")(text, add_special_tokens=False).input_ids == expected
