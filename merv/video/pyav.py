@@ -304,9 +304,10 @@ class Scan:
                 scan.keyframes.append(pts)
         scan.by_count = scan.untimed or bool(clock and clock.was_reset)
         header_end = (stream.start_time or 0) + (stream.duration or 0)
-        lacks_frames = count < stream.frames and scan.end() + step < header_end
+        num_frames = frames_in_header(container, stream)
+        lacks_frames = count < num_frames and scan.end() + step < header_end
         if lacks_frames or last_is_corrupt or file_s - end_s > 0.1 + step * scan.tick_s:
-            of_total = f" of its {stream.frames}" if stream.frames > count else ""
+            of_total = f" of its {num_frames}" if num_frames > count else ""
             scan.damage = f"the file is cut off and contains only {count}{of_total} frames"
         return scan
 
@@ -319,6 +320,16 @@ class Scan:
         """Return the ascending pts of all frames from the first that can be decoded."""
         pts = sorted(self.durations)
         return pts if self.by_count else [p for p in pts if p >= self.first_frame.pts]
+
+
+def frames_in_header(container: Any, stream: Any) -> int:
+    """Return how many packets the header announces; 0 if it does not say.
+
+    MP4 counts all stored frames. FFmpeg's index of it lacks those that an edit list leaves out.
+    """
+    if container.format.name.startswith("mov") and hasattr(stream, "index_entries"):  # since PyAV 16
+        return min(stream.frames, len(stream.index_entries))
+    return stream.frames
 
 
 @dataclass
