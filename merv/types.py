@@ -97,6 +97,8 @@ class VideoInfo:
         rotation: Clockwise rotation in degrees that has been applied to width and height.
         codec: Name of the codec.
         backend: Name of the decoding backend.
+        time_error_s: How far `times_s` may be off because the file rounds them, in seconds; 0 if they
+            are exact.
 
     Example:
         >>> VideoInfo("clip.mp4", duration_s=2.0, times_s=(0.0, 0.5, 1.0, 1.5), width=640, height=360).fps
@@ -111,6 +113,7 @@ class VideoInfo:
     rotation: int = 0
     codec: str = ""
     backend: str = ""
+    time_error_s: float = 0.0
 
     @property
     def frames(self) -> int:

@@ -92,7 +92,7 @@ def prepare(
             )
             padding = -len(sampled_s) % (encoder.spec.window_size or encoder.spec.tubelet_size)
             times_s[name] = extend_times(sampled_s, padding)
-            shown = frame_indices_at(info.times_s, sampled_s)
+            shown = frame_indices_at(info.times_s, sampled_s, info.time_error_s)
             indices[name] = (*shown, *[shown[-1]] * padding)
         union = sorted({index for chosen in indices.values() for index in chosen})
         pixels = reader.read(union)  # [len(union), 3, H, W], uint8

@@ -73,7 +73,7 @@ def load_video(
     try:
         with open_video(source, backend=backend, max_pixels=max_pixels) as reader:
             info = reader.info
-            indices = frame_indices_at(info.times_s, sampling.times(info, num_frames))
+            indices = frame_indices_at(info.times_s, sampling.times(info, num_frames), info.time_error_s)
             pixels = reader.read(indices, on_error="partial" if on_error == "partial" else "raise")
             times_s = [info.times_s[index] for index in indices if index not in reader.missing]
     except VideoError as error:

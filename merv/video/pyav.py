@@ -6,10 +6,12 @@ are then found by their times. Frames that depend on damaged data are never retu
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, BinaryIO
 
 import av
@@ -25,6 +27,7 @@ DECODE_ERRORS = (av.error.FFmpegError, OSError)  # raised by FFmpeg or by the fi
 TS_DISCONT = av.format.Flags.ts_discont.value
 PLAYLISTS = ("hls", "concat", "dash", "imf", "sdp", "rtsp", "webm_dash_manifest")
 MIN_SEEK_S = 2.0  # decoding across a shorter gap is as fast as seeking
+MILLISECOND_S = 0.001 * (1 + 1e-9)  # the clock of Matroska, FLV and ASF, with float rounding
 MAX_JUMP_S = 10.0  # a clock that jumps further was reset; FFmpeg uses the same limit
 
 
@@ -65,6 +68,7 @@ class PyAVReader(VideoReader):
             rotation=self._orientation.degrees,
             codec=scan.codec,
             backend="pyav",
+            time_error_s=rounding_s(self._pts, self._tick_s),
         )
 
     def close(self) -> None:
@@ -320,6 +324,23 @@ class Scan:
         """Return the ascending pts of all frames from the first that can be decoded."""
         pts = sorted(self.durations)
         return pts if self.by_count else [p for p in pts if p >= self.first_frame.pts]
+
+
+def rounding_s(pts: Sequence[int], tick_s: float) -> float:
+    """Return how far the times of frames, from the first one on, may be off because they were rounded.
+
+    If every distance of frames is a multiple of the shortest one, the rate is constant and times are exact.
+
+    >>> rounding_s([0, 40, 80, 160], 0.001), rounding_s([0, 33, 67, 100], 0.001), rounding_s([5, 38, 72], 0.001)
+    (0.0, 0.0005, 0.001)
+    """
+    distances = [after - before for before, after in pairwise(pts)]
+    common = math.gcd(*distances)
+    if common == min(distances, default=0):
+        return 0.0
+    # Copies of a file that counts milliseconds keep its times, whatever their own clock is.
+    error_s = (common if common * tick_s <= MILLISECOND_S else 1) * tick_s / 2
+    return error_s if pts[0] == 0 else 2 * error_s  # the time of the first frame may be rounded, too
 
 
 def frames_in_header(container: Any, stream: Any) -> int:

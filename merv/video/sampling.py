@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -88,15 +88,21 @@ def official_indices(clip_frames: int, num_frames: int, total: int = OFFICIAL_FR
     return indices[:: total // num_frames].tolist()
 
 
-def frame_indices_at(frame_times_s: Sequence[float], times_s: Sequence[float]) -> list[int]:
+def frame_indices_at(
+    frame_times_s: Sequence[float], times_s: Sequence[float], time_error_s: float = 0.0
+) -> list[int]:
     """Return the index of the frame that is on screen at each of `times_s`: the latest that has started.
 
-    Times before the first frame give the first frame. `frame_times_s` must be ascending.
+    Times before the first frame give the first frame. `frame_times_s` must be ascending. A frame counts as
+    started `time_error_s` earlier, so that frame n of a clip with rounded times is on screen at n / rate.
 
     >>> frame_indices_at([0.0, 0.5, 1.0], [0.1, 0.5, 0.99, 7.0])
     [0, 1, 1, 2]
+    >>> frame_indices_at([0.0, 0.042, 0.083], [1 / 24], time_error_s=0.0005)
+    [1]
     """
-    return [max(bisect_right(frame_times_s, time_s + TOLERANCE_S) - 1, 0) for time_s in times_s]
+    tolerance_s = time_error_s + TOLERANCE_S
+    return [max(bisect_right(frame_times_s, time_s + tolerance_s) - 1, 0) for time_s in times_s]
 
 
 @dataclass(frozen=True)
@@ -194,9 +200,11 @@ class Sampling:
         return info.duration_s if self.end_s is None else min(self.end_s, info.duration_s)
 
     def _official_times(self, info: VideoInfo, num_frames: int, end_s: float) -> list[float]:
-        first = frame_indices_at(info.times_s, [self.start_s])[0]
-        in_range = [time_s for time_s in info.times_s[first:] if time_s < end_s - TOLERANCE_S]
-        return [in_range[i] for i in official_indices(len(in_range), num_frames, self.total)]
+        times_s = info.times_s
+        (first,) = frame_indices_at(times_s, [self.start_s], info.time_error_s)
+        error_s = info.time_error_s if end_s < info.duration_s else 0.0
+        stop = max(bisect_left(times_s, end_s - error_s - TOLERANCE_S), first + 1)
+        return [times_s[first + i] for i in official_indices(stop - first, num_frames, self.total)]
 
 
 def _checked_count(num_frames: int) -> int:
