@@ -6,23 +6,34 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from merv.errors import ShapeError, UnreadableVideo
 from merv.types import VideoInfo
 from merv.video.reader import VideoReader, check_size, unreadable
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM")
 ORIENTATION = 0x0112  # EXIF tag
+TURNS: dict[Any, Image.Transpose] = {  # EXIF orientation → what makes a picture upright; else: as stored
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 PIL_ERRORS = (  # what PIL raises for a broken image
     OSError,
+    RuntimeError,
     SyntaxError,
     ValueError,
     EOFError,
@@ -33,7 +44,10 @@ PIL_ERRORS = (  # what PIL raises for a broken image
 
 
 class ImagesReader(VideoReader):
-    """Reads images with `load(index)`, which returns uint8 [3, H, W] or raises one of PIL_ERRORS."""
+    """Reads images with `load(index)`, which returns uint8 [3, H, W] or raises one of PIL_ERRORS.
+
+    Images are never scaled: `load` must return the size in `info`.
+    """
 
     def __init__(self, info: VideoInfo, load: Callable[[int], Tensor]) -> None:
         super().__init__()
@@ -42,9 +56,15 @@ class ImagesReader(VideoReader):
     def _decode(self, indices: list[int]) -> Iterator[tuple[int, Tensor]]:
         for index in indices:
             try:
-                yield index, self._load(index)
+                pixels = self._load(index)
+                if pixels.shape[1:] != (self.info.height, self.info.width):
+                    raise ValueError(
+                        f"frame {index} has another size than the first: {pixels.shape[2]}×{pixels.shape[1]}"
+                    )
             except PIL_ERRORS as error:
                 self._frame_error = self._frame_error or _message(error)
+            else:
+                yield index, pixels
 
 
 # Arrays
@@ -54,7 +74,7 @@ def array_reader(source: Any, name: str, fps: float) -> ImagesReader:
     """Return a reader of a uint8 array or tensor: [T, 3, H, W] or [T, H, W, 3], or one image without T."""
     if isinstance(source, Image.Image):
         try:
-            source = _upright_rgb(source)
+            source = _upright_rgb(source, _turn(source))
         except ValueError as error:
             raise ShapeError(f"{name}: {error}.") from error
         except PIL_ERRORS as error:
@@ -100,13 +120,14 @@ def folder_reader(folder: Path, name: str, fps: float, max_pixels: int) -> Image
         with paths[index].open("rb") as file:
             image = _open_image(file)
             check_size(str(paths[index]), image.width, image.height, max_pixels)
-            pixels = _tensor(_upright_rgb(image))
-        if pixels.shape[1:] != size:
-            raise UnreadableVideo(
-                f"{paths[index]} has {pixels.shape[2]}×{pixels.shape[1]} pixels, the first readable image "
-                f"{size[1]}×{size[0]}. All frames of a clip must have the same size."
-            )
-        return pixels
+            turn = _turn(image)
+            height, width = _upright_size(image, turn)
+            if (height, width) != size:
+                raise UnreadableVideo(
+                    f"{paths[index]} has {width}×{height} pixels, the first readable image "
+                    f"{size[1]}×{size[0]}. All frames of a clip must have the same size."
+                )
+            return _tensor(_upright_rgb(image, turn))
 
     return ImagesReader(_constant_rate_info(name, (len(paths), 3, *size), fps, "images"), load)
 
@@ -121,7 +142,8 @@ def _size(path: Path) -> tuple[int, int] | None:
     """Return the upright (height, width) of an image file, or None if it cannot be read."""
     try:
         with path.open("rb") as file:
-            return _upright_size(_open_image(file))
+            image = _open_image(file)
+            return _upright_size(image, _turn(image))
     except PIL_ERRORS:
         return None
 
@@ -143,26 +165,23 @@ def image_reader(file: BinaryIO, name: str, *, owned: bool, max_pixels: int) -> 
     """
     try:
         image = _open_image(file)
+        check_size(name, image.width, image.height, max_pixels)
+        turn = _turn(image)
+        starts_s, damage = _starts_s(image, file)
     except UnidentifiedImageError:
         file.seek(0)
         return None
     except PIL_ERRORS as error:
         raise unreadable(name, _message(error)) from error
-    check_size(name, image.width, image.height, max_pixels)
-    animated = image.format in ("GIF", "WEBP") or (
-        image.format == "PNG" and getattr(image, "is_animated", False)
-    )
-    # An APNG may begin with an image that only viewers without support for animation show.
-    first = int(getattr(image, "default_image", False))
-    starts_s, damage = _frame_starts(image, first) if animated else ([0.0, 0.0], "")
     *times_s, end_s = starts_s
     if not times_s:
-        raise unreadable(name, f"its first frame cannot be read{damage and '; ' + damage}")
-    height, width = _upright_size(image)
+        raise unreadable(name, damage or "it contains no frame")
+    height, width = _upright_size(image, turn)
+    animation = Animation(image)
 
     def load(index: int) -> Tensor:
-        image.seek(first + index)
-        return _tensor(_upright_rgb(image))
+        animation.show(index)
+        return _tensor(_upright_rgb(image, turn))
 
     codec = str(image.format).lower()
     duration_s = 0.0 if len(times_s) == 1 else end_s
@@ -174,24 +193,33 @@ def image_reader(file: BinaryIO, name: str, *, owned: bool, max_pixels: int) -> 
     return reader
 
 
-def _frame_starts(image: Image.Image, first: int) -> tuple[list[float], str]:
-    """Return (times in seconds, damage) of an animation: when each frame starts, and when the last one ends.
+class Animation:
+    """Shows the frames of a PIL image in order, because each is drawn over the one before.
 
-    The list stops before the first frame that cannot be read, because later frames depend on it.
+    Only one frame is in memory. A frame that cannot be read ends the animation.
     """
-    starts_ms = [0.0]
-    while True:
-        try:
-            image.seek(first + len(starts_ms) - 1)
-            image.load()  # WebP sets the duration of a frame only here
-        except EOFError:  # there is no next frame
-            return [ms / 1000 for ms in starts_ms], ""
-        except PIL_ERRORS as error:
-            damage = f"the file is damaged after {len(starts_ms) - 1} frames ({_message(error)})"
-            return [ms / 1000 for ms in starts_ms], damage
-        duration_ms = image.info.get("duration", 0)
-        # Like browsers, show a frame for 100 ms if its duration is 10 ms or less.
-        starts_ms.append(starts_ms[-1] + (duration_ms if duration_ms > 10 else 100))
+
+    def __init__(self, image: Image.Image) -> None:
+        self.image, self.size = image, image.size
+        self.first = _first_frame(image)
+        self.end: int | None = None
+        self.reason = ""
+
+    def show(self, index: int) -> None:
+        """Load frame `index` into the PIL image."""
+        target, shown = self.first + index, self.image.tell()
+        for position in range(0 if target < shown else shown, target + 1):
+            if self.end is not None and target >= self.end:
+                raise ValueError(self.reason)
+            try:
+                self.image.seek(position)
+                if self.image.size != self.size:
+                    width, height = self.image.size
+                    raise ValueError(f"frame {position} has another size than the first: {width}×{height}")
+                self.image.load()
+            except PIL_ERRORS as error:
+                self.end, self.reason = position, _message(error)
+                raise
 
 
 def _open_image(file: BinaryIO) -> Image.Image:
@@ -217,21 +245,162 @@ def _message(error: Exception) -> str:
     return str(error).rstrip(".") + is_limit * "; the limit is PIL's own: 2 * PIL.Image.MAX_IMAGE_PIXELS"
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return (height, width) after the EXIF orientation is applied."""
-    swapped = image.getexif().get(ORIENTATION, 1) >= 5  # orientations 5 to 8 swap the axes
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return what makes an image upright; size and pixels both follow from it."""
+    if image.format == "TIFF":  # PIL turns it, in its size and in its pixels
+        return None
+    if image.format == "PNG" and "exif" not in image.info:
+        image.load()  # EXIF data may follow the pixels
+    with suppress(*PIL_ERRORS):  # damaged EXIF data
+        return TURNS.get(image.getexif().get(ORIENTATION))
+    return None
+
+
+def _upright_size(image: Image.Image, turn: Image.Transpose | None) -> tuple[int, int]:
+    """Return (height, width) after `turn`."""
+    swapped = turn in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
     return (image.width, image.height) if swapped else (image.height, image.width)
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation and convert to 8-bit RGB; the alpha channel is dropped."""
-    upright = ImageOps.exif_transpose(image)
+def _upright_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    """Apply `turn` and convert to 8-bit RGB; the alpha channel is dropped."""
+    image.load()  # may change the mode
     if image.mode in ("I", "F") and image.format != "PNG":
         raise ValueError("its 32-bit pixels have no known range; convert it to 8 or 16 bits")
+    rgb: Image.Image = image
     if image.mode[0] == "I":  # 16 bits, which `convert` would clip at 255
-        upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
-    return upright.convert("RGB")
+        rgb = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if isinstance(image.info.get("transparency"), bytes):  # `convert("RGB")` would warn
+        rgb = rgb.convert("RGBA")
+    if rgb.mode != "RGB":
+        rgb = rgb.convert("RGB")
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def _tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+# Times of animations, from the structure of the file: nothing is decoded
+
+
+def _starts_s(image: Image.Image, file: BinaryIO) -> tuple[list[float], str]:
+    """Return (times in seconds, damage): when each frame starts, and when the last one ends."""
+    parsers = {"GIF": _gif_durations, "PNG": _png_durations, "WEBP": _webp_durations, "AVIF": _avif_durations}
+    limit = None  # PIL counts the frames of a GIF by reading it
+    if image.format != "GIF":
+        if image.format not in parsers or not getattr(image, "is_animated", False):
+            return [0.0, 0.0], ""
+        limit = image.n_frames - _first_frame(image)  # type: ignore[attr-defined]
+    starts_ms, damage, position = [0.0], "", file.tell()
+    try:
+        for duration_ms in islice(parsers[image.format](file), limit):
+            # Like browsers, show a frame for 100 ms if its duration is 10 ms or less.
+            starts_ms.append(starts_ms[-1] + (duration_ms if duration_ms > 10 else 100))
+    except EOFError:
+        damage = f"the file is cut off after {len(starts_ms) - 1} frames"
+    file.seek(position)  # PIL continues from here
+    return [start_ms / 1000 for start_ms in starts_ms], damage
+
+
+def _first_frame(image: Image.Image) -> int:
+    """Return 1 for an APNG that begins with an image for viewers without support for animation, else 0."""
+    return int(getattr(image, "default_image", False))
+
+
+def _gif_durations(file: BinaryIO) -> Iterator[float]:
+    """Yield the duration of each frame in ms; raise EOFError where the file is cut off.
+
+    A GIF is a header and blocks: "!" and a kind start an extension, "," a frame, ";" the end.
+    """
+    file.seek(10)
+    _skip_colors(file, _read(file, 3)[0])
+    duration_ms = 0
+    while (block := file.read(1)) not in (b"", b";"):
+        if block == b"!":
+            kind, content = _read(file, 1), _read_subblock(file)
+            if kind == b"\xf9" and len(content) >= 3:
+                duration_ms = 10 * int.from_bytes(content[1:3], "little")
+            while content:
+                content = _read_subblock(file)
+        elif block == b",":
+            _skip_colors(file, _read(file, 9)[8])
+            _read(file, 1)
+            while _read_subblock(file):
+                pass
+            yield duration_ms
+            duration_ms = 0
+
+
+def _skip_colors(file: BinaryIO, flags: int) -> None:
+    """Skip the color table of a GIF, if the flags announce one."""
+    if flags & 128:
+        _read(file, 6 << (flags & 7))
+
+
+def _read_subblock(file: BinaryIO) -> bytes:
+    """Read up to 255 bytes that follow their number; the last subblock of a block is empty."""
+    return _read(file, _read(file, 1)[0])
+
+
+def _png_durations(file: BinaryIO) -> Iterator[float]:
+    """Yield the duration of each frame in ms; raise EOFError where the file is cut off.
+
+    A frame begins with a chunk fcTL, whose bytes 20 to 24 are its duration: a fraction, in seconds.
+    """
+    file.seek(8)
+    duration_ms: float | None = None
+    while True:
+        length, kind = struct.unpack(">I4s", _read(file, 8))
+        if kind in (b"fcTL", b"IEND"):
+            if duration_ms is not None:
+                yield duration_ms  # the frame before is complete
+            if kind == b"IEND":
+                return
+            numerator, denominator = struct.unpack(">20x2H", _read(file, 24))
+            duration_ms = 1000 * numerator / (denominator or 100)
+            length -= 24
+        file.seek(length + 4, 1)  # 4 bytes of checksum
+
+
+def _webp_durations(file: BinaryIO) -> Iterator[float]:
+    """Yield the duration of each frame in ms: bytes 12 to 15 of each chunk ANMF."""
+    file.seek(12)
+    while True:
+        kind, length = struct.unpack("<4sI", _read(file, 8))
+        length += length % 2  # chunks are padded
+        if kind == b"ANMF":
+            yield int.from_bytes(_read(file, 16)[12:15], "little")
+            length -= 16
+        file.seek(length, 1)
+
+
+def _avif_durations(file: BinaryIO) -> Iterator[float]:
+    """Yield the duration of each frame in ms, from the first track of the file."""
+    file.seek(0)
+    track = _box(file.read(), b"moov", b"trak", b"mdia")
+    header = _box(track, b"mdhd")
+    ticks_per_s = int.from_bytes(header[20:24] if header[0] else header[12:16], "big")
+    table = _box(track, b"minf", b"stbl", b"stts")  # runs: number of frames, ticks of each
+    for count, ticks in struct.iter_unpack(">2I", table[8 : 8 + 8 * int.from_bytes(table[4:8], "big")]):
+        yield from repeat(1000 * ticks / ticks_per_s, count)
+
+
+def _box(data: bytes, *path: bytes) -> bytes:
+    """Return the content of the first box of each of these nested kinds in an MP4 file."""
+    for kind in path:
+        while data[4:8] != kind:
+            length = int.from_bytes(data[:4], "big")
+            if length < 8:
+                raise EOFError
+            data = data[length:]
+        data = data[8 : int.from_bytes(data[:4], "big")]
+    return data
+
+
+def _read(file: BinaryIO, size: int) -> bytes:
+    """Read `size` bytes; raise EOFError if the file is shorter."""
+    data = file.read(size)
+    if len(data) < size:
+        raise EOFError
+    return data

@@ -162,7 +162,9 @@ class PyAVReader(VideoReader):
 
     def _upright(self, frame: Any) -> Tensor:
         """Return an upright uint8 [3, H, W]."""
-        return self._orientation(torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1))
+        # Each JPEG has its own EXIF data, which differ within a timelapse if the camera was turned.
+        orientation = Orientation.of(frame) if self.info.codec == "mjpeg" else self._orientation
+        return orientation(torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1))
 
     # Opening
 
@@ -186,6 +188,12 @@ class PyAVReader(VideoReader):
                 reason = f"it is a {container.format.name} playlist, whose files are not opened"
                 raise unreadable(self._name, reason, "Pass the video itself.")
             stream = video_stream(container, self._max_pixels)
+            if is_tiled(container):
+                raise unreadable(
+                    self._name,
+                    "the picture is stored as tiles, which FFmpeg does not join",
+                    "Save it as JPEG or PNG, or open it with pillow-heif and pass the PIL image.",
+                )
             if stream is None:
                 reason = f"the file contains no video that can be decoded ({container.format.name})"
                 raise unreadable(self._name, reason)
@@ -206,15 +214,28 @@ class PyAVReader(VideoReader):
 
 
 def video_stream(container: Any, max_pixels: int = MAX_PIXELS) -> Any:
-    """Return the first video stream, or None. Cover art is skipped; much larger frames become errors."""
-    cover_art = av.stream.Disposition.attached_pic
-    videos = (s for s in container.streams.video if s.codec_context and not s.disposition & cover_art)
-    stream = next(videos, None)
+    """Return the main video stream, or None. Much larger frames become errors.
+
+    Streams marked as default are preferred to others, such as thumbnails; videos are preferred to stills,
+    which accompany the animation in AVIF and HEIC files. Cover art and the tiles of a picture are skipped.
+    """
+    skipped = av.stream.Disposition.attached_pic | av.stream.Disposition.dependent
+    videos = [s for s in container.streams.video if s.codec_context and not s.disposition & skipped]
+    default = av.stream.Disposition.default
+    videos.sort(key=lambda s: (s.frames == 1, not s.disposition & default))  # the first of equals stays first
+    stream = None if is_tiled(container) else next(iter(videos), None)
     if stream is not None:
         stream.thread_type = "SLICE"
         padding = 64 << 16  # FFmpeg counts the padding of rows, too
         stream.codec_context.options = {"max_pixels": str(max_pixels + padding)}
     return stream
+
+
+def is_tiled(container: Any) -> bool:
+    """Return whether the picture of an AVIF or HEIC file consists of tiles, which FFmpeg does not join."""
+    flags = [stream.disposition for stream in container.streams.video]
+    dependent, default = av.stream.Disposition.dependent, av.stream.Disposition.default
+    return any(flag & dependent for flag in flags) and not any(flag & default for flag in flags)
 
 
 def _packets(container: Any, *streams: Any) -> Iterator[Any]:
@@ -421,6 +442,21 @@ class Damage:
         return self.active and number >= self.first
 
 
+def side_data(frame: Any) -> Any:
+    """Return the side data of a frame, except kinds that PyAV has no name for: PyAV 18 raises for EXIF."""
+    try:
+        return frame.side_data
+    except ValueError:
+        unnamed = sorted(set(range(64)) - {kind.value for kind in Type})
+        graph = av.filter.Graph()
+        filters = [graph.add_buffer(None, frame.width, frame.height, frame.format, time_base=frame.time_base)]
+        filters += [graph.add("sidedata", f"mode=delete:type={kind}") for kind in unnamed]
+        filters.append(graph.add("buffersink"))
+        graph.link_nodes(*filters).configure()
+        graph.push(frame)
+        return graph.pull().side_data
+
+
 @dataclass(frozen=True)
 class Orientation:
     """Makes a coded frame upright: swaps rows and columns, then flips either."""
@@ -435,7 +471,7 @@ class Orientation:
 
         The matrix maps column x and row y to (a·x + c·y, b·x + d·y); see FFmpeg's libavutil/display.h.
         """
-        matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+        matrix = side_data(frame).get(Type.DISPLAYMATRIX)
         if matrix is None:
             return cls()
         a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
