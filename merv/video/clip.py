@@ -15,6 +15,7 @@ from torch import Tensor
 
 from merv.types import EncoderSpec, Frames, Preset, VideoInfo
 from merv.video.open import open_video
+from merv.video.reader import VideoReader
 from merv.video.sampling import Sampling, frame_indices_at
 from merv.video.transforms import Extent, Resample, normalize, resize
 
@@ -94,10 +95,8 @@ def prepare(
             times_s[name] = extend_times(sampled_s, padding)
             shown = frame_indices_at(info.times_s, sampled_s, info.time_error_s)
             indices[name] = (*shown, *[shown[-1]] * padding)
-        union = sorted({index for chosen in indices.values() for index in chosen})
-        pixels = reader.read(union)  # [len(union), 3, H, W], uint8
-    presets = {name: encoder.preset for name, encoder in encoders.items()}
-    frames = _preprocess(pixels, union, indices, presets, times_s, resample)
+        presets = {name: encoder.preset for name, encoder in encoders.items()}
+        frames = _preprocess(reader, indices, presets, times_s, resample)
     end_s = info.duration_s if sampling.end_s is None else min(sampling.end_s, info.duration_s)
     return Clip(info, (0.0, 0.0) if info.is_still else (sampling.start_s, end_s), frames, indices)
 
@@ -113,29 +112,33 @@ def extend_times(times_s: Sequence[float], count: int) -> list[float]:
 
 
 def _preprocess(
-    pixels: Tensor,
-    union: Sequence[int],
+    reader: VideoReader,
     indices: Mapping[str, Sequence[int]],
     presets: Mapping[str, Preset],
     times_s: Mapping[str, Sequence[float]],
     resample: Resample,
 ) -> dict[str, Frames]:
-    """Resize once per geometry, then select and normalize for each encoder."""
-    pixel_row = {index: row for row, index in enumerate(union)}
+    """Resize each frame as it is decoded, once per geometry; then select and normalize for each encoder."""
     geometry = {name: _geometry(preset) for name, preset in presets.items()}
-    resized: dict[tuple, tuple[Tensor, Extent, dict[int, int]]] = {}
+    # Geometry → (a preset with it, the frames to resize). Encoders with the same geometry share them.
+    wanted: dict[tuple, tuple[Preset, set[int]]] = {}
+    for name, preset in presets.items():
+        wanted.setdefault(geometry[name], (preset, set()))[1].update(indices[name])
+    resized: dict[tuple, dict[int, Tensor]] = {key: {} for key in wanted}  # geometry → index → [3, H, W]
+    extents: dict[tuple, Extent] = {}
+    for index, frame in reader.frames({index for _, chosen in wanted.values() for index in chosen}):
+        for key, (preset, chosen) in wanted.items():
+            if index in chosen:
+                scaled, extents[key] = resize(frame[None], preset, resample)
+                resized[key][index] = scaled[0].contiguous()  # a crop would keep the whole frame
     frames = {}
     for name, preset in presets.items():
         key = geometry[name]
-        if key not in resized:
-            sharing = [other for other in presets if geometry[other] == key]
-            shared = sorted({index for other in sharing for index in indices[other]})
-            scaled, extent = resize(pixels[[pixel_row[i] for i in shared]], preset, resample)
-            resized[key] = scaled, extent, {index: row for row, index in enumerate(shared)}
-        scaled, extent, scaled_row = resized[key]
-        normalized = normalize(scaled[[scaled_row[i] for i in indices[name]]], preset)
+        normalized = normalize(torch.stack([resized[key][index] for index in indices[name]]), preset)
         frames[name] = Frames.of(
-            normalized[None], torch.tensor([times_s[name]], dtype=torch.float64), torch.tensor([extent])
+            normalized[None],
+            torch.tensor([times_s[name]], dtype=torch.float64, device="cpu"),
+            torch.tensor([extents[key]], dtype=torch.float32, device="cpu"),
         )
     return frames
 

@@ -137,7 +137,9 @@ def _open_path(path: Path, name: str, backend: str, fps: float, max_pixels: int)
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            return folder_reader(path, name, fps, max_pixels)
+            reader: VideoReader = folder_reader(path, name, fps, max_pixels)
+            reader.max_pixels = max_pixels
+            return reader
         if not stat.S_ISREG(mode):  # opening it could block forever
             raise unreadable(name, "it is a pipe or a device, not a file", "Pass it as an open file.")
         file = path.open("rb")
@@ -151,7 +153,9 @@ def _open_path(path: Path, name: str, backend: str, fps: float, max_pixels: int)
 def _open_file(file: BinaryIO, name: str, backend: str, max_pixels: int, *, owned: bool) -> VideoReader:
     options: dict[str, Any] = {"owned": owned, "max_pixels": max_pixels}
     try:
-        return image_reader(file, name, **options) or _video_reader(backend)(file, name, **options)
+        reader = image_reader(file, name, **options) or _video_reader(backend)(file, name, **options)
+        reader.max_pixels = max_pixels
+        return reader
     except BaseException as error:
         if owned:
             file.close()

@@ -15,6 +15,7 @@ from merv.types import VideoInfo
 
 BACKENDS = {"pyav": ("av",), "torchcodec": ("av", "torchcodec")}  # backend → packages that decode
 MAX_PIXELS = 8192 * 8192  # per frame: 200 MB as RGB
+FRAMES_IN_MEMORY = 4  # frames of MAX_PIXELS that `read` returns at once: 800 MB, or 32 frames of 4K
 SKIP = "To skip such files: load_video(…, on_error='skip')."
 
 
@@ -28,9 +29,11 @@ class VideoReader:
         info: What is known without decoding.
         damage: What is wrong with the source as a whole; empty if nothing is.
         missing: Indices of frames that could not be decoded so far.
+        max_pixels: Maximum number of pixels of a frame; None for a source that is already in memory.
     """
 
     info: VideoInfo
+    max_pixels: int | None = None
     damage: str = ""
     _frame_error: str = ""  # the first problem with a single frame in the last `read`
 
@@ -38,7 +41,7 @@ class VideoReader:
         self.missing: set[int] = set()
 
     def read(self, indices: Iterable[int], on_error: Literal["raise", "partial"] = "raise") -> Tensor:
-        """Decode frames.
+        """Decode frames into one tensor.
 
         Args:
             indices: Frame indices in any order. An index may occur more than once.
@@ -50,31 +53,80 @@ class VideoReader:
 
         Raises:
             DamagedVideo: Some frames could not be decoded and `on_error` is "raise".
-            UnreadableVideo: No frame could be decoded.
+            UnreadableVideo: No frame could be decoded, or all frames together take too much memory: 800 MB,
+                or more if `max_pixels` is larger than the default.
             IndexError: The clip has no frame with one of these indices, or `indices` is empty.
+        """
+        indices = [operator.index(index) for index in indices]  # tensors are hashed by identity
+        unique = self._checked(indices)
+        self._check_memory(len(unique))
+        pixels = torch.empty(
+            (len(unique), 3, self.info.height, self.info.width), dtype=torch.uint8, device="cpu"
+        )
+        row_of = {index: row for row, index in enumerate(unique)}
+        decoded = set()
+        for index, frame in self.frames(unique, on_error):
+            pixels[row_of[index]] = frame
+            decoded.add(index)
+        if indices == unique and len(decoded) == len(unique):
+            return pixels
+        return pixels[[row_of[index] for index in indices if index in decoded]]
+
+    def frames(
+        self, indices: Iterable[int], on_error: Literal["raise", "partial"] = "raise"
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Decode frames one by one, so that only one of them is in memory.
+
+        Args:
+            indices: Frame indices. Each frame is decoded once.
+            on_error: As in `read`. Errors are raised after the last frame that can be decoded.
+
+        Yields:
+            (index, upright uint8 RGB frame of shape [3, H, W]), usually in ascending order.
+
+        Raises:
+            DamagedVideo, UnreadableVideo, IndexError: As in `read`.
+
+        Example:
+            >>> from merv.video.open import open_video
+            >>> with open_video(torch.zeros(4, 3, 32, 48, dtype=torch.uint8)) as video:
+            ...     [(index, tuple(frame.shape)) for index, frame in video.frames([2, 0])]
+            [(0, (3, 32, 48)), (2, (3, 32, 48))]
         """
         if on_error not in ("raise", "partial"):
             raise VideoError(f"on_error must be 'raise' or 'partial'; got {on_error!r}.")
-        indices = [operator.index(index) for index in indices]  # tensors are hashed by identity
-        unique = sorted(set(indices))
+        unique = self._checked(indices)
+        self._frame_error = ""
+        missing = set(unique)
+        for index, frame in self._decode(unique):  # frame: [3, H, W]
+            missing.discard(index)
+            yield index, _scaled(frame, self.info.height, self.info.width)
+        self.missing |= missing
+        self._check(len(unique) - len(missing), len(unique), on_error)
+
+    def _checked(self, indices: Iterable[int]) -> list[int]:
+        """Return the distinct indices in ascending order; raise IndexError for those that do not exist."""
+        unique = sorted({operator.index(index) for index in indices})
         if not unique or unique[0] < 0 or unique[-1] >= self.info.frames:
             invalid = [index for index in unique if not 0 <= index < self.info.frames]
             raise IndexError(
                 f"{self.info.name}: expected frame indices in 0 to {self.info.frames - 1}; "
                 f"got {', '.join(map(str, invalid[:5])) or 'an empty list'}."
             )
-        pixels = torch.empty(len(unique), 3, self.info.height, self.info.width, dtype=torch.uint8)
-        row_of = {index: row for row, index in enumerate(unique)}
-        decoded = set()
-        self._frame_error = ""
-        for index, frame in self._decode(unique):  # frame: [3, H, W]
-            pixels[row_of[index]] = _scaled(frame, self.info.height, self.info.width)
-            decoded.add(index)
-        self.missing |= set(unique) - decoded
-        self._check(len(decoded), len(unique), on_error)
-        if indices == unique and len(decoded) == len(unique):
-            return pixels
-        return pixels[[row_of[index] for index in indices if index in decoded]]
+        return unique
+
+    def _check_memory(self, count: int) -> None:
+        """Refuse frames that together take too much memory, because a small file can have many large ones."""
+        if self.max_pixels is None:
+            return
+        pixels = count * self.info.width * self.info.height
+        if pixels > FRAMES_IN_MEMORY * max(self.max_pixels, MAX_PIXELS):
+            raise unreadable(
+                self.info.name,
+                f"{count} frames of {self.info.width}×{self.info.height} pixels take {3e-9 * pixels:.1f} GB",
+                "Read fewer frames at once, iterate over VideoReader.frames(…), or allow it with "
+                f"max_pixels={-(-pixels // FRAMES_IN_MEMORY)}.",
+            )
 
     def close(self) -> None:
         """Close the file, unless the caller opened it."""

@@ -87,7 +87,7 @@ def resize(pixels: Tensor, preset: Preset, resample: Resample = "exact") -> tupl
         )
     plain = preset.interpolation == "bilinear_plain"
     size = _scaled_size(pixels.shape[2], pixels.shape[3], preset)
-    scaled = pixels.float() / 255 if plain else pixels
+    scaled = pixels.float().contiguous() / 255 if plain else pixels
     if size != tuple(pixels.shape[2:]):
         resamplers = {"exact": _resample_pil, "fast": _resample_torch}
         scaled = (_resample_plain if plain else resamplers[resample])(scaled, size, preset)
@@ -159,6 +159,7 @@ def _resample_pil(pixels: Tensor, size: tuple[int, int], preset: Preset) -> Tens
 
 def _resample_torch(pixels: Tensor, size: tuple[int, int], preset: Preset) -> Tensor:
     """Resample with torch. It has uint8 kernels for the CPU only; other devices compute in floats."""
+    pixels = pixels.contiguous()  # decoded frames have the channels last, where rounding may differ
     if pixels.device.type == "cpu":
         return interpolate(pixels, size, mode=preset.interpolation, antialias=True)
     return _two_passes(pixels, size, preset)

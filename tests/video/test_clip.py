@@ -1,15 +1,18 @@
 """prepare: encoders share frames and resizes only if these are the same for them."""
 
+import weakref
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
 from merv.encoders.fake import Fake
-from merv.errors import ShapeError
+from merv.errors import ShapeError, UnreadableVideo
 from merv.models.multi_encoder import MultiEncoder
-from merv.types import Frames, Preset
+from merv.types import Frames, Preset, VideoInfo
 from merv.video.clip import prepare
+from merv.video.reader import VideoReader
 from merv.video.sampling import Sampling
 from merv.video.transforms import normalize, resize
 
@@ -55,10 +58,10 @@ def test_encoder_of_whole_clips_gets_complete_tubelets(frames: int, fps: float |
 
 
 def test_encoders_with_equal_geometry_share_one_resize(monkeypatch) -> None:
-    resized = []
+    resized: Counter[str] = Counter()
 
     def count(pixels, preset, resample):
-        resized.append((len(pixels), preset.crop_mode))
+        resized[preset.crop_mode] += len(pixels)
         return resize(pixels, preset, resample)
 
     monkeypatch.setattr("merv.video.clip.resize", count)
@@ -66,9 +69,42 @@ def test_encoders_with_equal_geometry_share_one_resize(monkeypatch) -> None:
     encoders = {"a": Fake(), "b": Fake("video"), "c": Fake(), "d": Fake(preset="upstream")}
     encoders["c"].preset = other_mean
     clip = prepare(torch.randint(0, 256, (16, 3, 24, 40), dtype=torch.uint8), encoders, Sampling())
-    assert resized == [(16, "squash"), (16, "crop")]
+    assert resized == {"squash": 16, "crop": 16}
     assert torch.equal(clip.frames["a"].pixels, clip.frames["b"].pixels)
     assert not torch.equal(clip.frames["a"].pixels, clip.frames["c"].pixels)
+
+
+class Large(VideoReader):
+    """Twelve frames of 8192×8192 pixels; `alive` refers to those in memory when each was decoded."""
+
+    info = VideoInfo("large", 12.0, tuple(map(float, range(12))), 8192, 8192)
+    max_pixels = 8192 * 8192
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: list[list[weakref.ref]] = []
+
+    def _decode(self, indices):
+        decoded = []
+        for index in indices:
+            frame = torch.zeros(1, dtype=torch.uint8).expand(3, 8192, 8192)
+            decoded.append(weakref.ref(frame))
+            self.alive.append([reference for reference in decoded if reference() is not None])
+            yield index, frame
+
+
+def test_frames_are_resized_as_they_are_decoded(monkeypatch) -> None:
+    monkeypatch.setattr("merv.video.clip.resize", lambda *_: (torch.zeros(1, 3, 16, 16), (0, 0, 1, 1)))
+    reader = Large()
+    prepare(reader, {"fake": Fake()}, Sampling(), {"fake": 12})
+    assert len(reader.alive) == 12
+    assert max(map(len, reader.alive)) <= 2
+
+
+def test_frames_that_fill_the_memory_are_not_read_at_once() -> None:
+    with pytest.raises(UnreadableVideo, match=f"max_pixels={3 * 8192 * 8192}"):
+        Large().read(range(12))
+    assert len(list(Large().frames(range(12)))) == 12
 
 
 def test_resample_applies_to_frames_key_and_saved_model(tmp_path) -> None:
