@@ -1,4 +1,4 @@
-"""The vision tower of LanguageBind's video model, with standard layers and the official parameter names.
+"""The vision tower of LanguageBind's video model, with standard layers and the upstream parameter names.
 
 It is a CLIP vision transformer. Every block first attends over time: each patch attends to the same patch in
 the other frames of its window.

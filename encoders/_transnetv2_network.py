@@ -1,4 +1,4 @@
-"""The network of TransNetV2, with standard layers and the official parameter names."""
+"""The network of TransNetV2, with standard layers and the upstream parameter names."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ SIZES = {
     "giant-without-registers": ("vit_giant_patch14_dinov2", 1536, 1_134_769_664),
 }
 
-# Names in checkpoints of transformers → official names.
+# Names in checkpoints of transformers → upstream names.
 FROM_TRANSFORMERS = {
     r"^(dinov2|dinov2_with_registers)\.": "",
     r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
@@ -82,8 +82,8 @@ class DINOv2(Encoder):
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         from timm.models.vision_transformer import checkpoint_filter_fn
 
-        official = joined(renamed(state, FROM_TRANSFORMERS), ("query", "key", "value"), "qkv")
-        return checkpoint_filter_fn(official, self.net)
+        upstream_state = joined(renamed(state, FROM_TRANSFORMERS), ("query", "key", "value"), "qkv")
+        return checkpoint_filter_fn(upstream_state, self.net)
 
     def encode(self, pixels: Tensor) -> Tensor:
         _, height, _ = self.spec.grid

@@ -17,7 +17,7 @@ from merv.encoding.weights import select
 from merv.types import EncoderSpec, Preset
 
 SIZE, PATCH = 224, 14
-# The official code also flips half of the clips at random; merv does not.
+# The upstream code also flips half of the clips at random; merv does not.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CROP = Preset("crop", (SIZE, SIZE), "bilinear_plain", mean=MEAN, std=STD)
 # Tensors of the checkpoint that are not used: the text tower, and position ids from older versions.

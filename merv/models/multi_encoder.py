@@ -104,7 +104,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         presets: Encoder name → preset that preprocesses its frames. Defaults to the first preset of its spec.
         num_frames: Encoder name → number of frames per video. Defaults to that of its spec.
         sampling: A mode of `merv.video.sampling.Sampling`, or a Sampling.
-        align: How features are resampled to the grid: "area" or "official"; see `merv.fusion.align.Aligner`.
+        align: How features are resampled to the grid: "area" or "released"; see `merv.fusion.align.Aligner`.
         backend: Decoder of videos; see `merv.video.open.open_video`.
         resample: How frames are resized: "exact" as in PIL, or "fast" by torch.
 
@@ -142,7 +142,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         presets: Mapping[str, str] | None = None,
         num_frames: Mapping[str, int] | None = None,
         sampling: str | Sampling = "uniform",
-        align: Literal["area", "official"] = "area",
+        align: Literal["area", "released"] = "area",
         backend: str = "pyav",
         resample: Resample = "exact",
     ) -> None:

@@ -43,9 +43,9 @@ class TrainingOptions:
         weights: Encoder name → folder or hub id, for encoders whose weights are not at their default source.
         presets: Encoder name → preprocessing preset, if not the encoder's first one.
         num_frames: Encoder name → number of frames, if not the encoder's default.
-        sampling: How frames are chosen: `uniform`, `segment`, `official`, or `fps` for encoders that have
+        sampling: How frames are chosen: `uniform`, `segment`, `released`, or `fps` for encoders that have
             a rate; see docs/video.md.
-        align: How features are resampled onto the grid: `area`, or `official` as in the released MERV.
+        align: How features are resampled onto the grid: `area`, or `released` as in the released MERV.
         resample: How frames are resized, `exact` (as PIL does) or `fast` (by torch).
         backend: Video decoder, `pyav` or `torchcodec`.
         init_from: Trained model to start from: a folder of `save_pretrained`, a checkpoint of a run, or a hub

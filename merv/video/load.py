@@ -33,7 +33,7 @@ def load_video(
     Args:
         source: What to read; see `merv.video.open.open_video`. Audio is ignored.
         num_frames: Number of frames; with `fps`, the maximum. A still image has one frame.
-        sampling: A mode of `Sampling` ("uniform", "fps", "segment" or "official"), or a `Sampling`.
+        sampling: A mode of `Sampling` ("uniform", "fps", "segment" or "released"), or a `Sampling`.
         fps: Frames per second to sample.
         start_s: Start of the range to sample, in seconds from the first frame.
         end_s: End of that range; None for the end of the clip.

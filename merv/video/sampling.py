@@ -18,9 +18,9 @@ from merv.errors import SamplingError
 from merv.types import VideoInfo, is_count
 from merv.utils.suggest import nearest
 
-Mode = Literal["uniform", "fps", "segment", "official"]
+Mode = Literal["uniform", "fps", "segment", "released"]
 
-OFFICIAL_FRAMES = 32  # the released MERV reads 32 frames of a clip; its encoders take every k-th
+RELEASED_FRAMES = 32  # the released MERV reads 32 frames of a clip; its encoders take every k-th
 TOLERANCE_S = 1e-6  # float rounding (0.1 + 0.2 > 0.3) must not select the frame before
 
 
@@ -68,20 +68,20 @@ def segment_times(
     return [start_s + step_s * (i + draw()) for i in range(num_frames)]
 
 
-def official_indices(clip_frames: int, num_frames: int, total: int = OFFICIAL_FRAMES) -> list[int]:
+def released_indices(clip_frames: int, num_frames: int, total: int = RELEASED_FRAMES) -> list[int]:
     """Return which of a clip's `clip_frames` frames the released MERV gives to an encoder.
 
     It reads `total` frames at linspace(0, clip_frames - 1), rounded down; the encoder takes every
     (total / num_frames)-th of them. Raises SamplingError if `num_frames` does not divide `total`; there the
     release silently returns another number of frames (16 for 12).
 
-    >>> official_indices(100, 4)
+    >>> released_indices(100, 4)
     [0, 25, 51, 76]
     """
     if total % _checked_count(num_frames):
         divisors = ", ".join(str(k) for k in range(1, total + 1) if total % k == 0)
         raise SamplingError(
-            f"sampling='official' takes every k-th of {total} frames, so num_frames must divide {total}; got "
+            f"sampling='released' takes every k-th of {total} frames, so num_frames must divide {total}; got "
             f"{num_frames}. Set num_frames to one of {divisors}, or use sampling='uniform'."
         )
     indices = np.linspace(0, clip_frames - 1, total).astype(int)
@@ -112,14 +112,14 @@ class Sampling:
     Args:
         mode: "uniform" takes the centers of equal segments, or samples at a rate if `fps` or the encoder
             sets one. "fps" always samples at a rate, and raises an error if neither sets one. "segment"
-            takes a random time in each of equal segments. "official" takes the same frames as the
+            takes a random time in each of equal segments. "released" takes the same frames as the
             released MERV.
         start_s: Start of the range, in seconds from the first frame.
         end_s: End of the range; None, or a time after the end, for the end of the clip.
         fps: Frames per second, instead of the encoder's own rate.
         seed: Makes "segment" repeatable. With None, Python's `random` draws the times; `merv fit` draws them
             from its own seed.
-        total: Number of frames that "official" reads, of which an encoder takes every k-th. In the
+        total: Number of frames that "released" reads, of which an encoder takes every k-th. In the
             release, it is the largest number of frames of any of its encoders.
 
     Raises:
@@ -136,7 +136,7 @@ class Sampling:
     end_s: float | None = None
     fps: float | None = None
     seed: int | None = None
-    total: int = OFFICIAL_FRAMES
+    total: int = RELEASED_FRAMES
 
     def __post_init__(self) -> None:
         modes = get_args(Mode)
@@ -150,7 +150,7 @@ class Sampling:
                 f"A range must satisfy 0 ≤ start_s < end_s, in seconds; got start_s={self.start_s}, "
                 f"end_s={self.end_s}."
             )
-        if self.fps is not None and self.mode in ("segment", "official"):
+        if self.fps is not None and self.mode in ("segment", "released"):
             raise SamplingError(
                 f"sampling={self.mode!r} does not support fps; got fps={self.fps}. Use 'fps' or 'uniform'."
             )
@@ -177,8 +177,8 @@ class Sampling:
         end_s = self._end_s(info)
         duration_s = end_s - self.start_s
         rate = self.fps or fps
-        if self.mode == "official":
-            return self._official_times(info, num_frames, end_s)
+        if self.mode == "released":
+            return self._released_times(info, num_frames, end_s)
         if self.mode == "segment":
             generator = None if self.seed is None else random.Random(self.seed)
             return segment_times(duration_s, num_frames, self.start_s, generator)
@@ -199,12 +199,12 @@ class Sampling:
             )
         return info.duration_s if self.end_s is None else min(self.end_s, info.duration_s)
 
-    def _official_times(self, info: VideoInfo, num_frames: int, end_s: float) -> list[float]:
+    def _released_times(self, info: VideoInfo, num_frames: int, end_s: float) -> list[float]:
         times_s = info.times_s
         (first,) = frame_indices_at(times_s, [self.start_s], info.time_error_s)
         error_s = info.time_error_s if end_s < info.duration_s else 0.0
         stop = max(bisect_left(times_s, end_s - error_s - TOLERANCE_S), first + 1)
-        return [times_s[first + i] for i in official_indices(stop - first, num_frames, self.total)]
+        return [times_s[first + i] for i in released_indices(stop - first, num_frames, self.total)]
 
 
 def _checked_count(num_frames: int) -> int:

@@ -1,4 +1,4 @@
-"""LanguageBind's tower equals the official code and loads the official checkpoints."""
+"""LanguageBind's tower equals the upstream code and loads the upstream checkpoints."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ TINY = Shape(width=8, layers=3, heads=2, patch=4, size=8, frames=4, activation="
 
 # Two windows of 4 frames through languagebind 0.1.0's CLIPVisionTransformer of the same shape:
 # hidden_states[-2] without the class token, mean over the patches, the first 4 numbers of each frame.
-OFFICIAL = [
+UPSTREAM = [
     [-19.069319, -2.470112, -17.743774, 8.775684],
     [-18.289305, -2.002058, -17.624548, 8.279429],
     [-17.735325, -1.380431, -17.209251, 8.281089],
@@ -41,9 +41,9 @@ def tiny_tower() -> Tower:
 
 
 @torch.no_grad()
-def test_tower_equals_the_official_one():
+def test_tower_equals_the_upstream_one():
     tokens = tiny_tower()(wave(torch.empty(8, 3, 8, 8), 0))
-    torch.testing.assert_close(tokens[:, 1:].mean(1)[:, :4], torch.tensor(OFFICIAL), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(tokens[:, 1:].mean(1)[:, :4], torch.tensor(UPSTREAM), atol=1e-4, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def shallow(monkeypatch):
     )
 
 
-def official_state(encoder: LanguageBind) -> dict[str, torch.Tensor]:
+def upstream_state(encoder: LanguageBind) -> dict[str, torch.Tensor]:
     """A state dict with the names and shapes of the hub's pytorch_model.bin, including the text tower."""
     state = {f"vision_model.{name}": tensor for name, tensor in encoder.net.state_dict().items()}
     token = "vision_model.embeddings.class_embedding"
@@ -78,7 +78,7 @@ def test_hub_folder_is_loaded_with_its_frames_and_activation(shallow, tmp_path):
     original = LanguageBind(weights=None)
     folder = write_hub(
         tmp_path,
-        official_state(original),
+        upstream_state(original),
         file="pytorch_model.bin",
         config={"vision_config": {**CONFIG, "hidden_act": "gelu"}},
     )
@@ -88,7 +88,7 @@ def test_hub_folder_is_loaded_with_its_frames_and_activation(shallow, tmp_path):
 
 
 def test_version_1_5_has_a_class_token_for_each_frame(shallow, tmp_path):
-    state = official_state(LanguageBind(weights=None))
+    state = upstream_state(LanguageBind(weights=None))
     state["vision_model.embeddings.class_embedding"] = torch.randn(4, 1024)
     state["vision_model.embeddings.patch_embedding.weight"] = torch.randn(1024, 3, 1, 14, 14)
     for key in [key for key in state if key.endswith("temporal_embedding")]:
@@ -120,7 +120,7 @@ def test_weights_without_config_raise(tmp_path):
 
 
 def test_only_the_text_tower_is_dropped(shallow, tmp_path):
-    state = {**official_state(LanguageBind(weights=None)), "vision_model.extra": torch.ones(1)}
+    state = {**upstream_state(LanguageBind(weights=None)), "vision_model.extra": torch.ones(1)}
     folder = write_hub(tmp_path, state, config={"vision_config": CONFIG})
     with pytest.raises(WeightsError, match=r"LanguageBind\('large'\).*1 unexpected \(extra\)"):
         LanguageBind(weights=folder)

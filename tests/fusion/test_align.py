@@ -26,7 +26,7 @@ def position_grid(h: int, w: int, extent=WHOLE_PICTURE, t: int = 1) -> Grid:
 
 
 @pytest.mark.parametrize("size", [(16, 16, 16), (16, 8, 24), (32, 8, 8)])
-def test_area_equals_official_pooling_if_sizes_divide(size):
+def test_area_equals_released_pooling_if_sizes_divide(size):
     values = torch.randn(2, *size, 3)
     out = Aligner((16, 8, 8))(grid_of(values))
     pooled = adaptive_avg_pool3d(values.movedim(-1, 1), (16, 8, 8)).movedim(1, -1)
@@ -34,9 +34,9 @@ def test_area_equals_official_pooling_if_sizes_divide(size):
     assert out.mask.all()
 
 
-def test_official_mode_pools_14_to_8_with_overlapping_windows():
+def test_released_mode_pools_14_to_8_with_overlapping_windows():
     values = torch.randn(1, 4, 14, 14, 2)
-    out = Aligner((4, 8, 8), mode="official")(grid_of(values))
+    out = Aligner((4, 8, 8), mode="released")(grid_of(values))
     torch.testing.assert_close(out.values[0, 0, 1, 3], values[0, 0, 1:4, 5:7].mean(dim=(0, 1)))
     torch.testing.assert_close(out.values[0, 0, 7, 0], values[0, 0, 12:14, 0:2].mean(dim=(0, 1)))
 

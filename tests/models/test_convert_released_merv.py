@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from llama_tokenizer import write_llama_tokenizer
-from official import Official, config_of, grown, write
+from original import OriginalMERV, config_of, grown, write
 from transformers import AutoTokenizer
 
 from merv.cli.main import main
@@ -19,7 +19,7 @@ from merv.models.released_merv import read_config
 from merv.models.video_llm import VideoLLM
 from merv.testing import make_video, tiny_llm
 from merv.types import VideoInfo
-from merv.video.sampling import Sampling, official_indices
+from merv.video.sampling import Sampling, released_indices
 
 TWO = config_of(["fake", "fake-video"], [16, 32], 16)
 QUESTION = "What moves?"
@@ -32,16 +32,16 @@ def released(tmp_path_factory):
     torch.manual_seed(0)
     tiny_llm(folder / "base", chat_template=True)  # the release does not use the chat template of this model
     make_video(folder / "clip.mp4", frames=50)
-    official = official_model(folder)
-    write(folder / "two", official.state(), TWO, optimizer={"state": {}}, lr_scheduler={}, step=7)
+    original = original_model(folder)
+    write(folder / "two", original.state(), TWO, optimizer={"state": {}}, lr_scheduler={}, step=7)
     lines: list[str] = []
     convert_in(folder, "two", log=lines.append)
-    return folder, official, lines
+    return folder, original, lines
 
 
-def official_model(folder, widths=(8, 12), **options) -> Official:
+def original_model(folder, widths=(8, 12), **options) -> OriginalMERV:
     llm, tokenizer = tiny_llm()
-    return Official(grown(llm, len(tokenizer)), list(widths), **options)
+    return OriginalMERV(grown(llm, len(tokenizer)), list(widths), **options)
 
 
 def convert_in(folder, name, **options) -> Path:
@@ -57,21 +57,21 @@ def logits_of(model: VideoLLM, clip: Path) -> torch.Tensor:
         return model.logits(packed, visual.tokens, torch.arange(packed.mask.shape[-1]))
 
 
-def expected(official: Official, model: VideoLLM, clip: Path) -> torch.Tensor:
+def expected(original: OriginalMERV, model: VideoLLM, clip: Path) -> torch.Tensor:
     """Return the logits of the released model on the unaligned features of the encoders."""
     grids = model.vision.encode([model.vision.read(str(clip))])
     ids = model.tokenizer(f"In: {QUESTION}\nOut:").input_ids
-    return official([features[0].values for features in grids.values()], ids)
+    return original([features[0].values for features in grids.values()], ids)
 
 
 # Converted models ---------------------------------------------------------------------------
 
 
 def test_logits_equal_those_of_the_release(released):
-    folder, official, _ = released
+    folder, original, _ = released
     model = VideoLLM.from_pretrained(folder / "two_converted")
     ours = logits_of(model, folder / "clip.mp4")
-    assert torch.allclose(ours, expected(official, model, folder / "clip.mp4"), atol=1e-4)
+    assert torch.allclose(ours, expected(original, model, folder / "clip.mp4"), atol=1e-4)
     torch.nn.init.normal_(model.fusion.mixer.query)
     assert not torch.allclose(ours, logits_of(model, folder / "clip.mp4"), atol=1e-4)
 
@@ -83,10 +83,10 @@ def test_older_formats_give_the_logits_of_the_release(released, tmp_path, varian
     config = config_of(["fake"], [16], 16) if single else TWO
     if variant == "mlp":
         config = config_of(["fake", "fake-video"], [16, 32], 16, arch_specifier="3davg+gelu-mlp")
-    official = official_model(
+    original = original_model(
         folder, (8,) if single else (8, 12), hidden=32 if variant == "packed" else 48, mlp=variant == "mlp"
     )
-    state = official.state()
+    state = original.state()
     if variant == "adapter":
         state["adapter"] = state.pop("feature_fusion")
     if single:
@@ -95,7 +95,7 @@ def test_older_formats_give_the_logits_of_the_release(released, tmp_path, varian
     write(tmp_path / "older", state, config)
     model = VideoLLM.from_pretrained(convert_in(tmp_path, "older", llm=folder / "base"))
     ours = logits_of(model, folder / "clip.mp4")
-    assert torch.allclose(ours, expected(official, model, folder / "clip.mp4"), atol=1e-4)
+    assert torch.allclose(ours, expected(original, model, folder / "clip.mp4"), atol=1e-4)
 
 
 def test_frames_are_those_of_the_release(released):
@@ -103,14 +103,14 @@ def test_frames_are_those_of_the_release(released):
     model = VideoLLM.from_pretrained(folder / "two_converted")
     clip = model.vision.read(str(folder / "clip.mp4"))
     times = {name: (frames.times_s[0] * 8).round().long().tolist() for name, frames in clip.frames.items()}
-    assert times == {"fake": official_indices(50, 16), "fake_video": official_indices(50, 32)}
+    assert times == {"fake": released_indices(50, 16), "fake_video": released_indices(50, 32)}
 
 
 def test_total_limits_the_frames_of_a_single_encoder():
     info = VideoInfo("clip", 100.0, times_s=tuple(range(100)), width=8, height=8)
-    times_s = Sampling("official", total=16).times(info, 16)
+    times_s = Sampling("released", total=16).times(info, 16)
     assert times_s[-1] == 99.0
-    assert times_s != Sampling("official").times(info, 16)
+    assert times_s != Sampling("released").times(info, 16)
 
 
 def test_ask_uses_a_converted_folder(released, capsys):
@@ -148,8 +148,8 @@ def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     llm, _ = tiny_llm(folder / "base")
     file = write_llama_tokenizer(folder / "base")
-    official = Official(grown(llm, file.get_vocab_size()), [8, 12])
-    write(folder / "two", official.state(), TWO)
+    original = OriginalMERV(grown(llm, file.get_vocab_size()), [8, 12])
+    write(folder / "two", original.state(), TWO)
     return file, convert_in(folder, "two", llm=folder / "base")
 
 
@@ -193,8 +193,8 @@ def test_log_lists_what_is_left_out(released):
 
 
 def test_shards_hold_the_same_language_model(released, tmp_path):
-    folder, official, _ = released
-    write(tmp_path / "two", official.state(), TWO)
+    folder, original, _ = released
+    write(tmp_path / "two", original.state(), TWO)
     out = convert_in(tmp_path, "two", llm=folder / "base", shard_bytes=40_000)
     assert len(list((out / "llm").glob("model-0*.safetensors"))) > 2
     assert (
@@ -205,14 +205,14 @@ def test_shards_hold_the_same_language_model(released, tmp_path):
 
 
 def test_tied_head_is_saved_once_and_must_equal_the_embeddings(released, tmp_path):
-    folder, official, _ = released
+    folder, original, _ = released
     base = tmp_path / "base"
     base.mkdir()
     for file in (folder / "base").iterdir():
         (base / file.name).write_bytes(file.read_bytes())
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    state = official.state()
+    state = original.state()
     write(tmp_path / "tied", state, TWO)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
         convert_in(tmp_path, "tied")
@@ -233,8 +233,8 @@ def check_rejected(
     released, tmp_path, config=TWO, match="", error=CheckpointError, other_entries=None, llm=None, **changed
 ):
     """Check that the conversion fails with `match` in the message and leaves no files."""
-    folder, official, _ = released
-    state = official.state()
+    folder, original, _ = released
+    state = original.state()
     for name, value in changed.items():
         state[name] = value(dict(state[name])) if callable(value) else value
     write(
@@ -320,8 +320,8 @@ def test_language_model_that_cannot_be_loaded_suggests_an_option(released, tmp_p
 
 
 def test_weights_for_an_unknown_encoder_are_rejected(released, tmp_path):
-    folder, official, _ = released
-    write(tmp_path / "two", official.state(), TWO)
+    folder, original, _ = released
+    write(tmp_path / "two", original.state(), TWO)
     with pytest.raises(WeightsError, match="siglip"):
         convert_in(tmp_path, "two", llm=folder / "base", encoders={"siglip": "/folder"})
 

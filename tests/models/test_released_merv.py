@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from official import config_of
+from original import config_of
 
 from merv.fusion.registry import MIXERS
 from merv.models.chat import VISUAL, user_message

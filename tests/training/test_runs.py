@@ -278,7 +278,7 @@ def test_second_stage_adds_an_encoder_to_the_model_of_the_first(material, tmp_pa
     ("option", "name"),
     [
         ({"model__grid": "[4,1,1]"}, "grid"),
-        ({"model__sampling": "official"}, "sampling"),
+        ({"model__sampling": "released"}, "sampling"),
         ({"model__num_frames": "{fake: 4}"}, "num_frames"),
         ({"model__mixer_options": "{conditioned: true}"}, "mixer_options"),
         ({"model__embed_scale": 9}, "embed_scale"),

@@ -127,7 +127,7 @@ def test_random_times_cover_every_time_step(seed) -> None:
     assert all(grid.mask.all() for grid in features.values())
 
 
-@pytest.mark.parametrize("sampling", [Sampling("official"), Sampling("fps", fps=1.0)])
+@pytest.mark.parametrize("sampling", [Sampling("released"), Sampling("fps", fps=1.0)])
 @pytest.mark.parametrize("frames", [3, 4, 26, 30, 60])
 def test_sampled_times_cover_every_time_step(sampling, frames) -> None:
     model = MultiEncoder(["fake"], grid=(16, 2, 2), sampling=sampling)

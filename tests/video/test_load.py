@@ -9,7 +9,7 @@ from media import indices_of, make_video, overwrite, picture
 
 from merv.errors import DamagedVideo, SamplingError, UnreadableVideo, VideoError
 from merv.video.load import load_video
-from merv.video.sampling import Sampling, official_indices
+from merv.video.sampling import Sampling, released_indices
 
 
 def test_times_are_those_of_the_returned_frames(tmp_path: Path) -> None:
@@ -23,10 +23,10 @@ def test_times_are_those_of_the_returned_frames(tmp_path: Path) -> None:
     assert frames.mask.all()
 
 
-def test_official_sampling_returns_official_indices(tmp_path: Path) -> None:
-    frames = load_video(make_video(tmp_path / "a.mp4", 100), num_frames=16, sampling="official")
+def test_released_sampling_returns_released_indices(tmp_path: Path) -> None:
+    frames = load_video(make_video(tmp_path / "a.mp4", 100), num_frames=16, sampling="released")
     assert frames is not None
-    assert indices_of(frames.pixels[0]) == official_indices(100, 16)
+    assert indices_of(frames.pixels[0]) == released_indices(100, 16)
 
 
 def test_range_and_fps_select_frames(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from merv.video.sampling import (
     Sampling,
     fps_times,
     frame_indices_at,
-    official_indices,
+    released_indices,
     segment_times,
     uniform_times,
 )
@@ -55,19 +55,19 @@ def test_segment_times_are_one_per_segment() -> None:
     assert [int(time_s - 1.0) for time_s in times] == list(range(8))
 
 
-def test_official_is_every_kth_of_32() -> None:
-    indices = official_indices(300, 32)
+def test_released_is_every_kth_of_32() -> None:
+    indices = released_indices(300, 32)
     assert (indices[0], indices[1], indices[-1]) == (0, 9, 299)  # 299 / 31 = 9.6, rounded down
-    assert official_indices(300, 16) == indices[::2]
+    assert released_indices(300, 16) == indices[::2]
 
 
-def test_official_repeats_frames_of_short_clip() -> None:
-    assert official_indices(2, 32) == [0] * 31 + [1]
+def test_released_repeats_frames_of_short_clip() -> None:
+    assert released_indices(2, 32) == [0] * 31 + [1]
 
 
-def test_official_rejects_counts_that_do_not_divide_total() -> None:
+def test_released_rejects_counts_that_do_not_divide_total() -> None:
     with pytest.raises(SamplingError, match=r"\b32\b.*\b12\b.* 1, 2, 4, 8, 16, 32\b"):
-        official_indices(300, 12)
+        released_indices(300, 12)
 
 
 def test_frame_indices_at_is_the_latest_started_frame() -> None:
@@ -101,7 +101,7 @@ def test_range_outside_clip_raises() -> None:
         ({"start_s": 3.0, "end_s": 3.0}, "start_s=3.0, end_s=3.0"),
         ({"start_s": float("nan")}, "start_s=nan"),
         ({"fps": 0.0}, "fps=0.0"),
-        ({"mode": "official", "fps": 2.0}, "'official'.* fps=2.0"),
+        ({"mode": "released", "fps": 2.0}, "'released'.* fps=2.0"),
     ],
 )
 def test_invalid_options_are_rejected_at_construction(options: dict, message: str) -> None:
@@ -127,9 +127,9 @@ def test_num_frames_must_be_a_positive_integer(sampling, frames) -> None:
 
 
 @pytest.mark.parametrize("total", [0, -32, 2.5])
-def test_official_total_must_be_a_positive_integer(total) -> None:
+def test_released_total_must_be_a_positive_integer(total) -> None:
     with pytest.raises(SamplingError, match=f"got {total}"):
-        Sampling("official", total=total)
+        Sampling("released", total=total)
 
 
 def test_seed_makes_random_times_repeatable() -> None:
@@ -137,17 +137,17 @@ def test_seed_makes_random_times_repeatable() -> None:
     assert first == again != Sampling("segment", seed=2).times(clip(), 8)
 
 
-def test_official_times_are_frame_times() -> None:
+def test_released_times_are_frame_times() -> None:
     info = clip(300, fps=30.0)
-    assert Sampling("official").times(info, 16) == [info.times_s[i] for i in official_indices(300, 16)]
+    assert Sampling("released").times(info, 16) == [info.times_s[i] for i in released_indices(300, 16)]
 
 
-def test_official_uses_only_frames_in_range() -> None:
+def test_released_uses_only_frames_in_range() -> None:
     info = clip(100, fps=10.0)
-    times = Sampling("official", start_s=2.0, end_s=4.0).times(info, 32)
+    times = Sampling("released", start_s=2.0, end_s=4.0).times(info, 32)
     assert (times[0], times[-1]) == (2.0, info.times_s[39])
 
 
 def test_still_has_one_time_in_every_mode() -> None:
-    for sampling in (Sampling(), Sampling("official"), Sampling("segment"), Sampling(start_s=5.0)):
+    for sampling in (Sampling(), Sampling("released"), Sampling("segment"), Sampling(start_s=5.0)):
         assert sampling.times(STILL, 16) == [0.0]

@@ -76,7 +76,7 @@ def test_copy_keeps_the_rounding_of_its_original(tmp_path: Path, suffix: str) ->
 
 
 def test_range_of_rounded_times_has_the_frames_of_exact_ones(tmp_path: Path) -> None:
-    sampling = Sampling("official", start_s=31 / 30, end_s=63 / 30)
+    sampling = Sampling("released", start_s=31 / 30, end_s=63 / 30)
     info = probe(constant_rate(tmp_path / "a.mkv", 30))
     assert sampling.times(info, 32) == list(info.times_s[31:63])
 

@@ -32,7 +32,7 @@ class Mixer(nn.Module):
         return torch.einsum("b e, b e n l -> b n l", weights[:, 0], streams)
 
 
-class Official(nn.Module):
+class OriginalMERV(nn.Module):
     """Projectors, mixer and language model, without encoders.
 
     Args:
