@@ -309,7 +309,7 @@ class Scan:
         for packet in packets:
             if packet.size and packet.pts is not None:
                 end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-            if packet.stream_index != stream.index:
+            if packet.stream.index != stream.index:  # `packet.stream_index` is 0 for all empty packets
                 continue
             if scan.first_frame is None:
                 with suppress(*DECODE_ERRORS):
