@@ -6,7 +6,6 @@ folders of Hugging Face `datasets` are memory-mapped by that library.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import tarfile
@@ -22,6 +21,7 @@ from typing import Any, overload
 
 from merv.data.samples import Sample, sample_of
 from merv.errors import DataError
+from merv.utils.files import PositionedFile, check_regular
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 VIDEOS = (".mp4", ".m4v", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif")
@@ -203,7 +203,7 @@ class SampleStream:
         self.num_read = state["num_read"]
 
 
-class FilePart(io.RawIOBase):
+class FilePart(PositionedFile):
     """A file object over a range of bytes of a file, such as a member of a shard.
 
     It opens the file only while it reads, and pickles as path and range.
@@ -216,30 +216,14 @@ class FilePart(io.RawIOBase):
     """
 
     def __init__(self, path: str, start: int, size: int, name: str) -> None:
-        self.location, self.name, self.size = (path, start, size, name), name, size
-        self._position = 0
+        super().__init__(size)
+        self.location, self.name = (path, start, size, name), name
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = max(0, offset + (0, self._position, self.size)[whence])
-        return self._position
-
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self.size - self._position)
+    def _read_at(self, offset: int, size: int) -> bytes:
         path, start, *_ = self.location
         with open(path, "rb") as file:
-            file.seek(start + self._position)
-            data = file.read(left if size is None or size < 0 else min(size, left))
-        self._position += len(data)
-        return data
+            file.seek(start + offset)
+            return file.read(size)
 
     def __reduce__(self) -> tuple[type, tuple]:
         return FilePart, self.location
@@ -292,6 +276,7 @@ def _open(path: Path, root: Path) -> Rows:
             "folder written by `save_to_disk` of `datasets`."
         )
     try:
+        check_regular(path)
         rows = rows_class(path, root)
     except (OSError, ValueError, tarfile.TarError) as error:
         raise DataError(f"{path} could not be read: {str(error).rstrip('.')}.") from error

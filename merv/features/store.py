@@ -19,7 +19,7 @@ from torch import Tensor
 
 from merv.errors import DataError, ShapeError, UnreadableVideo
 from merv.types import Grid
-from merv.utils.files import file_digest, write_whole
+from merv.utils.files import file_digest, stream_digest, view_of, write_whole
 from merv.video.open import open_video, path_of
 
 logger = logging.getLogger(__name__)
@@ -91,8 +91,7 @@ def _content_digest(video: Any) -> str:
         with open_video(video) as reader:
             return _content_digest(reader.read([0]))
     if getattr(video, "seekable", lambda: False)() and not isinstance(video, TextIOBase):
-        video.seek(0)
-        return hashlib.sha256(video.read()).hexdigest()
+        return stream_digest(view_of(video))
     raise DataError(
         f"Cannot store features of a {type(video).__name__}: its content cannot be hashed, or can be "
         "read only once. Pass a path or bytes."

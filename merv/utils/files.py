@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
+import io
 import os
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
+from typing import BinaryIO, cast
+
+from merv.errors import UnreadableVideo
 
 _ACTIVE: set[str] = set()  # temporary names that this process is using
 
@@ -41,13 +47,110 @@ def package_folders(module: str) -> list[Path]:
     return [Path(folder, *inner) for folder in (spec.submodule_search_locations or ())] if spec else []
 
 
+# Reading --------------------------------------------------------------------------------------
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError for a path that is a pipe or a device: opening it could block forever."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.ESPIPE, "it is a pipe or a device, not a file", str(path))
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file for reading; raise OSError if it is a pipe or a device.
+
+    >>> with open_file(Path(__file__)) as file:
+    ...     file.seek(-1, 2) > 0
+    True
+    """
+    check_regular(path)
+    return path.open("rb")
+
+
+def view_of(file: BinaryIO, *, owned: bool = False) -> BinaryIO:
+    """Return a file object over an open, seekable file, with a position of its own and a fixed size.
+
+    Forked processes can read it at the same time, if `file` is a file of the file system or in memory. If
+    `owned`, closing the view closes `file`.
+    """
+    return cast(BinaryIO, io.BufferedReader(_View(file, owned)))
+
+
+class PositionedFile(io.RawIOBase):
+    """A file object that keeps its own position. The operating system keeps that of an ordinary one.
+
+    Processes share what the operating system keeps if one is forked from the other: each would move the
+    position of the others while they read.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._position = 0
+
+    def _read_at(self, offset: int, size: int) -> bytes:
+        raise NotImplementedError
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = max(0, offset + (0, self._position, self.size)[whence])
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self.size - self._position)
+        data = self._read_at(self._position, left if size is None or size < 0 else min(size, left))
+        self._position += len(data)
+        return data
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class _View(PositionedFile):
+    def __init__(self, file: BinaryIO, owned: bool) -> None:
+        self._file, self._owned, self._process = file, owned, os.getpid()
+        raw = getattr(file, "raw", file)  # a file of gzip or zipfile has no FileIO there
+        self._has_pread = type(raw) is io.FileIO and hasattr(os, "pread")  # Windows has no pread and no fork
+        self._is_copied_by_fork = isinstance(raw, (io.BytesIO, PositionedFile))
+        if self._has_pread and raw.writable():
+            file.flush()
+        super().__init__(os.fstat(raw.fileno()).st_size if self._has_pread else file.seek(0, io.SEEK_END))
+
+    def _read_at(self, offset: int, size: int) -> bytes:
+        if self._has_pread:
+            return os.pread(self._file.fileno(), size, offset)
+        if not self._is_copied_by_fork and os.getpid() != self._process:
+            raise UnreadableVideo(
+                f"{getattr(self._file, 'name', '<open file>')}: the file was opened before this process was "
+                "forked, and both would move its position. Pass its path, or open it in each process."
+            )
+        self._file.seek(offset)
+        return self._file.read(size)
+
+    def close(self) -> None:
+        if self._owned:
+            self._file.close()
+        super().close()
+
+
 # Content hashes -------------------------------------------------------------------------------
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file. A process reads the file again only if its size or modification time changes."""
-    stat = path.stat()
-    return _digest(str(path.absolute()), stat.st_size, stat.st_mtime_ns)
+    check_regular(path)
+    status = path.stat()
+    return _digest(str(path.absolute()), status.st_size, status.st_mtime_ns)
 
 
 def files_digest(paths: Iterable[Path]) -> str:
@@ -58,10 +161,15 @@ def files_digest(paths: Iterable[Path]) -> str:
 
 @cache
 def _digest(path: str, size: int, modified_ns: int) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        return stream_digest(file)
+
+
+def stream_digest(file: BinaryIO) -> str:
+    """SHA-256 of what a file object still has to read."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()
 
 

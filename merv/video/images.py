@@ -17,6 +17,7 @@ from torch import Tensor
 
 from merv.errors import ShapeError, UnreadableVideo
 from merv.types import VideoInfo
+from merv.utils.files import open_file
 from merv.video.reader import VideoReader, check_size, unreadable
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm")
@@ -117,7 +118,7 @@ def folder_reader(folder: Path, name: str, fps: float, max_pixels: int) -> Image
         raise unreadable(name, f"none of the {len(paths)} images in the folder could be read")
 
     def load(index: int) -> Tensor:
-        with paths[index].open("rb") as file:
+        with open_file(paths[index]) as file:
             image = _open_image(file)
             check_size(str(paths[index]), image.width, image.height, max_pixels)
             turn = _turn(image)
@@ -141,7 +142,7 @@ def _natural_order(path: Path) -> list[tuple[bool, int | str]]:
 def _size(path: Path) -> tuple[int, int] | None:
     """Return the upright (height, width) of an image file, or None if it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             image = _open_image(file)
             return _upright_size(image, _turn(image))
     except PIL_ERRORS:

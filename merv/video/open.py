@@ -6,8 +6,8 @@ only the requested frames, each once. Audio is ignored.
 
 from __future__ import annotations
 
+import errno
 import os
-import stat
 from collections.abc import Callable
 from copy import copy
 from io import BytesIO, TextIOBase
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from merv.errors import UnreadableVideo, VideoError
 from merv.types import VideoInfo
+from merv.utils.files import open_file, view_of
 from merv.video.images import array_reader, folder_reader, image_reader
 from merv.video.reader import BACKENDS, MAX_PIXELS, SKIP, VideoReader, unreadable
 
@@ -135,17 +136,16 @@ def _read_stream(source: Any, name: str) -> BytesIO:
 
 def _open_path(path: Path, name: str, backend: str, fps: float, max_pixels: int) -> VideoReader:
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
+        if path.is_dir():
             reader: VideoReader = folder_reader(path, name, fps, max_pixels)
             reader.max_pixels = max_pixels
             return reader
-        if not stat.S_ISREG(mode):  # opening it could block forever
-            raise unreadable(name, "it is a pipe or a device, not a file", "Pass it as an open file.")
-        file = path.open("rb")
+        file = open_file(path)
     except (OSError, ValueError) as error:  # ValueError: the path contains a null byte
         is_url = "://" in name
         advice = "Only local files can be read; download it first." if is_url else "Check the path. " + SKIP
+        if getattr(error, "errno", None) == errno.ESPIPE:
+            advice = "Pass it as an open file."
         raise unreadable(name, getattr(error, "strerror", None) or str(error), advice) from error
     return _open_file(file, name, backend, max_pixels, owned=True)
 
@@ -153,6 +153,7 @@ def _open_path(path: Path, name: str, backend: str, fps: float, max_pixels: int)
 def _open_file(file: BinaryIO, name: str, backend: str, max_pixels: int, *, owned: bool) -> VideoReader:
     options: dict[str, Any] = {"owned": owned, "max_pixels": max_pixels}
     try:
+        file = view_of(file, owned=owned)
         reader = image_reader(file, name, **options) or _video_reader(backend)(file, name, **options)
         reader.max_pixels = max_pixels
         return reader

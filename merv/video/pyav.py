@@ -177,7 +177,7 @@ class PyAVReader(VideoReader):
         if int(av.__version__.split(".")[0]) < 19:  # later versions never raise
             options["metadata_errors"] = "replace"
         try:
-            return closing(av.open(BoundedFile(self._file, self._size), **options))
+            return closing(av.open(self._file, **options))
         except DECODE_ERRORS as error:
             reason = f"it is not a video or image, or too damaged ({type(error).__name__})"
             raise unreadable(self._name, reason) from error
@@ -242,26 +242,6 @@ def _packets(container: Any, *streams: Any) -> Iterator[Any]:
     """Yield the packets of these streams, ending with empty ones, which flush the decoder."""
     with suppress(*DECODE_ERRORS):
         yield from container.demux(*streams)
-
-
-@dataclass(frozen=True)
-class BoundedFile:
-    """The first `size` bytes of a file that may grow while it is read, or never end."""
-
-    file: BinaryIO
-    size: int
-
-    def read(self, size: int) -> bytes:
-        """Read at most `size` bytes."""
-        return self.file.read(max(min(size, self.size - self.file.tell()), 0))
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Move to an offset from the start (0), the current position (1) or the end (2)."""
-        return self.file.seek(offset + self.size) if whence == 2 else self.file.seek(offset, whence)
-
-    def tell(self) -> int:
-        """Return the current position."""
-        return self.file.tell()
 
 
 def ends_inside_fragment(file: BinaryIO, size: int) -> bool:
@@ -352,8 +332,8 @@ def rounding_s(pts: Sequence[int], tick_s: float) -> float:
 
     If every distance of frames is a multiple of the shortest one, the rate is constant and times are exact.
 
-    >>> rounding_s([0, 40, 80, 160], 0.001), rounding_s([0, 33, 67, 100], 0.001), rounding_s([5, 38, 72], 0.001)
-    (0.0, 0.0005, 0.001)
+    >>> [rounding_s(pts, 0.001) for pts in ([0, 40, 80, 160], [0, 33, 67, 100], [7, 40, 74])]
+    [0.0, 0.0005, 0.001]
     """
     distances = [after - before for before, after in pairwise(pts)]
     common = math.gcd(*distances)

@@ -1,13 +1,26 @@
 """Sources of every kind and their clocks: edit lists, rounded times, pipes, forks, rows of datasets."""
 
+import io
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
 from fractions import Fraction
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
 
 import av
 import pytest
-from media import indices_of, make_video
+from media import indices_of, make_folder, make_gif, make_video
 
+from merv import MultiEncoder, load_video
+from merv.data.sources import FilePart, open_samples
+from merv.errors import DataError, MervError, UnreadableVideo
+from merv.features.store import FeatureStore, video_key
+from merv.utils.files import file_digest
 from merv.video.open import open_video, probe
+from merv.video.reader import VideoReader
 from merv.video.sampling import Sampling, frame_indices_at
 
 
@@ -91,3 +104,127 @@ def test_times_of_a_constant_rate_are_exact(tmp_path: Path) -> None:
     """The clock of an AVI counts frames: half a tick would be half a frame."""
     info = probe(constant_rate(tmp_path / "a.avi", 30))
     assert info.time_error_s == 0
+
+
+def fifo(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        load_video,
+        lambda path: video_key(path, ""),
+        file_digest,
+        lambda path: open_samples(path),
+        lambda path: MultiEncoder(["fake"], grid=(4, 2, 2)).features(path, store=FeatureStore()),
+    ],
+    ids=["load_video", "video_key", "file_digest", "open_samples", "store"],
+)
+@pytest.mark.parametrize("suffix", [".mp4", ".jsonl"])
+def test_pipe_is_refused_by_everything_that_opens_a_path(
+    tmp_path: Path, read: Callable[[Path], Any], suffix: str
+) -> None:
+    with pytest.raises((UnreadableVideo, DataError, OSError), match=rf"a\{suffix}"):
+        read(fifo(tmp_path / f"a{suffix}"))
+
+
+def test_pipe_in_folder_of_images_is_a_missing_frame(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "frames", ["0.png", "2.png"])
+    fifo(folder / "1.png")
+    with open_video(folder) as video:
+        assert indices_of(video.read([0, 1, 2], on_error="partial")) == [0, 1]
+        assert video.missing == {1}
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs /dev/zero")
+def test_endless_device_is_hashed_up_to_its_size() -> None:
+    with open("/dev/zero", "rb") as endless:
+        assert video_key(endless, "") == video_key(b"", "")
+
+
+# Forks
+
+
+class Opaque(io.RawIOBase):
+    """A file object of which merv knows nothing, with a position that forked processes share."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.file.seek(offset, whence)
+
+    def read(self, size: int = -1) -> bytes:
+        return self.file.read(size)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def read_in_processes(video: VideoReader, indices: list[int]) -> list[list[int] | str]:
+    """Read each frame in four forked processes at a time; return what they read, or the name of an error."""
+    context = get_context("fork")
+    results = context.Queue()
+
+    def work() -> None:
+        try:
+            results.put([indices_of(video.read([index]))[0] for index in indices])
+        except MervError as error:
+            results.put(type(error).__name__)
+
+    processes = [context.Process(target=work) for _ in range(4)]
+    for process in processes:
+        process.start()
+    answers = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    return answers
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # forking a process with threads
+@pytest.mark.parametrize("opened", ["path", "open file", "unbuffered", "bytes", "gif", "part"])
+def test_open_reader_can_be_used_after_a_fork(tmp_path: Path, opened: str) -> None:
+    path = make_video(tmp_path / "a.mp4", 60, options={"g": "10"})
+    if opened == "gif":
+        path = make_gif(tmp_path / "a.gif", [100] * 60)
+    with ExitStack() as stack:
+        source = {
+            "open file": lambda: stack.enter_context(path.open("rb")),
+            "unbuffered": lambda: stack.enter_context(path.open("rb", buffering=0)),
+            "bytes": path.read_bytes,
+            "part": lambda: FilePart(str(path), 0, path.stat().st_size, "part"),
+        }.get(opened, lambda: path)()
+        video = stack.enter_context(open_video(source))
+        indices = [0, 50, 7, 33, 59, 12] * 3
+        assert read_in_processes(video, indices) == [indices] * 4
+        assert indices_of(video.read([5])) == [5]
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_file_object_of_unknown_kind_is_refused_after_a_fork(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4", 60, options={"g": "10"})
+    with Opaque(path) as file, open_video(file) as video:
+        assert read_in_processes(video, [0, 50]) == ["UnreadableVideo"] * 4
+        assert indices_of(video.read([50])) == [50]
+
+
+def test_open_file_of_the_caller_keeps_its_position(tmp_path: Path) -> None:
+    with make_video(tmp_path / "a.mp4").open("rb") as file:
+        file.seek(7)
+        assert indices_of(load_video(file, num_frames=1).pixels[0]) == [10]
+        assert file.tell() == 7
+
+
+def test_what_was_written_to_an_open_file_is_read(tmp_path: Path) -> None:
+    with TemporaryFile() as file:
+        file.write(make_video(tmp_path / "a.mp4").read_bytes())
+        assert indices_of(load_video(file, num_frames=1).pixels[0]) == [10]
