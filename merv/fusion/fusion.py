@@ -216,17 +216,17 @@ class Fusion(nn.Module):
         assert isinstance(self.mixer, WeightingMixer)
         features = [p.before(f) for p, f in zip(self._ordered_projectors(), features, strict=True)]
         linears = [p.linear for p in self._ordered_projectors()]
-        reader = self.mixer.reader()
-        reads = None
-        if reader is not None:
-            reads = torch.stack(
+        matrix = self.mixer.score_weight()
+        score_inputs = None
+        if matrix is not None:
+            score_inputs = torch.stack(
                 [
-                    f @ (reader @ linear.weight).T + reader @ linear.bias
+                    f @ (matrix @ linear.weight).T + matrix @ linear.bias
                     for f, linear in zip(features, linears, strict=True)
                 ],
                 dim=1,
             )  # [B, E, t, h, w, R]
-        weights = self.mixer.weigh(reads, mask, question)
+        weights = self.mixer.weigh(score_inputs, mask, question)
         factors = weights.to(features[0].dtype)  # [B, E, t, h, w]
         weighted = torch.cat([f * factors[:, e, ..., None] for e, f in enumerate(features)], dim=-1)
         stacked = torch.cat([linear.weight for linear in linears], dim=1)  # [L, ΣD]

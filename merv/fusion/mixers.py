@@ -1,9 +1,9 @@
 """Mixers: combine the aligned streams of several encoders into one sequence of tokens.
 
-A weighting mixer applies a linear map (`reader`) to every stream and computes logits from its outputs, the
-`reads` (`score`). A softmax over the encoders that are present at a cell gives the weights, and the tokens
-are the weighted sum of the streams. Because `reader` is linear, a linear projector can be applied after
-mixing instead of before; see `merv.fusion.fusion`. The concatenating mixers have no weights.
+A weighting mixer multiplies every stream by a matrix (`score_weight`) and computes logits from the products
+(`score`). A softmax over the encoders that are present at a cell gives the weights, and the tokens are the
+weighted sum of the streams. Because the product is linear, a linear projector can be applied after mixing
+instead of before; see `merv.fusion.fusion`. The concatenating mixers have no weights.
 
 A mixer is registered in the entry point group `merv.mixers` or named as `module:Class`; see docs/fusion.md.
 """
@@ -116,11 +116,11 @@ class Mixer(nn.Module):
 
 
 class WeightingMixer(Mixer):
-    """Base class of mixers whose tokens are a weighted sum; a subclass defines `score`, and maybe `reader`.
+    """Base class of mixers whose tokens are a weighted sum; a subclass defines `score`.
 
     Example:
         >>> class OnlyFirst(WeightingMixer):
-        ...     def score(self, reads, mask, question=None):
+        ...     def score(self, score_inputs, mask, question=None):
         ...         logits = torch.full((self.num_encoders,), -1e9)
         ...         logits[0] = 0.0
         ...         return logits[:, None, None, None]
@@ -134,26 +134,33 @@ class WeightingMixer(Mixer):
         """Whether the tokens are just the weighted sum, so that projectors can be applied after mixing."""
         return type(self).forward is WeightingMixer.forward
 
-    def reader(self) -> Tensor | None:
-        """Return the linear map [R, L] that is applied to each stream for `score`, or None."""
+    def score_weight(self) -> Tensor | None:
+        """Return the matrix [R, L] by which each stream is multiplied for `score`, or None."""
         return None
 
-    def score(self, reads: Tensor | None, mask: Tensor, question: Tensor | None = None) -> Tensor:
-        """Return logits that broadcast to [B, E, t, h, w], given reads [B, E, t, h, w, R] of the streams."""
+    def score(self, score_inputs: Tensor | None, mask: Tensor, question: Tensor | None = None) -> Tensor:
+        """Return logits that broadcast to [B, E, t, h, w].
+
+        Args:
+            score_inputs: Each stream multiplied by `score_weight`, shape [B, E, t, h, w, R]; None without a
+                `score_weight`.
+            mask: See `forward`.
+            question: See `forward`.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define score()")
 
-    def weigh(self, reads: Tensor | None, mask: Tensor, question: Tensor | None = None) -> Tensor:
+    def weigh(self, score_inputs: Tensor | None, mask: Tensor, question: Tensor | None = None) -> Tensor:
         """Return weights [B, E, t, h, w] that sum to 1 over the encoders that are present at each cell."""
-        logits = self.score(reads, mask, question).float().expand(mask.shape)
+        logits = self.score(score_inputs, mask, question).float().expand(mask.shape)
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
         return logits.softmax(dim=1) * mask  # zeros and finite gradients if all encoders are absent
 
     def forward(
         self, streams: Tensor, mask: Tensor, question: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        reader = self.reader()
-        reads = None if reader is None else streams @ reader.T.to(streams.dtype)
-        weights = self.weigh(reads, mask, question)
+        matrix = self.score_weight()
+        score_inputs = None if matrix is None else streams @ matrix.T.to(streams.dtype)
+        weights = self.weigh(score_inputs, mask, question)
         tokens = einsum(weights.to(streams.dtype), streams, "b e t h w, b e t h w l -> b t h w l")
         return rearrange(tokens, "b t h w l -> b (t h w) l"), any_present(mask), weights
 
@@ -161,7 +168,7 @@ class WeightingMixer(Mixer):
 class Mean(WeightingMixer):
     """The mean of the encoders that are present."""
 
-    def score(self, reads: Tensor | None, mask: Tensor, question: Tensor | None = None) -> Tensor:
+    def score(self, score_inputs: Tensor | None, mask: Tensor, question: Tensor | None = None) -> Tensor:
         return torch.zeros((), device=mask.device)
 
 
@@ -174,7 +181,7 @@ class Scalar(WeightingMixer):
         super().__init__(output_dim, num_encoders)
         self.logits = nn.Parameter(torch.zeros(num_encoders))
 
-    def score(self, reads: Tensor | None, mask: Tensor, question: Tensor | None = None) -> Tensor:
+    def score(self, score_inputs: Tensor | None, mask: Tensor, question: Tensor | None = None) -> Tensor:
         return rearrange(self.logits, "e -> 1 e 1 1 1")
 
 
@@ -207,14 +214,14 @@ class Gate(WeightingMixer):
         nn.init.zeros_(self.to_query.bias)
         nn.init.xavier_uniform_(self.to_key.weight)
 
-    def reader(self) -> Tensor:
+    def score_weight(self) -> Tensor:
         """Return the vector u, shape [1, L]."""
         return self.to_query(self.query) @ self.to_key.weight / math.sqrt(self.query.shape[1])
 
-    def score(self, reads: Tensor | None, mask: Tensor, question: Tensor | None = None) -> Tensor:
-        assert reads is not None
+    def score(self, score_inputs: Tensor | None, mask: Tensor, question: Tensor | None = None) -> Tensor:
+        assert score_inputs is not None
         real = mask[..., None].float()
-        total = (reads.float() * real).sum(dim=(2, 3, 4), keepdim=True)
+        total = (score_inputs.float() * real).sum(dim=(2, 3, 4), keepdim=True)
         return (total / real.sum(dim=(2, 3, 4), keepdim=True).clamp(min=1))[..., 0]  # [B, E, 1, 1, 1]
 
 
@@ -250,12 +257,12 @@ class CrossAttention(WeightingMixer):
         self.conditioned = conditioned
         self.from_question = nn.Linear(output_dim, hidden, bias=False) if conditioned else None
 
-    def reader(self) -> Tensor:
+    def score_weight(self) -> Tensor:
         return torch.cat([self.to_query.weight, self.to_key.weight])
 
-    def score(self, reads: Tensor | None, mask: Tensor, question: Tensor | None = None) -> Tensor:
-        assert reads is not None
-        queries, keys = reads.float().chunk(2, dim=-1)  # [B, E, t, h, w, hidden] each
+    def score(self, score_inputs: Tensor | None, mask: Tensor, question: Tensor | None = None) -> Tensor:
+        assert score_inputs is not None
+        queries, keys = score_inputs.float().chunk(2, dim=-1)  # [B, E, t, h, w, hidden] each
         real = mask[..., None].to(queries.dtype)
         query = (queries * real).sum(dim=1) / real.sum(dim=1).clamp(min=1)  # [B, t, h, w, hidden]
         query = _unit(query)

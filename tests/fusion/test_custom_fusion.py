@@ -37,8 +37,8 @@ class CustomProjector(Projector):
 class Largest(CrossAttention):
     """Only the encoder with the largest weight counts."""
 
-    def weigh(self, reads, mask, question=None):
-        weights = super().weigh(reads, mask, question)
+    def weigh(self, score_inputs, mask, question=None):
+        weights = super().weigh(score_inputs, mask, question)
         kept = weights * (weights == weights.amax(dim=1, keepdim=True))
         return kept / kept.sum(dim=1, keepdim=True).clamp(min=1e-9)
 
@@ -46,7 +46,7 @@ class Largest(CrossAttention):
 class Tanh(WeightingMixer):
     """A weighted sum with a nonlinearity in an overridden `forward`."""
 
-    def score(self, reads, mask, question=None):
+    def score(self, score_inputs, mask, question=None):
         return torch.zeros((), device=mask.device)
 
     def forward(self, streams, mask, question=None):
@@ -253,23 +253,23 @@ class Unused(Mean):
 
 
 class Unequal(Mean):
-    def weigh(self, reads, mask, question=None):
-        return 2 * super().weigh(reads, mask, question)
+    def weigh(self, score_inputs, mask, question=None):
+        return 2 * super().weigh(score_inputs, mask, question)
 
 
 class NanGradient(Scalar):
     """Has NaN gradients if no encoder sees the clip."""
 
-    def weigh(self, reads, mask, question=None):
-        exp = self.score(reads, mask).exp().expand(mask.shape) * mask
+    def weigh(self, score_inputs, mask, question=None):
+        exp = self.score(score_inputs, mask).exp().expand(mask.shape) * mask
         return torch.where(mask, exp / exp.sum(dim=1, keepdim=True), 0.0)
 
 
 class NoGradient(Scalar):
     """Has no gradients if no encoder sees the clip."""
 
-    def weigh(self, reads, mask, question=None):
-        return super().weigh(reads, mask, question) if mask.any() else mask.float()
+    def weigh(self, score_inputs, mask, question=None):
+        return super().weigh(score_inputs, mask, question) if mask.any() else mask.float()
 
 
 class AllMasked(Mean):
