@@ -91,7 +91,7 @@ def build(llm: str | Path, encoders: Sequence[str]) -> VideoLLM:
     embeddings = language_model.get_input_embeddings().weight
     vision = MultiEncoder(encoders, grid=(4, 4, 4), output_dim=embeddings.shape[1])
     model = VideoLLM(language_model, tokenizer, vision)
-    model.fusion.scale_to(embeddings.float().pow(2).mean().sqrt().item())  # same scale as words
+    model.fusion.init_scale(embeddings.float().pow(2).mean().sqrt().item())  # same scale as words
     return model
 
 

@@ -120,7 +120,7 @@ def read_out(
     """
     grids, questions = train
     torch.manual_seed(seed)
-    fusion.scale_to(1.0)
+    fusion.init_scale(1.0)
     clips = int(questions.clip.max()) + 1
     cells = fusion(_select(grids, torch.arange(1))).tokens.shape[1]
     head = nn.Linear(cells * fusion.output_dim, outputs)

@@ -78,7 +78,7 @@ class Aligner(nn.Module):
         still = bool((span_s[:, 0] >= span_s[:, 1]).all())
         t, h, w = (1, *self.grid[1:]) if still else self.grid
         starts_ends = equal_cells(span_s[:, 0], span_s[:, 1], t)  # [B, t, 2]
-        whole = torch.tensor(WHOLE_PICTURE, device=grid.extent.device).expand_as(grid.extent)
+        whole = grid.extent.new_tensor(WHOLE_PICTURE).expand_as(grid.extent)
         if self.mode == "released":
             values, mask = _pool(grid, (t, h, w))
         else:

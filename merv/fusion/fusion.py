@@ -38,7 +38,7 @@ class Fusion(nn.Module):
         projector: A registered name (see `merv plugins projectors`), `module:Class`, or a subclass of
             `Projector`.
         norm: Normalize features before projection, and tokens after mixing to a fixed root mean square (see
-            `scale_to`). Without it, training soon makes tokens many times larger than the embeddings of the
+            `init_scale`). Without it, training soon makes tokens many times larger than the embeddings of the
             LLM, whose layers then hardly change them. The released MERV does not normalize.
         mixer_options: Further arguments of the mixer.
         projector_options: Further arguments of the projectors.
@@ -132,16 +132,17 @@ class Fusion(nn.Module):
         question = torch.zeros(1, self.output_dim) if self.mixer.conditioned else None
         return self({self.names[0]: unseen}, question).tokens[0]
 
-    def scale_to(self, rms: float) -> None:
-        """Reinitialize the projectors so that tokens have root mean square `rms`.
+    def init_scale(self, rms: float) -> None:
+        """Initialize the projectors again, so that tokens have root mean square `rms`.
 
-        Pass the root mean square of the LLM's embeddings. With `norm`, tokens keep this scale. Without it,
-        they only start with it, and only if features have variance 1.
+        This is only for a new model: trained projectors are lost. Pass the root mean square of the LLM's
+        embeddings. With `norm`, tokens keep this scale. Without it, they only start with it, and only if
+        features have variance 1.
         """
         if self.token_rms is not None:
             self.token_rms.fill_(rms)
         for projector in self._ordered_projectors():
-            projector.scale_to(rms)
+            projector.init_scale(rms)
 
     def add_encoder(self, name: str, embed_dim: int) -> None:
         """Add an encoder after the others, with a new projector.
@@ -154,7 +155,7 @@ class Fusion(nn.Module):
         device, dtype = device_and_dtype(self)
         projector = self._create_projector(embed_dim).to(device, dtype)
         if self.token_rms is not None:
-            projector.scale_to(float(self.token_rms))
+            projector.init_scale(float(self.token_rms))
         self.mixer.add_encoder()
         self.projectors[name] = projector
         self._created.append(projector)

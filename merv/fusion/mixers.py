@@ -102,7 +102,7 @@ class Mixer(nn.Module):
         """Mix the streams.
 
         Args:
-            streams: Projected features, shape [B, E, t, h, w, L].
+            streams: Projected features, shape [B, E, t, h, w, L]; arbitrary where `mask` is False.
             mask: True where the encoder sees the cell, shape [B, E, t, h, w]. False for absent encoders, for
                 cells outside a crop and for padding. It can differ between the clips of a batch.
             question: Mean embedding of the question's tokens, shape [B, L]; only for mixers that are

@@ -14,7 +14,8 @@ class Projector(nn.Module):
 
     A subclass creates other layers in `build`. `forward` is `linear(before(features))`. In eval mode, a
     `Fusion` may apply `linear` after mixing, with the same result. If a subclass overrides `forward`, it is
-    always applied before mixing.
+    always applied before mixing. A subclass without `linear` overrides `forward` and `init_scale`. The
+    constructor of a subclass accepts `norm`; its further arguments are passed as `projector_options`.
 
     Args:
         input_dim: Channels of the encoder (D).
@@ -42,8 +43,9 @@ class Projector(nn.Module):
     @property
     def foldable(self) -> bool:
         """Whether `linear` can be applied after mixing instead of before."""
-        plain_linear = type(self.linear) is nn.Linear and self.linear.bias is not None
-        return plain_linear and type(self).forward is Projector.forward
+        if type(self).forward is not Projector.forward:
+            return False
+        return type(self.linear) is nn.Linear and self.linear.bias is not None
 
     def before(self, features: Tensor) -> Tensor:
         """Apply everything before `linear`: [..., D] to the input of `linear`."""
@@ -53,11 +55,16 @@ class Projector(nn.Module):
         """Project features [..., D] to [..., L]."""
         return self.linear(self.before(features))
 
-    def scale_to(self, rms: float) -> None:
-        """Reinitialize `linear` so that inputs of variance 1 give tokens of root mean square `rms`."""
-        nn.init.normal_(self.linear.weight, std=rms / self.linear.in_features**0.5)
-        if self.linear.bias is not None:
-            nn.init.zeros_(self.linear.bias)
+    def init_scale(self, rms: float) -> None:
+        """Initialize `linear` again, so that inputs of variance 1 give tokens of root mean square `rms`."""
+        linear = getattr(self, "linear", None)
+        if not isinstance(linear, nn.Linear):
+            raise NotImplementedError(
+                f"{type(self).__name__} has no Linear `linear`, so it must define init_scale()"
+            )
+        nn.init.normal_(linear.weight, std=rms / linear.in_features**0.5)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
 
 
 class MLP(Projector):

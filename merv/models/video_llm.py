@@ -37,8 +37,8 @@ from merv.utils.private import attention_kernel
 class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMixin):
     """A causal language model that answers questions about videos and images.
 
-    Tokens of a new MultiEncoder have a root mean square of 1. Before training with a loop of your own, scale
-    them to the LLM's embeddings with `model.fusion.scale_to(rms)`, as `merv fit` does; see
+    Tokens of a new MultiEncoder have a root mean square of 1. Before training a new model with a loop of your
+    own, set it to that of the LLM's embeddings with `model.fusion.init_scale(rms)`, as `merv fit` does; see
     examples/plain_torch.py.
 
     Args:

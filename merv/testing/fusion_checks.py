@@ -237,6 +237,15 @@ def _output_shape_is_correct(subject: ProjectorSubject) -> str | None:
     return f"expected {expected} for features {list(subject.features.shape)}, got {shape}"
 
 
+def _scale_can_be_initialized(subject: ProjectorSubject) -> str | None:
+    """`Fusion.init_scale` runs before training."""
+    projector = subject.create()
+    projector.init_scale(0.1)
+    return (
+        None if subject.run(projector).isfinite().all() else "the output is NaN or infinite after init_scale"
+    )
+
+
 SHARED: tuple[Callable[[Any], str | None], ...] = (
     _clips_are_independent,
     _every_parameter_gets_a_gradient,
@@ -252,4 +261,4 @@ MIXER_CHECKS = (
     _accepts_a_clip_without_features,
     *SHARED,
 )
-PROJECTOR_CHECKS = (_can_be_created, _output_shape_is_correct, *SHARED)
+PROJECTOR_CHECKS = (_can_be_created, _output_shape_is_correct, _scale_can_be_initialized, *SHARED)

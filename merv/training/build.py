@@ -65,7 +65,7 @@ def from_scratch(options: TrainingOptions, store: FeatureStore | None = None) ->
         **options.multi_encoder(),
     )
     assert vision.fusion is not None
-    vision.fusion.scale_to(options.embed_scale or embeddings.weight.float().pow(2).mean().sqrt().item())
+    vision.fusion.init_scale(options.embed_scale or embeddings.weight.float().pow(2).mean().sqrt().item())
     return VideoLLM(llm, tokenizer, vision, store, chat_template_kwargs=options.chat_template_kwargs)
 
 

@@ -299,8 +299,22 @@ class Unbiased(Projector):
         self.hidden = nn.Identity()
         self.linear = nn.Linear(self.input_dim, self.output_dim, bias=False)
 
-    def scale_to(self, rms):
-        nn.init.normal_(self.linear.weight, std=rms / self.input_dim**0.5)
+
+class Convolution(Projector):
+    """Correct, without `linear`."""
+
+    def build(self):
+        self.net = nn.Conv1d(self.input_dim, self.output_dim, 1)
+
+    def forward(self, features):
+        return self.net(self.norm(features).flatten(0, -2)[..., None]).view(*features.shape[:-1], -1)
+
+    def init_scale(self, rms):
+        nn.init.normal_(self.net.weight, std=rms / self.input_dim**0.5)
+
+
+class NoInitScale(Convolution):
+    init_scale = Projector.init_scale
 
 
 class NoNormOption(Projector):
@@ -335,6 +349,7 @@ class MissingState(Projector):
         (check_mixer, NoGradient, "accepts a clip without features"),
         (check_mixer, AllMasked, "output shapes are correct"),
         (check_projector, NoNormOption, "can be created"),
+        (check_projector, NoInitScale, "scale can be initialized"),
         (check_mixer, Unequal, "weights sum to one over present encoders"),
         (check_projector, DependsOnBatch, "clips are independent"),
         (check_projector, MissingState, "state dict is complete"),
@@ -354,6 +369,7 @@ def test_checks_find_faults(check, plugin, failed_check):
         (check_mixer, "gate"),
         (check_projector, Doubled),
         (check_projector, Unbiased),
+        (check_projector, Convolution),
     ],
 )
 def test_correct_plug_in_passes_all_checks(check, plugin):

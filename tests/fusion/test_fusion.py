@@ -230,14 +230,14 @@ def rms(tokens: torch.Tensor) -> float:
 @pytest.mark.parametrize("folded", [False, True])
 def test_tokens_keep_their_scale_when_projectors_grow(folded):
     fusion = Fusion({"a": 512}, 64, "mean", folded=folded)
-    fusion.scale_to(0.1)
+    fusion.init_scale(0.1)
     fusion.projectors["a"].linear.weight.data *= 100
     assert rms(fusion(grids_of({"a": 512})).tokens) == pytest.approx(0.1, rel=1e-4)
 
 
 def test_without_norm_tokens_only_start_at_the_scale():
     fusion = Fusion({"a": 512}, 64, "mean", norm=False)
-    fusion.scale_to(0.1)
+    fusion.init_scale(0.1)
     assert rms(fusion(grids_of({"a": 512})).tokens) == pytest.approx(0.1, rel=0.1)
     fusion.projectors["a"].linear.weight.data *= 100
     assert rms(fusion(grids_of({"a": 512})).tokens) == pytest.approx(10, rel=0.1)

@@ -160,7 +160,7 @@ def test_saved_model_answers_the_same_after_loading(parts, folder, tmp_path):
     if "lora" in parts:
         model.add_lora(LoraOptions(r=2))
     model.train_only(parts)
-    model.fusion.scale_to(0.2)
+    model.fusion.init_scale(0.2)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
