@@ -21,7 +21,7 @@ from merv.utils.files import open_file
 from merv.video.reader import VideoReader, check_size, unreadable
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm")
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "ICO")
 ORIENTATION = 0x0112  # EXIF tag
 TURNS: dict[Any, Image.Transpose] = {  # EXIF orientation → what makes a picture upright; else: as stored
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -75,18 +75,19 @@ def array_reader(source: Any, name: str, fps: float) -> ImagesReader:
     """Return a reader of a uint8 array or tensor: [T, 3, H, W] or [T, H, W, 3], or one image without T."""
     if isinstance(source, Image.Image):
         try:
-            source = _upright_rgb(source, _turn(source))
+            image = _upright_pixels(source, _turn(source))
         except ValueError as error:
             raise ShapeError(f"{name}: {error}.") from error
         except PIL_ERRORS as error:
             raise unreadable(name, _message(error)) from error
+        return ImagesReader(_constant_rate_info(name, (1, *image.shape), fps, "array"), lambda _: image)
     array = source.detach().cpu() if isinstance(source, Tensor) else np.array(source)
     if array.dtype not in (torch.uint8, np.uint8):
         raise ShapeError(
             f"{name}: expected uint8 pixels in 0 to 255; got {array.dtype}. Convert floats in [0, 1] with "
             "(pixels * 255).round().to(torch.uint8)."
         )
-    pixels = torch.as_tensor(array)
+    pixels = torch.as_tensor(array, dtype=torch.uint8, device="cpu")
     channels_first = pixels.ndim in (3, 4) and pixels.shape[-3] == 3
     channels_last = pixels.ndim in (3, 4) and pixels.shape[-1] == 3
     if channels_first == channels_last or not pixels.numel():
@@ -128,7 +129,7 @@ def folder_reader(folder: Path, name: str, fps: float, max_pixels: int) -> Image
                     f"{paths[index]} has {width}×{height} pixels, the first readable image "
                     f"{size[1]}×{size[0]}. All frames of a clip must have the same size."
                 )
-            return _tensor(_upright_rgb(image, turn))
+            return _upright_pixels(image, turn)
 
     return ImagesReader(_constant_rate_info(name, (len(paths), 3, *size), fps, "images"), load)
 
@@ -167,6 +168,7 @@ def image_reader(file: BinaryIO, name: str, *, owned: bool, max_pixels: int) -> 
     try:
         image = _open_image(file)
         check_size(name, image.width, image.height, max_pixels)
+        _check_canvas(image, name, max_pixels)
         turn = _turn(image)
         starts_s, damage = _starts_s(image, file)
     except UnidentifiedImageError:
@@ -178,11 +180,10 @@ def image_reader(file: BinaryIO, name: str, *, owned: bool, max_pixels: int) -> 
     if not times_s:
         raise unreadable(name, damage or "it contains no frame")
     height, width = _upright_size(image, turn)
-    animation = Animation(image)
+    animation = Animation(image, file)
 
     def load(index: int) -> Tensor:
-        animation.show(index)
-        return _tensor(_upright_rgb(image, turn))
+        return _upright_pixels(animation.frame(index), turn)
 
     codec = str(image.format).lower()
     duration_s = 0.0 if len(times_s) == 1 else end_s
@@ -194,33 +195,54 @@ def image_reader(file: BinaryIO, name: str, *, owned: bool, max_pixels: int) -> 
     return reader
 
 
+def _check_canvas(image: Image.Image, name: str, max_pixels: int) -> None:
+    """Refuse large images of formats that PIL draws over older frames, with up to 19 bytes per pixel."""
+    has_canvas = image.format in ("GIF", "WEBP") or (image.format == "PNG" and _is_animated(image))
+    needed = 2 * image.width * image.height
+    if has_canvas and needed > max_pixels:
+        raise unreadable(
+            name,
+            f"it has {image.width}×{image.height} pixels; GIF, WebP and animated PNG may have half of "
+            f"max_pixels={max_pixels}, because decoding them takes several copies of a frame",
+            f"If you trust the file: open_video(…, max_pixels={needed}).",
+        )
+
+
+def _is_animated(image: Image.Image) -> bool:
+    return getattr(image, "is_animated", False)
+
+
 class Animation:
-    """Shows the frames of a PIL image in order, because each is drawn over the one before.
+    """Decodes the frames of an image file in order, because each is drawn over the one before.
 
     Only one frame is in memory. A frame that cannot be read ends the animation.
     """
 
-    def __init__(self, image: Image.Image) -> None:
-        self.image, self.size = image, image.size
-        self.first = _first_frame(image)
-        self.end: int | None = None
-        self.reason = ""
+    def __init__(self, image: Image.Image, file: BinaryIO) -> None:
+        self._image: Image.Image | None = image
+        self._file, self._size, self._first = file, image.size, _first_frame(image)
+        self._end: int | None = None
+        self._reason = ""
 
-    def show(self, index: int) -> None:
-        """Load frame `index` into the PIL image."""
-        target, shown = self.first + index, self.image.tell()
-        for position in range(0 if target < shown else shown, target + 1):
-            if self.end is not None and target >= self.end:
-                raise ValueError(self.reason)
+    def frame(self, index: int) -> Image.Image:
+        """Return the PIL image after loading frame `index`."""
+        target = self._first + index
+        if self._end is not None and target >= self._end:
+            raise ValueError(self._reason)
+        if self._image is None or target < self._image.tell():
+            self._image = _open_image(self._file)  # rewinding would keep traces of later frames
+        image = self._image
+        for position in range(image.tell(), target + 1):
             try:
-                self.image.seek(position)
-                if self.image.size != self.size:
-                    width, height = self.image.size
+                image.seek(position)
+                if image.size != self._size:
+                    width, height = image.size
                     raise ValueError(f"frame {position} has another size than the first: {width}×{height}")
-                self.image.load()
+                image.load()
             except PIL_ERRORS as error:
-                self.end, self.reason = position, _message(error)
+                self._image, self._end, self._reason = None, position, _message(error)
                 raise
+        return image
 
 
 def _open_image(file: BinaryIO) -> Image.Image:
@@ -263,23 +285,26 @@ def _upright_size(image: Image.Image, turn: Image.Transpose | None) -> tuple[int
     return (image.width, image.height) if swapped else (image.height, image.width)
 
 
-def _upright_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
-    """Apply `turn` and convert to 8-bit RGB; the alpha channel is dropped."""
+def _upright_pixels(image: Image.Image, turn: Image.Transpose | None) -> Tensor:
+    """Apply `turn` and convert to 8-bit RGB, [3, H, W]; the alpha channel is dropped."""
     image.load()  # may change the mode
     if image.mode in ("I", "F") and image.format != "PNG":
         raise ValueError("its 32-bit pixels have no known range; convert it to 8 or 16 bits")
-    rgb: Image.Image = image
+    upright = image if turn is None else image.transpose(turn)
+    pixels = torch.empty((upright.height, upright.width, 3), dtype=torch.uint8, device="cpu")
+    for top in range(0, upright.height, 512):  # in strips, because PIL makes several copies
+        bottom = min(top + 512, upright.height)
+        strip = _rgb(upright.crop((0, top, upright.width, bottom)))
+        pixels[top:bottom] = torch.from_numpy(np.array(strip))
+    return pixels.permute(2, 0, 1)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
     if image.mode[0] == "I":  # 16 bits, which `convert` would clip at 255
-        rgb = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if isinstance(image.info.get("transparency"), bytes):  # `convert("RGB")` would warn
-        rgb = rgb.convert("RGBA")
-    if rgb.mode != "RGB":
-        rgb = rgb.convert("RGB")
-    return rgb if turn is None else rgb.transpose(turn)
-
-
-def _tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 # Times of animations, from the structure of the file: nothing is decoded
@@ -290,7 +315,7 @@ def _starts_s(image: Image.Image, file: BinaryIO) -> tuple[list[float], str]:
     parsers = {"GIF": _gif_durations, "PNG": _png_durations, "WEBP": _webp_durations, "AVIF": _avif_durations}
     limit = None  # PIL counts the frames of a GIF by reading it
     if image.format != "GIF":
-        if image.format not in parsers or not getattr(image, "is_animated", False):
+        if image.format not in parsers or not _is_animated(image):
             return [0.0, 0.0], ""
         limit = image.n_frames - _first_frame(image)  # type: ignore[attr-defined]
     starts_ms, damage, position = [0.0], "", file.tell()
