@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -177,9 +177,16 @@ def add_lora(llm: nn.Module, options: LoraOptions) -> None:
     outputs.
 
     Raises:
+        TrainingError: `options` are not LoraOptions.
         MissingDependency: peft is not installed.
         WeightsError: The LLM has none of the target modules.
     """
+    if not isinstance(options, LoraOptions):
+        names = ", ".join(field.name for field in fields(LoraOptions))
+        raise TrainingError(
+            f"Expected merv.models.llm.LoraOptions, got a {type(options).__name__}. Pass "
+            f"LoraOptions({names}); saved models support no other options of peft."
+        )
     linear_names = [name for name, module in llm.named_modules() if isinstance(module, nn.Linear)]
     try:
         from peft import LoraConfig, inject_adapter_in_model

@@ -350,7 +350,8 @@ class MultiEncoder(PretrainedMixin, nn.Module):
     def add_encoder(self, name: str, encoder: str | Encoder, num_frames: int | None = None) -> None:
         """Add an encoder after the others.
 
-        `merv.Mixer.add_encoder` describes how much it counts at first, which depends on the mixer.
+        It is moved to the device of the others and keeps its dtype. `merv.Mixer.add_encoder` describes how
+        much it counts at first, which depends on the mixer.
 
         Args:
             name: Name of the encoder in this model.
@@ -368,7 +369,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         counts = {} if num_frames is None else checked_num_frames({name: num_frames}, {name: created})
         if self.fusion is not None:
             self.fusion.add_encoder(name, created.spec.embed_dim)
-        self.encoders[name] = created
+        self.encoders[name] = created.to(self.device)
         self.num_frames.update(counts)
 
     # Parts --------------------------------------------------------------------------------

@@ -68,16 +68,17 @@ class TrainablePartsMixin(nn.Module):
             if parameters or name in ("projector", "mixer")
         }
 
-    def train_only(self, trained: Sequence[str]) -> None:
+    def train_only(self, trained: Sequence[str] | str) -> None:
         """Make exactly these parts trainable and freeze all others.
 
         Args:
-            trained: Names of parts; see `parts`.
+            trained: Names of parts, or a single name; see `parts`.
 
         Raises:
             TrainingError: A part is unknown, or is named together with the part that contains it.
         """
         parts = self.parts()
+        trained = (trained,) if isinstance(trained, str) else tuple(trained)
         for name in trained:
             if name not in parts:
                 raise TrainingError(
@@ -88,7 +89,7 @@ class TrainablePartsMixin(nn.Module):
                 raise TrainingError(
                     f"{name} is a part of {whole}, which is trained as a whole. Name only one."
                 )
-        self.trained = tuple(trained)
+        self.trained = trained
         self._llm_modified |= "llm" in trained
         for hook in self._gradient_hooks:
             hook.remove()
@@ -113,6 +114,7 @@ class TrainablePartsMixin(nn.Module):
         """Add a LoRA to the LLM. It is trained if "lora" is among the trained parts.
 
         Raises:
+            TrainingError: `options` are not LoraOptions.
             MissingDependency: peft is not installed.
             WeightsError: The LLM has none of the target modules.
         """
@@ -125,7 +127,8 @@ class TrainablePartsMixin(nn.Module):
 
         `merv.Mixer.add_encoder` describes how much it counts at first, which depends on the mixer.
 
-        To train only the new encoder's part, call `train_only([f"projector.{name}", f"mixer.{name}"])`.
+        To train only what is new, call `train_only([f"projector.{name}"])`. If the mixer has parameters for
+        each encoder, which those of `gate`, `mean` and `concat` have not, also name f"mixer.{name}".
 
         Args:
             name: Name of the encoder in this model.
@@ -140,14 +143,14 @@ class TrainablePartsMixin(nn.Module):
         self.train_only(self.trained)
 
     def modified_parts(self) -> set[str]:
-        """Return the frozen parts ("llm" or encoders) whose weights may differ from those of their source."""
+        """Return the pretrained parts ("llm" or encoders) whose weights may differ from their source's."""
         return self.vision.modified_parts() | ({"llm"} if self._llm_modified else set())
 
     def trainable_state_dict(self, modified: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Return the tensors of a checkpoint: the fusion, the LoRA, and the modified frozen parts.
+        """Return the tensors of a checkpoint: the fusion, the LoRA, and the modified pretrained parts.
 
         Args:
-            modified: Names of the modified frozen parts. Defaults to `modified_parts()`.
+            modified: Names of the modified pretrained parts. Defaults to `modified_parts()`.
         """
         fusion = {f"vision.fusion.{name}": t for name, t in self.fusion.state_dict().items()}
         saved_parts = {"lora", *(self.modified_parts() if modified is None else modified)}

@@ -359,7 +359,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         return model.eval()
 
     def _load_saved(self, state: Mapping[str, Tensor], modified: Sequence[str], folder: Path) -> None:
-        """Copy the saved tensors into the model; `modified` names the frozen parts among them."""
+        """Copy the saved tensors into the model; `modified` names the pretrained parts among them."""
         fill_exactly(self.trainable_state_dict(modified), state, folder)
         self._llm_modified |= "llm" in modified
         for name, encoder in self.vision.named():

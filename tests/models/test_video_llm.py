@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -142,6 +144,17 @@ def test_every_trained_parameter_gets_a_gradient():
     model.train_only(["projector", "mixer", "lora"])
     model([[user_message("What?", video(4), answer="cat")]]).loss.backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_single_part_can_be_trained_by_its_name():
+    model = build()
+    model.train_only("projector")
+    assert model.trained == ("projector",)
+
+
+def test_lora_of_other_options_is_refused():
+    with pytest.raises(TrainingError, match=r"SimpleNamespace.*LoraOptions"):
+        build().add_lora(SimpleNamespace(r=2, use_rslora=True))
 
 
 def test_unknown_part_suggests_the_nearest_name():

@@ -19,6 +19,7 @@ from merv.models.llm import LoraOptions, check_same, checkpoint_layers, identity
 from merv.models.multi_encoder import MultiEncoder
 from merv.models.video_llm import VideoLLM
 from merv.testing import tiny_llm
+from merv.utils.torch_modules import device_and_dtype
 
 
 def video(frames: int = 8) -> torch.Tensor:
@@ -208,6 +209,12 @@ def test_gate_has_no_part_per_encoder_but_accepts_new_encoders():
     assert model.vision(video()).mix_weights.shape[1] == 3
     with pytest.raises(TrainingError, match=r"mixer\.third"):
         model.train_only(["mixer.third"])
+
+
+def test_added_encoder_moves_to_the_device_and_keeps_its_dtype():
+    model = MultiEncoder(["fake"], grid=(2, 2, 2)).to("meta")
+    model.add_encoder("third", create_encoder("fake").bfloat16())
+    assert device_and_dtype(model.encoder("third")) == (torch.device("meta"), torch.bfloat16)
 
 
 def test_mixer_that_cannot_add_an_encoder_is_an_error():
