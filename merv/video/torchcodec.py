@@ -35,6 +35,8 @@ class TorchcodecReader(PyAVReader):
         super().__init__(file, name, **options)
         if self._by_count:
             raise self._refusal("its frames have no times, which torchcodec needs to find them")
+        if self.info.codec == "mjpeg":
+            raise self._refusal("each frame may have its own EXIF orientation, which torchcodec ignores")
         if self.damage:
             raise self._refusal(self.damage, DamagedVideo)
         self.info = replace(self.info, backend="torchcodec")
