@@ -188,7 +188,7 @@ class Frames(_Tensors):
         if times_s is None:
             times_s = torch.arange(frames, dtype=torch.float64, device=device).expand(batch, -1)
         if extent is None:
-            extent = torch.tensor(WHOLE_PICTURE, device=device).expand(batch, -1)
+            extent = torch.tensor(WHOLE_PICTURE, dtype=torch.float32, device=device).expand(batch, -1)
         return cls(pixels, times_s, extent, torch.ones(batch, frames, dtype=torch.bool, device=device))
 
 

@@ -27,6 +27,7 @@ from merv.encoding.weights import (
 from merv.errors import BrokenPlugin, EncoderError, ShapeError, WeightsError
 from merv.types import EncoderSpec, Frames, Grid, Preset
 from merv.utils.suggest import nearest
+from merv.utils.torch_modules import torch_defaults
 
 
 class Encoder(TrackedModule):
@@ -74,8 +75,6 @@ class Encoder(TrackedModule):
         self, variant: str | None = None, *, weights: str | None = PRETRAINED, preset: str | None = None
     ) -> None:
         super().__init__()
-        # Follows .to(), so that an encoder without parameters has a device and dtype, too.
-        self.register_buffer("device_probe", torch.zeros(()), persistent=False)
         if fault := self.class_fault():
             raise BrokenPlugin(f"{type(self).__name__} {fault}.")
         self.variant = variant or next(iter(self.variants))
@@ -83,8 +82,15 @@ class Encoder(TrackedModule):
         self.preset_name = preset or next(iter(self.spec.presets))
         self.preset: Preset = _pick(self.spec.presets, self.preset_name, f"{self.spec.name} preset")
         self.source = self._locate(weights)
-        self.build()
-        self.identity = self._load()
+        device = torch.get_default_device()
+        # Follows .to(), so that an encoder without parameters has a device and dtype, too.
+        self.register_buffer("device_probe", torch.zeros((), dtype=torch.float32, device=device), False)
+        build_device = "meta" if device.type == "meta" else "cpu"  # on meta, the caller wants no values
+        with torch_defaults(build_device):
+            self.build()
+            self.identity = self._load()
+        if device.type != build_device:
+            self.to(device)
         self.requires_grad_(False).eval()
         self.track_weights()
 
@@ -155,6 +161,11 @@ class Encoder(TrackedModule):
     def train(self, mode: bool = True) -> Encoder:
         """Keep eval mode: a frozen encoder does not behave differently in training."""
         return super().train(False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call `forward` with torch's own defaults, so that features do not depend on what a program set."""
+        with torch_defaults():
+            return super().__call__(*args, **kwargs)
 
     def forward(self, frames: Frames) -> Grid:
         """Encode a batch of frames.

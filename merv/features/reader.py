@@ -27,7 +27,7 @@ from merv.video.reader import BACKENDS
 from merv.video.sampling import Sampling
 from merv.video.transforms import Resample
 
-VERSION = 3  # part of the key; increase it if the same options produce other features
+VERSION = 4  # part of the key; increase it if the same options produce other features
 # Encoder → (state of its tensors, digest of its weights)
 DIGESTS: WeakKeyDictionary[Encoder, tuple[list[Any], str]] = WeakKeyDictionary()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch
@@ -21,6 +21,28 @@ def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
     return torch.device("cpu"), torch.float32
+
+
+@contextmanager
+def torch_defaults(device: torch.device | str = "cpu") -> Iterator[None]:
+    """Run the block with the default dtype and device that torch starts with, float32 and the CPU.
+
+    A program may have set others, with which the code of a network would compute other features.
+
+    >>> with torch.device("meta"), torch_defaults():
+    ...     torch.zeros(2)
+    tensor([0., 0.])
+    """
+    dtype = torch.get_default_dtype()
+    if dtype == torch.float32 and torch.get_default_device() == torch.device(device):
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def without_weights(build: Callable[[], M], *errors: type[Exception]) -> M:

@@ -81,4 +81,4 @@ def load_video(
             raise
         logger.warning("skipped: %s", error)
         return None
-    return Frames.of(pixels[None], torch.tensor([times_s], dtype=torch.float64))
+    return Frames.of(pixels[None], torch.tensor([times_s], dtype=torch.float64, device="cpu"))

@@ -211,4 +211,4 @@ def _letterbox(pixels: Tensor, preset: Preset) -> tuple[Tensor, Extent]:
 
 def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
     """Return per-channel values as a tensor [3, 1, 1] on the device of `like`."""
-    return torch.tensor(values, device=like.device)[:, None, None]
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]
