@@ -24,7 +24,8 @@ SAME_IN_CONFIG = ("norm", "align", "backend", "resample")
 def check_names(options: TrainingOptions) -> None:
     """Check the names of parts, encoders, mixer and projector before anything is loaded.
 
-    Raises TrainingError for an unknown part, UnknownPlugin for an unknown encoder, mixer or projector.
+    Raises TrainingError for an unknown part and for options of a part that is not trained, UnknownPlugin for
+    an unknown encoder, mixer or projector.
     """
     encoders = by_name(options.encoders)
     for encoder in encoders.values():  # imports the class, so a model in `init_from` may use it too
@@ -48,10 +49,15 @@ def check_names(options: TrainingOptions) -> None:
                     "--model.lr_overrides='{PART: RATE}', or null."
                 )
             if name not in known:
+                way_out = "" if option == "trainable" else f" To remove the mapping: --model.{option}=null."
                 raise TrainingError(
                     f"model.{option}: unknown name {name!r}.{nearest(name, known)} "
-                    f"Available: {', '.join(known)}."
+                    f"Available: {', '.join(known)}.{way_out}"
                 )
+    if options.lora is not None and "lora" not in options.trainable and options.init_from is None:
+        raise TrainingError(
+            "model.lora is set, but model.trainable does not train lora. Add it, or set --model.lora=null."
+        )
 
 
 def from_scratch(options: TrainingOptions, store: FeatureStore | None = None) -> VideoLLM:

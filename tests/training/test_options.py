@@ -193,6 +193,17 @@ def test_rate_of_a_part_that_is_not_trained_is_an_error(material):
         Training(str(material / "llm"), ["fake"], lr_overrides={"lora": 1e-3, "mixer": 1e-2})
 
 
+@pytest.mark.parametrize("option", ["num_frames", "presets", "weights", "lr_overrides"])
+def test_unknown_name_in_a_mapping_says_how_to_remove_the_mapping(option):
+    with pytest.raises(TrainingError, match=rf"'siglip'.*--model\.{option}=null"):
+        Training("llm", ["fake"], **{option: {"siglip": 8}})
+
+
+def test_lora_that_is_not_trained_is_an_error():
+    with pytest.raises(TrainingError, match=r"model\.trainable.*--model\.lora=null"):
+        Training("llm", ["fake"], lora=LoraOptions(r=2))
+
+
 # Schedule and chat template ----------------------------------------------------------------
 
 
