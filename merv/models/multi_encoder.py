@@ -13,13 +13,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from merv.checkpoints.folder import fill_exactly, load_folder
+from merv.checkpoints.config_schema import FLOATING_POINT, check_config, invalid_config
+from merv.checkpoints.folder import CONFIG, check_fits, fill_exactly, load_folder
 from merv.checkpoints.pretrained import PretrainedMixin, find_model
 from merv.encoding.base import Encoder
 from merv.encoding.registry import create_encoder
 from merv.encoding.weights import PRETRAINED
 from merv.encoding.windows import encode_distinct
-from merv.errors import CheckpointError, EncoderError, ShapeError
+from merv.errors import BrokenPlugin, CheckpointError, EncoderError, PluginError, ShapeError
 from merv.features.reader import EncoderRequest, LoadedVideo, Reader, feature_cache_key
 from merv.features.store import FeatureStore
 from merv.fusion.align import Aligner
@@ -38,16 +39,13 @@ from merv.models.named_encoders import (
 from merv.types import Fused, Grid
 from merv.utils.plugins import class_path
 from merv.utils.suggest import nearest
-from merv.utils.torch_modules import device_and_dtype
+from merv.utils.torch_modules import device_and_dtype, without_weights
 from merv.video.clip import Clip
 from merv.video.open import check_backend
 from merv.video.sampling import Mode, Sampling
 from merv.video.transforms import Resample, check_resample
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-}
+DTYPES = {name: getattr(torch, name) for name in FLOATING_POINT}
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +91,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         output_dim: Dimension L of the tokens, usually that of the LLM's embeddings. Without it, there are no
             untrained layers: a token is the concatenation of all encoders' channels.
         mixer: A registered name, `module:Class` or a subclass of `Mixer`. This and the next four arguments
-            are described in `merv.fusion.fusion.Fusion`. They need `output_dim`.
+            are described in `merv.fusion.fusion.Fusion`, which has their defaults. They need `output_dim`.
         projector: A registered name, `module:Class` or a subclass of `Projector`.
         norm: Normalize features before projection and tokens after mixing.
         mixer_options: Further arguments of the mixer.
@@ -133,8 +131,8 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         *,
         grid: tuple[int, int, int] = (16, 8, 8),
         output_dim: int | None = None,
-        mixer: str | type[Mixer] = "cross_attention",
-        projector: str | type[Projector] = "linear",
+        mixer: str | type[Mixer] | None = None,
+        projector: str | type[Projector] | None = None,
         norm: bool = True,
         mixer_options: Mapping[str, Any] | None = None,
         projector_options: Mapping[str, Any] | None = None,
@@ -150,10 +148,22 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         check_backend(backend)
         check_resample(resample)
         # Before encoders are loaded, which can take minutes.
+        options: dict[str, Any] = {
+            "mixer": mixer,
+            "projector": projector,
+            "mixer_options": mixer_options,
+            "projector_options": projector_options,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        if output_dim is None and (given or not norm):
+            raise ShapeError(
+                f"{', '.join(given) or 'norm'}: without output_dim= there is no fusion that could use it. "
+                "Set output_dim to the dimension of the tokens, usually that of the LLM's embeddings."
+            )
         for option, plugin, registry in (("mixer", mixer, MIXERS), ("projector", projector, PROJECTORS)):
             if isinstance(plugin, str):
                 registry.find(plugin)
-            elif not isinstance(plugin, type):
+            elif not isinstance(plugin, type | None):
                 raise ShapeError(
                     f"Expected {option}= to be a name or a class, got a {type(plugin).__name__}. Pass its "
                     f"options as {option}_options=, so that the model can be saved."
@@ -163,20 +173,9 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         self.aligner = Aligner(grid, align)
         self.sampling = Sampling(cast(Mode, sampling)) if isinstance(sampling, str) else sampling
         self.fusion: Fusion | None = None
-        if output_dim is None and (mixer_options or projector_options):
-            raise ShapeError(
-                "mixer_options= and projector_options= have no effect without output_dim=. Set it."
-            )
         if output_dim is not None:
-            self.fusion = Fusion(
-                {name: encoder.spec.embed_dim for name, encoder in self.named()},
-                output_dim,
-                mixer,
-                projector=projector,
-                norm=norm,
-                mixer_options=mixer_options,
-                projector_options=projector_options,
-            )
+            embed_dims = {name: encoder.spec.embed_dim for name, encoder in self.named()}
+            self.fusion = Fusion(embed_dims, output_dim, norm=norm, **given)
         self.backend, self.resample = backend, resample
 
     def forward(
@@ -191,7 +190,8 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         Args:
             videos: A video, or a list of videos: anything that `load_video` reads.
             question: Mean embedding of each question's tokens, shape [B, L]; only for conditioned mixers.
-            encoders: Names of the encoders to use; the others count as absent. Defaults to all.
+            encoders: Names of the encoders to use; the others count as absent. Without `output_dim`, their
+                channels are left out of the tokens. Defaults to all.
             store: Store for aligned features, so that no video is encoded twice.
 
         Returns:
@@ -460,22 +460,45 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             WeightsError: The weights of an encoder could not be loaded.
             PluginError: The config names a class that is neither registered nor imported.
         """
+        check_config(MultiEncoder.kind, config, "The config")
+        return cls._from_config(config, weights, None, "The config")
+
+    @classmethod
+    def _from_config(
+        cls,
+        config: Mapping[str, Any],
+        weights: Mapping[str, str | None],
+        state: Mapping[str, Tensor] | None,
+        where: object,
+    ) -> MultiEncoder:
+        """Create a MultiEncoder from a config that has been checked.
+
+        The sizes of the fusion are compared with those of its saved tensors before memory is allocated.
+
+        Args:
+            config: What `config` returned.
+            weights: See `from_config`.
+            state: The saved tensors of the fusion. None: they are not compared.
+            where: The file of the config, for messages.
+        """
         options = dict(config)
         for registry, option in ((MIXERS, "mixer"), (PROJECTORS, "projector")):
-            path = options.get(option, "")
-            if not isinstance(path, str):
-                raise CheckpointError(
-                    f"Expected {option} in config.json to be a name or module:Class, got {path!r}."
-                )
-            if ":" in path:
+            if ":" in (path := options.get(option, "")):
                 registry.check_trusted(path, f"The {option}")
         check_keys("weights", weights, options["encoders"])
-        encoders = {
-            name: recreate(name, saved, weights).to(_dtype(saved["dtype"]))
-            for name, saved in options.pop("encoders").items()
-        }
-        sampling, fusion_dtype = Sampling(**options.pop("sampling")), _dtype(options.pop("fusion_dtype"))
-        model = cls(encoders, sampling=sampling, **{**options, "grid": tuple(options["grid"])})
+        fusion_dtype = DTYPES[options.pop("fusion_dtype")]
+        saved_encoders = options.pop("encoders")
+        with invalid_config(where):
+            encoders = {
+                name: recreate(name, saved, weights).to(DTYPES[saved["dtype"]])
+                for name, saved in saved_encoders.items()
+            }
+        options |= {"sampling": Sampling(**options["sampling"]), "grid": tuple(options["grid"])}
+        with invalid_config(where, PluginError):
+            if state is not None:
+                empty = without_weights(lambda: cls(encoders, **options), BrokenPlugin)
+                check_fits({} if empty.fusion is None else empty.fusion.state_dict(), state, where)
+            model = cls(encoders, **options)
         if model.fusion is not None:
             model.fusion.to(fusion_dtype)
         return model
@@ -495,41 +518,38 @@ class MultiEncoder(PretrainedMixin, nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, weights: Mapping[str, str | None] | None = None
+        cls,
+        folder: str | Path,
+        *,
+        weights: Mapping[str, str | None] | None = None,
+        verify: bool | None = None,
     ) -> MultiEncoder:
         """Load a model that was saved by `save_pretrained` or pushed by `push_to_hub`.
 
         Args:
             folder: A folder, or "owner/name" or "owner/name@revision" of the hub.
             weights: Encoder name → where its weights are, for encoders whose weights have moved.
+            verify: Compare the files of the folder with the SHA-256 that they had when the model was saved.
+                True: all files. None: files of up to 256 MiB, which takes at most a second. False: none.
 
         Returns:
             The model in eval mode. Encoders and fusion have the dtypes that they were saved with.
 
         Raises:
-            CheckpointError: The folder is not a saved MultiEncoder, or an encoder has other weights than when
-                the model was saved.
+            CheckpointError: The folder is not a saved MultiEncoder, is damaged, or an encoder has other
+                weights than when the model was saved.
             WeightsError: The model or the weights of an encoder could not be loaded.
             PluginError: The model names a class that is neither registered nor imported.
         """
         folder = find_model(folder)
-        config, state = load_folder(folder, cls.kind)
-        model = cls.from_config(config, weights or {})
+        config, state = load_folder(folder, cls.kind, verify)
+        model = cls._from_config(config, weights or {}, state, folder / CONFIG)
         fill_exactly(model.trainable_state_dict(), state, folder)
         return model.eval()
 
 
 def _dtype_name(module: nn.Module) -> str:
     return str(device_and_dtype(module)[1]).removeprefix("torch.")
-
-
-def _dtype(name: Any) -> torch.dtype:
-    if name not in DTYPES:
-        raise CheckpointError(
-            f"Unknown dtype {name!r} of an encoder or of the fusion in config.json. "
-            f"Expected one of {', '.join(DTYPES)}."
-        )
-    return DTYPES[name]
 
 
 def source_key(source: Any) -> Any:

@@ -128,7 +128,7 @@ class TrainablePartsMixin(nn.Module):
         `merv.Mixer.add_encoder` describes how much it counts at first, which depends on the mixer.
 
         To train only what is new, call `train_only([f"projector.{name}"])`. If the mixer has parameters for
-        each encoder, which those of `gate`, `mean` and `concat` have not, also name f"mixer.{name}".
+        each encoder (`gate`, `mean` and `concat` have none), also name f"mixer.{name}".
 
         Args:
             name: Name of the encoder in this model.

@@ -9,11 +9,24 @@ from merv.models.multi_encoder import MultiEncoder
 VIDEO = torch.ones(4, 3, 16, 16, dtype=torch.uint8)
 
 
-def test_mixer_options_need_a_mixer():
-    with pytest.raises(ShapeError, match="output_dim="):
-        MultiEncoder(["fake"], mixer_options={"hidden": 8})
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("mixer", "gate"),
+        ("projector", "mlp"),
+        ("norm", False),
+        ("mixer_options", {"hidden": 8}),
+        ("projector_options", {}),
+    ],
+)
+def test_fusion_options_need_output_dim(option, value):
+    with pytest.raises(ShapeError, match=f"{option}.*output_dim="):
+        MultiEncoder(["fake"], **{option: value})
+
+
+def test_misspelled_mixer_suggests_a_name():
     with pytest.raises(UnknownPlugin, match="'gate'"):
-        MultiEncoder(["fake"], mixer="gaet")
+        MultiEncoder(["fake"], output_dim=8, mixer="gaet")
 
 
 @pytest.mark.parametrize("output_dim", [None, 8])
