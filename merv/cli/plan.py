@@ -93,7 +93,7 @@ def fit_parser() -> Any:
     parser.add_class_arguments(Trainer, "trainer", instantiate=False)
     parser.add_class_arguments(Training, "model")
     parser.add_class_arguments(ChatData, "data")
-    parser.add_class_arguments(Checkpoints, "checkpoints", instantiate=False)
+    parser.add_class_arguments(Checkpoints, "checkpoints")
     for without_effect in ("sample_answers", "seed_everything", "ckpt_path"):
         parser.add_argument(f"--{without_effect}", type=Any)
     return parser
@@ -104,10 +104,12 @@ def run(argv: Sequence[str]) -> int:
     options, rest = parse(argv)
     rest = with_recipes(rest)
     check_keys(rest)
+    from merv.training.module import check_end
     from merv.training.plan import make_plan
 
     parser = fit_parser()
     config = parser.parse_args(rest)
+    check_end(config.trainer)
     built = parser.instantiate_classes(config)
     gpu = options.gpu != "cpu"
     plan = make_plan(built.model, built.data, setup_of(config), gpu=gpu, num_samples=options.samples)
@@ -137,9 +139,12 @@ def setup_of(config: Any) -> Any:
         accumulate=trainer.accumulate_grad_batches,
         max_steps=trainer.max_steps,
         max_epochs=trainer.max_epochs,
+        limit_train_batches=trainer.overfit_batches or trainer.limit_train_batches or 1.0,
         precision=str(trainer.precision or "32-true"),
         sharded=any(name in strategy for name in ("sharded", "fsdp", "modelparallel")),
-        checkpoints=config.checkpoints.save_total_limit + (config.data.val is not None),
+        every_n_steps=config.checkpoints.every_n_steps,
+        save_total_limit=config.checkpoints.save_total_limit,
+        keeps_best=config.data.val is not None,
     )
 
 
@@ -176,8 +181,11 @@ def show(plan: Any, options: argparse.Namespace, memory: float, hours: float | N
     if hours is not None:
         note = f"on {device} at {options.utilization:.0%} of its peak (assumed), without decoding"
         row("hours", f"{hours:,.2g}", note)
-    disk = plan.store_bytes + plan.trained_bytes * (1 + 3 * plan.setup.checkpoints)  # with AdamW's moments
-    row("disk", size(disk), f"features {size(plan.store_bytes)}, {plan.setup.checkpoints} checkpoints")
+    if plan.checkpoints is None:
+        row("disk", "?", f"features {size(plan.store_bytes)}, and all checkpoints")
+    else:
+        disk = plan.store_bytes + plan.trained_bytes * (1 + 3 * plan.checkpoints)  # with AdamW's moments
+        row("disk", size(disk), f"features {size(plan.store_bytes)}, {plan.checkpoints} checkpoints")
 
 
 def size(count: float) -> str:

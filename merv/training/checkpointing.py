@@ -34,12 +34,12 @@ class Folders(CheckpointIO):
         tensors = {name.removeprefix(PREFIX): t for name, t in checkpoint["state_dict"].items()}
         rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "config")}
         with replacing(path) as temporary:
-            write_model(temporary, "VideoLLM", checkpoint["config"], tensors)
             try:
                 with (temporary / TRAINING_STATE).open("wb") as file:
                     torch.save(rest, file)
             except RuntimeError as error:  # torch hides the OSError of a full disk behind this one
                 raise OSError(error.__context__ or error) from error
+            write_model(temporary, "VideoLLM", checkpoint["config"], tensors)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
@@ -69,24 +69,34 @@ class Checkpoints(ModelCheckpoint):
     """Saves checkpoints during training and at its end, as `checkpoints/step=N` in the run's folder.
 
     Args:
-        every_n_steps: Steps of the optimizer between two checkpoints.
-        save_total_limit: How many checkpoints to keep, the newest ones. -1: all.
+        every_n_steps: Steps of the optimizer between two checkpoints. 0: only at the end.
+        save_total_limit: How many checkpoints to keep, the newest ones; at least 1. None: all.
         monitor: With validation data, the checkpoint with the best value of this metric is kept as
             `checkpoints/best`: `val/exact_match` (share of exactly correct answers), `val/KIND`
             (`val/accuracy` for questions without a kind), or `val/loss`.
+
+    Raises:
+        TrainingError: `save_total_limit` is below 1, or `every_n_steps` is negative.
     """
 
     FILE_EXTENSION = ""
 
     def __init__(
-        self, every_n_steps: int = 500, save_total_limit: int = 2, monitor: str = "val/exact_match"
+        self, every_n_steps: int = 500, save_total_limit: int | None = 2, monitor: str = "val/exact_match"
     ) -> None:
-        self.best_metric = monitor
+        if save_total_limit is not None and save_total_limit < 1:
+            raise TrainingError(
+                f"checkpoints.save_total_limit is {save_total_limit}; expected at least 1, or null to keep "
+                "all checkpoints. --trainer.enable_checkpointing=false saves none."
+            )
+        if every_n_steps < 0:
+            raise TrainingError(f"checkpoints.every_n_steps is {every_n_steps}; expected at least 0.")
+        self.save_total_limit, self.best_metric = save_total_limit, monitor
         super().__init__(
             filename="{step}",
             monitor="step",
             mode="max",
-            save_top_k=save_total_limit,
+            save_top_k=-1 if save_total_limit is None else save_total_limit,
             every_n_train_steps=every_n_steps,
             save_on_train_epoch_end=True,  # otherwise the last step of an epoch is saved after validation
             enable_version_counter=False,

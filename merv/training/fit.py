@@ -19,7 +19,7 @@ from merv.data.module import ChatData
 from merv.errors import CheckpointError, MervError, TrainingError
 from merv.training.callbacks import GracefulShutdown, LossPlot, SampleAnswers, Throughput
 from merv.training.checkpointing import CHECKPOINTS, Best, Checkpoints, Folders, newest_checkpoint
-from merv.training.module import Training, save
+from merv.training.module import Training, check_end, save
 from merv.training.sharding import register
 from merv.training.slurm import check_tasks, cluster_environment
 
@@ -84,7 +84,11 @@ class Fit(LightningCLI):
             raise TrainingError(f"The run cannot be set up: {error}") from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Build the trainer, with merv's defaults for options that are not set."""
+        """Build the trainer, with merv's defaults for options that are not set.
+
+        Raises TrainingError for a run without an end.
+        """
+        check_end(config)
         self.root = root = Path(config["default_root_dir"] or "outputs")
         if config["fast_dev_run"]:
             root = self.scratch

@@ -182,7 +182,7 @@ class Training(LightningModule):
         self.schedule = schedule_of(self.trainer)
         steps = self.schedule["steps"]
         if not math.isfinite(steps):
-            raise TrainingError("The schedule needs an end: set trainer.max_steps or trainer.max_epochs.")
+            raise TrainingError(NO_END)
         try:
             optimizer = torch.optim.AdamW(self.parameter_groups(), lr=options.lr, betas=options.betas)
         except ValueError as error:
@@ -465,16 +465,34 @@ def warmup_cosine(step: int, *, warmup_steps: int, steps: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
+def check_end(trainer: Mapping[str, Any]) -> None:
+    """Raise TrainingError if these options of Lightning's Trainer do not limit epochs or steps.
+
+    Lightning would train for 1000 epochs. `max_time` is no limit for a schedule that counts steps.
+    """
+    limited = trainer["max_steps"] != -1 or trainer["max_epochs"] not in (None, -1)
+    if not limited and not trainer["fast_dev_run"]:
+        raise TrainingError(NO_END)
+
+
+def limit_batches(num_batches: int, limit: float) -> int:
+    """Number of batches in an epoch under `limit_train_batches`: a number, or a fraction if it is a float.
+
+    >>> limit_batches(10, 4), limit_batches(10, 0.25), limit_batches(10, 1.0), limit_batches(10, 20)
+    (4, 2, 10, 10)
+    """
+    return min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
+
+
 def check_validation(trainer: Trainer, data: ChatData) -> None:
     """Raise TrainingError if `val_check_interval` has more batches than an epoch."""
-    interval, limit = trainer.val_check_interval, trainer.limit_train_batches
+    interval = trainer.val_check_interval
     counted_per_epoch = trainer.check_val_every_n_epoch is not None
     if data.val_source is None or not isinstance(interval, int) or not counted_per_epoch:
         return
     if trainer.limit_val_batches == 0:
         return
-    num_batches = len(data._train_loader())
-    num_batches = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
+    num_batches = limit_batches(len(data._train_loader()), trainer.limit_train_batches)
     if interval > num_batches:
         raise TrainingError(
             f"trainer.val_check_interval is {interval} batches, but an epoch has {num_batches} per process. "

@@ -29,7 +29,7 @@ from merv.models.multi_encoder import MultiEncoder
 from merv.models.packing import Tokens, pack, tokens_of
 from merv.models.video_llm import VideoLLM
 from merv.training.dry_run import ENCODE, OPTIMIZER, BatchShape, Cost, dry_step
-from merv.training.module import Training
+from merv.training.module import Training, limit_batches
 from merv.utils.assets import smollm2_folder
 from merv.utils.private import layer_classes
 from merv.utils.torch_modules import device_and_dtype, without_weights
@@ -76,18 +76,24 @@ class Setup:
         accumulate: Batches per optimizer step.
         max_steps: As for Lightning's Trainer; -1 for no limit.
         max_epochs: As for Lightning's Trainer.
+        limit_train_batches: As for Lightning's Trainer.
         precision: As for Lightning's Trainer.
         sharded: Whether weights, gradients and optimizer states are split over the devices.
-        checkpoints: Number of checkpoints that the run keeps.
+        every_n_steps: Steps between two checkpoints; 0: only at the end.
+        save_total_limit: How many checkpoints to keep; None: all.
+        keeps_best: Whether the best checkpoint is kept as well.
     """
 
     devices: int = 1
     accumulate: int = 1
     max_steps: int = -1
     max_epochs: int | None = None
+    limit_train_batches: float = 1.0
     precision: str = "32-true"
     sharded: bool = False
-    checkpoints: int = 2
+    every_n_steps: int = 500
+    save_total_limit: int | None = 2
+    keeps_best: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,7 @@ class Plan:
         store_bytes: Size of the feature store on disk.
         trained_bytes: Size of the trained weights.
         steps: Optimizer steps; None if nothing determines them.
+        checkpoints: How many checkpoints there are at the end; None if all are kept and `steps` is None.
         global_batch: Samples per optimizer step.
         setup: The trainer options.
     """
@@ -119,6 +126,7 @@ class Plan:
     store_bytes: float
     trained_bytes: float
     steps: int | None
+    checkpoints: int | None
     global_batch: int
     setup: Setup
 
@@ -181,7 +189,7 @@ def make_plan(
     else:
         encode_flops = typical.flops[ENCODE] / max(batches.typical.videos + batches.typical.stills, 1)
     on_disk = stores_features and options.feature_store != "memory"
-    global_batch = data.batch_size * setup.devices * setup.accumulate
+    steps = _steps(setup, batches.samples, data.batch_size)
     return Plan(
         visual_tokens=visual_tokens,
         batches=batches,
@@ -196,8 +204,9 @@ def make_plan(
         stores_features=stores_features,
         store_bytes=_stored_bytes(model, options.grid) * batches.videos if on_disk else 0.0,
         trained_bytes=_trained_bytes(model),
-        steps=_steps(setup, batches.samples, global_batch),
-        global_batch=global_batch,
+        steps=steps,
+        checkpoints=_checkpoints(setup, steps),
+        global_batch=data.batch_size * setup.devices * setup.accumulate,
         setup=setup,
     )
 
@@ -225,7 +234,7 @@ def on_meta(training: Training) -> VideoLLM:
     saved_dtype = config.get_text_config().dtype or torch.float32
     dtype = saved_dtype if options.dtype == "auto" else DTYPES[options.dtype]
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        llm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
     vision = without_weights(
         lambda: MultiEncoder(
             options.encoders,
@@ -409,9 +418,19 @@ def _stored_bytes(model: VideoLLM, grid: Sequence[int]) -> float:
     )
 
 
-def _steps(setup: Setup, samples: int, global_batch: int) -> int | None:
+def _steps(setup: Setup, samples: int, batch_size: int) -> int | None:
     """Optimizer steps; None if nothing determines them."""
     limits = [setup.max_steps] if setup.max_steps > 0 else []
-    if samples and setup.max_epochs not in (None, -1):
-        limits.append(setup.max_epochs * math.ceil(samples / global_batch))  # type: ignore[operator]
+    if samples and setup.max_epochs is not None and setup.max_epochs != -1:
+        per_epoch = limit_batches(
+            math.ceil(samples / (batch_size * setup.devices)), setup.limit_train_batches
+        )
+        limits.append(setup.max_epochs * math.ceil(per_epoch / setup.accumulate))
     return min(limits, default=None)
+
+
+def _checkpoints(setup: Setup, steps: int | None) -> int | None:
+    """Number of checkpoints at the end of the run, the last step's included; None if it is not known."""
+    written = steps and math.ceil(steps / (setup.every_n_steps or steps))
+    kept = min((n for n in (written, setup.save_total_limit) if n is not None), default=None)
+    return None if kept is None else kept + setup.keeps_best

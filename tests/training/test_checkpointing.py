@@ -17,7 +17,7 @@ from merv.training.checkpointing import newest_checkpoint
 from merv.training.module import Training, warmup_cosine
 
 pytestmark = QUIET
-ALL = {"checkpoints__every_n_steps": 1, "checkpoints__save_total_limit": -1}
+ALL = {"checkpoints__every_n_steps": 1, "checkpoints__save_total_limit": "null"}
 
 
 @pytest.fixture(scope="module")

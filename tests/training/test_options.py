@@ -89,6 +89,25 @@ def test_invalid_optimizer_options_are_an_error(material, tmp_path, capsys, opti
 
 
 @pytest.mark.parametrize(
+    ("option", "value"), [("save_total_limit", 0), ("save_total_limit", -1), ("every_n_steps", -1)]
+)
+def test_invalid_options_of_checkpoints_are_an_error(material, tmp_path, capsys, option, value):
+    for command in ("fit", "plan"):
+        arguments = [f"--model.llm={material / 'llm'}", "--model.encoders=[fake]", "--trainer.max_steps=1"]
+        arguments += [f"--data.train={material / 'data.jsonl'}", f"--trainer.default_root_dir={tmp_path}"]
+        assert main([command, *arguments, f"--checkpoints.{option}={value}"]) == 2
+        assert f"checkpoints.{option} is {value}" in capsys.readouterr().err
+
+
+def test_run_without_an_end_is_an_error(material, tmp_path, capsys):
+    for command in ("fit", "plan"):
+        arguments = [f"--model.llm={material / 'llm'}", "--model.encoders=[fake]"]
+        arguments += [f"--data.train={material / 'data.jsonl'}", f"--trainer.default_root_dir={tmp_path}"]
+        assert main([command, *arguments]) == 2
+        assert "trainer.max_epochs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("option", "value", "name"),
     [
         ("model__encoders", "[fak]", "'fake'"),

@@ -175,6 +175,32 @@ def test_steps_are_epochs_times_samples_over_the_global_batch(llm, data):
     assert plan.hours(1e-6, 0.5) == pytest.approx(3 * sum(plan.flops.values()) / 1800e6)
 
 
+@pytest.mark.parametrize(("limit", "steps"), [(1, 1), (0.5, 1), (1.0, 2), (99, 2)])
+def test_limit_train_batches_shortens_the_epochs(llm, data, limit, steps):
+    assert plan_of(llm, data, Setup(max_epochs=1, limit_train_batches=limit)).steps == steps
+
+
+@pytest.mark.parametrize(
+    ("setup", "checkpoints"),
+    [
+        (Setup(max_steps=250, every_n_steps=100, save_total_limit=None), 3),
+        (Setup(max_steps=250, every_n_steps=100, save_total_limit=2), 2),
+        (Setup(max_steps=250, every_n_steps=500, save_total_limit=2, keeps_best=True), 2),
+        (Setup(max_steps=250, every_n_steps=0), 1),
+        (Setup(save_total_limit=2), 2),
+        (Setup(save_total_limit=None), None),
+    ],
+)
+def test_checkpoints_are_those_written_up_to_the_limit(llm, setup, checkpoints):
+    assert plan_of(llm, setup=setup).checkpoints == checkpoints
+
+
+def test_command_passes_the_limit_of_batches_on():
+    arguments = ["--config", "recipes/demo.yaml", "--trainer.limit_train_batches"]
+    limits = [setup_of(fit_parser().parse_args([*arguments, n])).limit_train_batches for n in ("2", "0.5")]
+    assert limits == [2, 0.5]
+
+
 def test_stream_has_batches_per_epoch_on_each_device(llm, tmp_path, monkeypatch):
     from datasets import Dataset, config
 
@@ -198,11 +224,12 @@ def test_batch_without_videos_trains_the_fusion(llm):
 
 def run_plan(llm, *options):
     tiny = [f"--model.llm={llm}", "--model.encoders=[fake]", "--model.grid=[2,2,1]", "--data.train=no.jsonl"]
+    tiny += ["--trainer.max_steps=1000"]
     return main(["plan", *tiny, *options])
 
 
 def test_command_prints_json(llm, capsys):
-    assert run_plan(llm, "--trainer.max_steps=1000", "--trainer.devices=2", "--json") == 0
+    assert run_plan(llm, "--trainer.devices=2", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["visual_tokens"], result["steps"], result["fits"]) == (4, 1000, True)
     assert result["hours"] > 0
@@ -235,9 +262,10 @@ def test_sharded_strategy_divides_optimizer_states(llm, capsys):
 
 
 def test_disk_includes_the_kept_checkpoints(llm, capsys):
-    assert run_plan(llm, "--checkpoints.save_total_limit=3", "--data.val=val.jsonl", "--json") == 0
+    options = ["--checkpoints.save_total_limit=3", "--checkpoints.every_n_steps=100"]
+    assert run_plan(llm, *options, "--data.val=val.jsonl", "--json") == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["setup"]["checkpoints"] == 4  # with the best one
+    assert result["checkpoints"] == 4  # with the best one
     trained = sum(count for count, learns in result["parts"].values() if learns)
     assert result["trained_bytes"] == 4 * trained
 
