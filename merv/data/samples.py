@@ -15,12 +15,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merv.errors import DataError
+from merv.errors import DataError, VideoError
 from merv.models.chat import VISUAL
+from merv.video.open import is_decoder, original_of
 
 Conversation = list[dict[str, Any]]  # messages of {"role": …, "content": …}
 Group = list[Conversation]  # conversations about the same video
@@ -259,12 +261,12 @@ def _check_unicode(text: str) -> None:
 
 
 def _source(value: Any, root: Path) -> Any:
-    """Return a path joined to `root`, or bytes or a file object unchanged.
+    """Return a path joined to `root`, or bytes, a file object or a decoder unchanged.
 
-    Of the {"bytes": …, "path": …} that `datasets` gives, the bytes are used, or the path if there are none.
+    Of a row of datasets' Video feature, the bytes are used, or the path if there are none.
     """
-    if isinstance(value, Mapping) and {"bytes", "path"} & set(value):
-        value = value.get("bytes") or value.get("path")
+    with suppress(VideoError):  # without bytes and path, it is an invalid value
+        value = original_of(value)
     if isinstance(value, str) and value:
         if "://" in value or value.startswith("data:"):
             raise ValueError(
@@ -272,7 +274,7 @@ def _source(value: Any, root: Path) -> Any:
             )
         _check_unicode(value)
         return str(root / Path(value).expanduser())
-    if isinstance(value, bytes) or hasattr(value, "read"):
+    if isinstance(value, bytes) or hasattr(value, "read") or is_decoder(value):
         return value
     raise ValueError(f"a video or image must be a path; got {_short(value)}")
 

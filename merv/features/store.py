@@ -20,7 +20,7 @@ from torch import Tensor
 from merv.errors import DataError, ShapeError, UnreadableVideo
 from merv.types import Grid
 from merv.utils.files import file_digest, stream_digest, view_of, write_whole
-from merv.video.open import open_video, path_of
+from merv.video.open import open_video, original_of, path_of
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ def video_key(video: Any, cache_key: str) -> str:
 
 def _content_digest(video: Any) -> str:
     """Return a hash of the bytes of a file, tensor or array."""
+    video = original_of(video)
     if isinstance(video, (bytes, bytearray, memoryview)):
         return hashlib.sha256(video).hexdigest()
     if isinstance(video, (str, os.PathLike)):

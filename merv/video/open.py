@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from io import BytesIO, TextIOBase
 from pathlib import Path
@@ -47,6 +47,9 @@ def open_video(
             - the content of such a file as bytes, or the open binary file, which is read from its start;
             - a uint8 RGB array or tensor of shape [T, 3, H, W] or [T, H, W, 3], without T for a still;
             - a PIL image;
+            - a row of datasets' Video or Image feature: {"bytes": …, "path": …}, or its VideoDecoder;
+            - another VideoDecoder of torchcodec, which decodes all frames once when it is opened, to learn
+              their times;
             - an open reader.
         name: Name of the source in error messages; the path by default.
         backend: Decoder for videos: "pyav" includes its own FFmpeg; "torchcodec" must be installed and needs
@@ -78,6 +81,8 @@ def open_video(
         borrowed = copy(source)
         borrowed.close = lambda: None  # type: ignore[method-assign]  # its owner closes it
         return borrowed
+    if (original := original_of(source)) is not source:
+        return open_video(original, name=name, backend=backend, fps=fps, max_pixels=max_pixels)
     if isinstance(source, (str, os.PathLike)):
         return _open_path(path_of(source), name or os.fspath(source), backend, fps, max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -91,10 +96,36 @@ def open_video(
         return _open_file(file, name, backend, max_pixels, owned=not seekable)
     if isinstance(source, Tensor) or hasattr(type(source), "__array_interface__"):
         return array_reader(source, name or "<array>", fps)
+    if is_decoder(source):
+        from merv.video.torchcodec import DecoderReader
+
+        return DecoderReader(source, name or "<VideoDecoder>", max_pixels)
     raise VideoError(
         f"Cannot read a video from {type(source).__name__}. Pass a path, bytes, an open binary file, a "
         "folder of images, a uint8 array or tensor, or a PIL image."
     )
+
+
+def original_of(source: Any) -> Any:
+    """Return the bytes or the path in a row of datasets' Video or Image feature; other sources as they are.
+
+    datasets remembers the row of a VideoDecoder that it created.
+
+    >>> original_of({"bytes": None, "path": "a.mp4"}), original_of("b.mp4")
+    ('a.mp4', 'b.mp4')
+    """
+    row = getattr(source, "_hf_encoded", source)
+    if not isinstance(row, Mapping) or not {"bytes", "path"} & set(row):
+        return source
+    original = row.get("path") if row.get("bytes") is None else row["bytes"]
+    if original is None:
+        raise VideoError("A row of datasets has neither bytes nor a path.")
+    return original
+
+
+def is_decoder(source: Any) -> bool:
+    """Return whether `source` is a VideoDecoder of torchcodec, which need not be imported for that."""
+    return hasattr(source, "get_frames_in_range") and hasattr(source, "metadata")
 
 
 def check_backend(backend: str) -> None:

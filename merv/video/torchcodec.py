@@ -7,17 +7,22 @@ readers number the frames alike. Each frame that torchcodec returns is checked a
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from merv.errors import DamagedVideo, MissingDependency, VideoError
-from merv.video.pyav import PyAVReader, video_stream
+from merv.errors import DamagedVideo, MissingDependency, ShapeError, VideoError
+from merv.types import VideoInfo
+from merv.video.pyav import PyAVReader, rounding_s, video_stream
+from merv.video.reader import VideoReader, check_size, display_size
 
+FRAMES_AT_ONCE = 8  # of a decoder whose times are read
 DECODE_ERRORS = (RuntimeError, IndexError, ValueError, OSError)  # raised by torchcodec or the file object
 
 
@@ -81,6 +86,71 @@ class TorchcodecReader(PyAVReader):
             f"{self._name}: torchcodec cannot read it: {reason}. Try backend='pyav', which also reads the "
             "intact frames of damaged files with load_video(…, on_error='partial')."
         )
+
+
+class DecoderReader(VideoReader):
+    """Reads a VideoDecoder of torchcodec that a caller created, whose file is unknown.
+
+    It has no list of times, so all frames are decoded once, a few at a time.
+    """
+
+    def __init__(self, decoder: Any, name: str, max_pixels: int) -> None:
+        super().__init__()
+        self._decoder, self._name, self._process, self.max_pixels = decoder, name, os.getpid(), max_pixels
+        metadata = decoder.metadata
+        check_size(name, metadata.width, metadata.height, max_pixels)
+        times_s, end_s = [], 0.0
+        with self._errors():
+            for start in range(0, len(decoder), FRAMES_AT_ONCE):
+                batch = decoder.get_frames_in_range(start, min(start + FRAMES_AT_ONCE, len(decoder)))
+                times_s += batch.pts_seconds.tolist()
+                end_s = float(batch.pts_seconds[-1] + batch.duration_seconds[-1])
+            height, width = self._pixels(decoder.get_frame_at(0).data).shape[1:]
+        aspect = float(getattr(metadata, "pixel_aspect_ratio", None) or 1)  # absent from old versions
+        quarter_turns = round((getattr(metadata, "rotation", None) or 0.0) / 90)  # counter-clockwise
+        width, height = display_size(width, height, 1 / aspect if quarter_turns % 2 else aspect)
+        self.info = VideoInfo(
+            name,
+            duration_s=end_s - times_s[0],
+            times_s=tuple(time_s - times_s[0] for time_s in times_s),
+            width=width,
+            height=height,
+            rotation=-quarter_turns % 4 * 90,
+            codec=metadata.codec or "",
+            backend="torchcodec",
+            time_error_s=rounding_s([round(time_s * 1e6) for time_s in times_s], 1e-6),  # in microseconds
+        )
+
+    def _decode(self, indices: list[int]) -> Iterator[tuple[int, Tensor]]:
+        if os.getpid() != self._process:
+            raise VideoError(
+                f"{self._name}: a VideoDecoder cannot be used in a process that was forked after it was "
+                "created. Pass the path of the video."
+            )
+        with self._errors():
+            for index in indices:
+                yield index, self._pixels(self._decoder.get_frame_at(index).data)
+
+    def _pixels(self, frame: Tensor) -> Tensor:
+        """Return a frame as uint8 [3, H, W]; the decoder may give [H, W, 3], on another device."""
+        if frame.dtype != torch.uint8:
+            raise ShapeError(
+                f"{self._name}: expected a VideoDecoder of uint8 frames; got {frame.dtype}. Create it with "
+                "output_dtype=torch.uint8."
+            )
+        return (frame if len(frame) == 3 else frame.movedim(-1, 0)).cpu()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except ShapeError:  # a ValueError, too
+            raise
+        except DECODE_ERRORS as error:
+            raise DamagedVideo(
+                f"{self._name}: the VideoDecoder cannot read it: {first_line(error)}. Pass the path of the "
+                "video."
+            ) from error
 
 
 def load_decoder() -> Any:

@@ -8,20 +8,25 @@ from fractions import Fraction
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryFile
+from types import SimpleNamespace
 from typing import Any
 
 import av
 import pytest
+import torch
+from datasets import Dataset, Features, Video
 from media import indices_of, make_folder, make_gif, make_video
 
 from merv import MultiEncoder, load_video
+from merv.data.samples import sample_of
 from merv.data.sources import FilePart, open_samples
-from merv.errors import DataError, MervError, UnreadableVideo
+from merv.errors import DataError, MervError, MissingDependency, UnreadableVideo, VideoError
 from merv.features.store import FeatureStore, video_key
 from merv.utils.files import file_digest
 from merv.video.open import open_video, probe
 from merv.video.reader import VideoReader
 from merv.video.sampling import Sampling, frame_indices_at
+from merv.video.torchcodec import load_decoder
 
 
 @pytest.mark.parametrize(("cut_off", "frames"), [(0, 40), (800, None)])
@@ -228,3 +233,122 @@ def test_what_was_written_to_an_open_file_is_read(tmp_path: Path) -> None:
     with TemporaryFile() as file:
         file.write(make_video(tmp_path / "a.mp4").read_bytes())
         assert indices_of(load_video(file, num_frames=1).pixels[0]) == [10]
+
+
+# Rows of datasets, decoders of torchcodec
+
+
+class FakeDecoder:
+    """The part of torchcodec's VideoDecoder that merv uses of one that a caller created."""
+
+    def __init__(self, path: str, dimension_order: str = "NCHW") -> None:
+        self.channels_last = dimension_order == "NHWC"
+        with av.open(path) as container:
+            self.frames = list(container.decode(video=0))
+            aspect = container.streams.video[0].sample_aspect_ratio
+        first = self.frames[0]
+        self.metadata = SimpleNamespace(
+            width=first.width,
+            height=first.height,
+            codec="h264",
+            pixel_aspect_ratio=aspect,
+            rotation=float(first.rotation) or None,
+        )
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def get_frame_at(self, index: int) -> SimpleNamespace:
+        data = torch.from_numpy(self.frames[index].to_ndarray(format="rgb24")).permute(2, 0, 1)
+        upright = torch.rot90(data, round((self.metadata.rotation or 0) / 90), (1, 2))
+        return SimpleNamespace(data=upright.movedim(0, -1) if self.channels_last else upright)
+
+    def get_frames_in_range(self, start: int, stop: int) -> SimpleNamespace:
+        frames = self.frames[start:stop]
+        times_s, durations_s = (
+            torch.tensor(
+                [float(ticks * frame.time_base) for ticks, frame in zip(values, frames, strict=True)]
+            )
+            for values in ([frame.pts for frame in frames], [frame.duration for frame in frames])
+        )
+        return SimpleNamespace(pts_seconds=times_s.double(), duration_seconds=durations_s.double())
+
+
+@pytest.fixture(params=["fake", "torchcodec"])
+def decoder_class(request: pytest.FixtureRequest) -> Any:
+    """The fake, then torchcodec's own class if it can be loaded."""
+    if request.param == "fake":
+        return FakeDecoder
+    try:
+        return load_decoder()
+    except MissingDependency as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.parametrize("order", ["NCHW", "NHWC"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"start_s": 3.0},
+        {"rotation": 90},
+        {"pixel_aspect": Fraction(4, 3)},
+        {"rotation": 90, "pixel_aspect": Fraction(4, 3)},
+        {"times_ms": [0, 40, 500, 540, 2000, 2040]},
+    ],
+    ids=str,
+)
+def test_decoder_gives_the_frames_of_its_file(
+    tmp_path: Path, decoder_class: Any, options: dict[str, Any], order: str
+) -> None:
+    path = make_video(tmp_path / "a.mp4", 6 if "times_ms" in options else 20, **options)
+    with open_video(decoder_class(str(path), dimension_order=order)) as video, open_video(path) as expected:
+        shape = [
+            (reader.info.width, reader.info.height, reader.info.rotation) for reader in (video, expected)
+        ]
+        assert shape[0] == shape[1]
+        assert video.info.times_s == pytest.approx(expected.info.times_s, abs=1e-5)
+        assert video.info.duration_s == pytest.approx(expected.info.duration_s, abs=1e-5)
+        assert (video.read([5, 0]).int() - expected.read([5, 0]).int()).abs().max() <= 1
+
+
+def test_decoder_of_rounded_times_has_frame_n_at_n_over_rate(tmp_path: Path, decoder_class: Any) -> None:
+    info = probe(decoder_class(str(make_video(tmp_path / "a.mkv", fps=30))))
+    assert frame_indices_at(info.times_s, [n / 30 for n in range(20)], info.time_error_s) == list(range(20))
+
+
+def test_decoder_has_no_content_to_hash(tmp_path: Path, decoder_class: Any) -> None:
+    with pytest.raises(DataError, match=r"path or bytes"):
+        video_key(decoder_class(str(make_video(tmp_path / "a.mp4"))), "")
+
+
+@pytest.mark.parametrize("form", ["path", "bytes", "both", "decoder", "decoder of bytes"])
+def test_row_of_datasets_is_the_video_in_it(tmp_path: Path, form: str) -> None:
+    path = make_video(tmp_path / "a.mp4")
+    row: dict[str, Any] = {"bytes": None, "path": str(path)}
+    if form in ("bytes", "both", "decoder of bytes"):
+        row = {"bytes": path.read_bytes(), "path": None if form == "bytes" else "elsewhere/a.mp4"}
+    video: Any = row
+    if form.startswith("decoder"):
+        video = FakeDecoder(str(path))
+        video._hf_encoded = row  # as datasets does
+    assert torch.equal(load_video(video).pixels, load_video(path).pixels)
+    assert video_key(video, "") == video_key(path, "")
+    vision = MultiEncoder(["fake"], grid=(4, 2, 2))
+    assert torch.equal(vision.features(video)["fake"].values, vision.features(path)["fake"].values)
+    conversation = {"video": video, "questions": [{"question": "Who?", "answer": "A cat."}]}
+    assert sample_of(conversation).videos() == [row["path"] if row["bytes"] is None else row["bytes"]]
+
+
+def test_row_of_datasets_comes_from_its_video_feature(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4")
+    rows = Dataset.from_dict({"video": [str(path), path.read_bytes()]}, Features(video=Video(decode=False)))
+    for row in rows:
+        assert torch.equal(load_video(row["video"]).pixels, load_video(path).pixels)
+
+
+def test_row_without_bytes_and_path_is_refused() -> None:
+    with pytest.raises(VideoError, match=r"neither bytes nor a path"):
+        open_video({"bytes": None, "path": None})
+    with pytest.raises(DataError, match=r"a\.jsonl:3"):
+        sample_of({"video": {"bytes": None, "path": None}, "messages": []}, "a.jsonl:3")
