@@ -63,9 +63,11 @@ class EfficientNetLite(Encoder):
         self.net = net.to(memory_format=torch.channels_last)  # faster on a CPU
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        # The weights in the packages have other names, but the same order.
         names = list(self.net.state_dict())
-        return dict(zip(names, state.values(), strict=True)) if len(state) == len(names) else state
+        if state.keys() & set(names) or len(state) != len(names):
+            return state
+        # The weights in the packages have other names, but the same order.
+        return dict(zip(names, state.values(), strict=True))
 
     def encode(self, pixels: Tensor) -> Tensor:
         maps = self.net.forward_features(rearrange(pixels, "b t c h w -> (b t) c h w"))

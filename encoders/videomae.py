@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from merv.encoding.base import Encoder
-from merv.encoding.weights import renamed, select
+from merv.encoding.weights import by_library, select
 from merv.types import EncoderSpec, Preset
 
 FRAMES, SIZE, TUBELET, PATCH = 16, 224, 2, 16
@@ -22,9 +22,6 @@ PRESETS = {
 }
 # Tensors of the checkpoints that are not used: the decoder of pretraining, the head of fine-tuning.
 UNUSED = ("decoder.", "encoder_to_decoder.", "mask_token", "fc_norm.", "classifier.")
-
-# Names in the checkpoints → names in newer versions of transformers.
-NEWER_NAMES = {r"\.q_bias$": ".query.bias", r"\.v_bias$": ".value.bias"}
 
 # variant: hub id, channels, layers, heads, final norm (fine-tuned models have it in the head), parameters
 SIZES = {
@@ -74,9 +71,7 @@ class VideoMAE(Encoder):
         self.net = VideoMAEModel(config)
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        state = select(state, prefix="videomae.", drop=UNUSED)
-        has_old_names = "encoder.layer.0.attention.attention.q_bias" in self.net.state_dict()
-        return state if has_old_names else renamed(state, NEWER_NAMES)
+        return by_library(self.net, select(state, prefix="videomae.", drop=UNUSED))
 
     def encode(self, pixels: Tensor) -> Tensor:
         t, h, w = self.spec.grid

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from merv.encoding.base import Encoder
-from merv.encoding.weights import renamed, select
+from merv.encoding.weights import by_library, select
 from merv.types import EncoderSpec, Preset
 
 FRAMES, SIZE, TUBELET, PATCH = 32, 224, 2, 16
@@ -19,16 +19,6 @@ PRESETS = {
     "merv": Preset("squash", (SIZE, SIZE), "bilinear"),
     # Its processor scales pixels to [-1, 1] and then normalizes them again: (2p - 1 - 0.5) / 0.5.
     "upstream": Preset("crop", (SIZE, SIZE), "bilinear", 256, (0.75,) * 3, (0.25,) * 3, "down"),
-}
-# Names in the checkpoints → names in newer versions of transformers.
-NEWER_NAMES = {
-    r"^encoder\.layer\.": "layers.",
-    r"attention\.attention\.query\.": "attention.q_proj.",
-    r"attention\.attention\.key\.": "attention.k_proj.",
-    r"attention\.attention\.value\.": "attention.v_proj.",
-    r"attention\.output\.dense\.": "attention.o_proj.",
-    r"intermediate\.dense\.": "mlp.fc1.",
-    r"(\d)\.output\.dense\.": r"\1.mlp.fc2.",
 }
 
 
@@ -64,10 +54,8 @@ class ViViT(Encoder):
         self.net = VivitModel(VivitConfig(), add_pooling_layer=False)
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        state = select(state, prefix="vivit.", drop=("classifier.", "vivit.pooler."))
-        if "encoder.layer.0.layernorm_before.weight" in self.net.state_dict():
-            return state
-        return renamed(state, NEWER_NAMES)
+        unused = ("classifier.", "vivit.pooler.", "pooler.")
+        return by_library(self.net, select(state, prefix="vivit.", drop=unused))
 
     def encode(self, pixels: Tensor) -> Tensor:
         t, h, w = self.spec.grid

@@ -11,9 +11,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -225,6 +227,57 @@ def joined(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dic
         if rows[0] != rows[1] and all(row in state for row in rows):
             result[key.replace(f".{parts[0]}.", f".{whole}.")] = torch.cat([result.pop(row) for row in rows])
     return result
+
+
+def by_library(net: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of a checkpoint of transformers with the library's own code.
+
+    For many classes, transformers saves files with other names than `state_dict()` has, and translates them
+    when it loads a file. Use this function in `rename()` of an encoder whose network is such a class.
+
+    Args:
+        net: The network, a `PreTrainedModel` of transformers. It is not changed.
+        state: Tensors by their names in the checkpoint, without those of heads that `net` does not have.
+
+    Returns:
+        Tensors by the names of `net.state_dict()`. What is unexpected, missing or of another shape stays so:
+        `load_exactly` raises an error that names it.
+
+    Example:
+        >>> from transformers import VivitConfig, VivitModel
+        >>> net = VivitModel(VivitConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1))
+        >>> name = "encoder.layer.0.attention.attention.query.bias"
+        >>> list(by_library(net, {name: torch.zeros(8)}))
+        ['layers.0.attention.q_proj.bias']
+    """
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        loaded, report = type(net).from_pretrained(
+            None,
+            config=net.config,
+            state_dict=dict(state),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    tensors = {k: tensor for k, tensor in loaded.state_dict().items() if k not in report["missing_keys"]}
+    tensors |= {name: torch.empty(shape, device="meta") for name, shape, _ in report["mismatched_keys"]}
+    return tensors | {name: torch.empty(0, device="meta") for name in report["unexpected_keys"]}
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the progress bars and loading reports of transformers."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def identity_of(module: nn.Module) -> Identity:

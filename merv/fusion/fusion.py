@@ -110,13 +110,20 @@ class Fusion(nn.Module):
         masks = [grids[name].mask if name in grids else absent for name in self.names]
         mask = torch.stack(masks, dim=1)  # [B, E, t, h, w]
         features = self._features(grids, mask)
-        mix = self._mix_folded if self._is_folded() else self._mix_plain
+        mix = self._mix_folded if self.is_folded else self._mix_plain
         tokens, token_mask, weights = mix(features, mask, question)
         if self.token_rms is not None:
             tokens = self.token_rms.to(tokens) * rms_norm(tokens, (self.output_dim,), eps=1e-6)
         grid = next(iter(grids.values()))
         positions = self.mixer.positions(cell_positions(grid.times_s, *grid.shape[1:]))
         return Fused(tokens, positions, token_mask, weights)
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether `forward` mixes before it projects, in the current mode."""
+        foldable = isinstance(self.mixer, WeightingMixer) and self.mixer.foldable
+        foldable = foldable and all(projector.foldable for projector in self._ordered_projectors())
+        return foldable and (not self.training if self.folded is None else self.folded)
 
     def dummy_tokens(self) -> Tensor:
         """Return the tokens [N, L] of one cell that no encoder sees.
@@ -197,11 +204,6 @@ class Fusion(nn.Module):
         return options
 
     # Plain and folded ---------------------------------------------------------------------
-
-    def _is_folded(self) -> bool:
-        foldable = isinstance(self.mixer, WeightingMixer) and self.mixer.foldable
-        foldable = foldable and all(projector.foldable for projector in self._ordered_projectors())
-        return foldable and (not self.training if self.folded is None else self.folded)
 
     def _mix_plain(
         self, features: Sequence[Tensor], mask: Tensor, question: Tensor | None

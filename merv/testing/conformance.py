@@ -11,12 +11,12 @@ from merv.fusion.mixers import Mixer
 from merv.fusion.projectors import Projector
 from merv.fusion.registry import MIXERS, PROJECTORS
 from merv.testing.encoder_checks import ENCODER_CHECKS, EncoderSubject
-from merv.testing.findings import Check, Finding, run_checks
+from merv.testing.findings import Checks, Finding, run_checks
 from merv.testing.fusion_checks import MIXER_CHECKS, PROJECTOR_CHECKS, MixerSubject, ProjectorSubject
 from merv.utils.plugins import Registry
 
 # Kind → its registry, its checks, and the subject that the checks share.
-SUITES: dict[str, tuple[Registry, tuple[Check, ...], Callable[..., Any]]] = {
+SUITES: dict[str, tuple[Registry, Checks, Callable[..., Any]]] = {
     "encoder": (ENCODERS, ENCODER_CHECKS, EncoderSubject),
     "mixer": (MIXERS, MIXER_CHECKS, MixerSubject),
     "projector": (PROJECTORS, PROJECTOR_CHECKS, ProjectorSubject),
@@ -26,8 +26,8 @@ SUITES: dict[str, tuple[Registry, tuple[Check, ...], Callable[..., Any]]] = {
 def check_encoder(encoder: Encoder | type[Encoder] | str, *, variant: str | None = None) -> list[Finding]:
     """Check that an encoder satisfies its contract.
 
-    The checks take about ten forward passes over two short clips. A check that raises counts as failed, and
-    the remaining checks still run.
+    The checks take about fifteen forward passes over short clips. A check that raises counts as failed.
+    Checks that need a failed one are not run, so that one fault gives one FAIL.
 
     Args:
         encoder: An encoder, an encoder class, or a name that `find_encoder` accepts. A class is created with
@@ -35,7 +35,7 @@ def check_encoder(encoder: Encoder | type[Encoder] | str, *, variant: str | None
         variant: The variant to check. Defaults to the first one.
 
     Returns:
-        One finding for each check. If the encoder cannot be created, only that finding.
+        One finding for each check.
 
     Raises:
         PluginError: No encoder, or more than one, has this name.
@@ -56,7 +56,7 @@ def check_mixer(mixer: type[Mixer] | str, **options: Any) -> list[Finding]:
         **options: Options of the mixer's constructor.
 
     Returns:
-        One finding for each check. If the mixer cannot be created, only that finding.
+        One finding for each check.
 
     Raises:
         PluginError: No mixer, or more than one, has this name.
@@ -77,7 +77,7 @@ def check_projector(projector: type[Projector] | str, **options: Any) -> list[Fi
         **options: Options of the projector's constructor.
 
     Returns:
-        One finding for each check. If the projector cannot be created, only that finding.
+        One finding for each check.
 
     Raises:
         PluginError: No projector, or more than one, has this name.

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from merv.encoding.base import Encoder
-from merv.testing.findings import difference
+from merv.encoding.weights import quiet_transformers
+from merv.testing.findings import Checks, CheckSkipped, difference
 from merv.types import Frames, Grid
+
+PAINT = (3.0, -2.0, 1.0)  # normalized color of a cell whose effect on the features is measured
 
 
 class EncoderSubject:
@@ -23,14 +29,18 @@ class EncoderSubject:
         self.options: dict[str, Any] = {"variant": variant, "weights": None}
         if isinstance(encoder, Encoder):
             self.options |= {"variant": encoder.variant, "preset": encoder.preset_name}
+            if source := encoder.source:  # the network may depend on the config.json beside the weights
+                self.options["weights"] = (
+                    f"{source.name}@{source.revision}" if source.revision else source.name
+                )
 
     @cached_property
     def encoder(self) -> Encoder:
         return self.instance or self.create()
 
-    def create(self) -> Encoder:
-        """Create another encoder of the same class with random weights."""
-        return self.type(**self.options)
+    def create(self, **options: Any) -> Encoder:
+        """Create another encoder of the same class, with weights from the same source or random ones."""
+        return self.type(**{**self.options, **options})
 
     @property
     def num_frames(self) -> int:
@@ -93,10 +103,10 @@ def _is_frozen(subject: EncoderSubject) -> str | None:
             return f"{name} requires a gradient; all parameters must be frozen"
     if subject.first.values.requires_grad:
         return "the features require a gradient: forward() uses a trainable tensor that is not a parameter"
-    subject.encoder.train()
-    for name, module in subject.encoder.named_modules():
-        if module.training:
-            return f"{name or 'the encoder'} is in training mode after .train(); it must stay in eval mode"
+    training = [name for name, module in subject.encoder.train().named_modules() if module.training]
+    subject.encoder.eval()
+    if training:
+        return f"{training[0] or 'the encoder'} is in training mode after .train(); it must stay in eval mode"
     return None
 
 
@@ -136,23 +146,33 @@ def _windows_are_independent(subject: EncoderSubject) -> str | None:
 
 def _times_match_the_frames(subject: EncoderSubject) -> str | None:
     times_s, frame_times_s = subject.grid.times_s, subject.frames.times_s
-    if (times_s.diff() < 0).any():
-        return "times_s must not decrease"
-    inside = (times_s[:, 0] >= frame_times_s[:, 0]) & (times_s[:, -1] <= frame_times_s[:, -1])
-    if inside.all():
-        return None
-    return f"times_s {times_s.tolist()} are outside the times of the frames, {frame_times_s.tolist()}"
+    for step, frames in enumerate(_frames_of_steps(subject)):
+        inside = (times_s[:, step] >= frame_times_s[:, frames][:, 0]) & (
+            times_s[:, step] <= frame_times_s[:, frames][:, -1]
+        )
+        if not inside.all():
+            return (
+                f"times_s of step {step} is {times_s[:, step].tolist()}, which is outside the times of its "
+                f"frames, {frame_times_s[:, frames].tolist()}"
+            )
+    return None
 
 
 def _mask_matches_the_frames(subject: EncoderSubject) -> str | None:
-    unpadded, half_padded = subject.grid.mask
-    if not unpadded.all():
-        return "the mask is False for cells of a clip without padding"
-    if not half_padded[0].all():
-        return "the mask is False for cells of real frames"
-    if len(half_padded) > 1 and half_padded[-1].any():
-        return "the mask is True for cells of padding"
+    for step, frames in enumerate(_frames_of_steps(subject)):
+        is_real = subject.frames.mask[:, frames]  # [B, frames of the step]
+        mask = subject.grid.mask[:, step]  # [B, h, w]
+        if not mask[is_real.all(dim=1)].all():
+            return f"the mask is False for cells of real frames, in step {step}"
+        if mask[~is_real.any(dim=1)].any():
+            return f"the mask is True for cells of padding, in step {step}"
     return None
+
+
+def _frames_of_steps(subject: EncoderSubject) -> list[slice]:
+    """The frames that each time step of the features overlaps."""
+    steps, frames = subject.grid.shape[0], subject.num_frames
+    return [slice(i * frames // steps, math.ceil((i + 1) * frames / steps)) for i in range(steps)]
 
 
 def _extent_is_unchanged(subject: EncoderSubject) -> str | None:
@@ -162,16 +182,83 @@ def _extent_is_unchanged(subject: EncoderSubject) -> str | None:
     return f"expected the extent of the frames, {expected.tolist()}, got {extent.tolist()}"
 
 
+def _cells_are_at_their_pixels(subject: EncoderSubject) -> str | None:
+    """Each corner cell must depend on its own pixels more than on those of the other corners.
+
+    The corners have the effect that they have on all features together, so that a network may mix all cells
+    as long as it mixes them evenly. Time steps are told apart in one corner.
+    """
+    count = subject.encoder.spec.window_size or subject.num_frames
+    pixels = subject.frames.pixels[:1, :count]
+    values = subject.encoder(Frames.of(pixels)).values[0]  # [t, h, w, D]
+    t, h, w = values.shape[:3]
+    corners = [(0, 0, w - 1), (t - 1, 0, w - 1), (t // 2, h - 1, 0), (t // 2, 0, 0), (t // 2, h - 1, w - 1)]
+    corners = list(dict.fromkeys(corners))
+    if len(corners) == 1:
+        raise CheckSkipped("a window has only one cell")
+    effects = []  # of each corner's pixels on all cells, [t, h, w]
+    for corner in corners:
+        changed = subject.encoder(Frames.of(_paint(pixels, corner, (t, h, w)))).values[0]
+        effects.append((changed - values).detach().double().norm(dim=-1))
+        if not effects[-1].any():
+            return f"the features do not depend on the pixels of cell {corner} (time step, row, column)"
+    shares = torch.stack([effect / effect.sum() for effect in effects])
+    for number, corner in enumerate(corners):
+        if shares[(slice(None), *corner)].argmax() != number:
+            strongest = tuple(int(i) for i in torch.unravel_index(shares[number].argmax(), (t, h, w)))
+            return (
+                f"the pixels of cell {corner} (time step, row, column) have most effect on the features of "
+                f"cell {strongest}; are rows and columns exchanged, frames in another order, or class and "
+                "register tokens not cut off?"
+            )
+    return None
+
+
+def _paint(pixels: Tensor, cell: tuple[int, int, int], grid: tuple[int, int, int]) -> Tensor:
+    """Return a copy of pixels [1, T, 3, H, W] in which one cell of the grid has one color."""
+    num_frames, _, height, width = pixels.shape[1:]
+    frames, rows, columns = (
+        slice(i * size // n, (i + 1) * size // n)
+        for i, size, n in zip(cell, (num_frames, height, width), grid, strict=True)
+    )
+    painted = pixels.clone()
+    painted[:, frames, :, rows, columns] = torch.tensor(PAINT)[:, None, None]
+    return painted
+
+
 # Weights ---------------------------------------------------------------------------------
 
 
 def _state_dict_is_complete(subject: EncoderSubject) -> str | None:
-    if subject.encoder.source is not None:  # the network may depend on the source's config.json
-        return None
     other = subject.create()
     other.load_state_dict(subject.encoder.state_dict())
     fault = difference(other(subject.frames[:1]).values, subject.first.values)
     return fault and f"{fault} after another encoder loads the state dict"
+
+
+def _loads_what_its_library_saves(subject: EncoderSubject) -> str | None:
+    with TemporaryDirectory() as folder:
+        _save_as_its_library(subject.encoder, folder)
+        loaded = subject.create(weights=str(Path(folder, "model.safetensors")))
+    saved = subject.encoder.net.state_dict()
+    for name, tensor in loaded.net.state_dict().items():
+        if not torch.equal(tensor.to(saved[name]), saved[name]):
+            return f"{name} has other values after they were saved by the library and loaded by the encoder"
+    return None
+
+
+def _save_as_its_library(encoder: Encoder, folder: str) -> None:
+    """Save the network with the code of the library that it comes from."""
+    net: Any = copy.deepcopy(getattr(encoder, "net", None))
+    if hasattr(net, "save_pretrained"):  # transformers, or a class with the mixin of huggingface_hub
+        with quiet_transformers():
+            net.save_pretrained(folder)
+    elif hasattr(net, "pretrained_cfg"):
+        from timm.models import save_for_hf
+
+        save_for_hf(net.to(memory_format=torch.contiguous_format), folder, safe_serialization=True)
+    if not Path(folder, "model.safetensors").is_file():
+        raise CheckSkipped(f"no library saves self.net, a {type(net).__name__}, as model.safetensors")
 
 
 def _does_not_seed_torch(subject: EncoderSubject) -> str | None:
@@ -182,17 +269,19 @@ def _does_not_seed_torch(subject: EncoderSubject) -> str | None:
     return None if seed == 12345 else f"creating the encoder sets torch's seed to {seed}"
 
 
-ENCODER_CHECKS: tuple[Callable[[EncoderSubject], str | None], ...] = (
-    _can_be_created,
-    _spec_is_consistent,
-    _is_frozen,
-    _shape_matches_the_spec,
-    _is_deterministic,
-    _clips_are_independent,
-    _windows_are_independent,
-    _times_match_the_frames,
-    _mask_matches_the_frames,
-    _extent_is_unchanged,
-    _state_dict_is_complete,
-    _does_not_seed_torch,
-)
+ENCODER_CHECKS: Checks = {
+    _can_be_created: (),
+    _spec_is_consistent: (_can_be_created,),
+    _shape_matches_the_spec: (_spec_is_consistent,),
+    _is_frozen: (_shape_matches_the_spec,),
+    _is_deterministic: (_shape_matches_the_spec,),
+    _clips_are_independent: (_is_deterministic,),
+    _windows_are_independent: (_clips_are_independent,),
+    _cells_are_at_their_pixels: (_windows_are_independent,),
+    _times_match_the_frames: (_shape_matches_the_spec,),
+    _mask_matches_the_frames: (_shape_matches_the_spec,),
+    _extent_is_unchanged: (_shape_matches_the_spec,),
+    _state_dict_is_complete: (_is_deterministic,),
+    _loads_what_its_library_saves: (_can_be_created,),
+    _does_not_seed_torch: (_can_be_created,),
+}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +13,7 @@ from merv.fusion.fusion import Fusion
 from merv.fusion.mixers import Mixer, cell_positions
 from merv.fusion.projectors import Projector
 from merv.fusion.registry import MIXERS, PROJECTORS
-from merv.testing.findings import difference
+from merv.testing.findings import Check, Checks, CheckSkipped, difference
 from merv.types import WHOLE_PICTURE, Grid
 
 EMBED_DIMS = {"a": 8, "b": 12, "c": 6}  # encoder → D
@@ -126,6 +125,8 @@ def _clips_are_independent(subject: Subject) -> str | None:
 
 def _every_parameter_gets_a_gradient(subject: Subject) -> str | None:
     module: Any = copy.deepcopy(subject.module).train()
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise CheckSkipped("it has no trainable parameters")
     output = subject.run(module)
     if output.requires_grad:
         output.square().sum().backward()
@@ -147,6 +148,8 @@ def _folded_form_equals_the_plain_one(subject: Subject) -> str | None:
         for number, (name, embed_dim) in enumerate(EMBED_DIMS.items())
     }
     question = _random(2, OUTPUT_DIM) if fusion.mixer.conditioned else None
+    if not fusion.is_folded:
+        raise CheckSkipped("it cannot be folded")
     with torch.no_grad():
         folded = fusion(grids, question)
         fusion.folded = False
@@ -190,15 +193,18 @@ def _output_shapes_are_correct(subject: MixerSubject) -> str | None:
             )
     if not mask.any(dim=1).all():
         return "the mask is False for all tokens of a clip that has features"
-    return None
+    invalid = int((~tokens[mask].isfinite()).sum())
+    return f"{invalid} numbers in tokens are NaN or infinite" if invalid else None
 
 
 def _weights_sum_to_one_over_present_encoders(subject: MixerSubject) -> str | None:
     with torch.no_grad():
         _, _, weights = subject.mix(subject.module, subject.streams)
     if weights is None:
-        return None
-    sums = (weights * subject.mask).sum(dim=1)[subject.mask.any(dim=1)]
+        raise CheckSkipped("it returns no weights")
+    if weights[~subject.mask].any():
+        return "an encoder has a weight at a cell that it does not see"
+    sums = weights.sum(dim=1)[subject.mask.any(dim=1)]
     worst = sums[(sums - 1).abs().argmax()].item()
     return None if abs(worst - 1) < 1e-4 else f"the weights of a cell sum to {worst:.4g} instead of 1"
 
@@ -232,9 +238,10 @@ def _accepts_a_clip_without_features(subject: MixerSubject) -> str | None:
 
 def _output_shape_is_correct(subject: ProjectorSubject) -> str | None:
     shape, expected = list(subject.output.shape), [*subject.features.shape[:-1], OUTPUT_DIM]
-    if shape == expected:
-        return None
-    return f"expected {expected} for features {list(subject.features.shape)}, got {shape}"
+    if shape != expected:
+        return f"expected {expected} for features {list(subject.features.shape)}, got {shape}"
+    invalid = int((~subject.output.isfinite()).sum())
+    return f"{invalid} projected features are NaN or infinite" if invalid else None
 
 
 def _scale_can_be_initialized(subject: ProjectorSubject) -> str | None:
@@ -246,19 +253,28 @@ def _scale_can_be_initialized(subject: ProjectorSubject) -> str | None:
     )
 
 
-SHARED: tuple[Callable[[Any], str | None], ...] = (
-    _clips_are_independent,
-    _every_parameter_gets_a_gradient,
-    _folded_form_equals_the_plain_one,
-    _can_be_saved,
-    _state_dict_is_complete,
-)
-MIXER_CHECKS = (
-    _can_be_created,
-    _output_shapes_are_correct,
-    _weights_sum_to_one_over_present_encoders,
-    _masked_features_are_ignored,
-    _accepts_a_clip_without_features,
-    *SHARED,
-)
-PROJECTOR_CHECKS = (_can_be_created, _output_shape_is_correct, _scale_can_be_initialized, *SHARED)
+def _shared(shapes: Check) -> dict[Check, tuple[Check, ...]]:
+    """The checks of both kinds, which need the check of the output's shape."""
+    return {
+        _clips_are_independent: (shapes,),
+        _every_parameter_gets_a_gradient: (shapes,),
+        _folded_form_equals_the_plain_one: (shapes,),
+        _can_be_saved: (_can_be_created,),
+        _state_dict_is_complete: (shapes,),
+    }
+
+
+MIXER_CHECKS: Checks = {
+    _can_be_created: (),
+    _output_shapes_are_correct: (_can_be_created,),
+    _weights_sum_to_one_over_present_encoders: (_output_shapes_are_correct,),
+    _masked_features_are_ignored: (_output_shapes_are_correct,),
+    **_shared(_output_shapes_are_correct),
+    _accepts_a_clip_without_features: (_every_parameter_gets_a_gradient,),
+}
+PROJECTOR_CHECKS: Checks = {
+    _can_be_created: (),
+    _output_shape_is_correct: (_can_be_created,),
+    _scale_can_be_initialized: (_can_be_created,),
+    **_shared(_output_shape_is_correct),
+}

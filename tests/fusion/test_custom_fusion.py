@@ -257,6 +257,20 @@ class Unequal(Mean):
         return 2 * super().weigh(score_inputs, mask, question)
 
 
+class WeighsAbsent(Mean):
+    """Also reports weights at cells that an encoder does not see."""
+
+    def forward(self, streams, mask, question=None):
+        tokens, real, weights = super().forward(streams, mask, question)
+        return tokens, real, torch.where(mask, weights, 0.1)
+
+
+class NanTokens(Mean):
+    def forward(self, streams, mask, question=None):
+        tokens, real, weights = super().forward(streams, mask, question)
+        return tokens / 0.0, real, weights
+
+
 class NanGradient(Scalar):
     """Has NaN gradients if no encoder sees the clip."""
 
@@ -345,6 +359,8 @@ class MissingState(Projector):
         (check_mixer, Wide, "output shapes are correct"),
         (check_mixer, IgnoresMask, "masked features are ignored"),
         (check_mixer, Unused, "every parameter gets a gradient"),
+        (check_mixer, WeighsAbsent, "weights sum to one over present encoders"),
+        (check_mixer, NanTokens, "output shapes are correct"),
         (check_mixer, NanGradient, "accepts a clip without features"),
         (check_mixer, NoGradient, "accepts a clip without features"),
         (check_mixer, AllMasked, "output shapes are correct"),
@@ -356,8 +372,8 @@ class MissingState(Projector):
     ],
 )
 def test_checks_find_faults(check, plugin, failed_check):
-    failed = {finding.name: finding.message for finding in check(plugin) if not finding.passed}
-    assert failed.get(failed_check)
+    failed = [finding.name for finding in check(plugin) if finding.status == "FAIL"]
+    assert failed == [failed_check]
 
 
 @pytest.mark.parametrize(
@@ -376,9 +392,18 @@ def test_correct_plug_in_passes_all_checks(check, plugin):
     assert [str(finding) for finding in check(plugin) if not finding.passed] == []
 
 
+def test_checks_that_do_not_apply_are_skipped():
+    skipped = [finding.name for finding in check_mixer("concat") if finding.status == "skipped"]
+    assert skipped == [
+        "weights sum to one over present encoders",
+        "every parameter gets a gradient",
+        "folded form equals the plain one",
+    ]
+
+
 def test_mixer_that_cannot_be_created_fails_one_check():
-    findings = check_mixer("gate", hiden=3)
-    assert [finding.passed for finding in findings] == [False]
+    statuses = [finding.status for finding in check_mixer("gate", hiden=3)]
+    assert statuses == ["FAIL", *["not run"] * (len(statuses) - 1)]
 
 
 def test_perceiver_makes_the_same_number_of_tokens_for_a_still(example, tmp_path):
