@@ -7,9 +7,9 @@ import argparse
 from merv.cli.plugins import add_kind_arguments, run_kind
 
 EXAMPLES = """\
-The plain list imports nothing. --long imports each encoder and shows its variants, the default first. An
-encoder that cannot be imported is shown as broken and does not affect the others. If an import crashes the
-interpreter, PYTHONFAULTHANDLER=1 shows where.
+The plain list imports nothing. --long imports each encoder, creates its default variant without weights and
+shows its variants, the default first. An encoder that cannot be imported or created is shown as broken and
+does not affect the others. If an import crashes the interpreter, PYTHONFAULTHANDLER=1 shows where.
 
 examples:
   merv encoders

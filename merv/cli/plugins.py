@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from merv.encoding.registry import ENCODERS, name_and_variant
-from merv.errors import BrokenPlugin
+from merv.errors import BrokenPlugin, MervError
 from merv.fusion.registry import MIXERS, PROJECTORS
 from merv.utils.plugins import Plugin, Registry
 
@@ -21,10 +21,17 @@ LONG_COLUMNS = {
     "mixers": ("options", "description"),
     "projectors": ("options", "description"),
 }
+# Arguments to create a plug-in of a kind: those that every class takes.
+CREATED_WITH: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "encoders": ((), {"weights": None}),
+    "mixers": ((64, 2), {}),
+    "projectors": ((64, 64), {}),
+}
 
 EXAMPLES = """\
-The plain list imports nothing. `merv plugins KIND --long` imports the plug-ins of a kind and shows more about
-them. A plug-in that cannot be imported is shown as broken and does not affect the others.
+The plain list imports nothing. `merv plugins KIND --long` imports the plug-ins of a kind, creates one of each
+without weights and shows more about them. A plug-in that cannot be imported or created is shown as broken and
+does not affect the others.
 
 examples:
   merv plugins                                  list plug-ins of all kinds
@@ -97,15 +104,29 @@ def _long(kind: str, plugin: Plugin) -> Iterable[Sequence[str]]:
     name, *owner = _short(plugin)
     try:
         loaded: Any = plugin.load()
-    except BrokenPlugin as error:
+        state = _state(kind, loaded)
+    except MervError as error:
         return [(name, *owner, "broken: " + " ".join(str(error.__cause__ or error).split()))]
     if kind == "encoders":
         return [
-            (f"{name}/{variant}", *owner, "ok", *_cells(spec)) for variant, spec in loaded.variants.items()
+            (f"{name}/{variant}", *owner, state, *_cells(spec)) for variant, spec in loaded.variants.items()
         ]
     options = list(inspect.signature(loaded).parameters.values())[2:]  # merv passes the first two itself
     description = (vars(loaded).get("__doc__") or "").strip().partition("\n")[0]
-    return [(name, *owner, "ok", ", ".join(map(_option, options)) or "-", description)]
+    return [(name, *owner, state, ", ".join(map(_option, options)) or "-", description)]
+
+
+def _state(kind: str, plugin: type) -> str:
+    """Create a plug-in without weights, which shows whether its packages are there: "ok" if it works."""
+    from merv.utils.torch_modules import without_weights
+
+    arguments, options = CREATED_WITH[kind]
+    try:
+        inspect.signature(plugin).bind(*arguments, **options)
+    except TypeError as error:  # it has options without a default
+        return f"not created: {error}"
+    without_weights(lambda: REGISTRIES[kind].create(plugin, *arguments, **options), BrokenPlugin)
+    return "ok"
 
 
 def _option(parameter: inspect.Parameter) -> str:
@@ -134,7 +155,7 @@ def _check(kind: str, name: str) -> int:
     findings = check_plugin(kind.removesuffix("s"), loaded, **options)
     for finding in findings:
         print(f"  {finding}")
-    failed = sum(not finding.passed for finding in findings)
+    failed = sum(finding.status == "FAIL" for finding in findings)
     if failed:
         print(f"{name}{owner} fails {failed} of {len(findings)} checks.")
     return int(failed > 0)

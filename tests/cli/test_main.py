@@ -7,7 +7,9 @@ from importlib.util import find_spec
 import pytest
 
 from merv.cli import main as cli
+from merv.encoding.registry import ENCODERS
 from merv.errors import MervError
+from merv.testing.encoder_checks import ENCODER_CHECKS
 
 
 def merv(*arguments: str) -> int:
@@ -117,14 +119,48 @@ def test_encoders_lists_name_distribution_and_version(capsys):
     assert {"dinov2", "siglip", "clip", "vivit", "languagebind", "fake"} <= {row[0] for row in rows}
 
 
-def test_encoders_long_shows_variants_and_broken_plug_ins(plant, capsys):
-    plant("sunny-encoders", {"sunny": "raises_sunny:Sunny"}, raises_sunny="raise OSError('no\\nsun')")
-    assert merv("encoders", "--long") == 0
-    rows = capsys.readouterr().out.splitlines()
-    assert ["sunny", "sunny-encoders", "1.2", "broken:", "no", "sun"] in [row.split() for row in rows]
-    fake = next(row.split() for row in rows if row.startswith("fake/video"))
-    assert fake[1] == "merv"
-    assert fake[3:6] == ["ok", "16", "8×2×2"]
+@pytest.fixture
+def long_rows(plant, monkeypatch, capsys):
+    """Return the rows of `merv encoders --long` for `fake` and the encoders of a module, by name."""
+
+    def run(module, **classes):
+        entries = {name: f"sunny_module:{value}" for name, value in classes.items()}
+        plant("sunny-encoders", entries, sunny_module=module)
+        plugins = [plugin for plugin in ENCODERS.plugins() if plugin.name in ("fake", *classes)]
+        monkeypatch.setattr("merv.utils.plugins.Registry.plugins", lambda self: plugins)
+        assert merv("encoders", "--long") == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+        return {row[0]: row[1:] for row in rows}
+
+    return run
+
+
+def test_encoders_long_shows_variants_and_broken_plug_ins(long_rows):
+    rows = long_rows("raise OSError('no\\nsun')", sunny="Sunny")
+    assert rows["sunny"] == ["sunny-encoders", "1.2", "broken:", "no", "sun"]
+    assert rows["fake/video"][0] == "merv"
+    assert rows["fake/video"][2:5] == ["ok", "16", "8×2×2"]
+
+
+NEEDY = """
+from merv.encoders.fake import Fake
+
+class Needy(Fake):
+    def build(self):
+        import a_package_that_nobody_has
+
+class Picky(Fake):
+    def __init__(self, taste, **options):
+        super().__init__(**options)
+"""
+
+
+def test_encoders_long_shows_that_a_package_is_missing(long_rows):
+    rows = long_rows(NEEDY, needy="Needy", picky="Picky")
+    assert rows["needy"][2] == "broken:"
+    assert "'a_package_that_nobody_has'" in rows["needy"]
+    assert rows["picky/image"][2:4] == ["not", "created:"]
+    assert "'taste'" in rows["picky/image"]
 
 
 def test_check_of_a_correct_encoder_is_status_0(capsys):
@@ -133,7 +169,8 @@ def test_check_of_a_correct_encoder_is_status_0(capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "problem"), [("fussy", "fails 1 of 1 checks"), ("absent", "cannot be imported")]
+    ("name", "problem"),
+    [("fussy", f"fails 1 of {len(ENCODER_CHECKS)} checks"), ("absent", "cannot be imported")],
 )
 def test_check_of_a_faulty_encoder_is_status_1_and_names_its_distribution(plant, capsys, name, problem):
     plant("sunny-encoders", {"fussy": "sunny_module:Fussy", "absent": "nowhere:X"}, sunny_module=FUSSY)
