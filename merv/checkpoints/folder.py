@@ -52,7 +52,7 @@ def write_model(
 
 def write_config(folder: str | Path, kind: str, config: Mapping[str, Any]) -> None:
     """Write config.json into an existing folder."""
-    text = json.dumps({"merv": FORMAT, "kind": kind, **config}, indent=2)
+    text = json.dumps({"merv": FORMAT, "model_type": "merv", "kind": kind, **config}, indent=2)
     (Path(folder) / CONFIG).write_text(text + "\n")
 
 
@@ -130,6 +130,7 @@ def read_config(folder: str | Path, required: str = WEIGHTS) -> tuple[str, dict[
             f"{folder / CONFIG} has format {version}; this version of merv reads format {FORMAT}. "
             "Train or convert the model again."
         )
+    config.pop("model_type", None)
     return config.pop("kind"), config
 
 
