@@ -46,6 +46,7 @@ from merv.utils.torch_modules import bfloat16_is_slow
 
 logger = logging.getLogger(__name__)
 
+NO_END = "The run has no end, which the schedule needs: set trainer.max_epochs or trainer.max_steps."
 OPTIMIZER_OPTIONS = ("lr", "lr_overrides", "betas", "weight_decay", "warmup")
 
 
