@@ -106,3 +106,34 @@ def test_importing_merv_imports_nothing_heavy():
     code = f"import merv, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+TRANSFORMERS_FILES = {
+    path
+    for folder in ("merv", "encoders", "examples")
+    for path in (Path(__file__).parents[1] / folder).rglob("*.py")
+    if "transformers" in path.read_text(encoding="utf-8")
+}
+LOADS_NO_CODE = {"GenerationConfig"}
+
+
+def loading_calls(path: Path) -> Iterator[ast.Call]:
+    """The calls of `from_pretrained` and `from_config` of classes that a file imports from transformers."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    froms = [
+        n for n in nodes if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("transformers")
+    ]
+    names = {alias.asname or alias.name for node in froms for alias in node.names} - LOADS_NO_CODE
+    for node in nodes:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = ast.unparse(node.func.value).removeprefix("transformers.")
+            if node.func.attr in ("from_pretrained", "from_config") and (owner in names or "Auto" in owner):
+                yield node
+
+
+def test_transformers_never_loads_code_of_a_folder():
+    calls = [(path, call) for path in sorted(TRANSFORMERS_FILES) for call in loading_calls(path)]
+    assert len(calls) >= 8
+    for path, call in calls:
+        trust = [ast.unparse(each.value) for each in call.keywords if each.arg == "trust_remote_code"]
+        assert trust == ["False"], f"{path.name}: {ast.unparse(call)}"

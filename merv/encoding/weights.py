@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from merv.errors import WeightsError
+from merv.utils.assets import check_download
 from merv.utils.files import downloaded_folder, files_digest, package_folders
 from merv.utils.hub import download, find_on_hub
 from merv.utils.torch_modules import first_few, state_dict_mismatch
@@ -300,8 +301,9 @@ def package_file(module: str, pattern: str) -> Path:
     The package is not imported.
 
     Raises:
-        WeightsError: The package is not there, or no file matches the pattern.
+        WeightsError: The package is not there, no file matches the pattern, or a download is damaged.
     """
+    check_download(module)
     for folder in [*package_folders(module), downloaded_folder(module)]:
         files = sorted(folder.glob(pattern))
         if files:

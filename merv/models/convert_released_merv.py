@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merv.checkpoints.folder import check_free, fill_exactly, replacing
+from merv.checkpoints.folder import check_free, fill_exactly, replacing, write_model
 from merv.encoding.base import Encoder
 from merv.encoding.registry import create_encoder
 from merv.encoding.weights import PRETRAINED
@@ -80,11 +80,12 @@ def convert(
     base = load_base(llm or LLMS[released.llm].source, released.llm)
     with replacing(out) as folder:
         model = _build(released, base, checkpoint, encoders or {}, log)
-        model.save_pretrained(folder)
         shapes = {name: parameter.detach().to("meta") for name, parameter in model.llm.named_parameters()}
         model.llm.config.save_pretrained(folder / "llm")
+        saved, state = model.config(), model.trainable_state_dict()
         del model  # frees the encoders and the pages of the mapped file that were read
         write_llm(folder / "llm", base, shapes, checkpoint, shard_bytes)
+        write_model(folder, VideoLLM.kind, saved, state)
 
 
 def _build(
@@ -214,7 +215,7 @@ class BaseLLM:
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(self.config)
+            network = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         expected = network.state_dict()
         required = {name for name, _ in network.named_parameters()}  # of tied parameters, only the first
         faults = list_faults(
@@ -255,7 +256,8 @@ def load_base(source: str | Path, name: str) -> BaseLLM:
     from transformers import AutoConfig, GenerationConfig
 
     try:
-        config, tokenizer = AutoConfig.from_pretrained(source), load_tokenizer(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        tokenizer = load_tokenizer(source)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(

@@ -89,8 +89,8 @@ def load_llm(source: str | Path, dtype: str = "auto", quantize: str | None = Non
     options = _quantization_options(quantize, dtype)
     with _loading(source):
         tokenizer = load_tokenizer(folder)
-        options |= {"dtype": DTYPES[dtype], "trust_remote_code": False, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+        options |= {"dtype": DTYPES[dtype], "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
     llm, report = loaded
     missing = sorted(report["missing_keys"])  # transformers initializes these randomly
     if missing:

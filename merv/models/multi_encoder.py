@@ -13,13 +13,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from merv.checkpoints.folder import fill_exactly, load_folder
+from merv.checkpoints.config_schema import FLOATING_POINT, check_config, invalid_config
+from merv.checkpoints.folder import CONFIG, check_fits, fill_exactly, load_folder
 from merv.checkpoints.pretrained import PretrainedMixin, find_model
 from merv.encoding.base import Encoder
 from merv.encoding.registry import create_encoder
 from merv.encoding.weights import PRETRAINED
 from merv.encoding.windows import encode_distinct
-from merv.errors import CheckpointError, EncoderError, ShapeError
+from merv.errors import BrokenPlugin, CheckpointError, EncoderError, PluginError, ShapeError
 from merv.features.reader import EncoderRequest, LoadedVideo, Reader, feature_cache_key
 from merv.features.store import FeatureStore
 from merv.fusion.align import Aligner
@@ -38,16 +39,13 @@ from merv.models.named_encoders import (
 from merv.types import Fused, Grid
 from merv.utils.plugins import class_path
 from merv.utils.suggest import nearest
-from merv.utils.torch_modules import device_and_dtype
+from merv.utils.torch_modules import device_and_dtype, without_weights
 from merv.video.clip import Clip
 from merv.video.open import check_backend
 from merv.video.sampling import Mode, Sampling
 from merv.video.transforms import Resample, check_resample
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-}
+DTYPES = {name: getattr(torch, name) for name in FLOATING_POINT}
 
 
 @dataclass(frozen=True, eq=False)
@@ -464,20 +462,43 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         """
         options = dict(config)
         for registry, option in ((MIXERS, "mixer"), (PROJECTORS, "projector")):
-            path = options.get(option, "")
-            if not isinstance(path, str):
-                raise CheckpointError(
-                    f"Expected {option} in config.json to be a name or module:Class, got {path!r}."
-                )
-            if ":" in path:
+            if ":" in (path := options.get(option, "")):
+        check_config(MultiEncoder.kind, config, "The config")
+        return cls._from_config(config, weights, None, "The config")
+
+    @classmethod
+    def _from_config(
+        cls,
+        config: Mapping[str, Any],
+        weights: Mapping[str, str | None],
+        state: Mapping[str, Tensor] | None,
+        where: str | Path,
+    ) -> MultiEncoder:
+        """Create a MultiEncoder from a config that has been checked.
+
+        The sizes of the fusion are compared with those of its saved tensors before memory is allocated.
+
+        Args:
+            config: What `config` returned.
+            weights: See `from_config`.
+            state: The saved tensors of the fusion. None: they are not compared.
+            where: The file of the config, for messages.
+        """
                 registry.check_trusted(path, f"The {option}")
         check_keys("weights", weights, options["encoders"])
-        encoders = {
-            name: recreate(name, saved, weights).to(_dtype(saved["dtype"]))
-            for name, saved in options.pop("encoders").items()
-        }
-        sampling, fusion_dtype = Sampling(**options.pop("sampling")), _dtype(options.pop("fusion_dtype"))
-        model = cls(encoders, sampling=sampling, **{**options, "grid": tuple(options["grid"])})
+        fusion_dtype = DTYPES[options.pop("fusion_dtype")]
+        saved_encoders = options.pop("encoders")
+        with invalid_config(where):
+            encoders = {
+                name: recreate(name, saved, weights).to(DTYPES[saved["dtype"]])
+                for name, saved in saved_encoders.items()
+            }
+        options |= {"sampling": Sampling(**options["sampling"]), "grid": tuple(options["grid"])}
+        with invalid_config(where, PluginError):
+            if state is not None:
+                empty = without_weights(lambda: cls(encoders, **options), BrokenPlugin)
+                check_fits({} if empty.fusion is None else empty.fusion.state_dict(), state, where)
+            model = cls(encoders, **options)
         if model.fusion is not None:
             model.fusion.to(fusion_dtype)
         return model
@@ -497,7 +518,11 @@ class MultiEncoder(PretrainedMixin, nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, weights: Mapping[str, str | None] | None = None
+        cls,
+        folder: str | Path,
+        *,
+        weights: Mapping[str, str | None] | None = None,
+        verify: bool | None = None,
     ) -> MultiEncoder:
         """Load a model that was saved by `save_pretrained` or pushed by `push_to_hub`.
 
@@ -509,29 +534,22 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             The model in eval mode. Encoders and fusion have the dtypes that they were saved with.
 
         Raises:
-            CheckpointError: The folder is not a saved MultiEncoder, or an encoder has other weights than when
-                the model was saved.
+            CheckpointError: The folder is not a saved MultiEncoder, is damaged, or an encoder has other
+                weights than when the model was saved.
             WeightsError: The model or the weights of an encoder could not be loaded.
+            verify: Compare the files of the folder with the SHA-256 that they had when the model was saved.
+                True: all files. None: files of up to 256 MiB, which takes at most a second. False: none.
             PluginError: The model names a class that is neither registered nor imported.
         """
         folder = find_model(folder)
-        config, state = load_folder(folder, cls.kind)
-        model = cls.from_config(config, weights or {})
+        config, state = load_folder(folder, cls.kind, verify)
+        model = cls._from_config(config, weights or {}, state, folder / CONFIG)
         fill_exactly(model.trainable_state_dict(), state, folder)
         return model.eval()
 
 
 def _dtype_name(module: nn.Module) -> str:
     return str(device_and_dtype(module)[1]).removeprefix("torch.")
-
-
-def _dtype(name: Any) -> torch.dtype:
-    if name not in DTYPES:
-        raise CheckpointError(
-            f"Unknown dtype {name!r} of an encoder or of the fusion in config.json. "
-            f"Expected one of {', '.join(DTYPES)}."
-        )
-    return DTYPES[name]
 
 
 def source_key(source: Any) -> Any:

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from merv.checkpoints.folder import fill_exactly, load_folder
+from merv.checkpoints.config_schema import invalid_config
+from merv.checkpoints.folder import CONFIG, fill_exactly, load_folder
 from merv.checkpoints.pretrained import PretrainedMixin, bundled_llm, find_model
-from merv.errors import PromptError, ShapeError
+from merv.errors import CheckpointError, PromptError, ShapeError
 from merv.features.store import FeatureStore
 from merv.fusion.fusion import Fusion
 from merv.models.chat import NOT_LEARNED, Conversation, Prompt, Visual, check_messages
@@ -32,6 +33,8 @@ from merv.models.packing import Packed, pack, tokens_of
 from merv.models.scoring import ScoringMixin
 from merv.models.trainable import TrainablePartsMixin
 from merv.utils.private import attention_kernel
+
+FUSION = "vision.fusion."  # prefix of the tensors of the fusion in a checkpoint
 
 
 class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMixin):
@@ -321,6 +324,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         dtype: str | None = None,
         quantize: str | None = None,
         feature_store: FeatureStore | None = None,
+        verify: bool | None = None,
     ) -> VideoLLM:
         """Load a model that was saved by `save_pretrained` or pushed by `push_to_hub`.
 
@@ -331,40 +335,64 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
             dtype: Dtype of the LLM: "fp32", "bf16" or "fp16". Defaults to the saved one.
             quantize: Quantize the weights of the LLM: "nf4" or "int8"; see `load_llm`.
             feature_store: Store for aligned features.
+            verify: Compare the files of the folder with the SHA-256 that they had when the model was saved.
+                True: all files. None: files of up to 256 MiB, which takes at most a second. False: none.
 
         Returns:
             The model in eval mode.
 
         Raises:
-            CheckpointError: The folder is not a saved VideoLLM, or the LLM or an encoder has other weights
-                than when the model was saved.
+            CheckpointError: The folder is not a saved VideoLLM, is damaged, or the LLM or an encoder has
+                other weights than when the model was saved.
             WeightsError: The model, the LLM or the weights of an encoder could not be loaded.
             PluginError: The model names a class that is neither registered nor imported.
         """
         folder = find_model(folder)
-        config, state = load_folder(folder, cls.kind)
+        config, state = load_folder(folder, cls.kind, verify)
+        lora = _saved_lora(config["lora"], state, folder / CONFIG)
         saved_llm = config["llm"]
         dtypes = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
         source = llm or bundled_llm(folder, saved_llm["source"]) or saved_llm["source"]
         network, tokenizer = load_llm(source, dtype or dtypes.get(saved_llm["dtype"], "auto"), quantize)
-        vision = MultiEncoder.from_config(config["vision"], weights or {})
+        fusion = {
+            name.removeprefix(FUSION): tensor for name, tensor in state.items() if name.startswith(FUSION)
+        }
+        vision = MultiEncoder._from_config(config["vision"], weights or {}, fusion, folder / CONFIG)
         options = restore_template(tokenizer, config["tokenizer"], source)
         model = cls(network, tokenizer, vision, feature_store, chat_template_kwargs=options)
         check_tokenizer(config["tokenizer"], model.chat.identity(), folder)
         check_same(saved_llm, model.identity, folder)
-        if config["lora"] is not None:
-            model.add_lora(LoraOptions(**config["lora"]))
-        model.train_only(config["trained"])
+        with invalid_config(folder / CONFIG):
+            if lora is not None:
+                model.add_lora(lora)
+            model.train_only(config["trained"])
         model._load_saved(state, config["modified_parts"], folder)
         return model.eval()
 
     def _load_saved(self, state: Mapping[str, Tensor], modified: Sequence[str], folder: Path) -> None:
         """Copy the saved tensors into the model; `modified` names the pretrained parts among them."""
+        if unknown := sorted(set(modified) - {"llm", *self.vision.encoders}):
+            raise CheckpointError(
+                f"{folder / CONFIG}: modified_parts has unknown parts {', '.join(unknown)}."
+            )
         fill_exactly(self.trainable_state_dict(modified), state, folder)
         self._llm_modified |= "llm" in modified
         for name, encoder in self.vision.named():
             if name in modified:
                 encoder.mark_modified()
+
+
+def _saved_lora(
+    options: Mapping[str, Any] | None, state: Mapping[str, Tensor], where: Path
+) -> LoraOptions | None:
+    """Return the options of the saved LoRA. Its rank must be that of the saved tensors."""
+    if options is None:
+        return None
+    ranks = {tuple(tensor.shape[:1]) for name, tensor in state.items() if ".lora_A." in name}
+    if ranks != {(options["r"],)}:
+        raise CheckpointError(f"{where}: lora.r is {options['r']}, but the saved tensors have another rank.")
+    with invalid_config(where):
+        return LoraOptions(**options)
 
 
 def _positions_before_answers(packed: Packed) -> Tensor:

@@ -96,6 +96,7 @@ def from_checkpoint(options: TrainingOptions, store: FeatureStore | None = None)
         quantize=options.quantize,
         weights={name: path for name, path in weights.items() if name in saved},
         feature_store=store,
+        verify=True,
     )
     differences = _differences(model, options, encoders)
     if differences:

@@ -18,9 +18,16 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from merv.checkpoints.folder import find_folder, load_folder, replacing, write_model
-from merv.errors import CheckpointError
-from merv.training.sharding import TRAINING_STATE
+from merv.checkpoints.folder import (
+    TRAINING_STATE,
+    find_folder,
+    load_folder,
+    replacing,
+    verify_folder,
+    write_model,
+)
+from merv.errors import CheckpointError, TrainingError
+from merv.training.sharding import read_training_state
 
 CHECKPOINTS = "checkpoints"  # the subfolder of a run
 PREFIX = "model."  # how the LightningModule names the tensors of its model
@@ -47,16 +54,17 @@ class Folders(CheckpointIO):
         """Read a folder that `save_checkpoint` wrote. Only tensors and plain values are unpickled.
 
         Raises:
-            CheckpointError: The folder is not a checkpoint.
+            CheckpointError: The folder is not a checkpoint, or one of its files has changed.
         """
         path = find_folder(path)
-        config, tensors = load_folder(path, "VideoLLM")
+        config, tensors = load_folder(path, "VideoLLM", verify=True)
         if not (path / TRAINING_STATE).is_file():
             raise CheckpointError(
                 f"Cannot resume from {path}: it is a trained model without {TRAINING_STATE}. "
                 "To start a new run with it, set model.init_from."
             )
-        rest = torch.load(path / TRAINING_STATE, map_location="cpu", weights_only=True)
+        verify_folder(path, True, [TRAINING_STATE])
+        rest = read_training_state(path)
         state = {PREFIX + name: tensor for name, tensor in tensors.items()}
         return {**rest, "config": config, "state_dict": state}
 

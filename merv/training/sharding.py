@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
-from merv.checkpoints.folder import find_folder, read_config, remove_leftovers, save_folder, write_config
+from merv.checkpoints.folder import (
+    TRAINING_STATE,
+    find_folder,
+    read_config,
+    remove_leftovers,
+    save_folder,
+    saved_files,
+    verify_folder,
+    write_config,
+)
 from merv.errors import CheckpointError, TrainingError
-from merv.utils.files import replace_folder, temporary_beside
+from merv.utils.distributed import gathered, processes, rank
+from merv.utils.files import files_below, folder_digests, replace_folder, temporary_beside
 from merv.utils.private import layer_classes
-
-TRAINING_STATE = "training.pt"  # everything in a checkpoint except config and model tensors
 
 
 def shard(model: Any, mesh: Any) -> None:
@@ -102,16 +110,25 @@ class Sharded(ModelParallelStrategy):
                 states[f"optimizer_{number}"] = state
             dcp.save(states, checkpoint_id=temporary)
             if self.is_global_zero:
-                write_config(temporary, "VideoLLM", checkpoint["config"])
                 torch.save(checkpoint, temporary / TRAINING_STATE)
+            self.barrier()
+            shares = gathered(folder_digests(temporary, _share(files_below(temporary))))
+            if self.is_global_zero:
+                write_config(
+                    temporary,
+                    "VideoLLM",
+                    checkpoint["config"],
+                    {k: v for share in shares for k, v in share.items()},
+                )
                 replace_folder(temporary, path)
                 remove_leftovers(path)
             self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load the tensors into the model and the optimizers; return the rest of the checkpoint."""
-        import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+        from merv.training.distributed_checkpoint import load
 
         path = Path(self.broadcast(checkpoint_path))
         if not is_sharded(path):
@@ -119,15 +136,16 @@ class Sharded(ModelParallelStrategy):
                 f"Cannot resume from {path}: it is not a sharded checkpoint. "
                 "Use the trainer.strategy that wrote it."
             )
+        _verify_together(path)
         assert self.lightning_module is not None
         assert self.model is not None
-        dcp.load({"state_dict": self.lightning_module.state_dict()}, checkpoint_id=path)
+        load({"state_dict": self.lightning_module.state_dict()}, path)
         for number, optimizer in enumerate(self.optimizers):
             key = f"optimizer_{number}"
             states = {key: get_optimizer_state_dict(self.model, optimizer)}
-            dcp.load(states, checkpoint_id=path)
+            load(states, path)
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=states[key])
-        return torch.load(path / TRAINING_STATE, weights_only=True)
+        return read_training_state(path)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Delete the folder."""
@@ -146,27 +164,64 @@ def is_sharded(path: str | Path) -> bool:
     return (Path(path) / ".metadata").is_file() and (Path(path) / TRAINING_STATE).is_file()
 
 
+def _share(files: Sequence[str]) -> list[str]:
+    """The files that this process hashes."""
+    return list(files[rank() :: processes()])
+
+
+def _verify_together(path: Path) -> None:
+    """Verify the files of a checkpoint, each in one process. All processes raise the same CheckpointError."""
+    fault = ""
+    try:
+        verify_folder(path, True, _share(saved_files(path)))
+    except CheckpointError as error:
+        fault = str(error)
+    if faults := [fault for fault in gathered(fault) if fault]:
+        raise CheckpointError(faults[0])
+
+
+def read_training_state(path: Path) -> dict[str, Any]:
+    """Read training.pt of a checkpoint. Only tensors and plain values are unpickled.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    file = path / TRAINING_STATE
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+    except Exception as error:  # damaged files raise errors of many types
+        raise CheckpointError(
+            f"{file} is damaged ({type(error).__name__}). Resume from an earlier checkpoint, or start a "
+            f"new run from its model: --model.init_from={path}."
+        ) from error
+    return state
+
+
 def full_state_dict(path: str | Path) -> Mapping[str, torch.Tensor]:
     """Read the model's tensors from a sharded checkpoint, in one process.
 
     Raises:
         CheckpointError: The folder is not a sharded checkpoint.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from merv.training.distributed_checkpoint import load, read_metadata
 
     if not is_sharded(path):
         raise CheckpointError(
             f"{path} is not a sharded checkpoint of merv. Expected a folder that a run with "
             "trainer.strategy: sharded wrote."
         )
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    verify_folder(path, True)
+    metadata = read_metadata(Path(path)).state_dict_metadata
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.items()
         if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(state, checkpoint_id=path, no_dist=True)
+    load(state, Path(path), no_dist=True)
     return {name.removeprefix("state_dict.model."): tensor for name, tensor in state.items()}
 
 

@@ -17,6 +17,11 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
 def sum_over_processes(numbers: Sequence[float], device: torch.device) -> list[float]:
     """Sum each number over all processes; every process gets the sums."""
     if processes() == 1:

@@ -11,7 +11,8 @@ import re
 import shutil
 import socket
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -162,6 +163,46 @@ def files_digest(paths: Iterable[Path]) -> str:
 @cache
 def _digest(path: str, size: int, modified_ns: int) -> str:
     with open(path, "rb") as file:
+        return stream_digest(file)
+
+
+def files_below(folder: Path) -> list[str]:
+    """The paths of all files in a folder and in its subfolders, relative to the folder.
+
+    >>> files_below(Path(__file__).parent)[0]
+    '__init__.py'
+    """
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def folder_digests(folder: Path, files: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of files of a folder, by their path in the folder."""
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
+        digests = pool.map(lambda name: _read_digest(folder / name), files)
+        return dict(zip(files, digests, strict=True))
+
+
+def changed_files(folder: Path, sha256: Mapping[str, str], max_bytes: float = float("inf")) -> list[str]:
+    """The files of a folder that are missing or have another SHA-256. Each file is read.
+
+    Args:
+        folder: The folder.
+        sha256: Path in the folder → SHA-256.
+        max_bytes: Larger files are not read.
+    """
+
+    def is_changed(name: str) -> bool:
+        path = folder / name
+        if not path.is_file():
+            return True
+        return path.stat().st_size <= max_bytes and _read_digest(path) != sha256[name]
+
+    with ThreadPoolExecutor() as pool:
+        return [name for name, changed in zip(sha256, pool.map(is_changed, sha256), strict=True) if changed]
+
+
+def _read_digest(path: Path) -> str:
+    with open_file(path) as file:
         return stream_digest(file)
 
 

@@ -93,8 +93,8 @@ def first_unlike(
 def state_dict_mismatch(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
     """Describe how the keys, shapes and kinds of numbers of two state dicts differ; None if they match.
 
-    Floating-point dtypes may differ. Integers in place of floating-point numbers are a mismatch, because they
-    are quantized weights.
+    Floating-point dtypes may differ, and so may those of integers. Integers in place of floating-point
+    numbers are a mismatch, because they are quantized weights.
 
     >>> state_dict_mismatch({"a": torch.zeros(1), "b": torch.zeros(2)}, {"b": torch.zeros(3)})
     '1 missing (a); 1 of another shape (b [3], expected [2])'
@@ -108,14 +108,19 @@ def state_dict_mismatch(expected: Mapping[str, Tensor], state: Mapping[str, Tens
             for key in shared
             if state[key].shape != expected[key].shape
         ],
-        "not floating-point": [
-            f"{key} {state[key].dtype}"
+        "of another kind of number": [
+            f"{key} {state[key].dtype}, expected {expected[key].dtype}"
             for key in shared
-            if expected[key].is_floating_point() and not state[key].is_floating_point()
+            if _kind(state[key]) != _kind(expected[key])
         ],
     }
     parts = [f"{len(keys)} {what} ({first_few(keys)})" for what, keys in differences.items() if keys]
     return "; ".join(parts) or None
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
+    """The kind of numbers of a tensor: floating-point, complex, boolean or integer."""
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
 
 def first_few(names: list[str], limit: int = 4) -> str:

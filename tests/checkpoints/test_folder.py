@@ -7,9 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from merv.checkpoints.config_schema import KINDS, Json
 from merv.checkpoints.folder import fill_exactly, load_folder, save_folder
 from merv.errors import CheckpointError
 from merv.utils.files import _host, temporary_beside
+
+
+@pytest.fixture(autouse=True)
+def thing(monkeypatch):
+    """A kind of model whose config can be any JSON value."""
+    monkeypatch.setitem(KINDS, "Thing", Json())
+    monkeypatch.setitem(KINDS, "VideoLLM", Json())
 
 
 def test_saved_folder_loads(tmp_path):

@@ -12,6 +12,7 @@ import yaml
 from hub import cache_as_hub
 from huggingface_hub import HfApi, errors
 
+from merv.checkpoints.folder import read_config, write_config
 from merv.errors import CheckpointError, WeightsError
 from merv.models.chat import user_message
 from merv.models.llm import LoraOptions, load_llm
@@ -97,10 +98,10 @@ def test_pushed_multi_encoder_loads(hub):
 
 def test_bundled_language_model_is_found_in_the_repository(model, llm, hub, tmp_path):
     model.save_pretrained(tmp_path / "whole")
-    config = json.loads((tmp_path / "whole/config.json").read_text())
-    config["llm"]["source"] = "llm"
-    (tmp_path / "whole/config.json").write_text(json.dumps(config))
     shutil.copytree(llm, tmp_path / "whole/llm")
+    kind, config = read_config(tmp_path / "whole")
+    config["llm"]["source"] = "llm"
+    write_config(tmp_path / "whole", kind, config)
     cache_as_hub(hub.cache, REPO, COMMIT, str(tmp_path / "whole"))
     assert VideoLLM.from_pretrained(REPO).identity["source"].endswith(f"snapshots/{COMMIT}/llm")
 

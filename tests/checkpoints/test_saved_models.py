@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from merv.checkpoints.folder import read_config, write_config
 from merv.cli.main import main
 from merv.errors import CheckpointError, PluginError, TrainingError, WeightsError
 from merv.features.store import FeatureStore
@@ -125,9 +126,9 @@ MINE = "from merv.encoders.fake import Fake\nclass Plugin(Fake):\n    pass\n"
 
 def set_encoder_class(folder, path) -> None:
     """Change the class of the encoder in a saved model's config."""
-    config = json.loads((folder / "config.json").read_text())
+    kind, config = read_config(folder)
     config["vision"]["encoders"]["fake"]["class"] = path
-    (folder / "config.json").write_text(json.dumps(config))
+    write_config(folder, kind, config)
 
 
 @pytest.fixture
@@ -150,6 +151,20 @@ def test_loading_imports_no_code(saved, file):
     ran = file("stranger_in_a_folder")
     set_encoder_class(saved, "stranger_in_a_folder:Plugin")
     with pytest.raises(PluginError, match="stranger_in_a_folder:Plugin"):
+        VideoLLM.from_pretrained(saved)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("file_of_auto_map", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_language_model_is_not_run(saved, tmp_path, monkeypatch, file_of_auto_map):
+    ran = tmp_path / "ran"
+    (tmp_path / "llm/code.py").write_text(f"import pathlib\npathlib.Path({str(ran)!r}).touch()")
+    config = json.loads((tmp_path / "llm" / file_of_auto_map).read_text())
+    names = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M", "AutoTokenizer": ["code.T", None]}
+    config |= {"auto_map": names, "model_type": "unheard_of", "tokenizer_class": "T"}
+    (tmp_path / "llm" / file_of_auto_map).write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("it asks whether to run the code"))
+    with pytest.raises(WeightsError, match="llm"):
         VideoLLM.from_pretrained(saved)
     assert not ran.exists()
 

@@ -1,6 +1,5 @@
 """`merv average` and `merv consolidate` write folders that load, and accept only checkpoints."""
 
-import json
 import shutil
 from types import SimpleNamespace
 
@@ -8,7 +7,8 @@ import pytest
 import torch
 
 from merv.checkpoints.average import average
-from merv.checkpoints.folder import load_folder, save_folder
+from merv.checkpoints.config_schema import KINDS, Json
+from merv.checkpoints.folder import load_folder, read_config, save_folder, write_config
 from merv.cli.main import main
 from merv.errors import CheckpointError
 from merv.models.llm import load_llm
@@ -16,6 +16,13 @@ from merv.models.multi_encoder import MultiEncoder
 from merv.models.video_llm import VideoLLM
 from merv.testing import tiny_llm
 from merv.training.sharding import Sharded, consolidate
+
+
+@pytest.fixture(autouse=True)
+def thing(monkeypatch):
+    """Kinds of models whose config can be any JSON value."""
+    for kind in ("Thing", "Other"):
+        monkeypatch.setitem(KINDS, kind, Json())
 
 
 def save_thing(folder, value, config=None, kind="Thing", **tensors) -> str:
@@ -79,10 +86,10 @@ def test_bundled_language_model_is_copied(tmp_path):
     model = VideoLLM(llm, tokenizer, MultiEncoder(["fake"], output_dim=llm.config.hidden_size))
     for name in "ab":
         model.save_pretrained(tmp_path / name)
-        config = json.loads((tmp_path / name / "config.json").read_text())
-        config["llm"]["source"] = "llm"
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
         shutil.copytree(tmp_path / "llm", tmp_path / name / "llm")
+        kind, config = read_config(tmp_path / name)
+        config["llm"]["source"] = "llm"
+        write_config(tmp_path / name, kind, config)
     average([tmp_path / "a", tmp_path / "b"], tmp_path / "mean")
     assert VideoLLM.from_pretrained(tmp_path / "mean").identity["source"] == str(tmp_path / "mean/llm")
 

