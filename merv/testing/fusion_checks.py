@@ -142,6 +142,7 @@ def _missing_gradient(module: nn.Module) -> str | None:
 
 def _folded_form_equals_the_plain_one(subject: Subject) -> str | None:
     fusion: Fusion = _randomize(subject.create_fusion())
+    fusion.token_rms = None  # normalized tokens would hide a wrong scale
     times_s, extent, mask = torch.zeros(2, GRID[0]), torch.tensor(WHOLE_PICTURE).expand(2, -1), _mask()
     grids = {
         name: Grid(_random(2, *GRID, embed_dim, seed=number), times_s, extent, mask[:, number])

@@ -18,6 +18,8 @@ from merv.fusion.mixers import CrossAttention, Mean, Scalar
 from merv.fusion.registry import MIXERS, PROJECTORS
 from merv.models.video_llm import VideoLLM
 from merv.testing import check_mixer, check_projector, make_video
+from merv.testing.findings import name_of
+from merv.testing.fusion_checks import MIXER_CHECKS, PROJECTOR_CHECKS
 
 pytestmark = QUIET
 EXAMPLE = Path(__file__).parents[2] / "examples/custom_fusion"
@@ -353,27 +355,53 @@ class MissingState(Projector):
         return super().before(features) * self.factor
 
 
-@pytest.mark.parametrize(
-    ("check", "plugin", "failed_check"),
-    [
-        (check_mixer, Wide, "output shapes are correct"),
-        (check_mixer, IgnoresMask, "masked features are ignored"),
-        (check_mixer, Unused, "every parameter gets a gradient"),
-        (check_mixer, WeighsAbsent, "weights sum to one over present encoders"),
-        (check_mixer, NanTokens, "output shapes are correct"),
-        (check_mixer, NanGradient, "accepts a clip without features"),
-        (check_mixer, NoGradient, "accepts a clip without features"),
-        (check_mixer, AllMasked, "output shapes are correct"),
-        (check_projector, NoNormOption, "can be created"),
-        (check_projector, NoInitScale, "scale can be initialized"),
-        (check_mixer, Unequal, "weights sum to one over present encoders"),
-        (check_projector, DependsOnBatch, "clips are independent"),
-        (check_projector, MissingState, "state dict is complete"),
-    ],
-)
+class WrongShape(Projector):
+    def forward(self, features):
+        return super().forward(features)[..., 1:]
+
+
+class FoldsWrongly(Doubled):
+    """Claims that its `forward` is only `linear(before(features))`."""
+
+    foldable = True
+
+
+def local_mixer() -> type[Mixer]:
+    class Local(Mean):
+        """Cannot be imported by another process."""
+
+    return Local
+
+
+FAULTS = [
+    (check_mixer, Wide, "output shapes are correct"),
+    (check_mixer, IgnoresMask, "masked features are ignored"),
+    (check_mixer, Unused, "every parameter gets a gradient"),
+    (check_mixer, WeighsAbsent, "weights sum to one over present encoders"),
+    (check_mixer, NanTokens, "output shapes are correct"),
+    (check_mixer, NanGradient, "accepts a clip without features"),
+    (check_mixer, NoGradient, "accepts a clip without features"),
+    (check_mixer, AllMasked, "output shapes are correct"),
+    (check_projector, NoNormOption, "can be created"),
+    (check_projector, NoInitScale, "scale can be initialized"),
+    (check_mixer, Unequal, "weights sum to one over present encoders"),
+    (check_projector, DependsOnBatch, "clips are independent"),
+    (check_projector, MissingState, "state dict is complete"),
+    (check_projector, WrongShape, "output shape is correct"),
+    (check_projector, FoldsWrongly, "folded form equals the plain one"),
+    (check_mixer, local_mixer(), "can be saved"),
+]
+
+
+@pytest.mark.parametrize(("check", "plugin", "failed_check"), FAULTS)
 def test_checks_find_faults(check, plugin, failed_check):
     failed = [finding.name for finding in check(plugin) if finding.status == "FAIL"]
     assert failed == [failed_check]
+
+
+def test_every_check_of_mixers_and_projectors_has_a_faulty_plug_in():
+    checks = {name_of(check) for check in (*MIXER_CHECKS, *PROJECTOR_CHECKS)}
+    assert {check for _, _, check in FAULTS} == checks
 
 
 @pytest.mark.parametrize(
