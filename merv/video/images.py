@@ -238,11 +238,20 @@ class Animation:
                 if image.size != self._size:
                     width, height = image.size
                     raise ValueError(f"frame {position} has another size than the first: {width}×{height}")
-                image.load()
+                _load_frame(image)
             except PIL_ERRORS as error:
                 self._image, self._end, self._reason = None, position, _message(error)
                 raise
         return image
+
+
+def _load_frame(image: Image.Image) -> None:
+    """Decode the current frame. PIL draws an APNG into the copy of the canvas that it restores later."""
+    canvas: Any = getattr(image, "_prev_im", None)
+    canvas = canvas and canvas.copy()
+    image.load()
+    if canvas:
+        image._prev_im = canvas  # type: ignore[attr-defined]
 
 
 def _open_image(file: BinaryIO) -> Image.Image:

@@ -21,6 +21,7 @@ from av.sidedata.sidedata import Type
 from torch import Tensor
 
 from merv.types import VideoInfo
+from merv.video.headers import Pictures
 from merv.video.reader import MAX_PIXELS, VideoReader, check_size, display_size, unreadable
 
 DECODE_ERRORS = (av.error.FFmpegError, OSError)  # raised by FFmpeg or by the file object
@@ -155,7 +156,7 @@ class PyAVReader(VideoReader):
         """Return the frames that the decoder outputs after `packet`, and note damage."""
         damage.check_packet(packet, number)
         try:
-            return packet.decode()
+            return decoded(packet)
         except DECODE_ERRORS:
             damage.mark(number)
             return []
@@ -244,6 +245,15 @@ def _packets(container: Any, *streams: Any) -> Iterator[Any]:
         yield from container.demux(*streams)
 
 
+def decoded(packet: Any) -> list[Any]:
+    """Decode a packet. A VP9 decoder accepts no more packets after eight that failed, until it is flushed."""
+    try:
+        return packet.decode()
+    except av.error.BlockingIOError:
+        packet.stream.codec_context.flush_buffers()
+        return packet.decode()
+
+
 def ends_inside_fragment(file: BinaryIO, size: int) -> bool:
     """Return whether an MP4 file ends in a fragment: in its table (moof), its frame data (mdat) or between.
 
@@ -285,7 +295,9 @@ class Scan:
         has_resets = container.format.flags & TS_DISCONT
         clock = Clock(step, round(MAX_JUMP_S / scan.tick_s)) if has_resets else None
         scan.untimed = container.format.name == "avi"  # its times are in storage order
-        count, end_s, last_is_corrupt = 0, 0.0, False
+        pictures = Pictures(scan.codec, stream.codec_context.extradata or b"")
+        count, end_s, last_is_corrupt, next_dts = 0, 0.0, False, 0
+        shown: list[list] = []  # of each packet that shows a frame: pts, dts, duration, two flags
         for packet in packets:
             if packet.size and packet.pts is not None:
                 end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
@@ -293,20 +305,24 @@ class Scan:
                 continue
             if scan.first_frame is None:
                 with suppress(*DECODE_ERRORS):
-                    scan.first_frame = next((f for f in packet.decode() if not f.is_corrupt), None)
+                    scan.first_frame = next((f for f in decoded(packet) if not f.is_corrupt), None)
             if not packet.size:
                 continue
-            scan.untimed |= packet.pts is None
-            pts = packet.dts if scan.untimed else packet.pts
-            pts = count * step if pts is None else pts
-            if clock:
-                pts += clock.offset_of(packet)
             count += 1
             last_is_corrupt = packet.is_corrupt
-            if not packet.is_discard:
-                scan.durations[pts] = packet.duration or step
-            if packet.is_keyframe:
-                scan.keyframes.append(pts)
+            if not pictures.shows_frame(packet):
+                if shown:  # the frame before stays
+                    shown[-1][2] += packet.duration or 0
+                continue
+            offset = clock.offset_of(packet) if clock else 0
+            scan.untimed |= packet.pts is None
+            pts = None if packet.pts is None else packet.pts + offset
+            dts = next_dts if packet.dts is None else packet.dts + offset
+            next_dts = dts + step
+            shown.append([pts, dts, packet.duration or step, packet.is_keyframe, packet.is_discard])
+        stored = [(dts if scan.untimed else pts, *properties) for pts, dts, *properties in shown]
+        scan.durations = {pts: duration for pts, duration, _, is_discard in stored if not is_discard}
+        scan.keyframes = [pts for pts, _, is_keyframe, _ in stored if is_keyframe]
         scan.by_count = scan.untimed or bool(clock and clock.was_reset)
         header_end = (stream.start_time or 0) + (stream.duration or 0)
         num_frames = frames_in_header(container, stream)

@@ -329,6 +329,13 @@ def test_larger_frame_of_a_gif_is_missing() -> None:
             video.read([0, 1])
 
 
+def test_apng_restores_the_canvas_before_a_frame() -> None:
+    first, *others = [Image.fromarray(picture(index)).convert("RGBA") for index in (0, 1, 2, 4)]
+    options = {"save_all": True, "append_images": others, "duration": 100}
+    with open_video(encode(first, "PNG", disposal=[0, 2, 2, 2], blend=1, **options)) as video:
+        assert indices_of(video.read([3, 0, 1, 2])) == [4, 0, 1, 2]
+
+
 def test_apng_skips_the_picture_for_other_viewers() -> None:
     default, *frames = [Image.fromarray(picture(index)) for index in range(4)]
     data = encode(default, "PNG", save_all=True, append_images=frames, default_image=True, duration=50)
