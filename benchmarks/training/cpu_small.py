@@ -34,20 +34,25 @@ def column(rows: Sequence[dict[str, str]], name: str) -> tuple[list[int], list[f
     return [step for step, _ in points], [value for _, value in points]
 
 
+def accuracies(rows: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Return the columns of exact matches, and what each is about: a kind of question, or "all"."""
+    columns = sorted(name for name in rows[0] if name.startswith("val/exact_match"))
+    return {name: name.removeprefix("val/exact_match").lstrip("/") or "all" for name in columns}
+
+
 def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
     """Plot loss, accuracies and mixer weights over the steps."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     left.plot(*column(rows, "loss"), linewidth=1)
     left.set(title="Loss (nats per answer token)", xlabel="step", ylim=(0, None))
-    names = sorted(name for name in rows[0] if name.startswith("val/") and name != "val/loss")
-    for name in names:
+    for name, label in accuracies(rows).items():
         steps, values = column(rows, name)
-        width = 3 if name == "val/exact_match" else 1.5
-        middle.plot(steps, [100 * v for v in values], marker="o", linewidth=width, label=name[4:])
+        width = 3 if label == "all" else 1.5
+        middle.plot(steps, [100 * v for v in values], marker="o", linewidth=width, label=label)
     middle.set(title="Held-out questions answered exactly (%)", xlabel="step", ylim=(0, 102))
     middle.legend(fontsize=8)
-    for name in sorted(name for name in rows[0] if name.startswith("weight/")):
-        right.plot(*column(rows, name), linewidth=1, label=name[7:])
+    for name in sorted(name for name in rows[0] if name.startswith("mix_weight/")):
+        right.plot(*column(rows, name), linewidth=1, label=name.removeprefix("mix_weight/"))
     right.set(title="Mean weight in the mixer", xlabel="step", ylim=(0, 1))
     right.legend(fontsize=8)
     for axes in (left, middle, right):
@@ -81,21 +86,17 @@ def main() -> None:
     (table,) = out.rglob("metrics.csv")
     rows = list(csv.DictReader(table.open()))
     draw(rows, out / "cpu_small.png")
-    last = {
-        name: column(rows, name)[1][-1]
-        for name in sorted(rows[0])
-        if name.startswith("val/") and name != "val/loss"
-    }
+    last = {label: column(rows, name)[1][-1] for name, label in accuracies(rows).items()}
     size = (out / "model/model.safetensors").stat().st_size / 1e6
     steps = column(rows, "val/exact_match")[0][-1] + 1
-    peak = max(column(rows, "GB")[1])
+    peak = max(column(rows, "memory_gb")[1])
     lines = [
         f"`python benchmarks/training/cpu_small.py`, {machine()}: {steps} steps in {minutes:.1f} minutes,",
         f"including encoding, validation and checkpoints; peak memory {peak:.1f} GB; {size:.1f} MB trained.",
         "",
         "| held-out questions | answered exactly |",
         "|---|---|",
-        *(f"| {name[4:]} | {100 * value:.1f} % |" for name, value in last.items()),
+        *(f"| {label} | {100 * value:.1f} % |" for label, value in last.items()),
         "",
         "![Loss, accuracy and weights over the steps](cpu_small.png)",
         "",

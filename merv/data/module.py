@@ -279,6 +279,17 @@ class ChatData(LightningDataModule):
                             seen.add(hash(video))
                             yield samples[number].origin, video
 
+    def val_kinds(self) -> list[str]:
+        """Return the kinds of questions in the validation files, sorted; "" is left out.
+
+        A malformed row raises DataError, or is left out if `on_error` is "skip".
+        """
+        kinds: set[str] = set()
+        for number in range(len(self.val)):
+            with suppress(DataError) if self.on_error == "skip" else nullcontext():
+                kinds.update(self.val[number].kinds)
+        return sorted(kinds - {""})
+
 
 def modalities_and_lengths(
     samples: Sequence[Sample], on_error: OnError = "raise"

@@ -29,6 +29,7 @@ from merv.checkpoints.folder import (
 from merv.errors import CheckpointError, TrainingError
 from merv.training.sharding import read_training_state
 
+EXACT_MATCH, VAL_LOSS = "val/exact_match", "val/loss"  # metrics; those of a kind are val/exact_match/KIND
 CHECKPOINTS = "checkpoints"  # the subfolder of a run
 PREFIX = "model."  # how the LightningModule names the tensors of its model
 
@@ -80,8 +81,8 @@ class Checkpoints(ModelCheckpoint):
         every_n_steps: Steps of the optimizer between two checkpoints. 0: only at the end.
         save_total_limit: How many checkpoints to keep, the newest ones; at least 1. None: all.
         monitor: With validation data, the checkpoint with the best value of this metric is kept as
-            `checkpoints/best`: `val/exact_match` (share of exactly correct answers), `val/KIND`
-            (`val/accuracy` for questions without a kind), or `val/loss`.
+            `checkpoints/best`: `val/exact_match` (share of exactly correct answers),
+            `val/exact_match/KIND` (that of a kind of question), or `val/loss`.
 
     Raises:
         TrainingError: `save_total_limit` is below 1, or `every_n_steps` is negative.
@@ -144,7 +145,7 @@ class Best(ModelCheckpoint):
     FILE_EXTENSION = ""
 
     def __init__(self, folder: Path, monitor: str) -> None:
-        mode = "min" if monitor == "val/loss" else "max"
+        mode = "min" if monitor == VAL_LOSS else "max"
         super().__init__(
             folder,
             "best",
@@ -154,6 +155,16 @@ class Best(ModelCheckpoint):
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Save the checkpoint if it is better; raises TrainingError if validation did not log the metric."""
+        if not trainer.sanity_checking and self.monitor not in trainer.callback_metrics:
+            logged = [name for name in trainer.callback_metrics if name.startswith("val/")]
+            raise TrainingError(
+                f"checkpoints.monitor is {self.monitor}, but validation logged "
+                f"{', '.join(logged) or 'nothing'}. Choose one of these, or validate on more batches."
+            )
+        super().on_validation_end(trainer, module)
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:

@@ -29,7 +29,7 @@ from merv.models.named_encoders import by_name
 from merv.models.video_llm import VideoLLM
 from merv.training.build import check_names, from_checkpoint, from_scratch
 from merv.training.callbacks import LossMonitor, print_parts
-from merv.training.checkpointing import random_states, set_random_states
+from merv.training.checkpointing import EXACT_MATCH, VAL_LOSS, Best, random_states, set_random_states
 from merv.training.options import TrainingOptions
 from merv.training.sharding import shard
 from merv.utils.distributed import (
@@ -86,10 +86,13 @@ class Training(LightningModule):
     # Parts --------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check, before the model is loaded, that the interval of validation fits into an epoch."""
+        """Check the interval of validation and the monitored metric before the model is loaded."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and isinstance(data, ChatData):
             check_validation(self.trainer, data)
+            for callback in self.trainer.checkpoint_callbacks:
+                if isinstance(callback, Best):
+                    check_monitor(str(callback.monitor), data)
 
     def configure_model(self) -> None:
         """Build the VideoLLM on the device that Lightning has chosen."""
@@ -249,7 +252,7 @@ class Training(LightningModule):
         self.loss_monitor.record(mean, num_tokens, batch.origins)
         self.log("loss", mean, prog_bar=True, batch_size=max(num_tokens, 1))
         for name, weight in out.mix_weights.items():
-            self.log(f"weight/{name}", weight, batch_size=1)
+            self.log(f"mix_weight/{name}", weight, batch_size=1)
         return loss_sum
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -296,15 +299,13 @@ class Training(LightningModule):
             hits = self.hits.get(kind, [])
             right, total = sum_over_processes([sum(hits), len(hits)], self.device)
             counts.append((right, total))
-            # Questions without a kind are logged as val/accuracy. A kind named like another value gets an
-            # underscore.
-            name = f"{kind}_" if kind in ("exact_match", "loss", "accuracy") else kind or "accuracy"
-            self.log(f"val/{name}", right / total, sync_dist=True)
+            if kind:
+                self.log(f"{EXACT_MATCH}/{kind}", right / total, sync_dist=True)
         loss_sum, tokens = sum_over_processes([self.val_loss_sum, self.val_tokens], self.device)
         if counts:
             right, total = map(sum, zip(*counts, strict=True))
-            self.log("val/exact_match", right / total, prog_bar=True, sync_dist=True)
-            self.log("val/loss", loss_sum / max(tokens, 1), prog_bar=True, sync_dist=True)
+            self.log(EXACT_MATCH, right / total, prog_bar=True, sync_dist=True)
+            self.log(VAL_LOSS, loss_sum / max(tokens, 1), prog_bar=True, sync_dist=True)
 
     def train(self, mode: bool = True) -> Training:
         """Set the mode of the trained parts; frozen parts stay in eval mode."""
@@ -499,6 +500,18 @@ def check_validation(trainer: Trainer, data: ChatData) -> None:
             f"trainer.val_check_interval is {interval} batches, but an epoch has {num_batches} per process. "
             f"Set it to at most {num_batches}, or count batches across epochs with "
             "--trainer.check_val_every_n_epoch=null."
+        )
+
+
+def check_monitor(metric: str, data: ChatData) -> None:
+    """Raise TrainingError if validation on this data does not log the metric."""
+    if metric in (EXACT_MATCH, VAL_LOSS):
+        return
+    known = [EXACT_MATCH, *(f"{EXACT_MATCH}/{kind}" for kind in data.val_kinds()), VAL_LOSS]
+    if metric not in known:
+        raise TrainingError(
+            f"checkpoints.monitor: unknown metric {metric!r}.{nearest(metric, known)} "
+            f"Available: {', '.join(known)}."
         )
 
 

@@ -84,7 +84,9 @@ def test_best_checkpoint_is_kept(material, tmp_path):
     assert (tmp_path / "checkpoints/best/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(("monitor", "better"), [("val/loss", [2.0, 1.0, 3.0]), ("val/who", [0.1, 0.3, 0.2])])
+@pytest.mark.parametrize(
+    ("monitor", "better"), [("val/loss", [2.0, 1.0, 3.0]), ("val/exact_match/who", [0.1, 0.3, 0.2])]
+)
 def test_monitor_selects_the_best_checkpoint(material, tmp_path, monkeypatch, monitor, better):
     def end(self):
         self.log("val/exact_match", 0.0)
@@ -95,6 +97,23 @@ def test_monitor_selects_the_best_checkpoint(material, tmp_path, monkeypatch, mo
     assert fit(material, tmp_path, trainer__max_epochs=3, checkpoints__monitor=monitor, **options) == 0
     rest = torch.load(tmp_path / "checkpoints/best/training.pt", weights_only=True)
     assert rest["global_step"] == 6
+
+
+def test_unknown_monitor_lists_the_metrics_before_loading(material, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Training, "configure_model", None)
+    options = {"data__val": material / "data.jsonl", "checkpoints__monitor": "val/exact_match/hwo"}
+    assert fit(material, tmp_path, **options) == 2
+    err = capsys.readouterr().err
+    assert re.search("Did you mean 'val/exact_match/who'.*val/exact_match, .*val/loss", err)
+
+
+def test_monitor_that_a_short_validation_does_not_log_is_an_error(material, tmp_path, capsys):
+    rows = [json.loads(line) for line in (material / "data.jsonl").read_text().splitlines()]
+    rows[0]["questions"] = [{"question": "Who?", "answer": "a"}]  # without a kind
+    (material / "val.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"data__val": material / "val.jsonl", "checkpoints__monitor": "val/exact_match/who"}
+    assert fit(material, tmp_path, data__batch_size=1, trainer__limit_val_batches=1, **options) == 2
+    assert re.search("val/exact_match/who.*logged val/exact_match, val/loss", capsys.readouterr().err)
 
 
 def test_resuming_without_a_checkpoint_is_an_error(material, tmp_path, capsys):
@@ -185,9 +204,9 @@ def test_throughput_and_mixing_weights_are_logged(material, tmp_path):
     assert fit(material, tmp_path, trainer__logger=json.dumps(table), **options) == 0
     (table,) = tmp_path.rglob("metrics.csv")
     columns = table.read_text().splitlines()[0].split(",")
-    expected = {"loss", "grad_norm", "lr-AdamW/projector", "weight/fake"}
+    expected = {"loss", "grad_norm", "lr-AdamW/projector", "mix_weight/fake"}
     expected |= {"tokens_per_s", "data_wait", "memory_gb", "minutes_left"}
-    expected |= {"val/loss", "val/who", "val/exact_match"}
+    expected |= {"val/loss", "val/exact_match/who", "val/exact_match"}
     assert expected <= set(columns)
 
 
