@@ -11,19 +11,21 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any, BinaryIO
 
 import av
 import numpy as np
 import torch
 from av.sidedata.sidedata import Type
+from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from merv.types import VideoInfo
-from merv.video.headers import Pictures
 from merv.video.reader import MAX_PIXELS, VideoReader, check_size, display_size, unreadable
+from merv.video.reports import Report, errors_of, reports
 
+PYAV = int(av.__version__.split(".")[0])
 DECODE_ERRORS = (av.error.FFmpegError, OSError)  # raised by FFmpeg or by the file object
 TS_DISCONT = av.format.Flags.ts_discont.value
 PLAYLISTS = ("hls", "concat", "dash", "imf", "sdp", "rtsp", "webm_dash_manifest")
@@ -36,8 +38,8 @@ class PyAVReader(VideoReader):
     """Reads a seekable binary file; see `open_video`.
 
     FFmpeg gets a Python file and may use no protocol, so nothing in the file can make it open another file or
-    an address. The decoder uses slice threads, not frame threads, with which a damaged file can deadlock the
-    process at exit.
+    an address. The decoder uses one thread. With slice threads FFmpeg loses the marks of damaged frames, and
+    with frame threads a damaged file can deadlock the process at exit.
     """
 
     def __init__(
@@ -82,12 +84,13 @@ class PyAVReader(VideoReader):
     def _decode(self, indices: list[int]) -> Iterator[tuple[int, Tensor]]:
         """Decode in a fast pass, then read what it missed in a plain pass from the start."""
         index_of = {self._pts[index]: index for index in indices}
+        converter = VideoReformatter()
         for fast in (True, False):
             if fast and self._by_count:
                 continue
             for pts, frame in self._frames(sorted(index_of), fast):
                 with suppress(*DECODE_ERRORS):
-                    yield index_of[pts], self._upright(frame)
+                    yield index_of[pts], self._upright(frame, converter)
                     del index_of[pts]
             if not index_of:
                 return
@@ -99,10 +102,12 @@ class PyAVReader(VideoReader):
         """
         with self._open() as container:
             stream = video_stream(container, self._max_pixels)
+            lost_before = self._file.tell() if self._open_errors else 0
             for keyframe, run in self._runs(targets) if fast else [(None, targets)]:
                 if keyframe is not None:
                     container.seek(keyframe, stream=stream)
-                yield from self._frames_of_run(container, stream, run, fast)
+                damage = Damage(self._untimed, keyframe, lost_before)
+                yield from self._frames_of_run(container, stream, run, fast, damage)
 
     def _runs(self, targets: list[int]) -> Iterator[tuple[int | None, list[int]]]:
         """Split `targets` where seeking is faster than decoding.
@@ -125,20 +130,26 @@ class PyAVReader(VideoReader):
         yield seek_to, run
 
     def _frames_of_run(
-        self, container: Any, stream: Any, targets: list[int], fast: bool
+        self, container: Any, stream: Any, targets: list[int], fast: bool, damage: Damage
     ) -> Iterator[tuple[int, Any]]:
         """Yield (pts, frame) for `targets`, decoding onward from the current position."""
         remaining, num_shown = set(targets), 0
-        damage = Damage(permanent=self._untimed)
         packet_numbers: dict[int | None, int] = {}  # pts → number of the packet in storage order
-        for number, packet in enumerate(_packets(container, stream)):
-            if fast:
-                needed = not packet.size or packet.pts in remaining
-                stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
-            if self._by_count and packet.size:
-                packet.pts = number  # identifies the packet that a decoded frame comes from
-            packet_numbers[packet.pts] = number
-            for frame in self._decode_packet(packet, number, damage):
+        packets = _packets(container, stream)
+        for number in count():
+            with reports() as log:
+                packet = next(packets, None)
+                if packet is None:
+                    return
+                damage.check_packet(packet, number, log)
+                if fast:
+                    needed = not packet.size or packet.pts in remaining
+                    stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
+                if self._by_count and packet.size:
+                    packet.pts = number  # identifies the packet that a decoded frame comes from
+                packet_numbers[packet.pts] = number
+                frames = self._decode_packet(packet, number, damage, log)
+            for frame in frames:
                 origin, was_damaged = packet_numbers.get(frame.pts, number), damage.active
                 intact = not damage.affects(frame, origin)
                 intact = intact and frame.width * frame.height <= self._max_pixels
@@ -152,20 +163,30 @@ class PyAVReader(VideoReader):
                 if pts is not None and pts >= targets[-1]:
                     return
 
-    def _decode_packet(self, packet: Any, number: int, damage: Damage) -> list[Any]:
+    def _decode_packet(self, packet: Any, number: int, damage: Damage, log: list[Report]) -> list[Any]:
         """Return the frames that the decoder outputs after `packet`, and note damage."""
-        damage.check_packet(packet, number)
-        try:
-            return decoded(packet)
-        except DECODE_ERRORS:
+        leads = damage.leads(packet)  # before the decoder may clear the times of the packet
+        log.clear()
+        frames: list[Any] = []
+        with suppress(*DECODE_ERRORS):
+            frames = packet.decode()
+            if leads or not errors_of(log):
+                return frames
+        if not leads:
             damage.mark(number)
-            return []
+        return frames
 
-    def _upright(self, frame: Any) -> Tensor:
-        """Return an upright uint8 [3, H, W]."""
+    def _upright(self, frame: Any, converter: VideoReformatter) -> Tensor:
+        """Return an upright uint8 [3, H, W].
+
+        The converter uses one thread. If each frame had its own, with threads that a fork does not copy, a
+        forked process could hang when it frees the frames of its parent.
+        """
         # Each JPEG has its own EXIF data, which differ within a timelapse if the camera was turned.
         orientation = Orientation.of(frame) if self.info.codec == "mjpeg" else self._orientation
-        return orientation(torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1))
+        one_thread = {"threads": 1} if PYAV >= 17 else {}  # earlier versions always use one
+        rgb = converter.reformat(frame, format="rgb24", **one_thread).to_ndarray()  # [H, W, 3]
+        return orientation(torch.from_numpy(rgb).permute(2, 0, 1))
 
     # Opening
 
@@ -175,16 +196,21 @@ class PyAVReader(VideoReader):
         self._file.seek(0)
         # Before PyAV 18, `options` crashes for files that announce no streams, such as mpg.
         options: dict[str, Any] = {"container_options": {"protocol_whitelist": "none"}}
-        if int(av.__version__.split(".")[0]) < 19:  # later versions never raise
+        if PYAV < 19:  # later versions never raise
             options["metadata_errors"] = "replace"
         try:
-            return closing(av.open(self._file, **options))
+            with reports() as log:
+                container = av.open(self._file, **options)
         except DECODE_ERRORS as error:
             reason = f"it is not a video or image, or too damaged ({type(error).__name__})"
             raise unreadable(self._name, reason) from error
+        # MP4 has a table of all frames; errors in the rest of its header do no harm.
+        format_name = container.format.name
+        self._open_errors = [] if format_name.startswith("mov") else errors_of(log, format_name)
+        return closing(container)
 
     def _scan(self) -> Scan:
-        with self._open() as container:
+        with reports() as log, self._open() as container:
             if container.format.name in PLAYLISTS:
                 reason = f"it is a {container.format.name} playlist, whose files are not opened"
                 raise unreadable(self._name, reason, "Pass the video itself.")
@@ -211,6 +237,9 @@ class PyAVReader(VideoReader):
                 and ends_inside_fragment(self._file, self._size)
             ):
                 scan.damage = f"the file is cut off and contains only {len(scan.durations)} frames"
+            errors = self._open_errors + errors_of(log, container.format.name)
+            if errors and not scan.damage:
+                scan.damage = f"FFmpeg reports {errors[0]!r}, so data is missing or invalid"
             return scan
 
 
@@ -226,7 +255,7 @@ def video_stream(container: Any, max_pixels: int = MAX_PIXELS) -> Any:
     videos.sort(key=lambda s: (s.frames == 1, not s.disposition & default))  # the first of equals stays first
     stream = None if is_tiled(container) else next(iter(videos), None)
     if stream is not None:
-        stream.thread_type = "SLICE"
+        stream.codec_context.thread_count = 1
         padding = 64 << 16  # FFmpeg counts the padding of rows, too
         stream.codec_context.options = {"max_pixels": str(max_pixels + padding)}
     return stream
@@ -240,18 +269,14 @@ def is_tiled(container: Any) -> bool:
 
 
 def _packets(container: Any, *streams: Any) -> Iterator[Any]:
-    """Yield the packets of these streams, ending with empty ones, which flush the decoder."""
-    with suppress(*DECODE_ERRORS):
-        yield from container.demux(*streams)
+    """Yield the packets of these streams, ending with empty ones, which flush the decoder.
 
-
-def decoded(packet: Any) -> list[Any]:
-    """Decode a packet. A VP9 decoder accepts no more packets after eight that failed, until it is flushed."""
+    An error that ends the file early is logged like those after which FFmpeg goes on.
+    """
     try:
-        return packet.decode()
-    except av.error.BlockingIOError:
-        packet.stream.codec_context.flush_buffers()
-        return packet.decode()
+        yield from container.demux(*streams)
+    except DECODE_ERRORS as error:
+        av.logging.log(av.logging.ERROR, container.format.name, str(error))
 
 
 def ends_inside_fragment(file: BinaryIO, size: int) -> bool:
@@ -295,9 +320,7 @@ class Scan:
         has_resets = container.format.flags & TS_DISCONT
         clock = Clock(step, round(MAX_JUMP_S / scan.tick_s)) if has_resets else None
         scan.untimed = container.format.name == "avi"  # its times are in storage order
-        pictures = Pictures(scan.codec, stream.codec_context.extradata or b"")
-        count, end_s, last_is_corrupt, next_dts = 0, 0.0, False, 0
-        shown: list[list] = []  # of each packet that shows a frame: pts, dts, duration, two flags
+        count, end_s, last_is_corrupt = 0, 0.0, False
         for packet in packets:
             if packet.size and packet.pts is not None:
                 end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
@@ -305,25 +328,23 @@ class Scan:
                 continue
             if scan.first_frame is None:
                 with suppress(*DECODE_ERRORS):
-                    scan.first_frame = next((f for f in decoded(packet) if not f.is_corrupt), None)
+                    scan.first_frame = next((f for f in packet.decode() if not f.is_corrupt), None)
             if not packet.size:
                 continue
+            scan.untimed |= packet.pts is None
+            pts = packet.dts if scan.untimed else packet.pts
+            pts = count * step if pts is None else pts
+            if clock:
+                pts += clock.offset_of(packet)
             count += 1
             last_is_corrupt = packet.is_corrupt
-            if not pictures.shows_frame(packet):
-                if shown:  # the frame before stays
-                    shown[-1][2] += packet.duration or 0
-                continue
-            offset = clock.offset_of(packet) if clock else 0
-            scan.untimed |= packet.pts is None
-            pts = None if packet.pts is None else packet.pts + offset
-            dts = next_dts if packet.dts is None else packet.dts + offset
-            next_dts = dts + step
-            shown.append([pts, dts, packet.duration or step, packet.is_keyframe, packet.is_discard])
-        stored = [(dts if scan.untimed else pts, *properties) for pts, dts, *properties in shown]
-        scan.durations = {pts: duration for pts, duration, _, is_discard in stored if not is_discard}
-        scan.keyframes = [pts for pts, _, is_keyframe, _ in stored if is_keyframe]
+            if not packet.is_discard:
+                scan.durations[pts] = packet.duration or step
+            if packet.is_keyframe:
+                scan.keyframes.append(pts)
         scan.by_count = scan.untimed or bool(clock and clock.was_reset)
+        if scan.first_frame and not scan.by_count and scan.first_key() < scan.first_frame.pts:
+            scan.damage = "its first frames cannot be decoded"
         header_end = (stream.start_time or 0) + (stream.duration or 0)
         num_frames = frames_in_header(container, stream)
         lacks_frames = count < num_frames and scan.end() + step < header_end
@@ -331,6 +352,10 @@ class Scan:
             of_total = f" of its {num_frames}" if num_frames > count else ""
             scan.damage = f"the file is cut off and contains only {count}{of_total} frames"
         return scan
+
+    def first_key(self) -> int:
+        """Return the pts of the first keyframe that is shown, or 0; an edit list may begin before it."""
+        return min((pts for pts in self.keyframes if pts in self.durations), default=0)
 
     def end(self) -> int:
         """Return when the last frame ends."""
@@ -402,27 +427,46 @@ class Clock:
 class Damage:
     """Tracks which frames depend on damage: those stored after it, until a later keyframe is decoded.
 
-    If `permanent`, no later frame is trusted, because it is unknown how many frames were lost.
+    Attributes:
+        permanent: Trust no later frame, because it is unknown how many frames were lost.
+        keyframe: pts of the keyframe at which decoding starts, or None for the start of the file.
+        lost_before: Data may be missing anywhere before this position in the file.
     """
 
     permanent: bool
+    keyframe: int | None = None
+    lost_before: int = 0
     first: int = -1  # numbers of the first and the last damaged packet
     last: int = -1
     active: bool = False
     after_corrupt: bool = False
 
-    def check_packet(self, packet: Any, number: int) -> None:
-        """Mark a packet that follows lost data or starts with zeros.
+    def check_packet(self, packet: Any, number: int, log: list[Report]) -> None:
+        """Mark a packet that follows lost data or starts with zeros. `log` is from reading the packet.
 
-        Packets may be missing after a corrupt one, unless a keyframe follows. H.264 and HEVC packets that
-        start with zeros come from a hole in the file, which FFmpeg ignores silently.
+        Packets may be missing after a corrupt one, or if the demuxer reports an error, unless a keyframe
+        follows. H.264 and HEVC packets that start with zeros come from a hole in the file, which FFmpeg
+        ignores silently.
         """
-        may_have_hole = packet.size and packet.stream.codec_context.name in ("h264", "hevc")
-        if (self.after_corrupt and not packet.is_keyframe) or (
-            may_have_hole and not any(memoryview(packet)[:4])
+        context = packet.stream.codec_context
+        has_hole = packet.size and context.name in ("h264", "hevc") and not any(memoryview(packet)[:4])
+        container = packet.stream.container.format.name
+        follows_loss = self.after_corrupt or bool(errors_of(log, container))
+        if (
+            has_hole
+            or (follows_loss and not packet.is_keyframe)
+            or (packet.size and (packet.pos or 0) < self.lost_before)
+            or (errors_of(log, context.name, context.codec.name) and not self.leads(packet))
         ):
             self.mark(number)
         self.after_corrupt = packet.is_corrupt
+
+    def leads(self, packet: Any) -> bool:
+        """Return whether a packet is stored after the first keyframe but shown before it.
+
+        It may refer to frames before that keyframe, so it may not be decodable. No later frame refers to it.
+        """
+        return self.keyframe is not None and packet.pts is not None and packet.pts < self.keyframe
 
     def mark(self, number: int) -> None:
         """Note that packet `number` cannot be decoded, or that its frame is corrupt."""
@@ -431,7 +475,7 @@ class Damage:
 
     def affects(self, frame: Any, number: int) -> bool:
         """Return whether the frame of packet `number` cannot be trusted."""
-        if frame.is_corrupt:
+        if frame.is_corrupt and not self.leads(frame):
             self.mark(number)
         elif frame.key_frame and number > self.last and not self.permanent:
             self.active = False
