@@ -22,6 +22,7 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from merv.types import VideoInfo
+from merv.video.headers import Pictures
 from merv.video.reader import MAX_PIXELS, VideoReader, check_size, display_size, unreadable
 from merv.video.reports import Report, errors_of, reports
 
@@ -169,7 +170,7 @@ class PyAVReader(VideoReader):
         log.clear()
         frames: list[Any] = []
         with suppress(*DECODE_ERRORS):
-            frames = packet.decode()
+            frames = decoded(packet)
             if leads or not errors_of(log):
                 return frames
         if not leads:
@@ -279,6 +280,15 @@ def _packets(container: Any, *streams: Any) -> Iterator[Any]:
         av.logging.log(av.logging.ERROR, container.format.name, str(error))
 
 
+def decoded(packet: Any) -> list[Any]:
+    """Decode a packet. A VP9 decoder accepts no more packets after eight that failed, until it is flushed."""
+    try:
+        return packet.decode()
+    except av.error.BlockingIOError:
+        packet.stream.codec_context.flush_buffers()
+        return packet.decode()
+
+
 def ends_inside_fragment(file: BinaryIO, size: int) -> bool:
     """Return whether an MP4 file ends in a fragment: in its table (moof), its frame data (mdat) or between.
 
@@ -320,7 +330,9 @@ class Scan:
         has_resets = container.format.flags & TS_DISCONT
         clock = Clock(step, round(MAX_JUMP_S / scan.tick_s)) if has_resets else None
         scan.untimed = container.format.name == "avi"  # its times are in storage order
-        count, end_s, last_is_corrupt = 0, 0.0, False
+        pictures = Pictures(scan.codec, stream.codec_context.extradata or b"")
+        count, end_s, last_is_corrupt, next_dts = 0, 0.0, False, 0
+        shown: list[list] = []  # of each packet that shows a frame: pts, dts, duration, two flags
         for packet in packets:
             if packet.size and packet.pts is not None:
                 end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
@@ -328,20 +340,24 @@ class Scan:
                 continue
             if scan.first_frame is None:
                 with suppress(*DECODE_ERRORS):
-                    scan.first_frame = next((f for f in packet.decode() if not f.is_corrupt), None)
+                    scan.first_frame = next((f for f in decoded(packet) if not f.is_corrupt), None)
             if not packet.size:
                 continue
-            scan.untimed |= packet.pts is None
-            pts = packet.dts if scan.untimed else packet.pts
-            pts = count * step if pts is None else pts
-            if clock:
-                pts += clock.offset_of(packet)
             count += 1
             last_is_corrupt = packet.is_corrupt
-            if not packet.is_discard:
-                scan.durations[pts] = packet.duration or step
-            if packet.is_keyframe:
-                scan.keyframes.append(pts)
+            if not pictures.shows_frame(packet):
+                if shown:  # the frame before stays
+                    shown[-1][2] += packet.duration or 0
+                continue
+            offset = clock.offset_of(packet) if clock else 0
+            scan.untimed |= packet.pts is None
+            pts = None if packet.pts is None else packet.pts + offset
+            dts = next_dts if packet.dts is None else packet.dts + offset
+            next_dts = dts + step
+            shown.append([pts, dts, packet.duration or step, packet.is_keyframe, packet.is_discard])
+        stored = [(dts if scan.untimed else pts, *properties) for pts, dts, *properties in shown]
+        scan.durations = {pts: duration for pts, duration, _, is_discard in stored if not is_discard}
+        scan.keyframes = [pts for pts, _, is_keyframe, _ in stored if is_keyframe]
         scan.by_count = scan.untimed or bool(clock and clock.was_reset)
         if scan.first_frame and not scan.by_count and scan.first_key() < scan.first_frame.pts:
             scan.damage = "its first frames cannot be decoded"
