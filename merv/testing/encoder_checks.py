@@ -185,15 +185,16 @@ def _extent_is_unchanged(subject: EncoderSubject) -> str | None:
 def _cells_are_at_their_pixels(subject: EncoderSubject) -> str | None:
     """Each corner cell must depend on its own pixels more than on those of the other corners.
 
-    The corners have the effect that they have on all features together, so that a network may mix all cells
-    as long as it mixes them evenly. Time steps are told apart in one corner.
+    The effect of a corner's pixels on a cell is taken as a share of their effect on all cells. So a network
+    may mix all cells, as long as its own pixels count more. One corner is taken in the first and last step.
     """
     count = subject.encoder.spec.window_size or subject.num_frames
     pixels = subject.frames.pixels[:1, :count]
     values = subject.encoder(Frames.of(pixels)).values[0]  # [t, h, w, D]
     t, h, w = values.shape[:3]
-    corners = [(0, 0, w - 1), (t - 1, 0, w - 1), (t // 2, h - 1, 0), (t // 2, 0, 0), (t // 2, h - 1, w - 1)]
-    corners = list(dict.fromkeys(corners))
+    others = [(row, column) for row in (0, h - 1) for column in (0, w - 1) if (row, column) != (0, w - 1)]
+    corners = [(0, 0, w - 1), (t - 1, 0, w - 1), *((t // 2, row, column) for row, column in others)]
+    corners = list(dict.fromkeys(corners))  # the same ones, if the grid has one step, row or column
     if len(corners) == 1:
         raise CheckSkipped("a window has only one cell")
     effects = []  # of each corner's pixels on all cells, [t, h, w]
