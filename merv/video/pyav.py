@@ -23,7 +23,7 @@ from torch import Tensor
 
 from merv.types import VideoInfo
 from merv.video.headers import Pictures
-from merv.video.reader import MAX_PIXELS, VideoReader, check_size, display_size, unreadable
+from merv.video.reader import MAX_PIXELS, SKIP, VideoReader, check_size, display_size, unreadable
 from merv.video.reports import Report, errors_of, reports
 
 PYAV = int(av.__version__.split(".")[0])
@@ -32,6 +32,18 @@ TS_DISCONT = av.format.Flags.ts_discont.value
 PLAYLISTS = ("hls", "concat", "dash", "imf", "sdp", "rtsp", "webm_dash_manifest")
 MIN_SEEK_S = 2.0  # decoding across a shorter gap is as fast as seeking
 MILLISECOND_S = 0.001 * (1 + 1e-9)  # the clock of Matroska, FLV and ASF, with float rounding
+# Matrices of colors that FFmpeg does not convert to RGB; see ITU-T H.273 for the numbers.
+UNSUPPORTED_MATRICES = {
+    8: "ycgco",
+    10: "bt2020c",
+    11: "smpte2085",
+    12: "chroma-derived-nc",
+    13: "chroma-derived-c",
+    14: "ictcp",
+    15: "ipt-c2",
+    16: "ycgco-re",
+    17: "ycgco-ro",
+}
 MAX_JUMP_S = 10.0  # a clock that jumps further was reset; FFmpeg uses the same limit
 
 
@@ -52,6 +64,9 @@ class PyAVReader(VideoReader):
         scan = self._scan()
         if scan.first_frame is None or not scan.durations:
             raise unreadable(name, f"no frame of the {scan.codec} video can be decoded")
+        frame = scan.first_frame
+        if not frame.format.is_rgb:
+            check_matrix(name, UNSUPPORTED_MATRICES.get(frame.colorspace, ""))
         self.damage = scan.damage
         self._untimed, self._by_count = scan.untimed, scan.by_count
         self._first_frame = scan.first_frame
@@ -399,6 +414,16 @@ def rounding_s(pts: Sequence[int], tick_s: float) -> float:
     # Copies of a file that counts milliseconds keep its times, whatever their own clock is.
     error_s = (common if common * tick_s <= MILLISECOND_S else 1) * tick_s / 2
     return error_s if pts[0] == 0 else 2 * error_s  # the time of the first frame may be rounded, too
+
+
+def check_matrix(name: str, matrix: str | None) -> None:
+    """Raise UnreadableVideo for colors whose matrix, by FFmpeg's name, is not converted to RGB."""
+    if matrix in UNSUPPORTED_MATRICES.values():
+        raise unreadable(
+            name,
+            f"its colors have the matrix {matrix}, which cannot be converted to RGB",
+            "Convert the video to BT.709. " + SKIP,
+        )
 
 
 def frames_in_header(container: Any, stream: Any) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from merv.errors import DamagedVideo, MissingDependency, ShapeError, VideoError
 from merv.types import VideoInfo
-from merv.video.pyav import PyAVReader, rounding_s, video_stream
+from merv.video.pyav import PyAVReader, check_matrix, rounding_s, video_stream
 from merv.video.reader import VideoReader, check_size, display_size
 
 FRAMES_AT_ONCE = 8  # of a decoder whose times are read
@@ -99,6 +99,7 @@ class DecoderReader(VideoReader):
         self._decoder, self._name, self._process, self.max_pixels = decoder, name, os.getpid(), max_pixels
         metadata = decoder.metadata
         check_size(name, metadata.width, metadata.height, max_pixels)
+        check_matrix(name, getattr(metadata, "color_space", None))
         times_s, end_s = [], 0.0
         with self._errors():
             for start in range(0, len(decoder), FRAMES_AT_ONCE):

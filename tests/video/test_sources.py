@@ -352,3 +352,50 @@ def test_row_without_bytes_and_path_is_refused() -> None:
         open_video({"bytes": None, "path": None})
     with pytest.raises(DataError, match=r"a\.jsonl:3"):
         sample_of({"video": {"bytes": None, "path": None}, "messages": []}, "a.jsonl:3")
+
+
+# Colors
+
+COLOR = (199, 60, 120)
+
+
+def one_color(path: Path, matrix: int, transfer: int = 1, primaries: int = 1) -> Path:
+    """Write three frames of COLOR in BT.2020, marked with these numbers of ITU-T H.273."""
+    red, green, blue = (value / 255 for value in COLOR)
+    luma = 0.2627 * red + 0.678 * green + 0.0593 * blue
+    planes = [16 + 219 * luma, 128 + 224 * (blue - luma) / 1.8814, 128 + 224 * (red - luma) / 1.4746]
+    frame = av.VideoFrame(64, 32, "yuv444p")
+    for plane, value in zip(frame.planes, planes, strict=True):
+        plane.update(bytes([round(value)]) * plane.buffer_size)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=25, width=64, height=32, pix_fmt="yuv444p")
+        stream.options = {"qp": "0"}
+        context = stream.codec_context
+        context.colorspace, context.color_trc, context.color_primaries = matrix, transfer, primaries
+        context.color_range = 1
+        for index in range(3):
+            frame.pts = index
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(("matrix", "name"), [(8, "ycgco"), (10, "bt2020c"), (14, "ictcp")])
+@pytest.mark.parametrize("backend", ["pyav", "torchcodec"])
+def test_matrix_that_is_not_converted_is_refused_by_name(
+    tmp_path: Path, matrix: int, name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("merv.video.torchcodec.load_decoder", lambda: None)
+    path = one_color(tmp_path / "a.mkv", matrix)
+    with pytest.raises(UnreadableVideo, match=rf"a\.mkv: .*\b{name}\b"):
+        open_video(path, backend=backend)
+    decoder = FakeDecoder(str(path))
+    decoder.metadata.color_space = name
+    with pytest.raises(UnreadableVideo, match=name):
+        open_video(decoder)
+
+
+@pytest.mark.parametrize("transfer", [1, 16, 18], ids=["SDR", "PQ", "HLG"])
+def test_hdr_gives_the_coded_values(tmp_path: Path, transfer: int) -> None:
+    pixels = load_video(one_color(tmp_path / "a.mkv", 9, transfer, 9)).pixels
+    assert (pixels[0, 0, :, 16, 32].int() - torch.tensor(COLOR)).abs().max() <= 1
