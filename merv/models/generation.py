@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,18 @@ from merv.models.chat_template import ChatTemplate
 SAMPLING = {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 # Options of a generation_config that belong to the LLM and do not change how it decodes.
 MODEL_OPTIONS = {"bos_token_id", "decoder_start_token_id", "cache_implementation"}
+# Options of transformers' `generate` that merv sets itself, and the way out.
+REFUSED = {
+    **dict.fromkeys(
+        ("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"),
+        "The conversations are the input.",
+    ),
+    "generation_config": "Pass its values as options, such as temperature=0.7.",
+}
+REFUSED_IN_STREAM = {
+    "streamer": "Iterate over stream().",
+    "return_dict_in_generate": "Call generate().",
+}
 
 
 class GenerationMixin:
@@ -31,10 +43,20 @@ class GenerationMixin:
 
         def embed_prompts(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]: ...
 
+    @overload
+    def generate(
+        self, conversations: Sequence[Conversation], *, return_dict_in_generate: Literal[True], **options: Any
+    ) -> Any: ...
+
+    @overload
+    def generate(
+        self, conversations: Sequence[Conversation], *, keep_thinking: bool = False, **options: Any
+    ) -> list[str]: ...
+
     @torch.no_grad()
     def generate(
         self, conversations: Sequence[Conversation], *, keep_thinking: bool = False, **options: Any
-    ) -> list[str]:
+    ) -> Any:
         """Generate the assistant's next message of each conversation.
 
         Decoding is greedy unless the options ask for sampling or beams; the LLM's own generation_config is
@@ -44,22 +66,28 @@ class GenerationMixin:
             conversations: Conversations that end with a message of the user.
             keep_thinking: Whether thinking is part of the answer. By default the answer is the text after the
                 last thinking block.
-            **options: Options of transformers' `generate`. The default is `max_new_tokens=64`. The limit
-                is lowered to what fits into the LLM's context. Sampling options such as `temperature` imply
-                `do_sample=True`.
+            **options: Options of transformers' `generate`, except its inputs and `generation_config`. None
+                means the default, which is `max_new_tokens=64`. The limit is lowered to what fits into the
+                LLM's context. Sampling options such as `temperature` imply `do_sample=True`.
 
         Returns:
             The text of each answer; `num_return_sequences` answers per conversation, if that option is set.
+            With `return_dict_in_generate=True`, the output of transformers instead: the ids of the generated
+            tokens in `sequences`, and with `output_scores=True` their `scores`.
 
         Raises:
             PromptError: A conversation is malformed, ends with a message of the assistant, or does not fit
-                into the LLM's context.
+                into the LLM's context; or an option is one that merv sets.
         """
         if not conversations:
             return []
+        _check_options(options, REFUSED)
         inputs = self._inputs(conversations)
+        options = self._options(options, inputs["inputs_embeds"].shape[1])
         with _generation_config(self.llm):
-            ids = self.llm.generate(**inputs, **self._options(options, inputs["inputs_embeds"].shape[1]))
+            ids = self.llm.generate(**inputs, **options)
+        if options.get("return_dict_in_generate"):
+            return ids
         copies = len(ids) // len(conversations)  # num_return_sequences
         opened = [self.chat.opens_thinking(messages) for messages in conversations for _ in range(copies)]
         return [self.chat.answer_of(row, was, keep_thinking) for row, was in zip(ids, opened, strict=True)]
@@ -74,7 +102,7 @@ class GenerationMixin:
         Args:
             conversation: A conversation that ends with a message of the user.
             keep_thinking: See `generate`.
-            **options: See `generate`.
+            **options: See `generate`; without `return_dict_in_generate`.
 
         Yields:
             Pieces of the answer, which joined give the text that `generate` returns.
@@ -82,6 +110,7 @@ class GenerationMixin:
         Raises:
             PromptError: See `generate`.
         """
+        _check_options(options, {**REFUSED, **REFUSED_IN_STREAM})
         inputs = self._inputs([conversation])
         options = self._options(options, inputs["inputs_embeds"].shape[1])
         pieces = _stream(self.llm, self.tokenizer, {**inputs, **options})
@@ -99,6 +128,7 @@ class GenerationMixin:
             return self.embed_prompts(conversations)
 
     def _options(self, options: dict[str, Any], prompt_length: int) -> dict[str, Any]:
+        options = {name: value for name, value in options.items() if value is not None}
         if options.get("temperature") == 0:  # greedy decoding, as in OpenAI-compatible servers
             options = {name: value for name, value in options.items() if name not in SAMPLING}
         defaults: dict[str, Any] = {
@@ -118,6 +148,12 @@ class GenerationMixin:
         of_llm = of_llm if isinstance(of_llm, list) else [of_llm]
         ids = {self.chat.end_id, self.tokenizer.eos_token_id, *of_llm}
         return sorted(id_ for id_ in ids if id_ is not None)
+
+
+def _check_options(options: Mapping[str, Any], refused: Mapping[str, str]) -> None:
+    for name, value in options.items():
+        if name in refused and value is not None and value is not False:
+            raise PromptError(f"merv does not accept the option {name}. {refused[name]}")
 
 
 @contextmanager
@@ -147,12 +183,12 @@ def _stream(llm: Any, tokenizer: Any, inputs: dict[str, Any]) -> Iterator[str]:
     def is_stopped(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         return torch.full((len(ids),), stopped.is_set(), device=ids.device)
 
+    criteria = StoppingCriteriaList([*inputs.pop("stopping_criteria", ()), is_stopped])
+
     def run() -> None:
         try:
             with torch.no_grad(), _generation_config(llm):
-                llm.generate(
-                    **inputs, streamer=streamer, stopping_criteria=StoppingCriteriaList([is_stopped])
-                )
+                llm.generate(**inputs, streamer=streamer, stopping_criteria=criteria)
         except BaseException as error:  # raised below, in the thread of the caller
             failed.append(error)
             streamer.end()

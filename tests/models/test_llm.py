@@ -172,6 +172,50 @@ def test_generating_nothing_gives_nothing():
     assert video_llm(tiny_llm()[0]).generate([]) == []
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+def test_output_of_transformers_has_the_token_ids_and_scores(copies):
+    model = video_llm(tiny_llm()[0])
+    options = {"max_new_tokens": 4, "num_beams": copies, "num_return_sequences": copies}
+    output = model.generate(QUESTIONS, return_dict_in_generate=True, output_scores=True, **options)
+    answers = [model.chat.answer_of(row) for row in output.sequences]
+    assert answers == model.generate(QUESTIONS, **options)
+    assert len(output.scores) == output.sequences.shape[1] == 4
+
+
+def test_option_that_is_none_has_its_default():
+    model = video_llm(tiny_llm()[0])
+    nothing = dict.fromkeys(("max_new_tokens", "temperature", "stopping_criteria", "generation_config"))
+    assert model.generate(QUESTIONS, **nothing) == model.generate(QUESTIONS)
+    assert "".join(model.stream(QUESTIONS[0], **nothing)) == model.generate(QUESTIONS[:1])[0]
+
+
+@pytest.mark.parametrize("option", ["generation_config", "inputs_embeds", "attention_mask"])
+def test_options_that_merv_sets_are_refused(option):
+    model = video_llm(tiny_llm()[0])
+    with pytest.raises(PromptError, match=option):
+        model.generate(QUESTIONS, **{option: 1})
+    with pytest.raises(PromptError, match=option):
+        list(model.stream(QUESTIONS[0], **{option: 1}))
+
+
+@pytest.mark.parametrize("option", ["streamer", "return_dict_in_generate"])
+def test_options_that_a_stream_cannot_have_are_refused(option):
+    with pytest.raises(PromptError, match=option):
+        list(video_llm(tiny_llm()[0]).stream(QUESTIONS[0], **{option: True}))
+
+
+def test_stream_ends_by_a_stopping_criterion():
+    model = video_llm(tiny_llm()[0])
+    lengths = []
+
+    def after_three(ids, scores, **_):
+        lengths.append(ids.shape[1])
+        return torch.tensor([ids.shape[1] >= 3])
+
+    list(model.stream(QUESTIONS[0], max_new_tokens=50, min_new_tokens=50, stopping_criteria=[after_three]))
+    assert max(lengths) == 3
+
+
 def test_closing_a_stream_stops_its_thread():
     model = video_llm(tiny_llm()[0])
     before = set(threading.enumerate())
