@@ -460,9 +460,6 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             WeightsError: The weights of an encoder could not be loaded.
             PluginError: The config names a class that is neither registered nor imported.
         """
-        options = dict(config)
-        for registry, option in ((MIXERS, "mixer"), (PROJECTORS, "projector")):
-            if ":" in (path := options.get(option, "")):
         check_config(MultiEncoder.kind, config, "The config")
         return cls._from_config(config, weights, None, "The config")
 
@@ -484,6 +481,9 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             state: The saved tensors of the fusion. None: they are not compared.
             where: The file of the config, for messages.
         """
+        options = dict(config)
+        for registry, option in ((MIXERS, "mixer"), (PROJECTORS, "projector")):
+            if ":" in (path := options.get(option, "")):
                 registry.check_trusted(path, f"The {option}")
         check_keys("weights", weights, options["encoders"])
         fusion_dtype = DTYPES[options.pop("fusion_dtype")]
@@ -529,6 +529,8 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         Args:
             folder: A folder, or "owner/name" or "owner/name@revision" of the hub.
             weights: Encoder name → where its weights are, for encoders whose weights have moved.
+            verify: Compare the files of the folder with the SHA-256 that they had when the model was saved.
+                True: all files. None: files of up to 256 MiB, which takes at most a second. False: none.
 
         Returns:
             The model in eval mode. Encoders and fusion have the dtypes that they were saved with.
@@ -537,8 +539,6 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             CheckpointError: The folder is not a saved MultiEncoder, is damaged, or an encoder has other
                 weights than when the model was saved.
             WeightsError: The model or the weights of an encoder could not be loaded.
-            verify: Compare the files of the folder with the SHA-256 that they had when the model was saved.
-                True: all files. None: files of up to 256 MiB, which takes at most a second. False: none.
             PluginError: The model names a class that is neither registered nor imported.
         """
         folder = find_model(folder)
