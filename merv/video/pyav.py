@@ -116,13 +116,16 @@ class PyAVReader(VideoReader):
 
         A fast pass seeks across long gaps and skips frames that are neither targets nor references of others.
         """
-        with self._open() as container:
+        with self._open() as container, suppress(*DECODE_ERRORS):
             stream = video_stream(container, self._max_pixels)
-            lost_before = self._file.tell() if self._open_errors else 0
+            if self._open_errors:  # they concern packets that FFmpeg read ahead, so read those again
+                if self._by_count:
+                    return
+                container.seek(self._pts[0], stream=stream)
             for keyframe, run in self._runs(targets) if fast else [(None, targets)]:
                 if keyframe is not None:
                     container.seek(keyframe, stream=stream)
-                damage = Damage(self._untimed, keyframe, lost_before)
+                damage = Damage(self._untimed, keyframe)
                 yield from self._frames_of_run(container, stream, run, fast, damage)
 
     def _runs(self, targets: list[int]) -> Iterator[tuple[int | None, list[int]]]:
@@ -376,8 +379,10 @@ class Scan:
         scan.by_count = scan.untimed or bool(clock and clock.was_reset)
         if scan.first_frame and not scan.by_count and scan.first_key() < scan.first_frame.pts:
             scan.damage = "its first frames cannot be decoded"
-        header_end = (stream.start_time or 0) + (stream.duration or 0)
         num_frames = frames_in_header(container, stream)
+        # In AVI, FFmpeg takes the duration from the packets if some are lost.
+        header_ticks = max(stream.duration or 0, num_frames * step if scan.untimed else 0)
+        header_end = (stream.start_time or 0) + header_ticks
         lacks_frames = count < num_frames and scan.end() + step < header_end
         if lacks_frames or last_is_corrupt or file_s - end_s > 0.1 + step * scan.tick_s:
             of_total = f" of its {num_frames}" if num_frames > count else ""
@@ -471,16 +476,15 @@ class Damage:
     Attributes:
         permanent: Trust no later frame, because it is unknown how many frames were lost.
         keyframe: pts of the keyframe at which decoding starts, or None for the start of the file.
-        lost_before: Data may be missing anywhere before this position in the file.
     """
 
     permanent: bool
     keyframe: int | None = None
-    lost_before: int = 0
     first: int = -1  # numbers of the first and the last damaged packet
     last: int = -1
     active: bool = False
     after_corrupt: bool = False
+    keyframes: set[int] = field(default_factory=set)  # numbers of packets that the file calls keyframes
 
     def check_packet(self, packet: Any, number: int, log: list[Report]) -> None:
         """Mark a packet that follows lost data or starts with zeros. `log` is from reading the packet.
@@ -489,6 +493,8 @@ class Damage:
         follows. H.264 and HEVC packets that start with zeros come from a hole in the file, which FFmpeg
         ignores silently.
         """
+        if packet.is_keyframe:
+            self.keyframes.add(number)
         context = packet.stream.codec_context
         has_hole = packet.size and context.name in ("h264", "hevc") and not any(memoryview(packet)[:4])
         container = packet.stream.container.format.name
@@ -496,7 +502,6 @@ class Damage:
         if (
             has_hole
             or (follows_loss and not packet.is_keyframe)
-            or (packet.size and (packet.pos or 0) < self.lost_before)
             or (errors_of(log, context.name, context.codec.name) and not self.leads(packet))
         ):
             self.mark(number)
@@ -515,10 +520,13 @@ class Damage:
         self.last, self.active = max(self.last, number), True
 
     def affects(self, frame: Any, number: int) -> bool:
-        """Return whether the frame of packet `number` cannot be trusted."""
+        """Return whether the frame of packet `number` cannot be trusted.
+
+        Damaged data may call any frame a keyframe, so the file must call it one, too.
+        """
         if frame.is_corrupt and not self.leads(frame):
             self.mark(number)
-        elif frame.key_frame and number > self.last and not self.permanent:
+        elif frame.key_frame and number in self.keyframes and number > self.last and not self.permanent:
             self.active = False
         return self.active and number >= self.first
 
