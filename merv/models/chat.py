@@ -6,6 +6,10 @@ Messages have the format of transformers and of OpenAI-compatible servers:
                                   {"type": "text", "text": "What happens?"}]},
      {"role": "assistant", "content": "A cat jumps."}]
 
+A part for a video or image has its source under its type ("video" or "image"), "path" or "url". It may also
+be {"type": "image_url", "image_url": {"url": …}}, and likewise video_url. A source is anything that
+`load_video` reads, or a file:// URL; nothing is downloaded.
+
 The chat template of the tokenizer renders them. A tokenizer without a template gets the prompt of the
 released MERV's base model, `In: … \\nOut: …`, with the visual tokens before each `In:`.
 """
@@ -15,10 +19,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from merv.errors import PromptError
 
 VISUAL = "\ue000"  # stands for one video or image in rendered text: a private-use character
+MEDIA_TYPES = ("video", "image", "video_url", "image_url")  # of parts of a message
 NOT_LEARNED = -100  # label that the loss ignores, torch's ignore_index
 
 Message = Mapping[str, Any]
@@ -71,7 +78,9 @@ class Prompt:
 
 
 def user_message(question: str, *videos: Any, answer: str | None = None) -> list[dict[str, Any]]:
-    """Build the messages of one question.
+    """Return a conversation with one user message and, with `answer`, that of the assistant.
+
+    To ask a further question, join the turns: `[*history, *user_message("And then?")]`.
 
     Args:
         question: Text of the user.
@@ -79,7 +88,7 @@ def user_message(question: str, *videos: Any, answer: str | None = None) -> list
         answer: Answer of the assistant, for training and scoring.
 
     Returns:
-        A conversation: the message of the user and, with `answer`, that of the assistant.
+        A list of one or two messages.
 
     Example:
         >>> user_message("What is this?", "clip.mp4")[0]["content"][1]
@@ -129,20 +138,34 @@ def to_texts(messages: Sequence[Message]) -> tuple[list[dict[str, str]], list[Vi
                 content += part["text"]
             else:
                 content += VISUAL
-                visuals.append(Visual(part[kind], question))
+                visuals.append(Visual(_sources_of(part)[0], question))
         # Templates differ in whether they strip answers, and generated answers are stripped.
         role = str(message["role"])
         texts.append({"role": role, "content": content.strip() if role == "assistant" else content})
     return texts, visuals
 
 
+def _sources_of(part: Mapping[str, Any]) -> list[Any]:
+    """Return what a part for a video or image names, under any of the keys of a source."""
+    sources = []
+    for key in (part["type"], "path", "url"):
+        source = part.get(key)
+        if isinstance(source, Mapping) and "url" in source:  # OpenAI's image_url
+            source = source["url"]
+        if isinstance(source, str) and source.startswith("file://"):
+            source = url2pathname(urlsplit(source).path)
+        if source is not None:
+            sources.append(source)
+    return sources
+
+
 def _check_part(part: Any) -> None:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    is_known = kind in ("text", "video", "image") and kind in part
-    if not is_known or (kind == "text" and not isinstance(part["text"], str)):
+    is_text = kind == "text" and isinstance(part.get("text"), str)
+    if not is_text and (kind not in MEDIA_TYPES or len(_sources_of(part)) != 1):
         raise PromptError(
             "Expected content to be a text or a list of parts {'type': 'text', 'text': …}, or the same with "
-            f"'video' or 'image'; got {str(part)[:200]}."
+            f"'video' or 'image', which has one source; got {str(part)[:200]}."
         )
     if kind == "text":
         try:

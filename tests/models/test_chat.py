@@ -40,6 +40,27 @@ def learned_of(prompt, tokenizer) -> str:
     return tokenizer.decode(kept)
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video", "video": "a b.mp4"},
+        {"type": "video", "path": "a b.mp4"},
+        {"type": "video", "url": "a b.mp4", "path": None},
+        {"type": "image_url", "image_url": {"url": "a b.mp4"}},
+        {"type": "video_url", "video_url": {"url": "a b.mp4"}},
+    ],
+)
+def test_source_of_a_part_may_have_any_of_the_usual_keys(part):
+    (visual,) = render([{"role": "user", "content": [part]}], tiny_llm()[1]).visuals
+    assert visual.source == "a b.mp4"
+
+
+def test_file_url_is_a_path():
+    url = {"type": "image_url", "image_url": {"url": "file:///clips/a%20b.png"}}
+    (visual,) = render([{"role": "user", "content": [url]}], tiny_llm()[1]).visuals
+    assert visual.source == "/clips/a b.png"
+
+
 def test_videos_keep_their_position_in_the_content():
     tokenizer = tiny_llm()[1]
     text = text_of(render(MESSAGES, tokenizer), tokenizer)
@@ -97,6 +118,7 @@ def test_visual_has_the_question_of_its_message():
         ([{"role": "user"}], "'role': 'user'"),
         ([{"role": "user", "content": [{"type": "sound", "sound": 1}]}], "sound"),
         ([{"role": "user", "content": [{"type": "video"}]}], r"\{'type': 'video'\}"),
+        ([{"role": "user", "content": [{"type": "video", "video": "a", "path": "b"}]}], "'path': 'b'"),
         ([{"role": "user", "content": ["Hi"]}], "got Hi"),
         ([{"role": "user", "content": None}], "got None"),
         ([{"role": "user", "content": [{"type": "text", "text": 7}]}], "7"),
