@@ -67,13 +67,20 @@ def text_of(content: str | Sequence[Mapping[str, Any]]) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def sample_of(row: Any, origin: str = "", root: Path | None = None) -> Sample:
+def sample_of(
+    row: Any,
+    origin: str = "",
+    root: Path | None = None,
+    members: Mapping[str, Sequence[Any]] | None = None,
+) -> Sample:
     """Parse a row of any of the three forms.
 
     Args:
         row: A JSON object.
         origin: Where the row is. Error messages begin with it.
         root: The folder that relative paths in the row start at; the current folder by default.
+        members: "video" or "image" → files that came with the row, in a shard. They replace the files that
+            the row names: those of the same name or, if no name is the same, in order.
 
     Returns:
         The sample, with paths joined to `root`.
@@ -91,7 +98,7 @@ def sample_of(row: Any, origin: str = "", root: Path | None = None) -> Sample:
         if not isinstance(row, Mapping):
             raise ValueError(f"expected a JSON object; got {_short(row)}")
         row = {key: value for key, value in row.items() if value is not None}
-        conversations, kinds = _conversations(row, root or Path())
+        conversations, kinds = _conversations(row, root or Path(), members or {})
         for conversation in conversations:
             _check_conversation(conversation)
         for kind in kinds:
@@ -131,15 +138,16 @@ def _content_row(content: str | list[Part], path_of: Callable[[Any], Any]) -> An
     ]
 
 
-def _conversations(row: Mapping[str, Any], root: Path) -> tuple[list[Conversation], list[Any]]:
+def _conversations(
+    row: Mapping[str, Any], root: Path, members: Mapping[str, Sequence[Any]]
+) -> tuple[list[Conversation], list[Any]]:
     """Return the conversations of a row, and the kind of each."""
-    files = [
-        {"type": kind, kind: _source(source, root)}
+    named = {
+        kind: [source for key in (kind, f"{kind}s") for source in _as_list(row.get(key, []))]
         for kind in MEDIA
-        for key in (kind, f"{kind}s")
-        for source in _as_list(row.get(key, []))
-    ]
+    }
     if "questions" in row:
+        files = _files(named, [], root, members)
         if not files:
             raise ValueError("a row with 'questions' needs a 'video' or an 'image'")
         questions = _list_of_objects(row["questions"], "questions")
@@ -150,11 +158,43 @@ def _conversations(row: Mapping[str, Any], root: Path) -> tuple[list[Conversatio
         raise ValueError(
             "expected one of the keys 'messages', 'conversations' and 'questions'; got "
             f"{sorted(map(str, row))}"
+            + (". Put 'question' and 'answer' into a list, 'questions'" if "question" in row else "")
         )
     # Without files beside them, <video> in chat messages is plain text
-    has_placeholders = name == "conversations" or bool(files)
+    has_placeholders = name == "conversations" or any(named.values()) or bool(members)
     turns = [_turn(turn, root, has_placeholders) for turn in _list_of_objects(row[name], name)]
-    return [_insert_files(turns, files)], [row.get("kind", "")]
+    return [_insert_files(turns, _files(named, turns, root, members))], [row.get("kind", "")]
+
+
+def _files(
+    named: Mapping[str, list[Any]], turns: Conversation, root: Path, members: Mapping[str, Sequence[Any]]
+) -> list[Part]:
+    """Return the files beside the messages, as content parts; members replace those that messages name."""
+    files: list[Part] = []
+    for kind, sources in named.items():
+        in_content = [part for part in media_parts(turns) if kind in part]
+        if kind not in members:
+            found = [_source(source, root) for source in sources]
+        elif sources or not in_content:
+            found = _members_for(sources, members[kind])
+        else:
+            found = []
+            replaced = _members_for([part[kind] for part in in_content], members[kind])
+            for part, member in zip(in_content, replaced, strict=True):
+                part[kind] = member
+        files += [{"type": kind, kind: source} for source in found]
+    return files
+
+
+def _members_for(sources: Sequence[Any], members: Sequence[Any]) -> list[Any]:
+    """Return the members of a shard that the files of a row stand for; all members if the row names none."""
+    names = [Path(str(source)).name.lower() for source in sources]
+    by_name = {Path(str(member)).name.lower(): member for member in members}
+    if names and set(names) == set(by_name):
+        return [by_name[name] for name in names]
+    if names and (len(names) != len(members) or set(names) & set(by_name)):
+        raise ValueError(f"the row names the files {names}, but the shard has {list(by_name)}")
+    return list(members)
 
 
 def _question_conversation(question: Mapping[str, Any], files: list[Part]) -> Conversation:
@@ -182,23 +222,42 @@ def _turn(turn: Mapping[str, Any], root: Path, has_placeholders: bool) -> dict[s
 
 
 def _part(part: Any, root: Path) -> Part:
-    """Return a content part in merv's form; {"type": "image_url", …} of other libraries is converted."""
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
-    media = str(kind).removesuffix("_url")
-    if media not in MEDIA:
+    """Return a content part in merv's form. A null counts as a missing key.
+
+    As in transformers, a file may be under `path` or `url`, or under the part's type; and
+    {"type": "image_url", "image_url": {"url": …}} is an image.
+    """
+    values = {k: v for k, v in part.items() if v is not None} if isinstance(part, Mapping) else {}
+    kind = str(values.pop("type", None))
+    media = kind.removesuffix("_url")
+    if kind == "text" and isinstance(values.get("text"), str):
+        found: Part = {"type": "text", "text": values.pop("text")}
+    elif media in MEDIA:
+        sources = [values.pop(key) for key in (kind, "path", "url") if key in values]
+        if len(sources) > 1:
+            raise ValueError(f"a content part has several files; got {_short(part)}")
+        found = {"type": media}
+        for source in sources:
+            url = source["url"] if isinstance(source, Mapping) and "url" in source else source
+            found[media] = _source(url, root)
+        if not sources and "index" in values:  # of the file in the row's list; see `_insert_files`
+            found["index"] = values.pop("index")
+    else:
         raise ValueError(f"a content part must be a text, video or image; got {_short(part)}")
-    source = part.get(kind)
-    if isinstance(source, Mapping) and "url" in source:
-        source = source["url"]
-    return {"type": media} if source is None else {"type": media, media: _source(source, root)}
+    if values:
+        expected = "'text'" if kind == "text" else f"{kind!r}, 'path' or 'url'"
+        raise ValueError(f"a {kind} part has the unknown key {next(iter(values))!r}; expected {expected}")
+    return found
 
 
 def _insert_files(turns: Conversation, files: list[Part]) -> Conversation:
     """Put each file at its placeholder; without placeholders, all files before the first question."""
     parts = media_parts(turns)
     placeholders = [part for part in parts if part["type"] not in part]
+    for kind in MEDIA:
+        indices = [part.pop("index", None) for part in placeholders if part["type"] == kind]
+        if any(index not in (None, position) for position, index in enumerate(indices)):
+            raise ValueError(f"files replace placeholders in order, from 'index' 0; got {indices}")
     if files and len(placeholders) < len(parts):
         raise ValueError("files are given both in 'content' and under 'video' or 'image'; use one of the two")
     if files and not placeholders:

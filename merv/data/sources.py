@@ -53,7 +53,8 @@ class Samples(Sequence[Sample]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         rows, row_index = self._locate(index)
-        return sample_of(rows.row(row_index), rows.origin(row_index), rows.root)
+        members = rows.members(row_index)
+        return sample_of(rows.row(row_index), rows.origin(row_index), rows.root, members)
 
     def origin(self, index: int) -> str:
         """Return `samples[index].origin` without reading the row."""
@@ -90,6 +91,10 @@ class Rows:
     def row(self, index: int) -> Any:
         """Read a row; raises DataError if it is not JSON."""
         raise NotImplementedError
+
+    def members(self, index: int) -> dict[str, list[FilePart]]:
+        """Return the files that are stored with a row, by "video" and "image"."""
+        return {}
 
 
 def open_samples(source: Source, root: str | Path | None = None) -> Samples:
@@ -290,7 +295,10 @@ class JsonRows(Rows):
 
     def __post_init__(self) -> None:
         with self.path.open("rb") as file:
-            self.is_list = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+            start = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()
+        self.is_list = start[:1] == b"["
+        if start.partition(b"\n")[0].strip() == b"{":
+            raise ValueError("it is one object over several lines; expected a list, or one object per line")
         index = array("Q", chain.from_iterable(_items(self.path) if self.is_list else _lines(self.path)))
         self.offsets, self.sizes, self.numbers = index[::3], index[1::3], index[2::3]
 
@@ -384,22 +392,26 @@ class ShardRows(Rows):
         return f"{self.path}/{self.keys[index]}"
 
     def row(self, index: int) -> Any:
-        """Read a row. Its videos and images are file objects, not read yet."""
-        origin, path = self.origin(index), str(self.path)
-        members = {s: FilePart(path, *range_, f"{origin}{s}") for s, range_ in self.offsets[index].items()}
-        row: Any
+        origin, members = self.origin(index), self._by_suffix(index)
         if ".json" in members:
-            row = _parse(members[".json"].read(), origin)
-        elif ".txt" in members:
+            return _parse(members[".json"].read(), origin)
+        if ".txt" in members:
             caption = members[".txt"].read().decode(errors="replace")
-            row = {"questions": [{"question": CAPTION_QUESTION, "answer": caption}]}
-        else:
-            raise DataError(f"{origin}: expected a .json or .txt member; got {', '.join(sorted(members))}.")
-        for kind, suffixes in ("video", VIDEOS), ("image", IMAGES):
-            files = [part for suffix, part in members.items() if suffix.endswith(suffixes)]
-            if files and isinstance(row, dict):
-                row[kind] = files
-        return row
+            return {"questions": [{"question": CAPTION_QUESTION, "answer": caption}]}
+        raise DataError(f"{origin}: expected a .json or .txt member; got {', '.join(sorted(members))}.")
+
+    def members(self, index: int) -> dict[str, list[FilePart]]:
+        """Return the videos and images of a row as file objects, not read yet."""
+        members = self._by_suffix(index).items()
+        files = {
+            kind: [member for suffix, member in members if suffix.endswith(suffixes)]
+            for kind, suffixes in (("video", VIDEOS), ("image", IMAGES))
+        }
+        return {kind: found for kind, found in files.items() if found}
+
+    def _by_suffix(self, index: int) -> dict[str, FilePart]:
+        origin, path = self.origin(index), str(self.path)
+        return {s: FilePart(path, *range_, f"{origin}{s}") for s, range_ in self.offsets[index].items()}
 
 
 def _is_foreign(name: str) -> bool:

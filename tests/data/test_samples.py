@@ -54,6 +54,43 @@ def test_image_url_part_is_an_image(url):
     assert first_content(row) == [IMAGE]
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video", "path": "a.mp4"},
+        {"type": "video", "url": "a.mp4"},
+        {"type": "video", "video": "a.mp4", "text": None, "path": None},
+        {"type": "video_url", "video_url": {"url": "a.mp4"}},
+    ],
+)
+def test_part_names_its_file_as_in_transformers(part):
+    assert first_content({"messages": [{**USER, "content": [part]}, ASSISTANT]}) == [VIDEO]
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ({**VIDEO, "fps": 2}, "'fps'"),
+        ({**VIDEO, "path": "b.mp4"}, "several files"),
+        ({**text("?"), "cache": 1}, "'cache'"),
+        ({"type": "image", "path": "https://host/b.png"}, "https://host/b.png"),
+    ],
+)
+def test_key_of_a_part_that_is_not_read_is_an_error(part, named):
+    with pytest.raises(DataError, match=named):
+        sample_of({"messages": [{**USER, "content": [part]}, ASSISTANT]})
+
+
+def test_index_of_a_placeholder_is_its_position():
+    def row(*indices):
+        content = [{"type": "image", "index": index, "text": None} for index in indices]
+        return {"messages": [{**USER, "content": content}, ASSISTANT], "images": ["b.png", "b.png"]}
+
+    assert first_content(row(0, 1)) == [IMAGE, IMAGE]
+    with pytest.raises(DataError, match=r"'index' .*\[1, 0\]"):
+        sample_of(row(1, 0))
+
+
 def test_conversation_has_system_and_several_turns():
     row = llava("<image>\nWhat?", "x", "And?", "y", image="b.png")
     row["conversations"].insert(0, {"from": "system", "value": "Be brief."})
@@ -77,6 +114,7 @@ def test_bytes_are_preferred_to_a_path():
     [
         ([], r"\[\]"),
         ({"video": "a.mp4"}, r"'messages', 'conversations' and 'questions'; .*\['video'\]"),
+        ({"video": "a.mp4", "question": "?", "answer": "!"}, "a list, 'questions'"),
         ({"messages": []}, r"'messages' .*\[\]"),
         ({"messages": [USER, "Ah."]}, "'messages' .*'Ah"),
         ({"messages": [USER, {"role": "tool", "content": "x"}]}, "'tool'"),

@@ -134,6 +134,46 @@ def test_shard_members_of_a_key_are_one_sample(tmp_path):
     assert samples[1].conversations[0][-1]["content"] == "A square."
 
 
+def shard_of(path, row: dict):
+    """Write a shard with one sample: this row and two videos."""
+    members = {"x.json": json.dumps(row).encode(), "x.0.mp4": b"0", "x.1.mp4": b"1"}
+    return shard(path, **members)
+
+
+def chat(*names: str, **keys) -> dict:
+    """Return a row of chat messages whose content names these videos."""
+    content = [{"type": "video", "video": name} for name in names]
+    user = {"role": "user", "content": [*content, {"type": "text", "text": "?"}]}
+    return {"messages": [user, {"role": "assistant", "content": "!"}], **keys}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (chat(), ["x.0.mp4", "x.1.mp4"]),
+        (chat(videos=["x.1.mp4", "x.0.mp4"]), ["x.1.mp4", "x.0.mp4"]),
+        (chat("clips/x.1.MP4", "x.0.mp4", "x.1.mp4"), ["x.1.mp4", "x.0.mp4", "x.1.mp4"]),
+        (chat("one.mp4", "two.mp4"), ["x.0.mp4", "x.1.mp4"]),
+    ],
+)
+def test_members_of_a_shard_replace_the_files_that_a_row_names(tmp_path, row, expected):
+    (sample,) = open_samples(shard_of(tmp_path / "a.tar", row))
+    assert [video.name.rpartition("/")[2] for video in sample.videos()] == expected
+
+
+@pytest.mark.parametrize("row", [chat("x.0.mp4"), chat("x.0.mp4", "y.mp4"), chat(video="y.mp4")])
+def test_files_that_are_not_those_of_the_shard_are_named_with_the_members(tmp_path, row):
+    samples = open_samples(shard_of(tmp_path / "a.tar", row))
+    with pytest.raises(DataError, match=r"x: .*(x\.0|y)\.mp4.*x\.1\.mp4"):
+        samples[0]
+
+
+def test_object_over_several_lines_is_an_error(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"messages": []}, indent=1))
+    with pytest.raises(DataError, match=r"a\.json .*one object per line"):
+        open_samples(tmp_path / "a.json")
+
+
 FOREIGN = [
     "._0.json",
     ".DS_Store",
