@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from merv.errors import DataError, VideoError
-from merv.models.chat import VISUAL
+from merv.models.chat import VISUAL, sources_of
 from merv.video.open import is_decoder, original_of
 
 Conversation = list[dict[str, Any]]  # messages of {"role": …, "content": …}
@@ -224,30 +224,23 @@ def _turn(turn: Mapping[str, Any], root: Path, has_placeholders: bool) -> dict[s
 def _part(part: Any, root: Path) -> Part:
     """Return a content part in merv's form. A null counts as a missing key.
 
-    As in transformers, a file may be under `path` or `url`, or under the part's type; and
-    {"type": "image_url", "image_url": {"url": …}} is an image.
+    A part without a file is a placeholder, for which some data sets give the `index` of its file in the row.
     """
     values = {k: v for k, v in part.items() if v is not None} if isinstance(part, Mapping) else {}
-    kind = str(values.pop("type", None))
+    kind = str(values.get("type"))
     media = kind.removesuffix("_url")
-    if kind == "text" and isinstance(values.get("text"), str):
-        found: Part = {"type": "text", "text": values.pop("text")}
-    elif media in MEDIA:
-        sources = [values.pop(key) for key in (kind, "path", "url") if key in values]
-        if len(sources) > 1:
-            raise ValueError(f"a content part has several files; got {_short(part)}")
-        found = {"type": media}
-        for source in sources:
-            url = source["url"] if isinstance(source, Mapping) and "url" in source else source
-            found[media] = _source(url, root)
-        if not sources and "index" in values:  # of the file in the row's list; see `_insert_files`
-            found["index"] = values.pop("index")
-    else:
+    is_text = kind == "text" and isinstance(values.get("text"), str)
+    if not is_text and media not in MEDIA:
         raise ValueError(f"a content part must be a text, video or image; got {_short(part)}")
-    if values:
-        expected = "'text'" if kind == "text" else f"{kind!r}, 'path' or 'url'"
-        raise ValueError(f"a {kind} part has the unknown key {next(iter(values))!r}; expected {expected}")
-    return found
+    sources = [] if is_text else sources_of(values)
+    if len(sources) > 1:
+        raise ValueError(f"a content part has several files; got {_short(part)}")
+    keys = ["text"] if is_text else [kind, "path", "url"] if sources else [kind, "path", "url", "index"]
+    if unknown := [key for key in values if key not in ("type", *keys)]:
+        raise ValueError(f"a {kind} part has the unknown key {unknown[0]!r}; expected {', '.join(keys)}")
+    if sources:
+        return {"type": media, media: _source(sources[0], root)}
+    return values if is_text else {**values, "type": media}
 
 
 def _insert_files(turns: Conversation, files: list[Part]) -> Conversation:

@@ -138,14 +138,14 @@ def to_texts(messages: Sequence[Message]) -> tuple[list[dict[str, str]], list[Vi
                 content += part["text"]
             else:
                 content += VISUAL
-                visuals.append(Visual(_sources_of(part)[0], question))
+                visuals.append(Visual(sources_of(part)[0], question))
         # Templates differ in whether they strip answers, and generated answers are stripped.
         role = str(message["role"])
         texts.append({"role": role, "content": content.strip() if role == "assistant" else content})
     return texts, visuals
 
 
-def _sources_of(part: Mapping[str, Any]) -> list[Any]:
+def sources_of(part: Mapping[str, Any]) -> list[Any]:
     """Return what a part for a video or image names, under any of the keys of a source."""
     sources = []
     for key in (part["type"], "path", "url"):
@@ -162,7 +162,7 @@ def _sources_of(part: Mapping[str, Any]) -> list[Any]:
 def _check_part(part: Any) -> None:
     kind = part.get("type") if isinstance(part, Mapping) else None
     is_text = kind == "text" and isinstance(part.get("text"), str)
-    if not is_text and (kind not in MEDIA_TYPES or len(_sources_of(part)) != 1):
+    if not is_text and (kind not in MEDIA_TYPES or len(sources_of(part)) != 1):
         raise PromptError(
             "Expected content to be a text or a list of parts {'type': 'text', 'text': …}, or the same with "
             f"'video' or 'image', which has one source; got {str(part)[:200]}."

@@ -73,12 +73,18 @@ def test_part_names_its_file_as_in_transformers(part):
         ({**VIDEO, "fps": 2}, "'fps'"),
         ({**VIDEO, "path": "b.mp4"}, "several files"),
         ({**text("?"), "cache": 1}, "'cache'"),
+        ("video", "'video'"),
         ({"type": "image", "path": "https://host/b.png"}, "https://host/b.png"),
     ],
 )
 def test_key_of_a_part_that_is_not_read_is_an_error(part, named):
     with pytest.raises(DataError, match=named):
         sample_of({"messages": [{**USER, "content": [part]}, ASSISTANT]})
+
+
+def test_part_may_name_its_file_by_a_file_url():
+    messages = [{**USER, "content": [{"type": "image", "url": "file:///a%20b.png"}]}, ASSISTANT]
+    assert sample_of({"messages": messages}).videos() == ["/a b.png"]
 
 
 def test_index_of_a_placeholder_is_its_position():
