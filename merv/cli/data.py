@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     check.add_argument("--report", metavar="FOLDER", help="write report.md and report.json to this folder")
     check.add_argument("--clean", metavar="OUT.jsonl", help="write the valid samples to this file")
-    check.add_argument("--workers", type=int, help="number of processes (default: one per core)")
+    check.add_argument("--num-workers", type=int, help="number of processes (default: one per core)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         visual_tokens=args.visual_tokens,
         max_tokens=args.max_tokens,
         against=args.against,
-        num_workers=(os.cpu_count() or 1) if args.workers is None else args.workers,
+        num_workers=(os.cpu_count() or 1) if args.num_workers is None else args.num_workers,
         progress=True,
     )
     method = "measured by the tokenizer" if args.llm else "estimated at 4 characters per token"

@@ -41,9 +41,10 @@ class ChatData(LightningDataModule):
         batch_size: Samples per step and process.
         max_questions: Maximum number of conversations per sample and epoch. Each epoch draws different
             ones.
-        seed: Seed of the order of samples and of the choice of conversations.
-        group_by_length: Make batches of one modality (video, image or text) and of similar lengths, the
-            starting with the largest batch of each modality. All samples are read once at the start.
+        seed: Seed of the order of samples and of the choice of conversations. The order also depends on the
+            number of processes; for a stream also on `num_workers`, so set it.
+        group_by_length: Make batches of one modality (video, image or text) and of similar lengths. The
+            largest batch of each modality comes first. All samples are read once at the start.
         num_workers: Processes that read videos ahead, one thread each. None: one less than the CPU cores per
             training process, at most 8. There are no workers if features are stored in memory, because only
             the training process has that memory.

@@ -19,6 +19,7 @@ SECTIONS = {
     "checkpoints": ("merv", "training/checkpointing.py", "Checkpoints"),
     "sample_answers": ("merv", "training/callbacks.py", "SampleAnswers"),
 }
+SYNONYMS = {"learning_rate": "lr"}  # name in other libraries → option
 # Keys outside the sections, each with a single value
 TOP_LEVEL_KEYS = ("config", "c", "seed_everything", "ckpt_path", "weights_only", "print_config", "help", "h")
 
@@ -77,9 +78,9 @@ def check_keys(argv: Sequence[str]) -> None:
             )
         name = re.split(r"[.+]", rest)[0]
         if known[section] and name and name not in known[section]:
+            similar = nearest(SYNONYMS.get(name, name), known[section])
             raise TrainingError(
-                f"{origin}: {section} has no option {name!r}.{nearest(name, known[section])} "
-                "`merv fit --help` lists the options."
+                f"{origin}: {section} has no option {name!r}.{similar} `merv fit --help` lists the options."
             )
 
 

@@ -429,7 +429,7 @@ def test_command_prints_and_writes_reports_and_clean_rows(tmp_path, monkeypatch,
     tiny_llm("llm")
     many = [ours(f"{n}", "none.mp4") for n in range(30)]
     write(Path("a.jsonl"), ours("Why", "a.mp4"), *many)
-    arguments = ["data", "check", "a.jsonl", "--workers", "0", "--report", "out", "--llm", "llm"]
+    arguments = ["data", "check", "a.jsonl", "--num-workers", "0", "--report", "out", "--llm", "llm"]
     assert cli.main([*arguments, "--clean", "clean.jsonl"]) == 1
     printed = capsys.readouterr().out
     assert "| rows | 30 invalid, 1 valid |" in printed
@@ -438,7 +438,7 @@ def test_command_prints_and_writes_reports_and_clean_rows(tmp_path, monkeypatch,
     assert "10 more" in printed
     assert Path("out/report.md").read_text().count("none.mp4: ") == 30
     assert len(json.loads(Path("out/report.json").read_text())["invalid"]) == 30
-    assert cli.main(["data", "check", "clean.jsonl", "--workers", "0"]) == 0
+    assert cli.main(["data", "check", "clean.jsonl", "--num-workers", "0"]) == 0
     assert "| rows | 1 valid |" in capsys.readouterr().out
 
 
@@ -447,7 +447,7 @@ def test_lengths_are_those_of_the_tokenizer_file(tmp_path):
     roles = ["user", "assistant", "user", "assistant"]
     row = messages(*zip(roles, "abcd", strict=True))
     write(tmp_path / "a.jsonl", row)
-    arguments = ["data", "check", str(tmp_path / "a.jsonl"), "--workers", "0", "--llm", str(tmp_path)]
+    arguments = ["data", "check", str(tmp_path / "a.jsonl"), "--num-workers", "0", "--llm", str(tmp_path)]
     assert cli.main([*arguments, "--report", str(tmp_path / "out")]) == 0
     text = "<s>In: a\nOut: b</s>In: c\nOut: d</s>"
     tokens = json.loads((tmp_path / "out/report.json").read_text())["quantiles"]["tokens"]

@@ -32,6 +32,7 @@ def material(tmp_path_factory):
     ("typed", "nearest"),
     [
         ("--model.lrr=1", "lr"),
+        ("--model.learning_rate=1", "lr"),
         ("--trainer.max_step=1", "max_steps"),
         ("--data.batchsize=1", "batch_size"),
         ("--modle.lr=1", "model"),
