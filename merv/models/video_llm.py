@@ -93,7 +93,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         self.chat = ChatTemplate(tokenizer, chat_template_kwargs)
         self.chat.check()
         self._shared_prefix_is_exact = check_llm(llm)
-        self.identity = identity(llm)
+        self.llm_identity = identity(llm)
         self.train_only(("projector", "mixer"))
 
     # From conversations to logits ---------------------------------------------------------
@@ -304,7 +304,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
                 projector or the aligner was replaced.
         """
         return {
-            "llm": {**self.identity, "dtype": str(self.llm.dtype).removeprefix("torch.")},
+            "llm": {**self.llm_identity, "dtype": str(self.llm.dtype).removeprefix("torch.")},
             "tokenizer": self.chat.identity(),
             "lora": None
             if self.lora is None
@@ -321,7 +321,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         *,
         llm: str | Path | None = None,
         weights: Mapping[str, str | None] | None = None,
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
         quantize: str | None = None,
         feature_store: FeatureStore | None = None,
         verify: bool | None = None,
@@ -332,7 +332,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
             folder: A folder, or "owner/name" or "owner/name@revision" of the hub.
             llm: Folder or hub id of the language model, if it has moved.
             weights: Encoder name → where its weights are, for encoders whose weights have moved.
-            dtype: Dtype of the LLM: "fp32", "bf16" or "fp16". Defaults to the saved one.
+            dtype: Dtype of the LLM, as in `load_llm`. Defaults to the saved one.
             quantize: Quantize the weights of the LLM: "nf4" or "int8"; see `load_llm`.
             feature_store: Store for aligned features.
             verify: Compare the files of the folder with the SHA-256 that they had when the model was saved.
@@ -351,9 +351,8 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         config, state = load_folder(folder, cls.kind, verify)
         lora = _saved_lora(config["lora"], state, folder / CONFIG)
         saved_llm = config["llm"]
-        dtypes = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
         source = llm or bundled_llm(folder, saved_llm["source"]) or saved_llm["source"]
-        network, tokenizer = load_llm(source, dtype or dtypes.get(saved_llm["dtype"], "auto"), quantize)
+        network, tokenizer = load_llm(source, dtype or saved_llm["dtype"], quantize)
         fusion = {
             name.removeprefix(FUSION): tensor for name, tensor in state.items() if name.startswith(FUSION)
         }
@@ -361,7 +360,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         options = restore_template(tokenizer, config["tokenizer"], source)
         model = cls(network, tokenizer, vision, feature_store, chat_template_kwargs=options)
         check_tokenizer(config["tokenizer"], model.chat.identity(), folder)
-        check_same(saved_llm, model.identity, folder)
+        check_same(saved_llm, model.llm_identity, folder)
         with invalid_config(folder / CONFIG):
             if lora is not None:
                 model.add_lora(lora)

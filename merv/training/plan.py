@@ -24,7 +24,7 @@ from merv.data.samples import media_parts
 from merv.data.sources import stream_samples
 from merv.errors import BrokenPlugin, DataError, TrainingError, WeightsError
 from merv.models.chat import user_message
-from merv.models.llm import DTYPES, SMOLLM2, LoraOptions, load_tokenizer
+from merv.models.llm import SMOLLM2, LoraOptions, load_tokenizer, parse_dtype
 from merv.models.multi_encoder import MultiEncoder
 from merv.models.packing import Tokens, pack, tokens_of
 from merv.models.video_llm import VideoLLM
@@ -232,7 +232,7 @@ def on_meta(training: Training) -> VideoLLM:
             "model.llm to a folder or a hub id."
         ) from error
     saved_dtype = config.get_text_config().dtype or torch.float32
-    dtype = saved_dtype if options.dtype == "auto" else DTYPES[options.dtype]
+    dtype = saved_dtype if options.dtype == "auto" else parse_dtype(options.dtype)
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
     vision = without_weights(

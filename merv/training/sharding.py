@@ -45,7 +45,7 @@ def shard(model: Any, mesh: Any) -> None:
             f"Sharding needs a newer torch than {torch.__version__}. Upgrade it, or set "
             "trainer.strategy: ddp."
         )
-    if model.identity["quantize"]:
+    if model.llm_identity["quantize"]:
         raise TrainingError(
             "A quantized LLM cannot be sharded. Set trainer.strategy: ddp; each process then holds all of it."
         )

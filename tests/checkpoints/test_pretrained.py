@@ -103,7 +103,7 @@ def test_bundled_language_model_is_found_in_the_repository(model, llm, hub, tmp_
     config["llm"]["source"] = "llm"
     write_config(tmp_path / "whole", kind, config)
     cache_as_hub(hub.cache, REPO, COMMIT, str(tmp_path / "whole"))
-    assert VideoLLM.from_pretrained(REPO).identity["source"].endswith(f"snapshots/{COMMIT}/llm")
+    assert VideoLLM.from_pretrained(REPO).llm_identity["source"].endswith(f"snapshots/{COMMIT}/llm")
 
 
 def test_options_are_passed_to_the_hub(model, hub):

@@ -91,7 +91,7 @@ def test_bundled_language_model_is_copied(tmp_path):
         config["llm"]["source"] = "llm"
         write_config(tmp_path / name, kind, config)
     average([tmp_path / "a", tmp_path / "b"], tmp_path / "mean")
-    assert VideoLLM.from_pretrained(tmp_path / "mean").identity["source"] == str(tmp_path / "mean/llm")
+    assert VideoLLM.from_pretrained(tmp_path / "mean").llm_identity["source"] == str(tmp_path / "mean/llm")
 
 
 @pytest.mark.parametrize("source", ["", ".", "../elsewhere"])

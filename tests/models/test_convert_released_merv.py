@@ -9,6 +9,7 @@ from llama_tokenizer import write_llama_tokenizer
 from original import OriginalMERV, config_of, grown, write
 from transformers import AutoTokenizer
 
+from merv.checkpoints.folder import saved_files
 from merv.cli.main import main
 from merv.errors import CheckpointError, WeightsError
 from merv.models.chat import user_message
@@ -65,6 +66,14 @@ def expected(original: OriginalMERV, model: VideoLLM, clip: Path) -> torch.Tenso
 
 
 # Converted models ---------------------------------------------------------------------------
+
+
+def test_every_file_of_a_converted_model_has_a_digest(released):
+    out = released[0] / "two_converted"
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert {"llm/config.json", "llm/tokenizer.json"} < files
+    assert set(saved_files(out)) == files - {"config.json"}
+    VideoLLM.from_pretrained(out, verify=True)
 
 
 def test_logits_equal_those_of_the_release(released):
@@ -124,7 +133,7 @@ def test_ask_uses_a_converted_folder(released, capsys):
 def test_converted_folder_can_be_moved_and_replaced(released, tmp_path):
     folder, *_ = released
     out = convert_in(folder, "two").rename(tmp_path / "moved")
-    assert VideoLLM.from_pretrained(out).identity["source"] == str(tmp_path / "moved" / "llm")
+    assert VideoLLM.from_pretrained(out).llm_identity["source"] == str(tmp_path / "moved" / "llm")
     convert_in(folder, "two")
     assert convert_in(folder, "two").is_dir()
     assert not list(folder.glob(".*"))
@@ -201,7 +210,7 @@ def test_shards_hold_the_same_language_model(released, tmp_path):
         len({file.stat().st_mode for file in (out / "llm").iterdir()}) == 1
     )  # none that only its owner can read
     whole = VideoLLM.from_pretrained(folder / "two_converted")
-    assert VideoLLM.from_pretrained(out).identity["sha256"] == whole.identity["sha256"]
+    assert VideoLLM.from_pretrained(out).llm_identity["sha256"] == whole.llm_identity["sha256"]
 
 
 def test_tied_head_is_saved_once_and_must_equal_the_embeddings(released, tmp_path):

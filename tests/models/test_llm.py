@@ -1,6 +1,7 @@
 """Language models of many kinds: which are refused, which share rows, and that greedy decoding is greedy."""
 
 import json
+import re
 import threading
 
 import pytest
@@ -224,6 +225,18 @@ def test_closing_a_stream_stops_its_thread():
     assert set(threading.enumerate()) - before
     stream.close()
     assert not set(threading.enumerate()) - before
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "bfloat16", torch.bfloat16])
+def test_dtype_may_have_the_name_of_torch(dtype, tmp_path):
+    tiny_llm(tmp_path / "llm")
+    assert load_llm(tmp_path / "llm", dtype)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["bf17", torch.int8, None])
+def test_unknown_dtype_is_refused(dtype, tmp_path):
+    with pytest.raises(WeightsError, match=re.escape(repr(dtype))):
+        load_llm(tmp_path, dtype)
 
 
 def test_llm_that_lacks_tensors_is_refused_with_their_names(tmp_path):
