@@ -25,8 +25,8 @@ from merv.video.reader import BACKENDS
 from merv.video.sampling import Sampling
 from merv.video.transforms import Resample
 
-MAX_CELLS = 2**20  # of the grid: visual tokens of one video
-MAX_SIDE = 2**16  # of the grid, and frames of one video
+MAX_CELLS = 2**18  # of the grid: visual tokens of one video; with 1024 channels, 1 GB per encoder
+MAX_FRAMES = 2**12  # that an encoder gets of one video; of 224×224 pixels, 2.5 GB
 MAX_DIM = 2**16  # of tokens; the largest language models have 2**14
 MAX_RANK = 2**13  # of a LoRA
 MAX_ENCODERS = 64
@@ -201,6 +201,9 @@ class Record:
     def check(self, value: Any, key: str) -> None:
         if not isinstance(value, dict):
             raise wrong(key, value, f"an object with the keys {', '.join(self.rules)}")
+        for name in self.rules:
+            if name not in value:
+                raise Invalid(_join(key, name), "is missing", "this key")
         more = self.more if value.get(self.unless_null) is not None else {}
         rules = {**self.rules, **more}
         for name in value:
@@ -209,7 +212,7 @@ class Record:
                 raise Invalid(key, "is an unknown key", f"one of {', '.join(rules)}", nearest(name, rules))
         for name, rule in rules.items():
             if name not in value:
-                raise Invalid(_join(key, name), "is missing", "this key")
+                raise Invalid(_join(key, name), "is missing", f"this key, because of {self.unless_null}")
             rule.check(value[name], _join(key, name))
         if self.also is not None:
             try:
@@ -221,7 +224,7 @@ class Record:
 def options_of(cls: type, **rules: Rule) -> Record:
     """The rule of a dataclass whose fields are saved: types from its annotations, values by its constructor.
 
-    >>> options_of(Sampling, total=COUNT).check({**vars(Sampling()), "mode": "unifrom"}, "sampling")
+    >>> options_of(Sampling, total=FRAMES).check({**vars(Sampling()), "mode": "unifrom"}, "sampling")
     Traceback (most recent call last):
     merv.checkpoints.config_schema.Invalid: sampling.mode is 'unifrom'; expected one of uniform, fps, ...
     """
@@ -260,13 +263,13 @@ def shown(value: Any) -> str:
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, str):
         return ascii(value[:64]) + ("…" if len(value) > 64 else "")
-    return json.dumps(value)[:128]
+    return json.dumps(value, default=repr)[:128]
 
 
 # config.json --------------------------------------------------------------------------------
 
 NAME, HASH = Text(r".+", "a name"), Text(r"[0-9a-f]{64}", "a SHA-256")
-COUNT = Number(1, MAX_SIDE, integer=True)
+COUNT, FRAMES = Number(1, MAX_CELLS, integer=True), Number(1, MAX_FRAMES, integer=True)
 DTYPE = Choice(FLOATING_POINT)
 FILE = Text(r"(?!/)(?!(.*/)?\.\.(/|$)).+", "the path of a file in the folder")
 
@@ -292,7 +295,7 @@ MULTI_ENCODER = Record(
         "output_dim": Optional(Number(1, MAX_DIM, integer=True)),
         "fusion_dtype": DTYPE,
         "align": Choice(("area", "released")),
-        "num_frames": MapOf(COUNT, high=MAX_ENCODERS),
+        "num_frames": MapOf(FRAMES, high=MAX_ENCODERS),
         "backend": Choice(tuple(BACKENDS)),
         "resample": Choice(get_args(Resample)),
         "sampling": options_of(Sampling, total=COUNT),

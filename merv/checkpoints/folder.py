@@ -230,7 +230,7 @@ def _read_content(folder: Path) -> dict[str, Any]:
             data = file.read(MAX_CONFIG_BYTES + 1)
         if len(data) > MAX_CONFIG_BYTES:
             raise ValueError(f"it is larger than {MAX_CONFIG_BYTES >> 20} MiB")
-        content = json.loads(data)
+        content = json.loads(data.decode())
     except RecursionError as error:
         raise CheckpointError(f"{path} could not be read: it is nested too deeply.") from error
     except (OSError, ValueError) as error:
