@@ -261,8 +261,10 @@ def by_library(net: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             output_loading_info=True,
         )
     tensors = {k: tensor for k, tensor in loaded.state_dict().items() if k not in report["missing_keys"]}
-    tensors |= {name: torch.empty(shape, device="meta") for name, shape, _ in report["mismatched_keys"]}
-    return tensors | {name: torch.empty(0, device="meta") for name in report["unexpected_keys"]}
+    shapes = {k: shape for k, shape, _ in report["mismatched_keys"]}
+    shapes |= dict.fromkeys(report["unexpected_keys"], (0,))
+    no_values = {k: torch.empty(shape, dtype=torch.float32, device="meta") for k, shape in shapes.items()}
+    return tensors | no_values
 
 
 @contextmanager
