@@ -185,7 +185,7 @@ def run_llm(
         lr=lr,
         lr_overrides={"lora": lora_lr},
         betas=(0.9, beta2),
-        warmup=0.05,
+        warmup_ratio=0.05,
         loss_spike_threshold=None,
         feature_store=str(clips.out / "features"),
     )

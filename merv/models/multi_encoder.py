@@ -172,6 +172,14 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         self.num_frames = checked_num_frames(num_frames or {}, dict(self.named()))
         self.aligner = Aligner(grid, align)
         self.sampling = Sampling(cast(Mode, sampling)) if isinstance(sampling, str) else sampling
+        if self.sampling.mode == "fps" and not self.sampling.fps:
+            for name, encoder in self.named():
+                if name in self.num_frames or not encoder.spec.fps:
+                    raise EncoderError(
+                        f"sampling='fps' needs a rate, but {name} has none"
+                        f"{' if num_frames is set' if encoder.spec.fps else ''}. Pass "
+                        "sampling=Sampling('fps', fps=2), or use 'uniform'."
+                    )
         self.fusion: Fusion | None = None
         if output_dim is not None:
             embed_dims = {name: encoder.spec.embed_dim for name, encoder in self.named()}

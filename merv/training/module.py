@@ -47,7 +47,7 @@ from merv.utils.torch_modules import bfloat16_is_slow
 logger = logging.getLogger(__name__)
 
 NO_END = "The run has no end, which the schedule needs: set trainer.max_epochs or trainer.max_steps."
-OPTIMIZER_OPTIONS = ("lr", "lr_overrides", "betas", "weight_decay", "warmup")
+OPTIMIZER_OPTIONS = ("lr", "lr_overrides", "betas", "weight_decay", "warmup_ratio")
 
 
 class Training(LightningModule):
@@ -191,7 +191,7 @@ class Training(LightningModule):
             optimizer = torch.optim.AdamW(self.parameter_groups(), lr=options.lr, betas=options.betas)
         except ValueError as error:
             raise TrainingError(f"model.lr, lr_overrides, betas or weight_decay: {error}") from error
-        warmup_steps = max(1, round(options.warmup * steps))
+        warmup_steps = max(1, round(options.warmup_ratio * steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, partial(warmup_cosine, warmup_steps=warmup_steps, steps=steps)
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from merv.errors import TrainingError
 from merv.models.llm import LoraOptions
 from merv.utils.name_lists import tuple_of_names
 
@@ -58,7 +59,7 @@ class TrainingOptions:
         lr_overrides: Part → peak learning rate, if not `lr`.
         betas: AdamW's betas.
         weight_decay: AdamW's weight decay; biases, norms and other vectors have none.
-        warmup: Fraction of the steps with linear warm-up; a cosine to zero follows.
+        warmup_ratio: Fraction of the steps with linear warm-up; a cosine to zero follows.
         dtype: Dtype of the LLM's weights: `auto` (as saved), `fp32`, `bf16` or `fp16`. A trainable `llm`
             needs `fp32`. Other trained parts are always fp32.
         chat_template_kwargs: Variables of the chat template, e.g. `{enable_thinking: false}` for Qwen3.
@@ -75,7 +76,8 @@ class TrainingOptions:
             last 100 losses. The first 100 losses are not compared. None: stop only at NaN and infinity.
 
     Raises:
-        TrainingError: `encoders`, `trainable` or `compile` is not a name or a list of names.
+        TrainingError: `encoders`, `trainable` or `compile` is not a name or a list of names, or
+            `warmup_ratio` is not a fraction.
     """
 
     llm: str
@@ -100,7 +102,7 @@ class TrainingOptions:
     lr_overrides: dict[str, float] | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    warmup: float = 0.03
+    warmup_ratio: float = 0.03
     dtype: str = "auto"
     chat_template_kwargs: dict[str, Any] | None = None
     quantize: str | None = None
@@ -114,6 +116,10 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         for option in ("trainable", "compile"):
             object.__setattr__(self, option, tuple_of_names(getattr(self, option), f"model.{option}"))
+        if not 0 <= self.warmup_ratio <= 1:
+            raise TrainingError(
+                f"model.warmup_ratio is a fraction of the steps, 0 to 1; got {self.warmup_ratio:g}."
+            )
         object.__setattr__(self, "encoders", list(tuple_of_names(self.encoders, "model.encoders")))
 
     def multi_encoder(self) -> dict[str, Any]:

@@ -413,3 +413,9 @@ def test_unknown_dtype_in_the_config_is_named(both, tmp_path):
     file.write_text(file.read_text().replace('"fusion_dtype": "float32"', '"fusion_dtype": "int3"'))
     with pytest.raises(CheckpointError, match="int3"):
         MultiEncoder.from_pretrained(tmp_path / "saved")
+
+
+def test_sampling_at_a_rate_needs_a_rate() -> None:
+    with pytest.raises(EncoderError, match=r"sampling='fps'.*fake"):
+        MultiEncoder(["fake"], grid=(4, 2, 2), sampling="fps")
+    MultiEncoder(["fake"], grid=(4, 2, 2), sampling=Sampling("fps", fps=2))

@@ -253,3 +253,8 @@ def test_chat_template_variables_reach_the_model_and_are_compared_on_resuming(ma
     assert fit(material, tmp_path, ckpt_path="last") == 2
     assert "enable_thinking" in capsys.readouterr().err
     assert fit(material, tmp_path, ckpt_path="last", **options) == 0
+
+
+def test_warmup_ratio_is_a_fraction() -> None:
+    with pytest.raises(TrainingError, match=r"warmup_ratio.*500"):
+        TrainingOptions(llm="llm", encoders=["fake"], warmup_ratio=500)
