@@ -39,8 +39,8 @@ class Encoder(TrackedModule):
     Args:
         variant: A key of `variants`; None for the first.
         weights: Where the weights come from: "pretrained" (the source that the spec names), a hub id
-            ("owner/name" or "owner/name@revision"), a local folder or file, or None for random weights. merv
-            never falls back to other weights.
+            ("owner/name" or "owner/name@revision"), a local folder or file, or None for random weights
+            (built-in encoders keep their own). merv never falls back to other weights.
         preset: A key of the spec's presets; None for the first.
 
     Attributes:

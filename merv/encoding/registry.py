@@ -49,10 +49,11 @@ def find_encoder(name: str) -> type[Encoder]:
     return ENCODERS.load(name)
 
 
-def name_and_variant(text: str) -> tuple[str, str | None]:
-    """Split "dinov2/base" into name and variant; the variant is None if there is no slash.
+def name_and_variant(text: str, variant: str | None = None) -> tuple[str, str | None]:
+    """Split "dinov2/base" into name and variant; without a slash, it is the variant that is passed.
 
-    Raises EncoderError if the variant is empty, or if the text is the path of a file.
+    Raises EncoderError if the variant after the slash is empty, or is not the one that is passed, or if the
+    text is the path of a file.
 
     >>> name_and_variant("dinov2/base"), name_and_variant("my_module:MyEncoder")
     (('dinov2', 'base'), ('my_module:MyEncoder', None))
@@ -61,10 +62,14 @@ def name_and_variant(text: str) -> tuple[str, str | None]:
         raise EncoderError(
             f"{text!r} is a file. Use module:Class, and run merv from the folder of the module."
         )
-    name, slash, variant = text.partition("/")
-    if slash and not variant:
+    name, slash, in_text = text.partition("/")
+    if slash and not in_text:
         raise EncoderError(f"{text!r} has no variant after the slash. Use {name!r} for the default variant.")
-    return name, variant or None
+    if in_text and variant not in (None, in_text):
+        raise EncoderError(
+            f"Two variants of {name!r}: {in_text!r} in the name and variant={variant!r}. Use one of them."
+        )
+    return name, in_text or variant
 
 
 def create_encoder(name: str, **options: Any) -> Encoder:
@@ -89,12 +94,7 @@ def create_encoder(name: str, **options: Any) -> Encoder:
         >>> create_encoder("fake", weights=None).training
         False
     """
-    name, variant = name_and_variant(name)
-    if variant:
-        if options.get("variant") not in (None, variant):
-            raise EncoderError(
-                f"Two variants of {name!r}: {variant!r} in the name and variant={options['variant']!r}. "
-                "Use one of them."
-            )
+    name, variant = name_and_variant(name, options.get("variant"))
+    if variant is not None:
         options["variant"] = variant
     return ENCODERS.create(name, **options)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from merv.encoding.base import Encoder
-from merv.encoding.registry import ENCODERS
+from merv.encoding.registry import ENCODERS, name_and_variant
 from merv.fusion.mixers import Mixer
 from merv.fusion.projectors import Projector
 from merv.fusion.registry import MIXERS, PROJECTORS
@@ -30,8 +30,8 @@ def check_encoder(encoder: Encoder | type[Encoder] | str, *, variant: str | None
     Checks that need a failed one are not run, so that one fault gives one FAIL.
 
     Args:
-        encoder: An encoder, an encoder class, or a name that `find_encoder` accepts. A class is created with
-            random weights.
+        encoder: An encoder, an encoder class, or a name, with or without a variant: "dinov2", "dinov2/base".
+            A class is created with random weights.
         variant: The variant to check. Defaults to the first one.
 
     Returns:
@@ -39,12 +39,15 @@ def check_encoder(encoder: Encoder | type[Encoder] | str, *, variant: str | None
 
     Raises:
         PluginError: No encoder, or more than one, has this name.
+        EncoderError: The name has another variant than `variant`.
         BrokenPlugin: The plug-in with this name cannot be imported.
 
     Example:
         >>> all(finding.passed for finding in check_encoder("fake"))
         True
     """
+    if isinstance(encoder, str):
+        encoder, variant = name_and_variant(encoder, variant)
     return check_plugin("encoder", encoder, variant=variant)
 
 

@@ -14,6 +14,7 @@ from merv.encoders.fake import Fake
 from merv.encoding.base import Encoder
 from merv.encoding.registry import find_encoder
 from merv.encoding.weights import by_library
+from merv.errors import EncoderError
 from merv.testing import check_encoder, make_video, tiny_llm
 from merv.testing.encoder_checks import ENCODER_CHECKS
 from merv.testing.findings import name_of
@@ -186,6 +187,12 @@ class RaisingEncoder(Fake):
 def failed(encoder: type[Encoder] | Encoder) -> dict[str, str]:
     """Name → message of the checks that fail."""
     return {finding.name: finding.message for finding in check_encoder(encoder) if finding.status == "FAIL"}
+
+
+def test_name_may_have_a_variant():
+    assert all(finding.passed for finding in check_encoder("fake/video"))
+    with pytest.raises(EncoderError, match=r"'video'.*'image'"):
+        check_encoder("fake/video", variant="image")
 
 
 @pytest.mark.parametrize("name", ["fake/image", "fake/video"])
