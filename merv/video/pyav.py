@@ -118,14 +118,16 @@ class PyAVReader(VideoReader):
         """
         with self._open() as container, suppress(*DECODE_ERRORS):
             stream = video_stream(container, self._max_pixels)
+            # Ogg gives a time to some packets only. FFmpeg counts the others, wrongly if some were lost.
+            permanent = self._untimed or container.format.name == "ogg"
             if self._open_errors:  # they concern packets that FFmpeg read ahead, so read those again
-                if self._by_count:
+                if permanent or self._by_count:
                     return
                 container.seek(self._pts[0], stream=stream)
             for keyframe, run in self._runs(targets) if fast else [(None, targets)]:
                 if keyframe is not None:
                     container.seek(keyframe, stream=stream)
-                damage = Damage(self._untimed, keyframe)
+                damage = Damage(permanent, keyframe)
                 yield from self._frames_of_run(container, stream, run, fast, damage)
 
     def _runs(self, targets: list[int]) -> Iterator[tuple[int | None, list[int]]]:
@@ -161,13 +163,17 @@ class PyAVReader(VideoReader):
                 if packet is None:
                     return
                 damage.check_packet(packet, number, log)
+                leads = damage.leads(packet)
                 if fast:
                     needed = not packet.size or packet.pts in remaining
                     stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
                 if self._by_count and packet.size:
                     packet.pts = number  # identifies the packet that a decoded frame comes from
                 packet_numbers[packet.pts] = number
-                frames = self._decode_packet(packet, number, damage, log)
+                log.clear()
+                frames = decoded(packet)
+                if errors_of(log) and not leads:
+                    damage.mark(number)
             for frame in frames:
                 origin, was_damaged = packet_numbers.get(frame.pts, number), damage.active
                 intact = not damage.affects(frame, origin)
@@ -181,19 +187,6 @@ class PyAVReader(VideoReader):
                     yield pts, frame
                 if pts is not None and pts >= targets[-1]:
                     return
-
-    def _decode_packet(self, packet: Any, number: int, damage: Damage, log: list[Report]) -> list[Any]:
-        """Return the frames that the decoder outputs after `packet`, and note damage."""
-        leads = damage.leads(packet)  # before the decoder may clear the times of the packet
-        log.clear()
-        frames: list[Any] = []
-        with suppress(*DECODE_ERRORS):
-            frames = decoded(packet)
-            if leads or not errors_of(log):
-                return frames
-        if not leads:
-            damage.mark(number)
-        return frames
 
     def _upright(self, frame: Any, converter: VideoReformatter) -> Tensor:
         """Return an upright uint8 [3, H, W].
@@ -248,7 +241,7 @@ class PyAVReader(VideoReader):
             # If the header has only the duration of the whole file, any stream may be the longest one.
             file_s = 0.0 if stream.duration else (container.duration or 0) / av.time_base
             streams = container.streams if file_s else [stream]
-            scan = Scan.of(container, stream, _packets(container, *streams), file_s)
+            scan = Scan.of(container, stream, _packets(container, *streams), file_s, log)
             # Fragmented MP4 does not say how many frames there should be.
             if (
                 container.format.name.startswith("mov")
@@ -299,12 +292,19 @@ def _packets(container: Any, *streams: Any) -> Iterator[Any]:
 
 
 def decoded(packet: Any) -> list[Any]:
-    """Decode a packet. A VP9 decoder accepts no more packets after eight that failed, until it is flushed."""
+    """Decode a packet. An error is logged like those that FFmpeg conceals."""
+    if not packet.size and packet.dts is not None:  # it repeats the frame before, and would be an error
+        return []
+    context = packet.stream.codec_context
     try:
-        return packet.decode()
-    except av.error.BlockingIOError:
-        packet.stream.codec_context.flush_buffers()
-        return packet.decode()
+        try:
+            return packet.decode()
+        except av.error.BlockingIOError:  # VP9 accepts no more packets after eight that failed
+            context.flush_buffers()
+            return packet.decode()
+    except DECODE_ERRORS as error:
+        av.logging.log(av.logging.ERROR, context.name, str(error))
+        return []
 
 
 def ends_inside_fragment(file: BinaryIO, size: int) -> bool:
@@ -340,7 +340,9 @@ class Scan:
     damage: str = ""
 
     @classmethod
-    def of(cls, container: Any, stream: Any, packets: Iterator[Any], file_s: float) -> Scan:
+    def of(
+        cls, container: Any, stream: Any, packets: Iterator[Any], file_s: float, log: list[Report]
+    ) -> Scan:
         """Scan `packets`; `file_s` is the duration of the file according to its header, or 0."""
         scan = cls(stream.codec_context.name, float(stream.time_base), float(stream.sample_aspect_ratio or 1))
         rate = stream.average_rate or stream.guessed_rate or 25
@@ -351,14 +353,18 @@ class Scan:
         pictures = Pictures(scan.codec, stream.codec_context.extradata or b"")
         count, end_s, last_is_corrupt, next_dts = 0, 0.0, False, 0
         shown: list[list] = []  # of each packet that shows a frame: pts, dts, duration, two flags
+        failed: set[int | None] = set()  # times of packets that cannot be decoded, until one can
         for packet in packets:
             if packet.size and packet.pts is not None:
                 end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if packet.stream.index != stream.index:  # `packet.stream_index` is 0 for all empty packets
                 continue
             if scan.first_frame is None:
-                with suppress(*DECODE_ERRORS):
-                    scan.first_frame = next((f for f in decoded(packet) if not f.is_corrupt), None)
+                num_errors = len(errors_of(log))
+                frames = decoded(packet)
+                scan.first_frame = next((frame for frame in frames if not frame.is_corrupt), None)
+                if len(errors_of(log)) > num_errors or any(frame.is_corrupt for frame in frames):
+                    failed.update({packet.pts, packet.dts})
             if not packet.size:
                 continue
             count += 1
@@ -377,7 +383,7 @@ class Scan:
         scan.durations = {pts: duration for pts, duration, _, is_discard in stored if not is_discard}
         scan.keyframes = [pts for pts, _, is_keyframe, _ in stored if is_keyframe]
         scan.by_count = scan.untimed or bool(clock and clock.was_reset)
-        if scan.first_frame and not scan.by_count and scan.first_key() < scan.first_frame.pts:
+        if scan.first_frame and not failed.isdisjoint(scan.keyframes_before(scan.first_frame.pts, stream)):
             scan.damage = "its first frames cannot be decoded"
         num_frames = frames_in_header(container, stream)
         # In AVI, FFmpeg takes the duration from the packets if some are lost.
@@ -389,9 +395,14 @@ class Scan:
             scan.damage = f"the file is cut off and contains only {count}{of_total} frames"
         return scan
 
-    def first_key(self) -> int:
-        """Return the pts of the first keyframe that is shown, or 0; an edit list may begin before it."""
-        return min((pts for pts in self.keyframes if pts in self.durations), default=0)
+    def keyframes_before(self, pts: int | None, stream: Any) -> set[int]:
+        """Return the times of keyframes before `pts`, also of those that only the index of the file calls so.
+
+        A file may begin with frames that need an earlier keyframe. They were not lost.
+        """
+        entries = getattr(stream, "index_entries", ())  # since PyAV 16
+        keyframes = {entry.timestamp for entry in entries if entry.is_keyframe}.union(self.keyframes)
+        return {time for time in keyframes if pts is not None and time < pts}
 
     def end(self) -> int:
         """Return when the last frame ends."""
