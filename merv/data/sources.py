@@ -297,7 +297,8 @@ class JsonRows(Rows):
         with self.path.open("rb") as file:
             start = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()
         self.is_list = start[:1] == b"["
-        if start.partition(b"\n")[0].strip() == b"{":
+        first, _, rest = start.partition(b"\n")
+        if first.strip() == b"{" and rest.strip():
             raise ValueError("it is one object over several lines; expected a list, or one object per line")
         index = array("Q", chain.from_iterable(_items(self.path) if self.is_list else _lines(self.path)))
         self.offsets, self.sizes, self.numbers = index[::3], index[1::3], index[2::3]
