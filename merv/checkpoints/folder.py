@@ -306,12 +306,18 @@ def check_free(folder: str | Path) -> None:
         CheckpointError: The folder holds something else.
     """
     config = Path(folder, CONFIG)
-    is_merv = config.is_file() and b'"merv":' in config.read_bytes()
+    is_merv = config.is_file() and _starts_as_ours(config)
     is_empty = not config.parent.exists() or (config.parent.is_dir() and not any(config.parent.iterdir()))
     if not is_merv and not is_empty:
         raise CheckpointError(
             f"{folder} exists and is not a checkpoint of merv; it was not overwritten. Choose another folder."
         )
+
+
+def _starts_as_ours(config: Path) -> bool:
+    """Whether the beginning of a config.json has the key that merv writes first."""
+    with open_file(config) as file:
+        return b'"merv":' in file.read(1 << 16)
 
 
 # Interrupted writes ---------------------------------------------------------------------------
