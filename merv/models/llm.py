@@ -110,8 +110,8 @@ def load_llm(
     from transformers import AutoModelForCausalLM
 
     network_dtype = parse_dtype(dtype)
-    folder = llm_folder(source)
     options = _quantization_options(quantize, network_dtype)
+    folder = llm_folder(source)
     with _loading(source):
         tokenizer = load_tokenizer(folder)
         options |= {"dtype": network_dtype, "output_loading_info": True}
