@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from itertools import count, pairwise
+from itertools import pairwise
 from typing import Any, BinaryIO
 
 import av
@@ -156,24 +156,19 @@ class PyAVReader(VideoReader):
         """Yield (pts, frame) for `targets`, decoding onward from the current position."""
         remaining, num_shown = set(targets), 0
         packet_numbers: dict[int | None, int] = {}  # pts → number of the packet in storage order
-        packets = _packets(container, stream)
-        for number in count():
+        for number, (packet, log, next_log) in enumerate(_packets_and_logs(container, stream)):
+            damage.check_packet(packet, number, log, next_log)
+            leads = damage.leads(packet)
+            if fast:
+                needed = not packet.size or packet.pts in remaining
+                stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
+            if self._by_count and packet.size:
+                packet.pts = number  # identifies the packet that a decoded frame comes from
+            packet_numbers[packet.pts] = number
             with reports() as log:
-                packet = next(packets, None)
-                if packet is None:
-                    return
-                damage.check_packet(packet, number, log)
-                leads = damage.leads(packet)
-                if fast:
-                    needed = not packet.size or packet.pts in remaining
-                    stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
-                if self._by_count and packet.size:
-                    packet.pts = number  # identifies the packet that a decoded frame comes from
-                packet_numbers[packet.pts] = number
-                log.clear()
                 frames = decoded(packet)
-                if errors_of(log) and not leads:
-                    damage.mark(number)
+            if errors_of(log) and not leads:
+                damage.mark(number)
             for frame in frames:
                 origin, was_damaged = packet_numbers.get(frame.pts, number), damage.active
                 intact = not damage.affects(frame, origin)
@@ -289,6 +284,21 @@ def _packets(container: Any, *streams: Any) -> Iterator[Any]:
         yield from container.demux(*streams)
     except DECODE_ERRORS as error:
         av.logging.log(av.logging.ERROR, container.format.name, str(error))
+
+
+def _packets_and_logs(container: Any, stream: Any) -> Iterator[tuple[Any, list[Report], list[Report]]]:
+    """Yield each packet with what FFmpeg logs when it reads this packet, and the next one."""
+    packets = _packets(container, stream)
+
+    def read() -> tuple[Any, list[Report]]:
+        with reports() as log:
+            return next(packets, None), log
+
+    packet, log = read()
+    while packet is not None:
+        next_packet, next_log = read()
+        yield packet, log, next_log
+        packet, log = next_packet, next_log
 
 
 def decoded(packet: Any) -> list[Any]:
@@ -497,12 +507,13 @@ class Damage:
     after_corrupt: bool = False
     keyframes: set[int] = field(default_factory=set)  # numbers of packets that the file calls keyframes
 
-    def check_packet(self, packet: Any, number: int, log: list[Report]) -> None:
-        """Mark a packet that follows lost data or starts with zeros. `log` is from reading the packet.
+    def check_packet(self, packet: Any, number: int, log: list[Report], next_log: list[Report]) -> None:
+        """Mark a packet that is torn, follows lost data or starts with zeros.
 
-        Packets may be missing after a corrupt one, or if the demuxer reports an error, unless a keyframe
-        follows. H.264 and HEVC packets that start with zeros come from a hole in the file, which FFmpeg
-        ignores silently.
+        Packets may be missing after a corrupt one, unless a keyframe follows. The same is true between two
+        packets if the demuxer reports an error when it reads the second one; the first one may be torn, too,
+        unless a table says where it ends, as in MP4.
+        H.264 and HEVC packets that start with zeros come from a hole in the file, which FFmpeg ignores.
         """
         if packet.is_keyframe:
             self.keyframes.add(number)
@@ -513,6 +524,7 @@ class Damage:
         if (
             has_hole
             or (follows_loss and not packet.is_keyframe)
+            or (errors_of(next_log, container) and not container.startswith("mov"))
             or (errors_of(log, context.name, context.codec.name) and not self.leads(packet))
         ):
             self.mark(number)
