@@ -165,16 +165,6 @@ class MapOf:
 
 
 @dataclass(frozen=True)
-class OneOrNamed:
-    """One value, or an object with names as keys and such values."""
-
-    rule: Rule
-
-    def check(self, value: Any, key: str) -> None:
-        (MapOf(self.rule, 1) if isinstance(value, dict) else self.rule).check(value, key)
-
-
-@dataclass(frozen=True)
 class Json:
     """Any JSON value that is not nested deeply and has finite numbers."""
 
@@ -336,7 +326,7 @@ TEMPLATE = Text(what="a chat template", max_characters=MAX_CHARACTERS)
 TOKENIZER = Record(
     {
         "sha256": HASH,
-        "chat_template": Optional(OneOrNamed(TEMPLATE)),
+        "chat_template": Optional(TEMPLATE),
         "chat_template_kwargs": MapOf(Json()),
         "end_token": Text(),
     }

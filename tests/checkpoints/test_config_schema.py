@@ -206,11 +206,3 @@ def test_tensor_with_nan_or_other_numbers_is_named(folder, tmp_path, value):
     save_folder(tmp_path / "model", *read_config(folder), state)
     with pytest.raises(CheckpointError, match=name.removeprefix("vision.fusion.")):
         VideoLLM.from_pretrained(tmp_path / "model")
-
-
-def test_tokenizer_may_have_several_chat_templates(config):
-    check_config(
-        "VideoLLM", changed(config, "tokenizer.chat_template", {"default": "a", "tool": "b"}), "file"
-    )
-    with pytest.raises(CheckpointError, match=r"tokenizer\.chat_template\.tool is 1"):
-        check_config("VideoLLM", changed(config, "tokenizer.chat_template", {"tool": 1}), "file")
