@@ -399,7 +399,8 @@ class Scan:
         # In AVI, FFmpeg takes the duration from the packets if some are lost.
         header_ticks = max(stream.duration or 0, num_frames * step if scan.untimed else 0)
         header_end = (stream.start_time or 0) + header_ticks
-        lacks_frames = count < num_frames and scan.end() + step < header_end
+        rounding = 0 if scan.untimed else step
+        lacks_frames = count < num_frames and scan.end() + rounding < header_end
         if lacks_frames or last_is_corrupt or file_s - end_s > 0.1 + step * scan.tick_s:
             of_total = f" of its {num_frames}" if num_frames > count else ""
             scan.damage = f"the file is cut off and contains only {count}{of_total} frames"
