@@ -68,7 +68,6 @@ def train(out: Path, steps: int | None, seed: int, fit_options: Sequence[str] = 
     options = [
         f"--seed_everything={seed}",
         f"--trainer.default_root_dir={out}",
-        f"--trainer.logger.init_args.save_dir={out}",
         f"--model.feature_store={out / 'features'}",
         f"--data.train={out / 'train.jsonl'}",
     ]
