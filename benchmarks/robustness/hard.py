@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from awkward import awkward
 from broken import TOUCHED, damaged, no_video, pointers
 from burned import index_of, picture
 from confined import Outcome, confined
@@ -43,7 +44,7 @@ ROW = "{:17} {:28} {:16} {:>7} {:>7} {:>6}  {}"
 
 def cases() -> list[Case]:
     """Return all cases."""
-    return [*valid_videos(), *pictures(), *damaged(), *no_video(), *pointers(), *odd_files()]
+    return [*valid_videos(), *awkward(), *pictures(), *damaged(), *no_video(), *pointers(), *odd_files()]
 
 
 def orders(frames: int) -> list[list[int]]:

@@ -176,4 +176,5 @@ def test_vp9_is_read_from_its_first_keyframe(tmp_path: Path) -> None:
     original = make_video(tmp_path / "original.mkv", 36, codec="libvpx-vp9", options={"g": "12", "b": "1M"})
     path = copied(tmp_path / "a.mkv", original, lambda packets: [b"", *packets[1:]])
     with open_video(path) as video:
-        assert indices_of(video.read(range(video.info.frames))) == list(range(12, 36))
+        pixels = video.read(range(video.info.frames), on_error="partial")
+        assert indices_of(pixels) == list(range(12, 36))
