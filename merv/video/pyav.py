@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 import torch
-from av.sidedata.sidedata import Type
+from av.sidedata.sidedata import SideDataContainer, Type
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
@@ -556,9 +556,12 @@ class Damage:
 
 
 def side_data(frame: Any) -> Any:
-    """Return the side data of a frame, except kinds that PyAV has no name for: PyAV 18 raises for EXIF."""
+    """Return the side data of a frame, except kinds that PyAV has no name for: PyAV 18 raises for EXIF.
+
+    `frame.side_data` would tie frame and side data in a cycle, which keeps the frame in memory.
+    """
     try:
-        return frame.side_data
+        return SideDataContainer(frame)  # type: ignore[call-arg]
     except ValueError:
         unnamed = sorted(set(range(64)) - {kind.value for kind in Type})
         graph = av.filter.Graph()
@@ -567,7 +570,7 @@ def side_data(frame: Any) -> Any:
         filters.append(graph.add("buffersink"))
         graph.link_nodes(*filters).configure()
         graph.push(frame)
-        return graph.pull().side_data
+        return SideDataContainer(graph.pull())  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)

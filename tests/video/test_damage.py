@@ -254,11 +254,23 @@ def test_damaged_file_in_another_thread_does_not_damage_this_one(tmp_path: Path)
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_frames_leave_no_threads(tmp_path: Path) -> None:
-    path = noisy_video(tmp_path / "a.mov", "mjpeg", 10)  # read their EXIF data, so they are freed later
+    path = noisy_video(tmp_path / "a.mov", "mjpeg", 10)
     threads = []
     for _ in range(2):
         with open_video(path) as video:
             video.read(range(10))
         threads.append(len(list(Path("/proc/self/task").iterdir())))
-    gc.collect()
     assert threads[0] == threads[1]
+
+
+def test_frames_are_freed_without_the_garbage_collector(tmp_path: Path) -> None:
+    path = noisy_video(tmp_path / "a.mov", "mjpeg", 10)
+    gc.collect()
+    gc.disable()
+    try:
+        with open_video(path) as video:
+            video.read(range(10))
+            alive = sum(type(thing) is av.VideoFrame for thing in gc.get_objects())
+    finally:
+        gc.enable()
+    assert alive <= 1  # the reader keeps the first frame
