@@ -117,6 +117,8 @@ def load_llm(
         options |= {"dtype": network_dtype, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
     llm, report = loaded
+    if quantize == "nf4":
+        _keep_trainable(llm)
     missing = sorted(report["missing_keys"])  # transformers initializes these randomly
     if missing:
         raise WeightsError(
@@ -187,6 +189,17 @@ def _quantization_options(quantize: str | None, dtype: Any) -> dict[str, Any]:
     config = BitsAndBytesConfig(**(nf4 if quantize == "nf4" else {"load_in_8bit": True}))
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _keep_trainable(llm: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference, as it does on CPUs with AVX512-BF16.
+
+    It packs them in the first forward pass without gradients, for good. After that, no gradient passes
+    through the layer, and weights whose rows are not whole blocks of 64 values raise an error.
+    """
+    for module in llm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def checkpoint_layers(llm: Any, on: bool) -> None:
@@ -303,14 +316,14 @@ def check_llm(llm: Any) -> bool:
 
 def _works_with_embeddings(llm: Any, ids: torch.Tensor) -> bool:
     """Compare the logits of token ids with those of their embeddings, followed by one that no token has."""
-    table = llm.get_input_embeddings()
-    embeddings = table(ids)
+    expected = llm(input_ids=ids, use_cache=False).logits
+    embeddings = llm.get_input_embeddings()(ids)
     embeddings = torch.cat([embeddings, embeddings.mean(dim=1, keepdim=True)], dim=1)
     try:
         logits = llm(inputs_embeds=embeddings, use_cache=False).logits[:, :-1]
     except (RuntimeError, ValueError):  # it looks for the tokens of the embeddings
         return False
-    return _close(logits, llm(input_ids=ids, use_cache=False).logits)
+    return _close(logits, expected)
 
 
 def config_allows_shared_prefix(llm: Any) -> bool:
