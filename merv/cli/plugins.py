@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from merv.encoding.registry import ENCODERS, name_and_variant
-from merv.errors import BrokenPlugin, MervError
+from merv.errors import BrokenPlugin, MervError, MissingDependency
 from merv.fusion.registry import MIXERS, PROJECTORS
 from merv.utils.plugins import Plugin, Registry
 
@@ -30,8 +30,8 @@ CREATED_WITH: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 EXAMPLES = """\
 The plain list imports nothing. `merv plugins KIND --long` imports the plug-ins of a kind, creates one of each
-without weights and shows more about them. A plug-in that cannot be imported or created is shown as broken and
-does not affect the others.
+without weights and shows more about them. A plug-in that cannot be imported or created is shown as broken,
+and one that needs a package of an extra as missing. Neither affects the others.
 
 examples:
   merv plugins                                  list plug-ins of all kinds
@@ -105,6 +105,8 @@ def _long(kind: str, plugin: Plugin) -> Iterable[Sequence[str]]:
     try:
         loaded: Any = plugin.load()
         state = _state(kind, loaded)
+    except MissingDependency as error:  # a package of an extra, which the user may not want
+        state = f"missing: {error.__cause__ or error}"
     except MervError as error:
         return [(name, *owner, "broken: " + " ".join(str(error.__cause__ or error).split()))]
     if kind == "encoders":

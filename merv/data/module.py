@@ -42,7 +42,8 @@ class ChatData(LightningDataModule):
         max_questions: Maximum number of conversations per sample and epoch. Each epoch draws different
             ones.
         seed: Seed of the order of samples and of the choice of conversations. The order also depends on the
-            number of processes; for a stream also on `num_workers`, so set it.
+            number of processes; for a stream also on `num_workers`, so set it. It does not change the initial
+            weights: --seed_everything does.
         group_by_length: Make batches of one modality (video, image or text) and of similar lengths. The
             largest batch of each modality comes first. All samples are read once at the start.
         num_workers: Processes that read videos ahead, one thread each. None: one less than the CPU cores per

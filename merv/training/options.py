@@ -42,6 +42,7 @@ class TrainingOptions:
         mixer_options: Arguments of the mixer's constructor.
         projector_options: Arguments of the projector's constructor.
         weights: Encoder name → folder or hub id, for encoders whose weights are not at their default source.
+            None: all are at their default source; they are never random.
         presets: Encoder name → preprocessing preset, if not the encoder's first one.
         num_frames: Encoder name → number of frames, if not the encoder's default.
         sampling: How frames are chosen: `uniform`, `segment`, `released`, or `fps` for encoders that have

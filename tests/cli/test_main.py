@@ -144,10 +144,15 @@ def test_encoders_long_shows_variants_and_broken_plug_ins(long_rows):
 
 NEEDY = """
 from merv.encoders.fake import Fake
+from merv.errors import MissingDependency
 
 class Needy(Fake):
     def build(self):
         import a_package_that_nobody_has
+
+class Extra(Fake):
+    def build(self):
+        raise MissingDependency("pip install 'package[extra]'")
 
 class Picky(Fake):
     def __init__(self, taste, **options):
@@ -156,9 +161,10 @@ class Picky(Fake):
 
 
 def test_encoders_long_shows_that_a_package_is_missing(long_rows):
-    rows = long_rows(NEEDY, needy="Needy", picky="Picky")
+    rows = long_rows(NEEDY, needy="Needy", extra="Extra", picky="Picky")
     assert rows["needy"][2] == "broken:"
     assert "'a_package_that_nobody_has'" in rows["needy"]
+    assert rows["extra/image"][2:5] == ["missing:", "pip", "install"]
     assert rows["picky/image"][2:4] == ["not", "created:"]
     assert "'taste'" in rows["picky/image"]
 
