@@ -116,19 +116,19 @@ class VideoInfo:
     time_error_s: float = 0.0
 
     @property
-    def frames(self) -> int:
+    def num_frames(self) -> int:
         """Number of frames."""
         return len(self.times_s)
 
     @property
     def fps(self) -> float:
         """Mean number of frames per second; 0 if the duration is 0."""
-        return self.frames / self.duration_s if self.duration_s > 0 else 0.0
+        return self.num_frames / self.duration_s if self.duration_s > 0 else 0.0
 
     @property
     def is_still(self) -> bool:
         """True for an image, and for a video with one frame."""
-        return self.frames == 1
+        return self.num_frames == 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,12 +59,12 @@ def compare(name: str, path: Path, shows_index: bool = False, gray: bool = False
             reason = str(error).partition(": ")[2].removeprefix("torchcodec cannot read it: ")
             # Either torchcodec's reader or PyAV's scan refused the file.
             reason = f"refused: {reason.partition('. Try backend=')[0]}"
-            return Outcome(ROW.format(name, ours.info.frames, "", "", "", "", reason), refused=True)
+            return Outcome(ROW.format(name, ours.info.num_frames, "", "", "", "", reason), refused=True)
 
 
 def compared(name: str, ours: VideoReader, theirs: VideoReader, shows_index: bool, gray: bool) -> Outcome:
     """Compare two readers of one file frame by frame."""
-    frames = ours.info.frames
+    frames = ours.info.num_frames
     chosen = random.Random(0).sample(range(frames), min(frames, 64))
     same_times = ours.info.times_s == theirs.info.times_s
     pixels, others = ours.read(chosen), theirs.read(chosen)

@@ -37,18 +37,18 @@ def row(path: Path) -> tuple[str, float]:
     times_s, pictures = reference(path)
     with open_video(path) as video:
         info = video.info
-        if info.frames != len(times_s):
-            return f"{path.name}: merv counts {info.frames} frames, decoding gives {len(times_s)}", float(
+        if info.num_frames != len(times_s):
+            return f"{path.name}: merv counts {info.num_frames} frames, decoding gives {len(times_s)}", float(
                 "inf"
             )
         error_ms = 1000 * max(abs(a - b) for a, b in zip(info.times_s, times_s, strict=True))
-        read = video.read(list(range(0, info.frames, 16))[::-1]).flip(0)
+        read = video.read(list(range(0, info.num_frames, 16))[::-1]).flip(0)
     plain = torch.stack(pictures).permute(0, 3, 1, 2)
     if plain.shape != read.shape:  # non-square pixels
         plain = interpolate(plain, read.shape[2:], mode="bilinear", antialias=True)
     pixels = (read.int() - plain.int()).abs().max().item()
     size = f"{info.width}×{info.height}"
-    cells = (path.name, info.frames, size, info.rotation, f"{info.duration_s:.3f}", f"{error_ms:.6f}", pixels)
+    cells = (path.name, info.num_frames, size, info.rotation, f"{info.duration_s:.3f}", f"{error_ms:.6f}", pixels)
     return ROW.format(*cells), error_ms
 
 

@@ -64,12 +64,12 @@ def misread(case: Case, source: Any) -> list[str]:
         info = video.info
         if (info.width, info.height) != case.size:
             wrong.append(f"size {info.width}×{info.height}")
-        for order in orders(info.frames):
+        for order in orders(info.num_frames):
             pixels = video.read(order)
             if case.pixels:
                 wrong += misplaced(case, [info.times_s[i] for i in order], pixels)
     if case.whole and len(info.times_s) != len(case.times_s):
-        wrong.append(f"{info.frames} frames instead of {len(case.times_s)}")
+        wrong.append(f"{info.num_frames} frames instead of {len(case.times_s)}")
     elif case.whole and max(abs(a - b) for a, b in zip(info.times_s, case.times_s, strict=True)) > 0.0011:
         wrong.append("times")
     return list(dict.fromkeys(wrong))
@@ -100,7 +100,7 @@ def misplaced(case: Case, times_s: list[float], pixels: torch.Tensor) -> list[st
 def salvaged(case: Case, source: Any) -> tuple[int, list[str]]:
     """Return how many frames of a damaged file `partial` returns, and what is wrong with them."""
     with open_video(source, **dict(case.reading)) as video:
-        pixels = video.read(range(video.info.frames), on_error="partial")
+        pixels = video.read(range(video.info.num_frames), on_error="partial")
         times_s = [t for i, t in enumerate(video.info.times_s) if i not in video.missing]
         return len(pixels), misplaced(case, times_s, pixels) if case.indices and case.pixels else []
 

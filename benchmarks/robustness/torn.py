@@ -184,7 +184,7 @@ class Copy:
         under_partial: dict[int, Tensor] = {}
         errors, digest = [], hashlib.sha256()
         with open_video(BytesIO(data), name=name) as video:
-            for part in np.array_split(range(video.info.frames), min(video.info.frames, PARTS)):
+            for part in np.array_split(range(video.info.num_frames), min(video.info.num_frames, PARTS)):
                 for on_error, frames in (("raise", under_raise), ("partial", under_partial)):
                     video.missing.clear()
                     try:

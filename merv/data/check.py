@@ -281,14 +281,14 @@ def _check_media(sets: Sequence[Samples], mode: str, media: Media) -> MediaCheck
             info = video.info
             if video.damage:
                 return MediaCheck(num_bytes, f"{info.name}: {video.damage}")
-            if info.backend != "pillow" and info.frames == 1:
+            if info.backend != "pillow" and info.num_frames == 1:
                 return MediaCheck(num_bytes, f"{info.name}: only one frame; expected at least 2")
             if min(info.width, info.height) < MIN_SIDE:
                 size = f"{info.width}×{info.height} pixels; expected at least {MIN_SIDE}×{MIN_SIDE}"
                 return MediaCheck(num_bytes, f"{info.name}: {size}")
             if mode == "decode":
-                count = min(DECODED_FRAMES, info.frames)
-                video.read([i * info.frames // count for i in range(count)])
+                count = min(DECODED_FRAMES, info.num_frames)
+                video.read([i * info.num_frames // count for i in range(count)])
     except MervError as error:
         return MediaCheck(num_bytes, str(error).removesuffix(SKIP).strip())
     numbers: dict[str, float] = {"width": info.width, "height": info.height}

@@ -107,10 +107,10 @@ class VideoReader:
     def _checked(self, indices: Iterable[int]) -> list[int]:
         """Return the distinct indices in ascending order; raise IndexError for those that do not exist."""
         unique = sorted({operator.index(index) for index in indices})
-        if not unique or unique[0] < 0 or unique[-1] >= self.info.frames:
-            invalid = [index for index in unique if not 0 <= index < self.info.frames]
+        if not unique or unique[0] < 0 or unique[-1] >= self.info.num_frames:
+            invalid = [index for index in unique if not 0 <= index < self.info.num_frames]
             raise IndexError(
-                f"{self.info.name}: expected frame indices in 0 to {self.info.frames - 1}; "
+                f"{self.info.name}: expected frame indices in 0 to {self.info.num_frames - 1}; "
                 f"got {', '.join(map(str, invalid[:5])) or 'an empty list'}."
             )
         return unique

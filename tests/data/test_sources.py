@@ -129,7 +129,7 @@ def test_shard_members_of_a_key_are_one_sample(tmp_path):
     assert origins(samples) == ["x1", "x2"]
     for sample in samples:
         (clip,) = pickle.loads(pickle.dumps(sample.videos()))
-        assert probe(clip).frames == 16
+        assert probe(clip).num_frames == 16
         assert clip.name == f"{sample.origin}.mp4"
     assert samples[1].conversations[0][-1]["content"] == "A square."
 
@@ -245,7 +245,7 @@ def test_saved_dataset_leaves_videos_undecoded(tmp_path, monkeypatch):
     table.save_to_disk("saved")
     samples = pickle.loads(pickle.dumps(open_samples("saved")))
     assert origins(samples) == ["saved[0]", "saved[1]"]
-    assert probe(samples[1].videos()[0]).frames == 16
+    assert probe(samples[1].videos()[0]).num_frames == 16
 
 
 def parquet(path, rows: int):

@@ -52,7 +52,7 @@ def test_lost_bytes_are_damage(tmp_path: Path, name: str) -> None:
     path = noisy_video(tmp_path / name, CODECS[name])
     data = path.read_bytes()
     with open_video(data) as video:
-        assert (video.damage, video.info.frames) == ("", 60)
+        assert (video.damage, video.info.num_frames) == ("", 60)
     with open_video(data[: len(data) // 2] + data[len(data) // 2 + 3000 :]) as video:
         assert video.damage
         with pytest.raises((DamagedVideo, UnreadableVideo), match="bytes>: "):
@@ -65,8 +65,8 @@ def test_frames_around_bytes_lost_from_matroska_keep_their_times(tmp_path: Path)
     with open_video(path) as video:
         whole = video.read(range(200))
     with open_video(data[: len(data) // 2] + data[len(data) // 2 + 3000 :]) as video:
-        frames = video.read(range(video.info.frames), on_error="partial")
-        times_s = [video.info.times_s[i] for i in range(video.info.frames) if i not in video.missing]
+        frames = video.read(range(video.info.num_frames), on_error="partial")
+        times_s = [video.info.times_s[i] for i in range(video.info.num_frames) if i not in video.missing]
     assert 100 < len(frames) < 199
     assert torch.equal(frames, whole[[round(25 * time_s) for time_s in times_s]])
 
@@ -105,7 +105,7 @@ def test_lost_start_is_damage(tmp_path: Path, name: str) -> None:
     data, where = bytearray(path.read_bytes()), packet_bytes(path, 0)
     data[where.start + 20 : where.stop] = bytes([255]) * (where.stop - where.start - 20)
     with open_video(bytes(data)) as video, pytest.raises(DamagedVideo, match="bytes>: "):
-        video.read([video.info.frames - 1])
+        video.read([video.info.num_frames - 1])
 
 
 def test_avi_that_lost_packets_is_damaged(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_avi_that_lost_packets_is_damaged(tmp_path: Path) -> None:
     end = data.index(b"00dc", begin + 8000)
     del data[begin:end]  # whole packets
     with open_video(bytes(data)) as video:
-        assert video.info.frames < 60
+        assert video.info.num_frames < 60
         with pytest.raises(DamagedVideo, match=r"\b60\b"):
             video.read([0])
 
@@ -239,7 +239,7 @@ def test_damaged_file_in_another_thread_does_not_damage_this_one(tmp_path: Path)
     def read_torn() -> None:
         while not done.is_set():
             with open_video(torn) as video:
-                video.read(range(video.info.frames), on_error="partial")
+                video.read(range(video.info.num_frames), on_error="partial")
 
     thread = threading.Thread(target=read_torn)
     thread.start()

@@ -67,7 +67,7 @@ def encode_oriented(file_format: str, orientation: int) -> bytes:
 def assert_shows(data: bytes, rgb: np.ndarray) -> None:
     """Check that a picture has the size and roughly the pixels of uint8 [H, W, 3]."""
     with open_video(data) as video:
-        assert (video.info.height, video.info.width, video.info.frames) == (*rgb.shape[:2], 1)
+        assert (video.info.height, video.info.width, video.info.num_frames) == (*rgb.shape[:2], 1)
         pixels = video.read([0])[0].permute(1, 2, 0).numpy()
     assert np.abs(pixels.astype(int) - rgb).mean() < 12
 
@@ -311,7 +311,7 @@ def test_frames_after_a_broken_one_are_missing(file_format: str, marker: bytes) 
     offset += 30 if file_format == "GIF" else 10
     data[offset : offset + 8] = b"\xff" * 8
     with open_video(bytes(data)) as video:
-        assert video.info.frames == 5
+        assert video.info.num_frames == 5
         for _ in range(2):
             assert indices_of(video.read(range(5), on_error="partial")) == [0, 1]
         assert indices_of(video.read([1])) == [1]
@@ -349,7 +349,7 @@ def test_cut_off_animation_raises_a_named_error_or_is_damaged(file_format: str) 
     data = animation(file_format)
     for length in range(16, len(data) - 20, 37):
         with pytest.raises(VideoError), open_video(data[:length]) as video:
-            video.read(range(video.info.frames))
+            video.read(range(video.info.num_frames))
 
 
 def test_tiny_gif_with_huge_frames_is_refused() -> None:
@@ -358,4 +358,4 @@ def test_tiny_gif_with_huge_frames_is_refused() -> None:
     with pytest.raises(UnreadableVideo, match=r"8192×8192.*max_pixels=\d+.*max_pixels=134217728"):
         open_video(screen + frame * 100 + b";")
     with open_video(screen + frame * 100 + b";", max_pixels=2 * 8192 * 8192) as video:
-        assert video.info.frames == 100
+        assert video.info.num_frames == 100

@@ -134,7 +134,7 @@ def test_later_frames_above_max_pixels_are_damage(tmp_path: Path) -> None:
     with open_video(data + larger_stream(), max_pixels=64 * 32) as video:
         assert indices_of(video.read(range(10))) == list(range(10))
         with pytest.raises(DamagedVideo):
-            video.read(range(video.info.frames))
+            video.read(range(video.info.num_frames))
 
 
 def larger_stream() -> bytes:
@@ -155,7 +155,7 @@ def larger_stream() -> bytes:
 def test_frames_of_another_size_are_scaled_to_the_first(tmp_path: Path) -> None:
     data = make_video(tmp_path / "a.h264", 10).read_bytes() + larger_stream()
     with open_video(data) as video:
-        assert indices_of(video.read(range(video.info.frames))) == [*range(10), *range(5)]
+        assert indices_of(video.read(range(video.info.num_frames))) == [*range(10), *range(5)]
 
 
 @pytest.mark.parametrize("starts_s", [(1, 61), (61, 1)])
@@ -200,7 +200,7 @@ def test_cut_off_fragmented_mp4_is_damaged(tmp_path: Path, behind_mdat: int) -> 
 def test_frames_that_build_on_damage_are_left_out(tmp_path: Path, name: str, at: float) -> None:
     path = overwrite(make_video(tmp_path / name, 100, options={"g": "20", "bf": "2"}), at, at + 0.02)
     with open_video(path) as video:
-        frames = range(video.info.frames)
+        frames = range(video.info.num_frames)
         intact = video.read(frames, on_error="partial")
         times_s = [video.info.times_s[i] for i in frames if i not in video.missing]
     assert 30 < len(intact) < 100
@@ -246,7 +246,7 @@ def test_growing_file_is_read_to_its_initial_size(tmp_path: Path) -> None:
             return super().seek(len(data), 0) if whence == 2 else super().seek(offset, whence)
 
     with open_video(Growing(data * 20)) as video:
-        assert video.info.frames < 100
+        assert video.info.num_frames < 100
 
 
 def test_error_of_file_object_is_reported() -> None:

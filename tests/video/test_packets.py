@@ -76,7 +76,7 @@ def test_empty_picture_at_the_end_prolongs_the_frame_before(tmp_path: Path) -> N
     original = make_video(tmp_path / "original.mkv", 12, codec="mpeg4")
     path = copied(tmp_path / "a.mp4", original, lambda packets: [*packets[:-1], empty_vop(packets[-1])])
     with open_video(path) as video:
-        assert (video.info.frames, video.info.duration_s) == (11, pytest.approx(12 / 25))
+        assert (video.info.num_frames, video.info.duration_s) == (11, pytest.approx(12 / 25))
 
 
 def test_packet_of_two_pictures_shows_both(tmp_path: Path) -> None:
@@ -176,5 +176,5 @@ def test_vp9_is_read_from_its_first_keyframe(tmp_path: Path) -> None:
     original = make_video(tmp_path / "original.mkv", 36, codec="libvpx-vp9", options={"g": "12", "b": "1M"})
     path = copied(tmp_path / "a.mkv", original, lambda packets: [b"", *packets[1:]])
     with open_video(path) as video:
-        pixels = video.read(range(video.info.frames), on_error="partial")
+        pixels = video.read(range(video.info.num_frames), on_error="partial")
         assert indices_of(pixels) == list(range(12, 36))

@@ -44,7 +44,7 @@ def test_edit_list_that_delays_and_trims_is_not_damage(
     with open_video(path) as video:
         assert bool(video.damage) == bool(cut_off)
         if frames:
-            assert (video.info.frames, video.info.duration_s) == (40, pytest.approx(1.6))
+            assert (video.info.num_frames, video.info.duration_s) == (40, pytest.approx(1.6))
             assert indices_of(video.read([0, 39])) == [0, 39]
 
 
@@ -71,7 +71,7 @@ def test_frame_n_is_on_screen_at_n_over_rate(
     tmp_path: Path, rate: Fraction | int, suffix: str, first: int
 ) -> None:
     info = probe(constant_rate(tmp_path / f"a{suffix}", rate, first=first))
-    assert info.frames == 121
+    assert info.num_frames == 121
     times_s = [float(n / rate) for n in range(121)]
     centers_s = [float((n + Fraction(1, 2)) / rate) for n in range(121)]
     assert frame_indices_at(info.times_s, times_s, info.time_error_s) == list(range(121))

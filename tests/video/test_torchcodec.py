@@ -74,7 +74,7 @@ def read_both(source: Any, backend: str, indices: list[int] | None = None) -> li
     with open_video(source) as pyav, open_video(source, backend=backend) as torchcodec:
         assert vars(torchcodec.info) == {**vars(pyav.info), "backend": "torchcodec"}
         if indices is None:
-            indices = list(range(pyav.info.frames))
+            indices = list(range(pyav.info.num_frames))
         pixels = torchcodec.read(indices)
         assert (pixels.int() - pyav.read(indices).int()).abs().max() <= 1
     return indices_of(pixels)
@@ -222,7 +222,7 @@ def test_torchcodec_for_another_torch_raises(monkeypatch: pytest.MonkeyPatch) ->
 def test_images_do_not_need_torchcodec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, None)
     with open_video(make_gif(tmp_path / "a.gif", [100, 200]), backend="torchcodec") as video:
-        assert (video.info.backend, video.info.frames) == ("pillow", 2)
+        assert (video.info.backend, video.info.num_frames) == ("pillow", 2)
 
 
 def test_multi_encoder_decodes_with_its_backend(tmp_path: Path, backend: str) -> None:
