@@ -2,8 +2,8 @@
 
     python benchmarks/robustness/folders.py [--bits N]
 
-The folders are those of a tiny MultiEncoder, a tiny VideoLLM with a LoRA and its language model in llm/, a
-checkpoint of a run and a sharded one; the assets are those that `merv download` has downloaded. Changes are
+The folders are those of a tiny MultiEncoder, a tiny VideoLLM with a LoRA and its language model in llm/, and
+a checkpoint of a run; the assets are those that `merv download` has downloaded. Changes are
 loaded in other processes, with verify=True and limits on CPU time and memory. If a changed folder loads, a
 clip is encoded.
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import builtins
 import copy
-import io
 import json
 import os
 import pickle
@@ -39,7 +38,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -56,8 +54,6 @@ from merv.errors import MervError
 from merv.models.llm import LoraOptions, load_llm
 from merv.testing import tiny_llm
 from merv.training.checkpointing import Folders
-from merv.training.distributed_checkpoint import load as load_distributed
-from merv.training.sharding import Sharded, consolidate
 from merv.utils import assets
 from merv.utils.files import cache_folder
 
@@ -88,7 +84,7 @@ def make(folder: Path) -> dict[str, Path]:
     model = VideoLLM(llm, tokenizer, vision, chat_template_kwargs={"x": [1, {"y": "z"}]})
     model.add_lora(LoraOptions(r=2))
     model.train_only(["projector", "mixer", "lora"])
-    paths = {name: folder / name for name in ("VideoLLM", "checkpoint", "sharded")}
+    paths = {name: folder / name for name in ("VideoLLM", "checkpoint")}
     model.save_pretrained(paths["VideoLLM"])
     shutil.copytree(folder / "source", paths["VideoLLM"] / "llm")
     kind, config = read_config(paths["VideoLLM"])
@@ -97,26 +93,13 @@ def make(folder: Path) -> dict[str, Path]:
     state = {f"model.{name}": tensor for name, tensor in model.trainable_state_dict().items()}
     rest = {"optimizer_states": [{"exp_avg": torch.ones(99), "lr": 0.1}], "global_step": 3}
     checkpoint = {"state_dict": state, "config": model.config(), **rest}
-    Folders().save_checkpoint(dict(checkpoint), paths["checkpoint"])
-    alone = SimpleNamespace(broadcast=lambda path: path, barrier=lambda: None, is_global_zero=True)
-    Sharded.save_checkpoint(alone, dict(checkpoint), paths["sharded"])  # type: ignore[arg-type]
+    Folders().save_checkpoint(checkpoint, paths["checkpoint"])
     paths |= {name: folder / name for name in ("MultiEncoder", "MultiEncoder without output_dim")}
     return paths
 
 
 def load(folder: Path) -> None:
     """Load a folder, and encode a clip."""
-    if folder.name == "sharded":
-        out = folder.with_name("consolidated")
-        consolidate(folder, out)
-        states: dict[str, Any] = {"optimizer_0": {"exp_avg": torch.zeros(99), "lr": 0.0}}
-        load_distributed(states, folder, no_dist=True)
-        module = SimpleNamespace(state_dict=dict)
-        one = SimpleNamespace(
-            broadcast=lambda path: path, lightning_module=module, model=module, optimizers=[]
-        )
-        Sharded.load_checkpoint(one, folder)  # type: ignore[arg-type]
-        return
     if folder.name == "checkpoint":
         Folders().load_checkpoint(folder)
         return
@@ -293,13 +276,6 @@ def code_changes(folder: Path) -> Iterator[Change]:
                 more = {"auto_map": auto_map, "model_type": kind, "tokenizer_class": "A"}
                 change = config(file, lambda content, more=more: content.update(more))
                 yield replace(change, harmless=kind == "llama")  # transformers then needs no code
-    if (folder / ".metadata").is_file():
-        for file in (folder / ".metadata", *folder.glob("*.distcp")):
-            yield Change(f"a pickle as {file.name}", file.name, evil_pickle(), seal=True)
-        shard = next(folder.glob("*.distcp"))
-        buffer = io.BytesIO()
-        torch.save(Evil(), buffer)
-        yield Change("a pickle in each shard", shard.name, buffer.getvalue() * 50, seal=True)
     if (folder / "training.pt").is_file():
         yield Change("a pickle as training.pt", "training.pt", evil_pickle(), seal=True)
     if folder.name in ("VideoLLM", "MultiEncoder"):
@@ -344,7 +320,6 @@ def verdict(folder: Path, change: Change, work: Callable[[Path], None]) -> dict[
     if (ran := Path(os.environ["MERV_CODE_RAN"])).exists():
         ran.unlink()
         outcome = "code"
-    shutil.rmtree(folder.with_name("consolidated"), ignore_errors=True)
     wrong = [] if outcome in COUNTS[:3] else [message]
     return {"outcome": outcome, "wrong": wrong, "seconds": time.process_time() - start_s}
 
@@ -450,7 +425,6 @@ def main(bits: int) -> int:
         write_config(folders["VideoLLM"], *read_config(folders["VideoLLM"]))
         for path in folders.values():
             load(path)  # unchanged folders load; and modules are imported once, here
-            shutil.rmtree(folder / "consolidated", ignore_errors=True)
         print(ROW.format("", "changes", *COUNTS, "peak", "slowest"))
         for name, path in folders.items():
             data = (path / "config.json").read_bytes()

@@ -67,16 +67,13 @@ def write_model(
     shutil.copymode(Path(folder) / CONFIG, Path(folder) / WEIGHTS)  # safetensors lets only the owner read it
 
 
-def write_config(
-    folder: str | Path, kind: str, config: Mapping[str, Any], sha256: Mapping[str, str] | None = None
-) -> None:
+def write_config(folder: str | Path, kind: str, config: Mapping[str, Any]) -> None:
     """Write config.json into an existing folder, as its last file.
 
     Args:
         folder: The folder.
         kind: Name of the class that loads it.
         config: Values for config.json.
-        sha256: The digests of the other files of the folder. By default, they are computed.
 
     Raises:
         CheckpointError: `read_config` would refuse the config.
@@ -84,8 +81,8 @@ def write_config(
     folder = Path(folder)
     check_config(kind, json.loads(json.dumps(config)), f"The config of the model for {folder}")
     files = [name for name in files_below(folder) if name != CONFIG]
-    digests = folder_digests(folder, files) if sha256 is None else sha256
-    content = {"merv": FORMAT, "model_type": "merv", "kind": kind, **config, "sha256": digests}
+    content = {"merv": FORMAT, "model_type": "merv", "kind": kind, **config}
+    content["sha256"] = folder_digests(folder, files)
     content["config_sha256"] = _config_digest(content)
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -208,13 +205,9 @@ def read_config(folder: str | Path, required: str = WEIGHTS) -> tuple[str, dict[
         raise CheckpointError(f"The folder {folder} does not exist.{_suggestion(folder.parent, folder.name)}")
     if not (folder / CONFIG).is_file() or not (folder / required).is_file():
         files = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        is_sharded = required == WEIGHTS and (folder / CONFIG).is_file() and (folder / ".metadata").is_file()
-        advice = (
-            " Run `merv consolidate` first: it is sharded." if is_sharded else _suggestion(folder, "model")
-        )
         raise CheckpointError(
             f"{folder} is not a complete model of merv. Expected {CONFIG} and {required}, found {files}."
-            f"{advice}"
+            f"{_suggestion(folder, 'model')}"
         )
     content = _read_content(folder)
     config = {key: value for key, value in content.items() if key not in ("merv", "kind", *HEADER)}

@@ -69,7 +69,6 @@ COMMANDS = (
     Command("plan", "Estimate memory and time of a training run.", "merv.cli.plan", raw=True),
     Command("fit", "Train a model with a recipe.", "merv.cli.fit", raw=True),
     Command("average", "Average the weights of several checkpoints of one model.", "merv.cli.average"),
-    Command("consolidate", "Merge a sharded checkpoint into one folder.", "merv.cli.consolidate"),
     Command("convert", "Convert a checkpoint of the released MERV.", "merv.cli.convert"),
     Command("demo", "Train and evaluate a small model on generated clips.", "merv.cli.demo"),
 )

@@ -1,8 +1,7 @@
 """Checkpoints of a training run: folders from which it resumes exactly.
 
 A checkpoint is the folder of `VideoLLM.save_pretrained`, so that `merv ask --model` loads it, plus
-`training.pt`: optimizer, schedule, position in the data, random states. With `trainer.strategy: sharded`, run
-`merv consolidate` first.
+`training.pt`: optimizer, schedule, position in the data, random states.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from merv.checkpoints.folder import (
     write_model,
 )
 from merv.errors import CheckpointError, TrainingError
-from merv.training.sharding import read_training_state
 
 EXACT_MATCH, VAL_LOSS = "val/exact_match", "val/loss"  # metrics; those of a kind are val/exact_match/KIND
 CHECKPOINTS = "checkpoints"  # the subfolder of a run
@@ -173,6 +171,25 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
         p for p in Path(folder).glob("step=*") if p.name[5:].isdigit() and (p / TRAINING_STATE).is_file()
     ]
     return max(checkpoints, key=lambda path: int(path.name[5:]), default=None)
+
+
+def read_training_state(path: Path) -> dict[str, Any]:
+    """Read training.pt of a checkpoint. Only tensors and plain values are unpickled.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    file = path / TRAINING_STATE
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+    except Exception as error:  # damaged files raise errors of many types
+        raise CheckpointError(
+            f"{file} is damaged ({type(error).__name__}). Resume from an earlier checkpoint, or start a "
+            f"new run from its model: --model.init_from={path}."
+        ) from error
+    return state
 
 
 def random_states() -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""`merv average` and `merv consolidate` write folders that load, and accept only checkpoints."""
+"""`merv average` writes folders that load, and accepts only checkpoints."""
 
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from merv.models.llm import load_llm
 from merv.models.multi_encoder import MultiEncoder
 from merv.models.video_llm import VideoLLM
 from merv.testing import tiny_llm
-from merv.training.sharding import Sharded, consolidate
 
 
 @pytest.fixture(autouse=True)
@@ -168,43 +166,3 @@ def test_folder_of_other_files_is_not_overwritten(tmp_path):
     (tmp_path / "mine/thesis.tex").write_text("years of work")
     with pytest.raises(CheckpointError, match="mine"):
         average([save_thing(tmp_path / name, 1.0) for name in "ab"], tmp_path / "mine")
-
-
-# Consolidate --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sharded(tmp_path):
-    """A checkpoint that `Sharded` writes in one process, and its tensors."""
-    tiny_llm(tmp_path / "llm")
-    llm, tokenizer = load_llm(tmp_path / "llm")
-    model = VideoLLM(
-        llm, tokenizer, MultiEncoder(["fake"], grid=(4, 2, 2), output_dim=llm.config.hidden_size)
-    )
-    state = {
-        f"model.{name}": torch.randn_like(tensor) for name, tensor in model.trainable_state_dict().items()
-    }
-    alone = SimpleNamespace(broadcast=lambda path: path, barrier=lambda: None, is_global_zero=True)
-    checkpoint = {
-        "state_dict": dict(state),
-        "optimizer_states": [{"step": torch.ones(1)}],
-        "config": model.config(),
-    }
-    Sharded.save_checkpoint(alone, checkpoint, tmp_path / "step=3")
-    return tmp_path / "step=3", state
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed:UserWarning")
-def test_sharded_checkpoint_becomes_a_model(sharded, tmp_path):
-    folder, state = sharded
-    assert main(["consolidate", str(folder), str(tmp_path / "model")]) == 0
-    loaded = VideoLLM.from_pretrained(tmp_path / "model").trainable_state_dict()
-    assert all(torch.equal(loaded[name.removeprefix("model.")], tensor) for name, tensor in state.items())
-    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
-
-
-def test_consolidate_needs_a_sharded_checkpoint(tmp_path, capsys):
-    assert main(["consolidate", save_thing(tmp_path / "a", 1.0), str(tmp_path / "out")]) == 2
-    assert str(tmp_path / "a") in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match="nowhere"):
-        consolidate(tmp_path / "nowhere", tmp_path / "out")

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from running import QUIET, difference, fit, make_material, weights
+from safetensors.torch import load_file
 
-from merv.training.sharding import full_state_dict
+from merv.models.video_llm import VideoLLM
 
 pytestmark = [*QUIET, pytest.mark.usefixtures("no_process_group"), pytest.mark.filterwarnings("ignore")]
 
@@ -22,17 +23,19 @@ def no_process_group():
         torch.distributed.destroy_process_group()
 
 
-def test_sharded_run_resumes_and_its_checkpoint_is_consolidated(material, tmp_path):
-    options = {"trainer__strategy": "sharded", "trainer__devices": 1, "checkpoints__every_n_steps": 3}
-    lora = {"model__trainable": "[projector,mixer,lora]", "model__lora": "{r: 2}"}
-    assert fit(material, tmp_path / "plain", **lora) == 0
-    assert fit(material, tmp_path / "sharded", **lora, **options) == 0
+def test_sharded_run_resumes_and_its_checkpoints_are_those_of_any_run(material, tmp_path):
+    options = {"trainer__devices": 1, "checkpoints__every_n_steps": 3}
+    options |= {"model__trainable": "[projector,mixer,lora]", "model__lora": "{r: 2}"}
+    sharded = {**options, "trainer__strategy": "sharded"}
+    assert fit(material, tmp_path / "plain", **options) == 0
+    assert fit(material, tmp_path / "sharded", **sharded) == 0
     assert difference(weights(tmp_path / "plain"), weights(tmp_path / "sharded")) < 1e-6
-    state = full_state_dict(tmp_path / "sharded/checkpoints/step=6")
-    assert difference(weights(tmp_path / "sharded"), state) == 0
-    resume = {**options, "ckpt_path": tmp_path / "sharded/checkpoints/step=3"}
-    assert fit(material, tmp_path / "resumed", **lora, **resume) == 0
-    assert difference(weights(tmp_path / "sharded"), weights(tmp_path / "resumed")) == 0
+    model = VideoLLM.from_pretrained(tmp_path / "sharded/checkpoints/step=6")
+    assert difference(weights(tmp_path / "sharded"), model.trainable_state_dict()) == 0
+    checkpoint = tmp_path / "sharded/checkpoints/step=3"
+    for name, resumed, limit in ("sharded", sharded, 0), ("plain", options, 1e-6):  # also without sharding
+        assert fit(material, tmp_path / f"2 {name}", **resumed, ckpt_path=checkpoint) == 0
+        assert difference(weights(tmp_path / name), weights(tmp_path / f"2 {name}")) <= limit
 
 
 def test_sharded_llm_is_saved_correctly_after_generation(material, tmp_path):
@@ -52,5 +55,5 @@ def test_sharded_llm_is_saved_correctly_after_generation(material, tmp_path):
     assert fit(material, tmp_path / "plain", **options) == 0
     assert fit(material, tmp_path / "sharded", **options, **every_step, **sharded) == 0
     assert difference(weights(tmp_path / "plain"), weights(tmp_path / "sharded")) < 1e-6
-    state = full_state_dict(tmp_path / "sharded/checkpoints/step=3")
+    state = load_file(tmp_path / "sharded/checkpoints/step=3/model.safetensors")
     assert difference(weights(tmp_path / "sharded"), state) == 0
