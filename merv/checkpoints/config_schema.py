@@ -1,22 +1,23 @@
 """The schema of config.json: the keys of a saved model, and the values that they may have.
 
-Every config.json is checked before anything is built from it, because a folder may come from anybody. Limits
-of numbers are far above those of real models, and low enough that no number fills the memory. Options of
-mixers and projectors can be any JSON values; the constructor of the class checks them.
+Every config.json is checked before anything is built from it, because a folder may come from anybody. The
+schema is written as type annotations: a TypedDict or dataclass lists the keys of an object, and `Annotated`
+adds limits. Limits of numbers are far above those of real models, and low enough that no number fills the
+memory. Options of mixers and projectors can be any JSON values; the constructor of the class checks them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
 from merv.encoding.weights import Identity
 from merv.errors import CheckpointError, EncoderError, MervError, SamplingError, ShapeError, TrainingError
@@ -26,227 +27,173 @@ from merv.video.sampling import Sampling
 from merv.video.transforms import Resample
 
 MAX_CELLS = 2**18  # of the grid: visual tokens of one video; with 1024 channels, 1 GB per encoder
-MAX_FRAMES = 2**12  # that an encoder gets of one video; of 224×224 pixels, 2.5 GB
-MAX_DIM = 2**16  # of tokens; the largest language models have 2**14
-MAX_RANK = 2**13  # of a LoRA
 MAX_ENCODERS = 64
 MAX_NAMES = 2**12
-MAX_CHARACTERS = 2**20
 MAX_DEPTH = 16  # of options of mixers and projectors
 MAX_INTEGER = 2**63
-FLOATING_POINT = ("float32", "bfloat16", "float16", "float64")  # dtypes of encoders, fusion and LLM
-
-
-class Invalid(Exception):
-    """A value that its rule does not allow."""
-
-    def __init__(self, key: str, fault: str, allowed: str, hint: str = "") -> None:
-        self.key, self.fault, self.allowed, self.hint = key, fault, allowed, hint
-        super().__init__(f"{key or 'it'} {fault}; expected {allowed}.{hint}")
-
-
-def wrong(key: str, value: Any, allowed: str, hint: str = "") -> Invalid:
-    """The error for a value of the wrong type or size."""
-    return Invalid(key, f"is {shown(value)}", allowed, hint)
-
-
-class Rule(Protocol):
-    """What a value may be."""
-
-    def check(self, value: Any, key: str) -> None:
-        """Raise Invalid, with the dotted `key`, if the value is not allowed."""
-
-
-# Rules --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One of some names."""
-
-    names: tuple[str, ...]
-
-    def check(self, value: Any, key: str) -> None:
-        if not (isinstance(value, str) and value in self.names):
-            hint = nearest(value, self.names) if isinstance(value, str) else ""
-            raise wrong(key, value, f"one of {', '.join(self.names)}", hint)
-
-
-@dataclass(frozen=True)
-class Flag:
-    """True or false."""
-
-    def check(self, value: Any, key: str) -> None:
-        if not isinstance(value, bool):
-            raise wrong(key, value, "true or false")
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number from `low` to `high`, both included. NaN is never allowed."""
+class Limits:
+    """The lowest and highest value of a number, or length of text, a list or an object; both included."""
 
     low: float
     high: float
-    integer: bool = False
 
-    def check(self, value: Any, key: str) -> None:
-        numeric = isinstance(value, int if self.integer else (int, float)) and not isinstance(value, bool)
-        if not (numeric and self.low <= value <= self.high):
-            kind = "an integer" if self.integer else "a number"
-            raise wrong(key, value, f"{kind} from {self.low:.16g} to {self.high:.16g}")
+    def __str__(self) -> str:
+        return " to ".join(f"{limit:.16g}" for limit in dict.fromkeys((self.low, self.high)))
 
 
 @dataclass(frozen=True)
 class Text:
-    """Text that can be part of a path: valid for the file system, and without null characters."""
+    """What text must look like."""
 
     pattern: str = r"(?s:.*)"
     what: str = "text"
     max_characters: int = MAX_NAMES
 
-    def check(self, value: Any, key: str) -> None:
-        expected = f"{self.what} of at most {self.max_characters} characters"
-        if not isinstance(value, str) or len(value) > self.max_characters or "\0" in value:
-            raise wrong(key, value, expected)
-        try:
-            os.fsencode(value)
-        except UnicodeEncodeError:
-            raise wrong(key, value, f"{expected}, which can be encoded as UTF-8") from None
-        if not re.fullmatch(self.pattern, value):
-            raise wrong(key, value, expected)
+
+class Invalid(Exception):
+    """A value that the schema does not allow."""
+
+    def __init__(self, key: str, fault: str, allowed: str, hint: str = "") -> None:
+        self.key, self.fault, self.allowed, self.hint = key, fault, allowed, hint
+
+    def __str__(self) -> str:
+        return f"{self.key or 'it'} {self.fault}; expected {self.allowed}.{self.hint}"
 
 
-@dataclass(frozen=True)
-class Optional:
-    """Null, or what another rule allows."""
+# Checking -----------------------------------------------------------------------------------
 
-    rule: Rule
 
-    def check(self, value: Any, key: str) -> None:
+def check_value(schema: Any, value: Any, key: str, limits: Any = None) -> None:
+    """Raise Invalid, with the dotted `key`, if a value is not allowed.
+
+    Args:
+        schema: A type. Any means any JSON value. A dataclass is an object whose constructor accepts it.
+        value: The value, read from JSON.
+        key: Where the value is.
+        limits: What `Annotated` adds: `Limits`, `Text`, a function (value, key) that raises Invalid, or the
+            narrower types of some fields of a dataclass.
+
+    Example:
+        >>> check_value(Sampling, {**vars(Sampling()), "mode": "unifrom"}, "sampling")
+        Traceback (most recent call last):
+        merv.checkpoints.config_schema.Invalid: sampling.mode is 'unifrom'; expected one of uniform, fps, ...
+    """
+    kind = get_origin(schema) or schema
+    if kind is Annotated:
+        schema, limits = get_args(schema)
+        check_value(schema, value, key, limits)
+    elif kind in (Union, UnionType):
+        _check_optional(schema, value, key)
+    elif kind is Any:
+        _check_json(value, key)
+    elif kind is Literal:
+        if value not in get_args(schema):
+            hint = nearest(value, get_args(schema)) if isinstance(value, str) else ""
+            raise wrong(key, value, f"one of {', '.join(get_args(schema))}", hint)
+    elif kind is bool:
+        if not isinstance(value, bool):
+            raise wrong(key, value, "true or false")
+    elif kind in (int, float):
+        _check_number(kind, value, key, limits)
+    elif kind is str:
+        _check_text(value, key, limits or Text())
+    elif kind in (list, dict):
+        _check_items(schema, value, key, limits or Limits(0, MAX_NAMES))
+    else:
+        _check_keys(kind, value, key, limits)
+
+
+def _check_optional(schema: Any, value: Any, key: str) -> None:
+    (inner,) = (each for each in get_args(schema) if each is not type(None))
+    try:
         if value is not None:
-            try:
-                self.rule.check(value, key)
-            except Invalid as error:
-                allowed = f"null or {error.allowed}" if error.key == key else error.allowed
-                raise Invalid(error.key, error.fault, allowed, error.hint) from None
+            check_value(inner, value, key)
+    except Invalid as error:
+        if error.key == key:
+            error.allowed = f"null or {error.allowed}"
+        raise
 
 
-@dataclass(frozen=True)
-class ListOf:
-    """A list of `low` to `high` values."""
-
-    rule: Rule
-    low: int = 0
-    high: int = MAX_NAMES
-
-    def check(self, value: Any, key: str) -> None:
-        if not (isinstance(value, list) and self.low <= len(value) <= self.high):
-            count = str(self.low) if self.low == self.high else f"{self.low} to {self.high}"
-            raise wrong(key, value, f"a list of {count} values")
-        for index, item in enumerate(value):
-            self.rule.check(item, f"{key}[{index}]")
+def _check_number(kind: type, value: Any, key: str, limits: Limits | None) -> None:
+    """NaN is never allowed."""
+    limits = limits or (Limits(-MAX_INTEGER, MAX_INTEGER) if kind is int else Limits(-1e9, 1e9))
+    numeric = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not (numeric and limits.low <= value <= limits.high):
+        what = "an integer" if kind is int else "a number"
+        raise wrong(key, value, f"{what} from {limits}")
 
 
-@dataclass(frozen=True)
-class MapOf:
-    """An object whose keys are names."""
-
-    rule: Rule
-    low: int = 0
-    high: int = MAX_NAMES
-    names: Rule = Text()
-
-    def check(self, value: Any, key: str) -> None:
-        if not (isinstance(value, dict) and self.low <= len(value) <= self.high):
-            raise wrong(key, value, f"an object with {self.low} to {self.high} keys")
-        for name, item in value.items():
-            self.names.check(name, f"a name in {key}")
-            self.rule.check(item, _join(key, name))
+def _check_text(value: Any, key: str, text: Text) -> None:
+    """Text can be part of a path: it is valid for the file system, and has no null characters."""
+    expected = f"{text.what} of at most {text.max_characters} characters"
+    if not isinstance(value, str) or len(value) > text.max_characters or "\0" in value:
+        raise wrong(key, value, expected)
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        raise wrong(key, value, f"{expected}, which can be encoded as UTF-8") from None
+    if not re.fullmatch(text.pattern, value):
+        raise wrong(key, value, expected)
 
 
-@dataclass(frozen=True)
-class Json:
-    """Any JSON value that is not nested deeply and has finite numbers."""
-
-    depth: int = MAX_DEPTH
-
-    def check(self, value: Any, key: str) -> None:
-        if isinstance(value, (dict, list)):
-            if not self.depth:
-                raise wrong(key, value, f"a value that is nested at most {MAX_DEPTH} levels deep")
-            container: Any = MapOf if isinstance(value, dict) else ListOf
-            container(Json(self.depth - 1)).check(value, key)
-        elif isinstance(value, str):
-            Text(max_characters=MAX_CHARACTERS).check(value, key)
-        elif not isinstance(value, (bool, type(None))):
-            Number(-sys.float_info.max, sys.float_info.max).check(value, key)
+def _check_items(schema: Any, value: Any, key: str, limits: Limits) -> None:
+    kind: Any = get_origin(schema)
+    if not (isinstance(value, kind) and limits.low <= len(value) <= limits.high):
+        what = f"a list of {limits} values" if kind is list else f"an object with {limits} keys"
+        raise wrong(key, value, what)
+    for name in value if kind is dict else ():
+        check_value(get_args(schema)[0], name, f"a name in {key}")
+    for inner, each in _items(value, key):
+        check_value(get_args(schema)[-1], each, inner)
 
 
-@dataclass(frozen=True)
-class Record:
-    """An object with exactly these keys.
-
-    Attributes:
-        rules: Key → rule of its value.
-        more: Keys that are required unless the value of `unless_null` is null, and not allowed otherwise.
-        unless_null: One of the keys of `rules`.
-        also: Checks the whole value, after its keys. It raises Invalid or an error of merv.
-    """
-
-    rules: Mapping[str, Rule]
-    more: Mapping[str, Rule] = field(default_factory=dict)
-    unless_null: str = ""
-    also: Callable[[dict[str, Any], str], object] | None = None
-
-    def check(self, value: Any, key: str) -> None:
-        if not isinstance(value, dict):
-            raise wrong(key, value, f"an object with the keys {', '.join(self.rules)}")
-        for name in self.rules:
-            if name not in value:
-                raise Invalid(_join(key, name), "is missing", "this key")
-        more = self.more if value.get(self.unless_null) is not None else {}
-        rules = {**self.rules, **more}
-        for name in value:
-            if name not in rules:
-                key = ascii(_join(key, name[:64]))
-                raise Invalid(key, "is an unknown key", f"one of {', '.join(rules)}", nearest(name, rules))
-        for name, rule in rules.items():
-            if name not in value:
-                raise Invalid(_join(key, name), "is missing", f"this key, because of {self.unless_null}")
-            rule.check(value[name], _join(key, name))
-        if self.also is not None:
-            try:
-                self.also(value, key)
-            except MervError as error:
-                raise Invalid(key, "is invalid", "options that fit together", f" {error}") from error
+def _items(value: Any, key: str) -> list[tuple[str, Any]]:
+    """The keys and values of a list or object."""
+    if isinstance(value, dict):
+        return [(_join(key, name), each) for name, each in value.items()]
+    return [(f"{key}[{index}]", each) for index, each in enumerate(value)]
 
 
-def options_of(cls: type, **rules: Rule) -> Record:
-    """The rule of a dataclass whose fields are saved: types from its annotations, values by its constructor.
-
-    >>> options_of(Sampling, total=FRAMES).check({**vars(Sampling()), "mode": "unifrom"}, "sampling")
-    Traceback (most recent call last):
-    merv.checkpoints.config_schema.Invalid: sampling.mode is 'unifrom'; expected one of uniform, fps, ...
-    """
-    hints = get_type_hints(cls)
-    types = {each.name: _rule_of(hints[each.name]) for each in fields(cls)}
-    return Record({**types, **rules}, also=lambda value, _: cls(**value))
+def _check_json(value: Any, key: str, depth: int = MAX_DEPTH) -> None:
+    if isinstance(value, (dict, list)):
+        if not depth:
+            raise wrong(key, value, f"a value that is nested at most {MAX_DEPTH} levels deep")
+        for inner, each in _items(value, key):
+            _check_json(each, inner, depth - 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise wrong(key, value, "a finite number")
 
 
-def _rule_of(annotation: Any) -> Rule:
-    """The rule of an annotation."""
-    if get_origin(annotation) in (Union, UnionType):
-        (inner,) = (each for each in get_args(annotation) if each is not type(None))
-        return Optional(_rule_of(inner))
-    if get_origin(annotation) is Literal:
-        return Choice(get_args(annotation))
-    types: dict[Any, Rule] = {
-        str: Text(),
-        bool: Flag(),
-        int: Number(-MAX_INTEGER, MAX_INTEGER, integer=True),
-        float: Number(-1e9, 1e9),
-    }
-    return types[annotation]
+def _check_keys(cls: type[Any], value: Any, key: str, limits: Any) -> None:
+    """An object with exactly the keys of a TypedDict or dataclass."""
+    types = get_type_hints(cls, include_extras=True)
+    types.update(limits if isinstance(limits, Mapping) else {})
+    required = [name for name in types if name in getattr(cls, "__required_keys__", types)]
+    if not isinstance(value, dict):
+        raise wrong(key, value, f"an object with the keys {', '.join(required)}")
+    for name in required:
+        if name not in value:
+            raise Invalid(_join(key, name), "is missing", "this key")
+    for name in value:
+        if name not in types:
+            key = ascii(_join(key, name[:64]))
+            raise Invalid(key, "is an unknown key", f"one of {', '.join(types)}", nearest(name, types))
+        check_value(types[name], value[name], _join(key, name))
+    if callable(limits):
+        limits(value, key)
+    if is_dataclass(cls):
+        try:
+            cls(**value)
+        except MervError as error:
+            raise Invalid(key, "is invalid", "options that fit together", f" {error}") from error
+
+
+def wrong(key: str, value: Any, allowed: str, hint: str = "") -> Invalid:
+    """The error for a value of the wrong type or size."""
+    return Invalid(key, f"is {shown(value)}", allowed, hint)
 
 
 def _join(key: str, name: str) -> str:
@@ -268,93 +215,110 @@ def shown(value: Any) -> str:
 
 # config.json --------------------------------------------------------------------------------
 
-NAME, HASH = Text(r".+", "a name"), Text(r"[0-9a-f]{64}", "a SHA-256")
-COUNT, FRAMES = Number(1, MAX_CELLS, integer=True), Number(1, MAX_FRAMES, integer=True)
-DTYPE = Choice(FLOATING_POINT)
-FILE = Text(r"(?!/)(?!(.*/)?\.\.(/|$)).+", "the path of a file in the folder")
+Name = Annotated[str, Text(r".+", "a name")]
+Hash = Annotated[str, Text(r"[0-9a-f]{64}", "a SHA-256")]
+File = Annotated[str, Text(r"(?!/)(?!(.*/)?\.\.(/|$)).+", "the path of a file in the folder")]
+Count = Annotated[int, Limits(1, MAX_CELLS)]
+Frames = Annotated[int, Limits(1, 2**12)]  # that an encoder gets of one video; of 224×224 pixels, 2.5 GB
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]  # of encoders, fusion and LLM
+FLOATING_POINT = get_args(Dtype)
+
+EncoderConfig = TypedDict(
+    "EncoderConfig",
+    {
+        "class": Name,
+        "variant": Name,
+        "preset": Name,
+        "dtype": Dtype,
+        "identity": Annotated[Identity, {"sha256": Hash}],
+    },
+)
 
 
-def _check_cells(config: dict[str, Any], key: str) -> None:
+class FusionConfig(TypedDict, total=False):
+    """The keys that a MultiEncoder has if and only if its `output_dim` is not null."""
+
+    mixer: Name
+    mixer_options: dict[str, Any]
+    projector: Name
+    projector_options: dict[str, Any]
+    norm: bool
+
+
+class MultiEncoderConfig(FusionConfig):
+    """The config of a MultiEncoder."""
+
+    grid: Annotated[list[Count], Limits(3, 3)]
+    output_dim: Annotated[int, Limits(1, 2**16)] | None  # the largest language models have 2**14
+    fusion_dtype: Dtype
+    align: Literal["area", "released"]
+    num_frames: Annotated[dict[str, Frames], Limits(0, MAX_ENCODERS)]
+    backend: Literal[tuple(BACKENDS)]  # type: ignore[valid-type]
+    resample: Resample
+    sampling: Annotated[Sampling, {"total": Count}]
+    encoders: Annotated[dict[str, EncoderConfig], Limits(1, MAX_ENCODERS)]
+
+
+def _check_fusion(config: dict[str, Any], key: str) -> None:
     t, h, w = config["grid"]
     if t * h * w > MAX_CELLS:
         raise wrong(_join(key, "grid"), config["grid"], f"at most {MAX_CELLS} cells")
+    for name in FusionConfig.__annotations__:
+        if (name in config) != (config["output_dim"] is not None):
+            fault = "is an unknown key" if name in config else "is missing"
+            raise Invalid(_join(key, name), fault, "the keys of a fusion only if output_dim is not null")
 
 
-ENCODER = Record(
-    {
-        "class": NAME,
-        "variant": NAME,
-        "preset": NAME,
-        "dtype": DTYPE,
-        "identity": options_of(Identity, sha256=HASH),
-    }
-)
-MULTI_ENCODER = Record(
-    {
-        "grid": ListOf(COUNT, 3, 3),
-        "output_dim": Optional(Number(1, MAX_DIM, integer=True)),
-        "fusion_dtype": DTYPE,
-        "align": Choice(("area", "released")),
-        "num_frames": MapOf(FRAMES, high=MAX_ENCODERS),
-        "backend": Choice(tuple(BACKENDS)),
-        "resample": Choice(get_args(Resample)),
-        "sampling": options_of(Sampling, total=COUNT),
-        "encoders": MapOf(ENCODER, 1, MAX_ENCODERS),
-    },
-    more={
-        "mixer": NAME,
-        "mixer_options": MapOf(Json()),
-        "projector": NAME,
-        "projector_options": MapOf(Json()),
-        "norm": Flag(),
-    },
-    unless_null="output_dim",
-    also=_check_cells,
-)
-LLM = Record(
-    {
-        "source": Text(),
-        "quantize": Optional(Choice(("nf4", "int8"))),
-        "hashed_dtype": DTYPE,
-        "sha256": HASH,
-        "sha256_bfloat16": HASH,
-        "sha256_without_linears": HASH,
-        "dtype": DTYPE,
-    }
-)
-TEMPLATE = Text(what="a chat template", max_characters=MAX_CHARACTERS)
-TOKENIZER = Record(
-    {
-        "sha256": HASH,
-        "chat_template": Optional(TEMPLATE),
-        "chat_template_kwargs": MapOf(Json()),
-        "end_token": Text(),
-    }
-)
-LORA = Record(  # the fields of merv.models.llm.LoraOptions
-    {
-        "r": Number(1, MAX_RANK, integer=True),
-        "lora_alpha": Number(0, MAX_INTEGER),
-        "target_modules": ListOf(NAME, 1),
-        "lora_dropout": Number(0, 1),
-    }
-)
-VIDEO_LLM = Record(
-    {
-        "llm": LLM,
-        "tokenizer": TOKENIZER,
-        "lora": Optional(LORA),
-        "trained": ListOf(NAME),
-        "modified_parts": ListOf(NAME),
-        "vision": MULTI_ENCODER,
-    }
-)
-HEADER: dict[str, Rule] = {  # of the folder, not of the model
-    "model_type": Choice(("merv",)),
-    "sha256": MapOf(HASH, names=FILE),
-    "config_sha256": HASH,
+class LLMConfig(TypedDict):
+    """The language model of a VideoLLM."""
+
+    source: str
+    quantize: Literal["nf4", "int8"] | None
+    hashed_dtype: Dtype
+    sha256: Hash
+    sha256_bfloat16: Hash
+    sha256_without_linears: Hash
+    dtype: Dtype
+
+
+class TokenizerConfig(TypedDict):
+    """The tokenizer of a VideoLLM."""
+
+    sha256: Hash
+    chat_template: Annotated[str, Text(what="a chat template", max_characters=2**20)] | None
+    chat_template_kwargs: dict[str, Any]
+    end_token: str
+
+
+class LoraConfig(TypedDict):
+    """The fields of merv.models.llm.LoraOptions."""
+
+    r: Annotated[int, Limits(1, 2**13)]
+    lora_alpha: Annotated[float, Limits(0, MAX_INTEGER)]
+    target_modules: Annotated[list[Name], Limits(1, MAX_NAMES)]
+    lora_dropout: Annotated[float, Limits(0, 1)]
+
+
+class VideoLLMConfig(TypedDict):
+    """The config of a VideoLLM."""
+
+    llm: LLMConfig
+    tokenizer: TokenizerConfig
+    lora: LoraConfig | None
+    trained: list[Name]
+    modified_parts: list[Name]
+    vision: Annotated[MultiEncoderConfig, _check_fusion]
+
+
+HEADER: dict[str, Any] = {  # of the folder, not of the model
+    "model_type": Literal["merv"],
+    "sha256": dict[File, Hash],
+    "config_sha256": Hash,
 }
-KINDS: dict[str, Rule] = {"MultiEncoder": MULTI_ENCODER, "VideoLLM": VIDEO_LLM}
+KINDS: dict[str, Any] = {
+    "MultiEncoder": Annotated[MultiEncoderConfig, _check_fusion],
+    "VideoLLM": VideoLLMConfig,
+}
 
 
 def check_config(kind: Any, config: Any, where: str | Path) -> None:
@@ -374,7 +338,7 @@ def check_config(kind: Any, config: Any, where: str | Path) -> None:
         Traceback (most recent call last):
         merv.errors.CheckpointError: config.json: grid is missing; expected this key. Save ...
     """
-    check(Choice(tuple(KINDS)), kind, where, "kind")
+    check(Literal[tuple(KINDS)], kind, where, "kind")
     check(KINDS[kind], config, where)
 
 
@@ -391,9 +355,9 @@ def invalid_config(where: str | Path, *also: type[MervError]) -> Iterator[None]:
         raise CheckpointError(f"{where} describes a model that cannot be created: {error}") from error
 
 
-def check(rule: Rule, value: Any, where: str | Path, key: str = "") -> None:
+def check(schema: Any, value: Any, where: str | Path, key: str = "") -> None:
     """Raise CheckpointError if a value of the file `where` is not allowed."""
     try:
-        rule.check(value, key)
+        check_value(schema, value, key)
     except Invalid as error:
         raise CheckpointError(f"{where}: {error} Save the model again, or correct the file.") from error
