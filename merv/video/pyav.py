@@ -360,7 +360,7 @@ class Scan:
         has_resets = container.format.flags & TS_DISCONT
         clock = Clock(step, round(MAX_JUMP_S / scan.tick_s)) if has_resets else None
         scan.untimed = container.format.name == "avi"  # its times are in storage order
-        pictures = Pictures(scan.codec, stream.codec_context.extradata or b"")
+        pictures = Pictures(stream)
         count, end_s, last_is_corrupt, next_dts = 0, 0.0, False, 0
         shown: list[list] = []  # of each packet that shows a frame: pts, dts, duration, two flags
         failed: set[int | None] = set()  # times of packets that cannot be decoded, until one can

@@ -18,8 +18,8 @@ _before: tuple[int | None, bool] = (None, True)  # settings of PyAV's log to res
 
 
 @contextmanager
-def reports() -> Iterator[list[Report]]:
-    """Collect what FFmpeg logs in this thread; see `errors_of`.
+def reports(level: int = logging.ERROR) -> Iterator[list[Report]]:
+    """Collect what FFmpeg logs in this thread, down to `level`; see `errors_of`.
 
     FFmpeg has one log per process. PyAV ignores it by default, because a thread that FFmpeg started waits
     for Python's lock to log, and deadlocks if Python waits for that thread. So decode with one thread, and
@@ -35,9 +35,9 @@ def reports() -> Iterator[list[Report]]:
     with _lock:
         if not _readers:
             _before = logging.get_level(), logging.get_skip_repeated()
-            if (_before[0] or logging.PANIC) < logging.ERROR:
-                logging.set_level(logging.ERROR)
             logging.set_skip_repeated(False)
+        if (logging.get_level() or logging.PANIC) < level:
+            logging.set_level(level)
         _readers += 1
         ignored = _before[0] is None
     try:
