@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 from weakref import WeakSet
@@ -273,24 +274,23 @@ class ChatData(LightningDataModule):
         Streams are left out. A malformed row raises DataError, or is left out if `on_error` is "skip".
         """
         seen = set()
-        for samples in (self.train, self.val):
-            for number in range(len(samples)):
-                with suppress(DataError) if self.on_error == "skip" else nullcontext():
-                    for video in samples[number].videos():
-                        if hash(video) not in seen:
-                            seen.add(hash(video))
-                            yield samples[number].origin, video
+        for sample in chain(self._valid(self.train), self._valid(self.val)):
+            for video in sample.videos():
+                if hash(video) not in seen:
+                    seen.add(hash(video))
+                    yield sample.origin, video
 
     def val_kinds(self) -> list[str]:
         """Return the kinds of questions in the validation files, sorted; "" is left out.
 
         A malformed row raises DataError, or is left out if `on_error` is "skip".
         """
-        kinds: set[str] = set()
-        for number in range(len(self.val)):
+        return sorted({kind for sample in self._valid(self.val) for kind in sample.kinds} - {""})
+
+    def _valid(self, samples: Sequence[Sample]) -> Iterator[Sample]:
+        for number in range(len(samples)):
             with suppress(DataError) if self.on_error == "skip" else nullcontext():
-                kinds.update(self.val[number].kinds)
-        return sorted(kinds - {""})
+                yield samples[number]
 
 
 def modalities_and_lengths(

@@ -26,6 +26,7 @@ from merv.checkpoints.folder import (
     write_model,
 )
 from merv.errors import CheckpointError, TrainingError
+from merv.utils.suggest import nearest
 
 EXACT_MATCH, VAL_LOSS = "val/exact_match", "val/loss"  # metrics; those of a kind are val/exact_match/KIND
 CHECKPOINTS = "checkpoints"  # the subfolder of a run
@@ -154,15 +155,18 @@ class Best(ModelCheckpoint):
             enable_version_counter=False,
         )
 
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Save the checkpoint if it is better; raises TrainingError if validation did not log the metric."""
-        if not trainer.sanity_checking and self.monitor not in trainer.callback_metrics:
-            logged = [name for name in trainer.callback_metrics if name.startswith("val/")]
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Raise TrainingError, before the model is loaded, if validation does not log the metric."""
+        super().setup(trainer, module, stage)
+        if self.monitor in (EXACT_MATCH, VAL_LOSS):
+            return
+        kinds = trainer.datamodule.val_kinds()  # type: ignore[attr-defined]
+        known = [EXACT_MATCH, *(f"{EXACT_MATCH}/{kind}" for kind in kinds), VAL_LOSS]
+        if self.monitor not in known:
             raise TrainingError(
-                f"checkpoints.monitor is {self.monitor}, but validation logged "
-                f"{', '.join(logged) or 'nothing'}. Choose one of these, or validate on more batches."
+                f"checkpoints.monitor: unknown metric {self.monitor!r}.{nearest(str(self.monitor), known)} "
+                f"Available: {', '.join(known)}."
             )
-        super().on_validation_end(trainer, module)
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
@@ -181,7 +185,8 @@ def read_training_state(path: Path) -> dict[str, Any]:
     """
     file = path / TRAINING_STATE
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        # Mapped, because every process of a machine reads the file
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
     except Exception as error:  # damaged files raise errors of many types

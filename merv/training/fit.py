@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentError
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning import Trainer
-from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -21,7 +27,6 @@ from merv.training.callbacks import GracefulShutdown, LossPlot, SampleAnswers, T
 from merv.training.checkpointing import CHECKPOINTS, Best, Checkpoints, Folders, newest_checkpoint
 from merv.training.module import Training, check_end, save
 from merv.training.sharding import register
-from merv.training.slurm import check_tasks, cluster_environment
 
 
 class Fit(LightningCLI):
@@ -80,7 +85,7 @@ class Fit(LightningCLI):
             super().instantiate_classes()
         except MervError:
             raise
-        except (ImportError, ValueError, TypeError, MisconfigurationException) as error:
+        except (ImportError, RuntimeError, ValueError, TypeError, MisconfigurationException) as error:
             raise TrainingError(f"The run cannot be set up: {error}") from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
@@ -116,7 +121,12 @@ class Fit(LightningCLI):
             plugins.append(environment)
         config["plugins"] = [*plugins, Folders()]
         trainer = super()._instantiate_trainer(config, callbacks)
-        check_tasks(trainer)
+        devices = trainer.num_devices * trainer.num_nodes
+        if isinstance(environment, SLURMEnvironment) and environment.world_size() != devices:
+            raise TrainingError(  # Lightning would train with one device in each of them
+                f"srun started {environment.world_size()} processes, but the run has {devices}: set "
+                "trainer.devices to srun's --ntasks-per-node, and trainer.num_nodes to its --nodes."
+            )
         return trainer
 
     def before_fit(self) -> None:
@@ -166,3 +176,26 @@ class Fit(LightningCLI):
                 print(
                     f"The trained model is in {folder}. To use it: merv ask VIDEO QUESTION --model {folder}"
                 )
+
+
+def cluster_environment(num_nodes: int) -> ClusterEnvironment | None:
+    """The environment to give to Lightning in a SLURM job; None leaves the choice to Lightning.
+
+    Lightning takes part in a SLURM job as soon as SLURM_NTASKS is set. But batch scripts and interactive
+    shells have this variable, too: a process in them would wait for processes that do not exist. srun alone
+    sets SLURM_STEP_NUM_TASKS.
+
+    Raises:
+        TrainingError: The run needs several nodes, but srun did not start this process.
+    """
+    in_job = "SLURM_NTASKS" in os.environ or "SLURM_JOB_ID" in os.environ
+    if not in_job or TorchElasticEnvironment.detect():
+        return None
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return SLURMEnvironment()
+    if num_nodes > 1 and "NODE_RANK" not in os.environ:  # users set it to start each node by hand
+        raise TrainingError(
+            f"trainer.num_nodes is {num_nodes}, but srun did not start this process, so nothing runs on the "
+            f"other nodes. Run `srun --nodes={num_nodes} --ntasks-per-node=DEVICES merv fit ...`."
+        )
+    return LightningEnvironment()

@@ -29,7 +29,7 @@ from merv.models.named_encoders import by_name
 from merv.models.video_llm import VideoLLM
 from merv.training.build import check_names, from_checkpoint, from_scratch
 from merv.training.callbacks import LossMonitor, print_parts
-from merv.training.checkpointing import EXACT_MATCH, VAL_LOSS, Best, random_states, set_random_states
+from merv.training.checkpointing import EXACT_MATCH, VAL_LOSS, random_states, set_random_states
 from merv.training.options import TrainingOptions
 from merv.training.sharding import shard
 from merv.utils.distributed import (
@@ -84,15 +84,6 @@ class Training(LightningModule):
         self.stop_agreed = False  # by all processes: they stop after this step
 
     # Parts --------------------------------------------------------------------------------
-
-    def setup(self, stage: str) -> None:
-        """Check the interval of validation and the monitored metric before the model is loaded."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if stage == "fit" and isinstance(data, ChatData):
-            check_validation(self.trainer, data)
-            for callback in self.trainer.checkpoint_callbacks:
-                if isinstance(callback, Best):
-                    check_monitor(str(callback.monitor), data)
 
     def configure_model(self) -> None:
         """Build the VideoLLM on the device that Lightning has chosen."""
@@ -475,44 +466,6 @@ def check_end(trainer: Mapping[str, Any]) -> None:
     limited = trainer["max_steps"] != -1 or trainer["max_epochs"] not in (None, -1)
     if not limited and not trainer["fast_dev_run"]:
         raise TrainingError(NO_END)
-
-
-def limit_batches(num_batches: int, limit: float) -> int:
-    """Number of batches in an epoch under `limit_train_batches`: a number, or a fraction if it is a float.
-
-    >>> limit_batches(10, 4), limit_batches(10, 0.25), limit_batches(10, 1.0), limit_batches(10, 20)
-    (4, 2, 10, 10)
-    """
-    return min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
-
-
-def check_validation(trainer: Trainer, data: ChatData) -> None:
-    """Raise TrainingError if `val_check_interval` has more batches than an epoch."""
-    interval = trainer.val_check_interval
-    counted_per_epoch = trainer.check_val_every_n_epoch is not None
-    if data.val_source is None or not isinstance(interval, int) or not counted_per_epoch:
-        return
-    if trainer.limit_val_batches == 0:
-        return
-    num_batches = limit_batches(len(data._train_loader()), trainer.limit_train_batches)
-    if interval > num_batches:
-        raise TrainingError(
-            f"trainer.val_check_interval is {interval} batches, but an epoch has {num_batches} per process. "
-            f"Set it to at most {num_batches}, or count batches across epochs with "
-            "--trainer.check_val_every_n_epoch=null."
-        )
-
-
-def check_monitor(metric: str, data: ChatData) -> None:
-    """Raise TrainingError if validation on this data does not log the metric."""
-    if metric in (EXACT_MATCH, VAL_LOSS):
-        return
-    known = [EXACT_MATCH, *(f"{EXACT_MATCH}/{kind}" for kind in data.val_kinds()), VAL_LOSS]
-    if metric not in known:
-        raise TrainingError(
-            f"checkpoints.monitor: unknown metric {metric!r}.{nearest(metric, known)} "
-            f"Available: {', '.join(known)}."
-        )
 
 
 def encode_all(

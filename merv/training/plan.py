@@ -29,7 +29,7 @@ from merv.models.multi_encoder import MultiEncoder
 from merv.models.packing import Tokens, pack, tokens_of
 from merv.models.video_llm import VideoLLM
 from merv.training.dry_run import ENCODE, OPTIMIZER, BatchShape, Cost, dry_step
-from merv.training.module import Training, limit_batches
+from merv.training.module import Training
 from merv.utils.assets import smollm2_folder
 from merv.utils.private import layer_classes
 from merv.utils.torch_modules import device_and_dtype, without_weights
@@ -422,9 +422,9 @@ def _steps(setup: Setup, samples: int, batch_size: int) -> int | None:
     """Optimizer steps; None if nothing determines them."""
     limits = [setup.max_steps] if setup.max_steps > 0 else []
     if samples and setup.max_epochs is not None and setup.max_epochs != -1:
-        per_epoch = limit_batches(
-            math.ceil(samples / (batch_size * setup.devices)), setup.limit_train_batches
-        )
+        per_epoch, limit = math.ceil(samples / (batch_size * setup.devices)), setup.limit_train_batches
+        # As in Lightning, a float is a fraction
+        per_epoch = min(per_epoch, limit) if isinstance(limit, int) else int(per_epoch * limit)
         limits.append(setup.max_epochs * math.ceil(per_epoch / setup.accumulate))
     return min(limits, default=None)
 

@@ -5,7 +5,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from running import QUIET, fit, make_material
 
 from merv.errors import TrainingError
-from merv.training.slurm import cluster_environment
+from merv.training.fit import cluster_environment
 
 pytestmark = QUIET
 
@@ -48,17 +48,11 @@ def test_several_nodes_without_srun_are_an_error(monkeypatch):
     assert isinstance(cluster_environment(num_nodes=2), LightningEnvironment)
 
 
-def test_tasks_without_a_number_per_node_are_an_error(monkeypatch):
-    setenv(monkeypatch, **SHELL, **SRUN)
-    with pytest.raises(TrainingError, match="--ntasks-per-node"):
-        cluster_environment(num_nodes=1)
-
-
-def test_fewer_devices_than_tasks_are_an_error(tmp_path, monkeypatch, capsys):
-    setenv(monkeypatch, **SHELL, **SRUN, **PER_NODE)
-    material = make_material(tmp_path)
-    assert fit(material, tmp_path / "run", trainer__devices=1) == 2
-    assert "trainer.devices=1" in capsys.readouterr().err
+@pytest.mark.parametrize(("tasks", "name"), [({}, "--ntasks-per-node"), (PER_NODE, "trainer.devices")])
+def test_tasks_that_do_not_fit_the_devices_are_an_error(tmp_path, monkeypatch, capsys, tasks, name):
+    setenv(monkeypatch, **SHELL, **SRUN, **tasks)
+    assert fit(make_material(tmp_path), tmp_path / "run", trainer__devices=1) == 2
+    assert name in capsys.readouterr().err
 
 
 def test_environments_outside_slurm_are_chosen_by_lightning(monkeypatch):
