@@ -43,13 +43,9 @@ def run(args: argparse.Namespace) -> int:
     """Convert the checkpoint and print which tensors were left out."""
     from merv.models.convert_released_merv import convert
 
-    convert(
-        args.checkpoint,
-        args.config,
-        args.out,
-        llm=args.llm,
-        encoders=dict(args.encoder),
-        log=lambda line: print(line, flush=True),
-    )
+    encoders = dict(args.encoder)
+    left_out = convert(args.checkpoint, args.config, args.out, llm=args.llm, encoders=encoders)
+    for name, reason in left_out.items():
+        print(f"left out {name}: {reason}")
     print(f"The model is in {args.out}: merv ask VIDEO QUESTION --model {args.out}")
     return 0

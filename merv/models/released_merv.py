@@ -1,6 +1,6 @@
 """Translate the configuration and the tensor names of a released MERV checkpoint to merv's.
 
-This module reads and writes no files. Unknown options and tensors are errors that name them.
+This module reads and writes no files.
 
 Source: https://github.com/princetonvisualai/merv (MIT), commit d5eb1d2.
 """
@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from merv.encoding.registry import list_encoders
+from merv.encoding.weights import renamed
 from merv.errors import BrokenPlugin, CheckpointError
 from merv.models.chat import VISUAL
 from merv.utils.suggest import nearest
+from merv.utils.torch_modules import first_few
 
 # Configuration ------------------------------------------------------------------------------
 
@@ -40,28 +43,62 @@ TRAINING = re.compile(
 ARCHITECTURE = re.compile(
     r"(no-align\+)?(avg|3davg(\+frame(?P<frames>[1-9]\d*))?)\+(?P<head>linear|gelu-mlp)"
 )
-HEADS = {"linear": "linear", "gelu-mlp": "mlp"}
 GATE = "cross_attention_avg_lq"  # the default feature_fusion of the release
+# feature_fusion of the release → mixer of merv, its options, and the beginnings of its tensors' names: in the
+# release → in merv
+MIXERS: dict[str | None, tuple[str, dict[str, Any], dict[str, str]]] = {
+    GATE: (
+        "gate",
+        {},
+        {
+            "Q": "query",
+            "attention.q_proj_weight": "to_query.weight",
+            "attention.in_proj_bias": "to_query.bias",
+            "attention.k_proj_weight": "to_key.weight",
+        },
+    ),
+    None: ("mean", {}, {}),
+    "first": ("mean", {}, {}),
+    "concat": ("concat", {}, {}),
+    "concat_channel": ("concat_channels", {}, {"projector.": "linear."}),
+    "concat_channel_ln": ("concat_channels", {"norm": True}, {"0.": "norm.", "1.projector.": "linear."}),
+}
+# End of an arch_specifier → projector of merv, and the beginnings of its layers' names
+PROJECTORS = {
+    "linear": ("linear", {"": "linear."}),
+    "gelu-mlp": ("mlp", {"0.": "hidden.0.", "2.": "linear."}),
+}
+# Tensors that do not affect the tokens → the reason
+UNUSED = {
+    r"feature_fusion\.attention\.(v_proj_weight|out_proj\.(weight|bias))": "its output is not used",
+    # It is saved by the transformers version of the release.
+    r"llm\..*rotary_emb\.inv_freq": "the language model computes it",
+}
+# Beginning of the names of tensors → that in newer checkpoints, and of the language model in merv
+RENAMED = {
+    r"^adapter\.": "feature_fusion.",
+    r"^projector\.": "projectors.0.",
+    r"^llm_backbone\.llm\.": "llm.",
+}
+PACKED = [f"feature_fusion.attention.{part}_proj_weight" for part in "qkv"]
 
 
 @dataclass(frozen=True)
 class ReleasedConfig:
-    """The `model` entry of a released config.json, in merv's terms.
+    """The `model` entry of a released config.json.
 
     Attributes:
         encoders: Name of the encoder in the converted model → "encoder/variant", in the order of the config.
         num_frames: Encoder name → number of frames.
         grid: Common grid (t, h, w).
-        total_frames: Number of frames read per clip; an encoder gets every k-th of them.
-        projector: "linear" or "mlp".
-        fusion: Name of the mixer in the release.
-        llm: Id of the language model in the release, a key of LLMS.
+        projector: Key of PROJECTORS.
+        fusion: Key of MIXERS.
+        llm: Key of LLMS.
     """
 
     encoders: dict[str, str]
     num_frames: dict[str, int]
     grid: tuple[int, int, int]
-    total_frames: int
     projector: str
     fusion: str | None
     llm: str
@@ -76,54 +113,69 @@ def read_config(config: Mapping[str, Any]) -> ReleasedConfig:
     model = config.get("model")
     if not isinstance(model, Mapping):
         raise CheckpointError(
-            f"Expected the config.json of a released MERV, with an entry 'model'; got {few(config)}."
+            "Expected the config.json of a released MERV, with an entry 'model'; got "
+            f"{first_few(list(config))}."
         )
     unknown = [key for key in model if key not in NETWORK and not TRAINING.fullmatch(key)]
     missing = [key for key in NETWORK if key not in model and key != "feature_fusion"]
     if unknown or missing:
-        faults = list_faults({"missing": missing, "unknown": unknown})
-        raise CheckpointError(f"Options of 'model' in config.json: {faults}. Expected: {few(NETWORK, 9)}.")
-    if model["image_resize_strategy"] != "resize-naive":
         raise CheckpointError(
-            f"Unsupported image_resize_strategy {model['image_resize_strategy']!r}: only 'resize-naive' is "
-            "supported, which all released models use."
+            f"Options of 'model' in config.json: missing {first_few(missing) or 'none'}; unknown "
+            f"{first_few(unknown) or 'none'}. Expected: {', '.join(NETWORK)}."
         )
-    ids = list(model["video_backbone_ids"])
-    counts = model["num_frames"]
+    if model["image_resize_strategy"] != "resize-naive":
+        raise _unsupported(
+            model, "image_resize_strategy", "only 'resize-naive' is supported, which all released models use."
+        )
+    ids, counts = list(model["video_backbone_ids"]), model["num_frames"]
     counts = [counts] * len(ids) if isinstance(counts, int) else list(counts)
     if not ids or len(counts) != len(ids) or len(set(ids)) < len(ids):
         raise CheckpointError(
             f"Expected distinct video_backbone_ids and one num_frames for each, got {ids} and {counts}."
         )
-    total_frames = max(counts)
-    if any(count < 1 or total_frames % count for count in counts):
-        raise CheckpointError(
-            f"Unsupported num_frames {counts}: in the release, only divisors of {total_frames} give exactly "
-            "this number of frames."
+    if any(count < 1 or max(counts) % count for count in counts):
+        raise _unsupported(
+            model,
+            "num_frames",
+            f"in the release, only divisors of {max(counts)} give exactly this number of frames.",
+        )
+    architecture = ARCHITECTURE.fullmatch(model["arch_specifier"])
+    if architecture is None:
+        raise _unsupported(
+            model,
+            "arch_specifier",
+            "expected [no-align+]{avg|3davg[+frameN]}+{linear|gelu-mlp}. merv has no projectors that pool "
+            "with parameters.",
         )
     encoders, steps = _find_encoders(ids, counts)
-    projector, time_pooling = _architecture(model["arch_specifier"])
-    grid = _grid(model, [step // time_pooling for step in steps])
-    fusion = model.get("feature_fusion", GATE)
-    llm = model["llm_backbone_id"]
+    grid = _grid(model, [step // int(architecture["frames"] or 1) for step in steps])
+    llm, fusion = model["llm_backbone_id"], model.get("feature_fusion", GATE)
     if llm not in LLMS:
         reason = UNSUPPORTED_LLMS.get(llm) or nearest(llm, LLMS)
-        raise CheckpointError(f"Unsupported llm_backbone_id {llm!r}.{reason} Available: {', '.join(LLMS)}.")
-    _check_fusion(fusion, len(ids))
+        raise _unsupported(model, "llm_backbone_id", f"{reason} Available: {', '.join(LLMS)}.")
+    if fusion not in MIXERS:
+        raise _unsupported(model, "feature_fusion", f"Available: {', '.join(map(str, MIXERS))}.")
+    if fusion in (None, "first") and len(ids) > 1:
+        raise CheckpointError(
+            f"Unsupported feature_fusion {fusion!r} with {len(ids)} encoders: the release then uses only the "
+            "first encoder, or fails."
+        )
     num_frames = dict(zip(encoders, counts, strict=True))
-    return ReleasedConfig(encoders, num_frames, grid, total_frames, projector, fusion, llm)
+    return ReleasedConfig(encoders, num_frames, grid, architecture["head"], fusion, llm)
 
 
-def _find_encoders(ids: Sequence[str], counts: Sequence[int]) -> tuple[dict[str, str], list[int]]:
+def _unsupported(model: Mapping[str, Any], option: str, reason: str) -> CheckpointError:
+    return CheckpointError(f"Unsupported {option} {model[option]!r}: {reason.strip()}")
+
+
+def _find_encoders(ids: list[str], counts: list[int]) -> tuple[dict[str, str], list[int]]:
     """Return the encoders with these ids in the release, and the number of time steps of each."""
     available = {}
     for listing in list_encoders():
-        try:
+        with suppress(BrokenPlugin):  # `merv encoders` reports it
             encoder: Any = listing.load()
-        except BrokenPlugin:  # `merv encoders` reports it
-            continue
-        for released_name, variant in vars(encoder).get("released_names", {}).items():
-            available[released_name] = (listing.name, variant, encoder.variants)
+            for released_name, variant in vars(encoder).get("released_names", {}).items():
+                available[released_name] = (listing.name, variant, encoder.variants)
     encoders, steps = {}, []
     for released_name, frames in zip(ids, counts, strict=True):
         if released_name not in available:
@@ -138,157 +190,65 @@ def _find_encoders(ids: Sequence[str], counts: Sequence[int]) -> tuple[dict[str,
     return encoders, steps
 
 
-def _architecture(specifier: str) -> tuple[str, int]:
-    """Return the projector and how many time steps are pooled into one.
-
-    An arch_specifier looks like `no-align+3davg+frame2+linear`.
-    """
-    match = ARCHITECTURE.fullmatch(specifier)
-    if match is None:
-        raise CheckpointError(
-            f"Unsupported arch_specifier {specifier!r}: expected [no-align+]{{avg|3davg[+frameN]}}+"
-            "{linear|gelu-mlp}. merv has no projectors that pool with parameters."
-        )
-    return HEADS[match["head"]], int(match["frames"] or 1)
-
-
-def _grid(model: Mapping[str, Any], steps: Sequence[int]) -> tuple[int, int, int]:
+def _grid(model: Mapping[str, Any], steps: list[int]) -> tuple[int, int, int]:
     tokens, length = model["projector_token_length"], model["visual_feature_length"]
     side = math.isqrt(tokens)
     if side * side != tokens or len(set(steps)) > 1 or (len(steps) > 1 and steps[0] * tokens != length):
         raise CheckpointError(
-            f"projector_token_length {tokens}, visual_feature_length {length} and the time steps "
-            f"{list(steps)} of the encoders do not fit. Expected a square number of tokens, the same number "
-            "of steps for all encoders, and their product as visual_feature_length."
+            f"projector_token_length {tokens}, visual_feature_length {length} and the time steps {steps} of "
+            "the encoders do not fit. Expected a square number of tokens, the same number of steps for all "
+            "encoders, and their product as visual_feature_length."
         )
     return steps[0], side, side
 
 
-# Names of tensors ---------------------------------------------------------------------------
+# Tensors ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TranslatedFusion:
-    """Tensors under merv's names, the mixer that they belong to, and which tensors are left out and why."""
+def translate(
+    tensors: Mapping[str, Tensor], released: ReleasedConfig
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Rename the tensors of a checkpoint to those of a Fusion, and with the prefix "llm." of the LLM.
 
-    state: dict[str, Tensor]
-    mixer: str
-    options: dict[str, Any]
-    left_out: list[str]
+    Tensors that are unknown keep their names.
 
+    Args:
+        tensors: Name → tensor, as in the release, such as `projectors.0.projector.projector.weight`.
+        released: The configuration.
 
-def translate_projectors(state: Mapping[str, Tensor], names: Sequence[str], kind: str) -> dict[str, Tensor]:
-    """Rename the tensors of projectors.
+    Returns:
+        The tensors by their new names, and old name → reason for those that are left out.
 
-    For example, `{i}.projector.projector.weight` becomes `projectors.NAME.linear.weight`.
+    Raises:
+        CheckpointError: Two tensors get the same name.
     """
-    layers = {"linear": {"": "linear"}, "mlp": {"0.": "hidden.0", "2.": "linear"}}[kind]
-    new_names = {
-        f"{i}.projector.projector.{old_layer}{leaf}": f"projectors.{name}.{new_layer}.{leaf}"
-        for i, name in enumerate(names)
-        for old_layer, new_layer in layers.items()
-        for leaf in ("weight", "bias")
-    }
-    return _rename(state, new_names, "projectors")
-
-
-def translate_fusion(kind: str | None, state: Mapping[str, Tensor]) -> TranslatedFusion:
-    """Translate the `feature_fusion` of the release (`adapter` in older checkpoints) to a mixer of merv."""
-    if kind == GATE:
-        return _translate_gate(state)
-    mixer, options, names = RELEASED_MIXERS[kind]
-    new_names = {old: f"mixer.{new}" for old, new in names.items()}
-    return TranslatedFusion(_rename(state, new_names, "feature_fusion"), mixer, options, [])
-
-
-# feature_fusion of the release → mixer of merv, its options, and its tensors: name in the release → in merv
-RELEASED_MIXERS: dict[str | None, tuple[str, dict[str, Any], dict[str, str]]] = {
-    None: ("mean", {}, {}),
-    "first": ("mean", {}, {}),
-    "concat": ("concat", {}, {}),
-    "concat_channel": (
-        "concat_channels",
-        {},
-        {"projector.weight": "linear.weight", "projector.bias": "linear.bias"},
-    ),
-    "concat_channel_ln": (
-        "concat_channels",
-        {"norm": True},
-        {
-            "0.weight": "norm.weight",
-            "0.bias": "norm.bias",
-            "1.projector.weight": "linear.weight",
-            "1.projector.bias": "linear.bias",
-        },
-    ),
-}
-
-
-def _check_fusion(kind: str | None, num_encoders: int) -> None:
-    """Raise CheckpointError for a feature_fusion that is unknown or cannot have this many encoders."""
-    if kind != GATE and kind not in RELEASED_MIXERS:
+    state = renamed(tensors, RENAMED)
+    if len(state) < len(tensors):
         raise CheckpointError(
-            f"Unsupported feature_fusion {kind!r}. Available: "
-            f"{', '.join([GATE, *map(str, RELEASED_MIXERS)])}."
+            "The checkpoint has a part under an old and a new name: feature_fusion and adapter, or "
+            "projectors and projector. Expected one of them."
         )
-    if kind in (None, "first") and num_encoders > 1:
-        raise CheckpointError(
-            f"Unsupported feature_fusion {kind!r} with {num_encoders} encoders: the release then uses only "
-            "the first encoder, or fails."
-        )
-
-
-def _translate_gate(state: Mapping[str, Tensor]) -> TranslatedFusion:
-    """Translate the learned query and its attention, without tensors that do not affect the tokens."""
-    state, hidden = dict(state), state["Q"].shape[1] if "Q" in state else 0
-    if "attention.in_proj_weight" in state:  # packed by torch if hidden is the LLM's dimension
-        names = [f"attention.{part}_proj_weight" for part in "qkv"]
-        state.update(zip(names, state.pop("attention.in_proj_weight").chunk(3), strict=True))
-    new_names = {
-        "Q": "mixer.query",
-        "attention.q_proj_weight": "mixer.to_query.weight",
-        "attention.in_proj_bias": "mixer.to_query.bias",
-        "attention.k_proj_weight": "mixer.to_key.weight",
+    packed = state.pop("feature_fusion.attention.in_proj_weight", None)
+    if packed is not None:  # by torch, if the hidden dimension is that of the language model
+        state |= zip(PACKED, packed.chunk(3), strict=True)
+    left_out = {
+        name: reason for name in state for pattern, reason in UNUSED.items() if re.fullmatch(pattern, name)
     }
-    unused = ["attention.v_proj_weight", "attention.out_proj.weight", "attention.out_proj.bias"]
-    _check_names(state, [*new_names, *unused], "feature_fusion")
-    translated = {new: state[old] for old, new in new_names.items()}
-    translated["mixer.to_query.bias"] = translated["mixer.to_query.bias"][:hidden]
-    left_out = [f"feature_fusion.{name}: its output is not used" for name in unused]
-    left_out.append(
-        "feature_fusion.attention.in_proj_bias, its parts for keys and values: the part for keys cancels in "
-        "the softmax, the output of the part for values is not used"
-    )
-    return TranslatedFusion(translated, "gate", {"hidden": hidden}, left_out)
-
-
-def _rename(state: Mapping[str, Tensor], names: Mapping[str, str], part: str) -> dict[str, Tensor]:
-    _check_names(state, names, part)
-    return {new: state[old] for old, new in names.items()}
-
-
-def _check_names(state: Iterable[str], expected: Iterable[str], part: str) -> None:
-    """Raise CheckpointError unless `state` has exactly the expected names."""
-    state, expected = list(state), list(expected)
-    faults = list_faults(
-        {
-            "missing": [name for name in expected if name not in state],
-            "unknown": [name for name in state if name not in expected],
-        }
-    )
-    if faults:
-        raise CheckpointError(f"The tensors of {part} do not fit config.json: {faults}.")
-
-
-def list_faults(faults: Mapping[str, Sequence[str]]) -> str:
-    """List the names of each fault, for messages; empty without names."""
-    return "; ".join(f"{fault} {few(names)}" for fault, names in faults.items() if names)
-
-
-def few(names: Iterable[str], limit: int = 6) -> str:
-    """List the first names, for messages."""
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    layers = PROJECTORS[released.projector][1].items()
+    table = {
+        rf"^feature_fusion\.{re.escape(old)}": f"mixer.{new}"
+        for old, new in MIXERS[released.fusion][2].items()
+    }
+    for i, name in enumerate(released.encoders):
+        prefix = rf"^projectors\.{i}\.projector\.projector\."
+        table |= {prefix + re.escape(old): f"projectors.{name}.{new}" for old, new in layers}
+    state = renamed({name: tensor for name, tensor in state.items() if name not in left_out}, table)
+    if "mixer.query" in state and "mixer.to_query.bias" in state:  # the bias is that of query, key and value
+        state["mixer.to_query.bias"] = state["mixer.to_query.bias"][: state["mixer.query"].shape[1]]
+        left_out["feature_fusion.attention.in_proj_bias, its parts for keys and values"] = (
+            "the part for keys cancels in the softmax, the output of the part for values is not used"
+        )
+    return state, left_out
 
 
 # Language models ----------------------------------------------------------------------------

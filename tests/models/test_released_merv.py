@@ -7,7 +7,8 @@ from original import config_of
 from merv.fusion.registry import MIXERS
 from merv.models.chat import VISUAL, user_message
 from merv.models.chat_template import ChatTemplate
-from merv.models.released_merv import LLMS, ReleasedConfig, read_config, translate_fusion
+from merv.models.released_merv import LLMS, ReleasedConfig, read_config, translate
+from merv.models.released_merv import MIXERS as RELEASED_MIXERS
 from merv.testing import tiny_llm
 
 
@@ -32,7 +33,7 @@ def test_default_configuration_of_the_release_is_translated():
     }
     frames = {"languagebind": 16, "dinov2": 16, "vivit": 32, "siglip": 16}
     expected = ReleasedConfig(
-        encoders, frames, (16, 8, 8), 32, "linear", "cross_attention_avg_lq", "llama2-7b-pure"
+        encoders, frames, (16, 8, 8), "linear", "cross_attention_avg_lq", "llama2-7b-pure"
     )
     assert read_config(released) == expected
 
@@ -41,7 +42,7 @@ def test_default_configuration_of_the_release_is_translated():
     ("specifier", "steps", "projector"),
     [
         ("3davg+linear", 16, "linear"),
-        ("no-align+avg+gelu-mlp", 16, "mlp"),
+        ("no-align+avg+gelu-mlp", 16, "gelu-mlp"),
         ("3davg+frame4+linear", 4, "linear"),
     ],
 )
@@ -64,11 +65,14 @@ def test_architectures_of_the_release_are_translated(specifier, steps, projector
     ],
 )
 def test_other_mixers_of_the_release_are_translated(kind, names, mixer):
-    num_encoders = 1 if kind is None else 2
-    translated = translate_fusion(kind, {name: torch.ones(1) for name in names})
-    state = MIXERS.create(mixer, 8, num_encoders, **translated.options).state_dict()
-    assert translated.mixer == mixer
-    assert {f"mixer.{name}" for name in state} == set(translated.state)
+    encoders = ["fake"] if kind is None else ["fake", "fake-video"]
+    frames = [16] if kind is None else [16, 32]
+    released = read_config(config_of(encoders, frames, 16, feature_fusion=kind))
+    translated, _ = translate({f"feature_fusion.{name}": torch.ones(1) for name in names}, released)
+    kind_of_merv, options, _ = RELEASED_MIXERS[kind]
+    state = MIXERS.create(mixer, 8, len(encoders), **options).state_dict()
+    assert kind_of_merv == mixer
+    assert {f"mixer.{name}" for name in state} == set(translated)
 
 
 SEEING = (
