@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merv.errors import DataError, ShapeError, UnreadableVideo
+from merv.errors import DataError, UnreadableVideo
 from merv.types import Grid
 from merv.utils.files import file_digest, stream_digest, view_of, write_whole
 from merv.video.open import open_video, original_of, path_of
@@ -29,10 +29,18 @@ class FeatureStore:
     """A dictionary of features, in memory or as one safetensors file per video and encoder.
 
     Entries are written atomically, so an interrupted run can be continued. An entry that cannot be read
-    counts as missing, and a warning is logged. Pickling a store in memory drops its entries.
+    counts as missing, and a warning is logged. A folder that cannot be written, such as a shared one or one
+    on a full disk, is still read: from the first failure on, features are returned but not stored, and one
+    warning is logged. Pickling a store in memory drops its entries.
 
     Args:
-        folder: Where to store features; None stores them in memory.
+        folder: Where to store features; it is created. None stores them in memory.
+
+    Attributes:
+        read_only: Whether the folder could not be written.
+
+    Raises:
+        DataError: The folder cannot be created or listed.
 
     Example:
         >>> store = FeatureStore()
@@ -41,18 +49,25 @@ class FeatureStore:
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = None if folder is None else Path(folder).expanduser()
+        self.folder = None if folder is None else Path(os.path.expanduser(folder))
         self.memory: dict[str, Grid] = {}
+        self.read_only = False
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                os.scandir(self.folder).close()
+            except (OSError, ValueError) as error:  # ValueError: a null byte or half of a surrogate pair
+                raise DataError(
+                    f"The folder {self.folder} cannot be used as a feature store: {error}. Choose another "
+                    "folder for feature_store."
+                ) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "memory": {}}
+        return {**vars(self), "memory": {}}
 
     def get(self, key: str) -> Grid | None:
         """Return the features stored under `key`, or None."""
-        if self.folder is None:
-            return self.memory.get(key)
-        path = _entry_path(self.folder, key)
-        return _read(path) if path.is_file() else None
+        return self.memory.get(key) if self.folder is None else _read(_entry_path(self.folder, key))
 
     def put(self, key: str, grid: Grid) -> Grid:
         """Store `grid` under `key` and return it on the CPU, as `get` will."""
@@ -60,8 +75,18 @@ class FeatureStore:
             grid = Grid(**{name: tensor.detach().cpu().clone() for name, tensor in vars(grid).items()})
         if self.folder is None:
             self.memory[key] = grid
-        else:
-            _write(_entry_path(self.folder, key), grid)
+        elif not self.read_only:
+            try:
+                _write(_entry_path(self.folder, key), grid)
+            except OSError as error:
+                self.read_only = True
+                logger.warning(
+                    "The feature store %s cannot be written: %s. Features that it lacks are computed each "
+                    "time that they are needed. To store them, free space or choose another folder, and "
+                    "start again.",
+                    self.folder,
+                    error,
+                )
         return grid
 
 
@@ -106,8 +131,8 @@ def _path_digest(path: Path) -> str:
             return file_digest(path)
         files = sorted(p for p in path.iterdir() if p.is_file())
         digests = [f"{file.name} {file_digest(file)}" for file in files]
-    except OSError as error:
-        raise UnreadableVideo(f"{path}: {error.strerror or error}.") from error
+    except (OSError, ValueError) as error:  # ValueError: the path contains a null byte
+        raise UnreadableVideo(f"{path}: {getattr(error, 'strerror', None) or error}.") from error
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
@@ -123,11 +148,13 @@ def _write(path: Path, grid: Grid) -> None:
 
 
 def _read(path: Path) -> Grid | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     try:
-        return Grid(**load_file(path))
-    except (SafetensorError, OSError, TypeError, ShapeError) as error:
-        logger.warning("%s is damaged; its features will be recomputed: %s", path, error)
+        # Not load_file: it maps the file into memory, and a disk error would then kill the process
+        return Grid(**load(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # damaged files raise errors of many types
+        logger.warning("%s could not be read; its features will be recomputed: %s", path, error)
         return None

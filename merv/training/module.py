@@ -497,6 +497,8 @@ def encode_all(
                 else f"The features so far are in {folder}. To continue, run the same command again"
             )
             raise TrainingError(f"Stopped before all videos were encoded. {stored}.")
+        if model.feature_store is not None and model.feature_store.read_only:
+            break  # features could not be stored, so training computes those that it needs
         try:
             model.vision.features([video], store=model.feature_store)
         except SAMPLE_ERRORS as error:

@@ -322,10 +322,10 @@ def test_processes_share_an_epoch(files):
     assert len(set(origins)) == len(origins) == 12
 
 
-def test_features_in_memory_need_zero_workers(files):
+def test_features_in_memory_need_zero_workers(files, tmp_path):
     data = ChatData(files, num_workers=4)
     vision = MultiEncoder(["fake"])
-    assert data.worker_count(vision.reader()) == data.worker_count(vision.reader(FeatureStore("folder"))) == 4
+    assert data.worker_count(vision.reader()) == data.worker_count(vision.reader(FeatureStore(tmp_path))) == 4
     assert data.worker_count(vision.reader(FeatureStore())) == 0
 
 

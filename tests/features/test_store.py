@@ -1,7 +1,9 @@
 """FeatureStore: what is stored, under which key, and what happens to damaged entries."""
 
+import errno
 import io
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from PIL import Image
 
 from merv.errors import DataError, UnreadableVideo
 from merv.features.store import FeatureStore, video_key
+from merv.models.multi_encoder import MultiEncoder
 from merv.types import WHOLE_PICTURE, Grid
 
 
@@ -106,9 +109,10 @@ def test_unchanged_file_is_hashed_once(tmp_path, monkeypatch):
     assert video_key(path, "other") != first
 
 
-def test_missing_file_is_named_in_error(tmp_path):
-    with pytest.raises(UnreadableVideo, match=r"none\.mp4"):
-        video_key(tmp_path / "none.mp4", "cache key")
+@pytest.mark.parametrize("name", ["none.mp4", "none\0.mp4", "none\ud800.mp4", "none" * 99])
+def test_file_that_cannot_be_read_is_named_in_error(tmp_path, name):
+    with pytest.raises(UnreadableVideo, match="none"):
+        video_key(tmp_path / name, "cache key")
 
 
 def test_images_with_different_palettes_have_different_keys():
@@ -138,11 +142,67 @@ def test_concurrent_writers_of_one_entry_do_not_conflict(tmp_path, monkeypatch):
     assert [path.suffix for path in tmp_path.rglob("*kkk*")] == [".safetensors"]
 
 
-def test_failed_write_leaves_no_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        FeatureStore(tmp_path).put("k" * 64, some_grid())
-    assert not list(tmp_path.rglob("*kkk*"))
+def full_disk(path, data):
+    """Replaces Path.write_bytes: the disk is full after some bytes."""
+    with open(path, "wb") as file:
+        file.write(data[:9])
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def read_only_disk(path, *args, **kwargs):
+    """Replaces Path.mkdir: nothing can be created."""
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "replacement", "reason"),
+    [("write_bytes", full_disk, "No space left"), ("mkdir", read_only_disk, "Read-only file system")],
+)
+def test_folder_that_cannot_be_written_is_read_and_warned_about_once(
+    tmp_path, monkeypatch, caplog, name, replacement, reason
+):
+    grids = {key * 64: some_grid() for key in "kab"}
+    FeatureStore(tmp_path).put("k" * 64, grids["k" * 64])
+    store = FeatureStore(tmp_path)
+    monkeypatch.setattr(Path, name, replacement)
+    for key, grid in grids.items():
+        stored = store.get(key)
+        assert (stored is None) == (key != "k" * 64)
+        if stored is None:
+            assert torch.equal(store.put(key, grid).values, grid.values)  # nothing computed is lost
+    assert store.read_only
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+    assert str(tmp_path) in caplog.text
+    assert reason in caplog.text
+    assert [path.name for path in tmp_path.rglob("*.*")] == [f"{'k' * 64}.safetensors"]
+
+
+@pytest.mark.parametrize("path", ["file", "file/store", "\0", "\ud800", "x" * 300])
+def test_unusable_folder_is_an_error_at_once(tmp_path, path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=f"{re.escape(str(tmp_path / path))} .*feature_store"):
+        FeatureStore(tmp_path / path)
+
+
+def test_folder_that_cannot_be_created_is_an_error_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "mkdir", read_only_disk)
+    with pytest.raises(DataError, match="Read-only"):
+        FeatureStore(tmp_path / "store")
+
+
+def test_training_goes_on_with_a_full_disk(tmp_path, monkeypatch, caplog):
+    vision, clips = MultiEncoder(["fake"], grid=(4, 2, 2)), torch.randint(256, (3, 8, 3, 32, 32)).byte()
+    expected = vision.features(list(clips))["fake"].values
+    store, write = FeatureStore(tmp_path), Path.write_bytes
+    vision.features([clips[0]], store=store)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    for _ in range(2):
+        assert torch.equal(vision.features(list(clips), store=store)["fake"].values, expected)
+    monkeypatch.setattr(Path, "write_bytes", write)
+    again = FeatureStore(tmp_path)  # as in a new run, with space
+    vision.features(list(clips), store=again)
+    assert not again.read_only
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
 
 
 def test_entry_has_default_permissions(tmp_path):
@@ -155,15 +215,44 @@ def test_entry_has_default_permissions(tmp_path):
     assert entry.stat().st_mode & 0o777 == 0o640
 
 
-@pytest.mark.parametrize("damage", [b"", b"no safetensors", None])
-def test_damaged_entry_is_missing_and_logged(tmp_path, caplog, damage):
-    store = FeatureStore(tmp_path)
-    store.put("k" * 64, some_grid())
+@pytest.mark.parametrize(
+    "damage", [lambda whole: b"", lambda whole: b"no safetensors", lambda whole: whole[:-20]]
+)
+def test_damaged_entry_is_missing_logged_and_replaced(tmp_path, caplog, damage):
+    store, grid = FeatureStore(tmp_path), some_grid()
+    store.put("k" * 64, grid)
+    (entry,) = tmp_path.rglob("*.safetensors")
+    entry.write_bytes(damage(entry.read_bytes()))
+    assert store.get("k" * 64) is None
+    assert str(entry) in caplog.text
+    store.put("k" * 64, grid)
+    assert torch.equal(store.get("k" * 64).values, grid.values)
+
+
+def test_any_bit_of_the_header_of_an_entry_may_be_flipped(tmp_path, caplog):
+    store, grid = FeatureStore(tmp_path), some_grid()
+    store.put("k" * 64, grid)
     (entry,) = tmp_path.rglob("*.safetensors")
     whole = entry.read_bytes()
-    entry.write_bytes(whole[:-20] if damage is None else damage)
+    header_bits = 8 * (8 + int.from_bytes(whole[:8], "little"))
+    for bit in range(0, header_bits, 3):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        entry.write_bytes(damaged)
+        caplog.clear()
+        assert store.get("k" * 64) is not None or entry.name in caplog.text
+
+
+def test_entry_that_is_a_folder_or_cannot_be_read_is_missing(tmp_path, caplog, monkeypatch):
+    store = FeatureStore(tmp_path)
+    entry = tmp_path / "kk" / f"{'k' * 64}.safetensors"
+    entry.mkdir(parents=True)
     assert store.get("k" * 64) is None
-    assert entry.name in caplog.text
+    entry.rmdir()
+    store.put("k" * 64, some_grid())
+    monkeypatch.setattr(Path, "read_bytes", lambda path: os.close(-1))  # OSError
+    assert store.get("k" * 64) is None
+    assert [str(entry) in record.getMessage() for record in caplog.records] == [True, True]
 
 
 def test_features_stored_in_inference_mode_can_be_used_in_training():
