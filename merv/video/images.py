@@ -50,9 +50,15 @@ class ImagesReader(VideoReader):
     Images are never scaled: `load` must return the size in `info`.
     """
 
-    def __init__(self, info: VideoInfo, load: Callable[[int], Tensor]) -> None:
-        super().__init__()
-        self.info, self._load = info, load
+    def __init__(
+        self,
+        info: VideoInfo,
+        load: Callable[[int], Tensor],
+        file: BinaryIO | None = None,
+        max_pixels: int | None = None,
+    ) -> None:
+        super().__init__(file)
+        self.info, self._load, self.max_pixels = info, load, max_pixels
 
     def _decode(self, indices: list[int]) -> Iterator[tuple[int, Tensor]]:
         for index in indices:
@@ -131,7 +137,8 @@ def folder_reader(folder: Path, name: str, fps: float, max_pixels: int) -> Image
                 )
             return _upright_pixels(image, turn)
 
-    return ImagesReader(_constant_rate_info(name, (len(paths), 3, *size), fps, "images"), load)
+    info = _constant_rate_info(name, (len(paths), 3, *size), fps, "images")
+    return ImagesReader(info, load, max_pixels=max_pixels)
 
 
 def _natural_order(path: Path) -> list[tuple[bool, int | str]]:
@@ -160,11 +167,8 @@ def _constant_rate_info(name: str, shape: Sequence[int], fps: float, codec: str)
 # Image files and animations
 
 
-def image_reader(file: BinaryIO, name: str, *, owned: bool, max_pixels: int) -> ImagesReader | None:
-    """Return a reader of an image or animation, or None if PIL does not recognize the file.
-
-    If `owned`, the reader closes the file. Images of more than `max_pixels` are refused.
-    """
+def image_reader(file: BinaryIO, name: str, max_pixels: int) -> ImagesReader | None:
+    """Return a reader of an image or animation, or None if PIL does not recognize the file."""
     try:
         image = _open_image(file)
         check_size(name, image.width, image.height, max_pixels)
@@ -188,10 +192,8 @@ def image_reader(file: BinaryIO, name: str, *, owned: bool, max_pixels: int) -> 
     codec = str(image.format).lower()
     duration_s = 0.0 if len(times_s) == 1 else end_s
     info = VideoInfo(name, duration_s, tuple(times_s), width, height, codec=codec, backend="pillow")
-    reader = ImagesReader(info, load)
+    reader = ImagesReader(info, load, file, max_pixels)
     reader.damage = damage
-    if owned:
-        reader.close = file.close  # type: ignore[method-assign]
     return reader
 
 

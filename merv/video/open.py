@@ -168,9 +168,7 @@ def _read_stream(source: Any, name: str) -> BytesIO:
 def _open_path(path: Path, name: str, backend: str, fps: float, max_pixels: int) -> VideoReader:
     try:
         if path.is_dir():
-            reader: VideoReader = folder_reader(path, name, fps, max_pixels)
-            reader.max_pixels = max_pixels
-            return reader
+            return folder_reader(path, name, fps, max_pixels)
         file = open_file(path)
     except (OSError, ValueError) as error:  # ValueError: the path contains a null byte
         is_url = "://" in name
@@ -182,12 +180,9 @@ def _open_path(path: Path, name: str, backend: str, fps: float, max_pixels: int)
 
 
 def _open_file(file: BinaryIO, name: str, backend: str, max_pixels: int, *, owned: bool) -> VideoReader:
-    options: dict[str, Any] = {"owned": owned, "max_pixels": max_pixels}
     try:
-        file = view_of(file, owned=owned)
-        reader = image_reader(file, name, **options) or _video_reader(backend)(file, name, **options)
-        reader.max_pixels = max_pixels
-        return reader
+        view = view_of(file, owned=owned)
+        return image_reader(view, name, max_pixels) or _video_reader(backend)(view, name, max_pixels)
     except BaseException as error:
         if owned:
             file.close()

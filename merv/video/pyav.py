@@ -55,45 +55,41 @@ class PyAVReader(VideoReader):
     with frame threads a damaged file can deadlock the process at exit.
     """
 
-    def __init__(
-        self, file: BinaryIO, name: str, *, owned: bool = False, max_pixels: int = MAX_PIXELS
-    ) -> None:
-        super().__init__()
-        self._file, self._name, self._owned, self._max_pixels = file, name, owned, max_pixels
-        self._size = file.seek(0, 2)
-        scan = self._scan()
-        if scan.first_frame is None or not scan.durations:
+    _file: BinaryIO
+    max_pixels: int
+
+    def __init__(self, file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> None:
+        super().__init__(file)
+        self._name, self.max_pixels = name, max_pixels
+        with reports() as log, self._open() as container:
+            stream = self._stream(container)
+            self._scan = scan = Scan(container, stream)
+            errors = self._open_errors + errors_of(log, container.format.name)
+            self.damage = scan.damage or self._damage_of_fragments(container, stream)
+        if errors and not self.damage:
+            self.damage = f"FFmpeg reports {errors[0]!r}, so data is missing or invalid"
+        first = scan.first_frame
+        if first is None or not scan.durations:
             raise unreadable(name, f"no frame of the {scan.codec} video can be decoded")
-        frame = scan.first_frame
-        if not frame.format.is_rgb:
-            check_matrix(name, UNSUPPORTED_MATRICES.get(frame.colorspace, ""))
-        self.damage = scan.damage
-        self._untimed, self._by_count = scan.untimed, scan.by_count
-        self._first_frame = scan.first_frame
-        self._orientation = Orientation.of(scan.first_frame)
+        if not first.format.is_rgb:
+            check_matrix(name, UNSUPPORTED_MATRICES.get(first.colorspace, ""))
+        self._orientation = Orientation.of(first)
         self._pts = scan.frame_pts()
-        self._keyframes = sorted(scan.keyframes)
-        self._tick_s = scan.tick_s
         start, last = self._pts[0], self._pts[-1]
-        size = display_size(scan.first_frame.width, scan.first_frame.height, scan.pixel_aspect)
+        size = display_size(first.width, first.height, scan.pixel_aspect)
         width, height = reversed(size) if self._orientation.swap else size
         check_size(name, width, height, max_pixels)
         self.info = VideoInfo(
             name,
-            duration_s=(last - start + scan.durations[last]) * self._tick_s,
-            times_s=tuple((pts - start) * self._tick_s for pts in self._pts),
+            duration_s=(last - start + scan.durations[last]) * scan.tick_s,
+            times_s=tuple((pts - start) * scan.tick_s for pts in self._pts),
             width=width,
             height=height,
             rotation=self._orientation.degrees,
             codec=scan.codec,
             backend="pyav",
-            time_error_s=rounding_s(self._pts, self._tick_s),
+            time_error_s=rounding_s(self._pts, scan.tick_s),
         )
-
-    def close(self) -> None:
-        """Close the file, unless the caller opened it."""
-        if self._owned:
-            self._file.close()
 
     # Decoding
 
@@ -101,9 +97,7 @@ class PyAVReader(VideoReader):
         """Decode in a fast pass, then read what it missed in a plain pass from the start."""
         index_of = {self._pts[index]: index for index in indices}
         converter = VideoReformatter()
-        for fast in (True, False):
-            if fast and self._by_count:
-                continue
+        for fast in (False,) if self._scan.by_count else (True, False):
             for pts, frame in self._frames(sorted(index_of), fast):
                 with suppress(*DECODE_ERRORS):
                     yield index_of[pts], self._upright(frame, converter)
@@ -117,11 +111,11 @@ class PyAVReader(VideoReader):
         A fast pass seeks across long gaps and skips frames that are neither targets nor references of others.
         """
         with self._open() as container, suppress(*DECODE_ERRORS):
-            stream = video_stream(container, self._max_pixels)
+            stream = video_stream(container, self.max_pixels)
             # Ogg gives a time to some packets only. FFmpeg counts the others, wrongly if some were lost.
-            permanent = self._untimed or container.format.name == "ogg"
+            permanent = self._scan.untimed or container.format.name == "ogg"
             if self._open_errors:  # they concern packets that FFmpeg read ahead, so read those again
-                if permanent or self._by_count:
+                if permanent or self._scan.by_count:
                     return
                 container.seek(self._pts[0], stream=stream)
             for keyframe, run in self._runs(targets) if fast else [(None, targets)]:
@@ -137,12 +131,10 @@ class PyAVReader(VideoReader):
         """
         seek_to: int | None = None
         run: list[int] = []
-        position = self._pts[0]
+        position, keyframes = self._pts[0], self._scan.keyframes
         for pts in targets:
-            keyframe = (
-                self._keyframes[bisect_right(self._keyframes, pts) - 1] if self._keyframes else position
-            )
-            if (keyframe - position) * self._tick_s > MIN_SEEK_S:
+            keyframe = keyframes[bisect_right(keyframes, pts) - 1] if keyframes else position
+            if (keyframe - position) * self._scan.tick_s > MIN_SEEK_S:
                 if run:
                     yield seek_to, run
                 seek_to, run = keyframe, []
@@ -156,26 +148,26 @@ class PyAVReader(VideoReader):
         """Yield (pts, frame) for `targets`, decoding onward from the current position."""
         remaining, num_shown = set(targets), 0
         packet_numbers: dict[int | None, int] = {}  # pts → number of the packet in storage order
-        for number, (packet, log, next_log) in enumerate(_packets_and_logs(container, stream)):
+        packets = pairwise(_packets_and_logs(container, stream))
+        for number, ((packet, log), (_, next_log)) in enumerate(packets):
             damage.check_packet(packet, number, log, next_log)
-            leads = damage.leads(packet)
             if fast:
                 needed = not packet.size or packet.pts in remaining
                 stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
-            if self._by_count and packet.size:
+            if self._scan.by_count and packet.size:
                 packet.pts = number  # identifies the packet that a decoded frame comes from
             packet_numbers[packet.pts] = number
             with reports() as log:
                 frames = decoded(packet)
-            if errors_of(log) and not leads:
+            if errors_of(log) and not damage.leads(packet):
                 damage.mark(number)
             for frame in frames:
                 origin, was_damaged = packet_numbers.get(frame.pts, number), damage.active
                 intact = not damage.affects(frame, origin)
-                intact = intact and frame.width * frame.height <= self._max_pixels
+                intact = intact and frame.width * frame.height <= self.max_pixels
                 if was_damaged and not damage.active:  # also count the frames lost to the damage
                     num_shown = origin
-                pts = self._pts[min(num_shown, len(self._pts) - 1)] if self._by_count else frame.pts
+                pts = self._pts[min(num_shown, len(self._pts) - 1)] if self._scan.by_count else frame.pts
                 num_shown += 1
                 if intact and pts in remaining:
                     remaining.remove(pts)
@@ -198,7 +190,7 @@ class PyAVReader(VideoReader):
     # Opening
 
     def _open(self) -> Any:
-        if not self._size:
+        if not self._file.seek(0, 2):
             raise unreadable(self._name, "the file is empty")
         self._file.seek(0)
         # Before PyAV 18, `options` crashes for files that announce no streams, such as mpg.
@@ -216,38 +208,31 @@ class PyAVReader(VideoReader):
         self._open_errors = [] if format_name.startswith("mov") else errors_of(log, format_name)
         return closing(container)
 
-    def _scan(self) -> Scan:
-        with reports() as log, self._open() as container:
-            if container.format.name in PLAYLISTS:
-                reason = f"it is a {container.format.name} playlist, whose files are not opened"
-                raise unreadable(self._name, reason, "Pass the video itself.")
-            stream = video_stream(container, self._max_pixels)
-            if is_tiled(container):
-                raise unreadable(
-                    self._name,
-                    "the picture is stored as tiles, which FFmpeg does not join",
-                    "Save it as JPEG or PNG, or open it with pillow-heif and pass the PIL image.",
-                )
-            if stream is None:
-                reason = f"the file contains no video that can be decoded ({container.format.name})"
-                raise unreadable(self._name, reason)
-            context = stream.codec_context
-            check_size(self._name, context.width, context.height, self._max_pixels)
-            # If the header has only the duration of the whole file, any stream may be the longest one.
-            file_s = 0.0 if stream.duration else (container.duration or 0) / av.time_base
-            streams = container.streams if file_s else [stream]
-            scan = Scan.of(container, stream, _packets(container, *streams), file_s, log)
-            # Fragmented MP4 does not say how many frames there should be.
-            if (
-                container.format.name.startswith("mov")
-                and not stream.frames
-                and ends_inside_fragment(self._file, self._size)
-            ):
-                scan.damage = f"the file is cut off and contains only {len(scan.durations)} frames"
-            errors = self._open_errors + errors_of(log, container.format.name)
-            if errors and not scan.damage:
-                scan.damage = f"FFmpeg reports {errors[0]!r}, so data is missing or invalid"
-            return scan
+    def _stream(self, container: Any) -> Any:
+        """Return the video stream; raise UnreadableVideo if there is none that can be read."""
+        kind = container.format.name
+        if kind in PLAYLISTS:
+            reason = f"it is a {kind} playlist, whose files are not opened"
+            raise unreadable(self._name, reason, "Pass the video itself.")
+        if is_tiled(container):
+            raise unreadable(
+                self._name,
+                "the picture is stored as tiles, which FFmpeg does not join",
+                "Save it as JPEG or PNG, or open it with pillow-heif and pass the PIL image.",
+            )
+        stream = video_stream(container, self.max_pixels)
+        if stream is None:
+            raise unreadable(self._name, f"the file contains no video that can be decoded ({kind})")
+        context = stream.codec_context
+        check_size(self._name, context.width, context.height, self.max_pixels)
+        return stream
+
+    def _damage_of_fragments(self, container: Any, stream: Any) -> str:
+        """Return what is wrong with a fragmented MP4, which does not say how many frames there should be."""
+        is_fragmented = container.format.name.startswith("mov") and not stream.frames
+        if is_fragmented and ends_inside_fragment(self._file):
+            return f"the file is cut off and contains only {len(self._scan.durations)} frames"
+        return ""
 
 
 def video_stream(container: Any, max_pixels: int = MAX_PIXELS) -> Any:
@@ -286,19 +271,14 @@ def _packets(container: Any, *streams: Any) -> Iterator[Any]:
         av.logging.log(av.logging.ERROR, container.format.name, str(error))
 
 
-def _packets_and_logs(container: Any, stream: Any) -> Iterator[tuple[Any, list[Report], list[Report]]]:
-    """Yield each packet with what FFmpeg logs when it reads this packet, and the next one."""
+def _packets_and_logs(container: Any, stream: Any) -> Iterator[tuple[Any, list[Report]]]:
+    """Yield each packet with what FFmpeg logs when it reads it; after the last one, None and the rest."""
     packets = _packets(container, stream)
-
-    def read() -> tuple[Any, list[Report]]:
-        with reports() as log:
-            return next(packets, None), log
-
-    packet, log = read()
+    packet: Any = True
     while packet is not None:
-        next_packet, next_log = read()
-        yield packet, log, next_log
-        packet, log = next_packet, next_log
+        with reports() as log:
+            packet = next(packets, None)
+        yield packet, log
 
 
 def decoded(packet: Any) -> list[Any]:
@@ -317,13 +297,13 @@ def decoded(packet: Any) -> list[Any]:
         return []
 
 
-def ends_inside_fragment(file: BinaryIO, size: int) -> bool:
+def ends_inside_fragment(file: BinaryIO) -> bool:
     """Return whether an MP4 file ends in a fragment: in its table (moof), its frame data (mdat) or between.
 
     A file is a sequence of boxes. A box starts with its length in 4 bytes and its kind in 4 bytes. Length 1
     means that 8 bytes of length follow the kind. Length 0 means that the box extends to the end of the file.
     """
-    offset, kind = 0, b""
+    offset, kind, size = 0, b"", file.seek(0, 2)
     while offset + 8 <= size:
         file.seek(offset)
         header = file.read(16)
@@ -335,31 +315,31 @@ def ends_inside_fragment(file: BinaryIO, size: int) -> bool:
     return kind == b"moof"  # a table without its frame data
 
 
-@dataclass
 class Scan:
-    """The result of one pass over the packets of a stream. Times (pts) are in ticks of the stream's clock."""
+    """The result of one pass over the packets of a stream. Times (pts) are in ticks of the stream's clock.
 
-    codec: str
-    tick_s: float
-    pixel_aspect: float = 1.0
-    first_frame: Any = None  # the first frame that can be decoded
-    durations: dict[int, int] = field(default_factory=dict)  # pts of a frame → its duration
-    keyframes: list[int] = field(default_factory=list)  # pts of the keyframes
-    untimed: bool = False  # packets do not say when they are shown
-    by_count: bool = False  # pts do not identify frames: the n-th decoded frame is the n-th one shown
-    damage: str = ""
+    Attributes:
+        first_frame: The first frame that can be decoded.
+        durations: pts of each frame → its duration.
+        keyframes: Ascending pts of the keyframes.
+        untimed: Whether packets do not say when they are shown.
+        by_count: Whether pts do not identify frames: the n-th decoded frame is the n-th one shown.
+        damage: What is wrong with the file as a whole.
+    """
 
-    @classmethod
-    def of(
-        cls, container: Any, stream: Any, packets: Iterator[Any], file_s: float, log: list[Report]
-    ) -> Scan:
-        """Scan `packets`; `file_s` is the duration of the file according to its header, or 0."""
-        scan = cls(stream.codec_context.name, float(stream.time_base), float(stream.sample_aspect_ratio or 1))
+    def __init__(self, container: Any, stream: Any) -> None:
+        self.codec = stream.codec_context.name
+        self.tick_s, self.pixel_aspect = float(stream.time_base), float(stream.sample_aspect_ratio or 1)
+        self.first_frame: Any = None
+        self.untimed = container.format.name == "avi"  # its times are in storage order
+        self.damage = ""
         rate = stream.average_rate or stream.guessed_rate or 25
         step = max(round(1 / (rate * stream.time_base)), 1)
+        # If the header has only the duration of the whole file, any stream may be the longest one.
+        file_s = 0.0 if stream.duration else (container.duration or 0) / av.time_base
+        packets = _packets(container, *(container.streams if file_s else [stream]))
         has_resets = container.format.flags & TS_DISCONT
-        clock = Clock(step, round(MAX_JUMP_S / scan.tick_s)) if has_resets else None
-        scan.untimed = container.format.name == "avi"  # its times are in storage order
+        clock = Clock(step, round(MAX_JUMP_S / self.tick_s)) if has_resets else None
         pictures = Pictures(stream)
         count, end_s, last_is_corrupt, next_dts = 0, 0.0, False, 0
         shown: list[list] = []  # of each packet that shows a frame: pts, dts, duration, two flags
@@ -369,11 +349,11 @@ class Scan:
                 end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if packet.stream.index != stream.index:  # `packet.stream_index` is 0 for all empty packets
                 continue
-            if scan.first_frame is None:
-                num_errors = len(errors_of(log))
-                frames = decoded(packet)
-                scan.first_frame = next((frame for frame in frames if not frame.is_corrupt), None)
-                if len(errors_of(log)) > num_errors or any(frame.is_corrupt for frame in frames):
+            if self.first_frame is None:
+                with reports() as log:
+                    frames = decoded(packet)
+                self.first_frame = next((frame for frame in frames if not frame.is_corrupt), None)
+                if errors_of(log) or any(frame.is_corrupt for frame in frames):
                     failed.update({packet.pts, packet.dts})
             if not packet.size:
                 continue
@@ -384,27 +364,31 @@ class Scan:
                     shown[-1][2] += packet.duration or 0
                 continue
             offset = clock.offset_of(packet) if clock else 0
-            scan.untimed |= packet.pts is None
+            self.untimed |= packet.pts is None
             pts = None if packet.pts is None else packet.pts + offset
             dts = next_dts if packet.dts is None else packet.dts + offset
             next_dts = dts + step
             shown.append([pts, dts, packet.duration or step, packet.is_keyframe, packet.is_discard])
-        stored = [(dts if scan.untimed else pts, *properties) for pts, dts, *properties in shown]
-        scan.durations = {pts: duration for pts, duration, _, is_discard in stored if not is_discard}
-        scan.keyframes = [pts for pts, _, is_keyframe, _ in stored if is_keyframe]
-        scan.by_count = scan.untimed or bool(clock and clock.was_reset)
-        if scan.first_frame and not failed.isdisjoint(scan.keyframes_before(scan.first_frame.pts, stream)):
-            scan.damage = "its first frames cannot be decoded"
+        stored = [(dts if self.untimed else pts, *properties) for pts, dts, *properties in shown]
+        self.durations = {pts: duration for pts, duration, _, is_discard in stored if not is_discard}
+        self.keyframes = sorted(pts for pts, _, is_keyframe, _ in stored if is_keyframe)
+        self.by_count = self.untimed or bool(clock and clock.was_reset)
+        if self.first_frame and not failed.isdisjoint(self.keyframes_before(self.first_frame.pts, stream)):
+            self.damage = "its first frames cannot be decoded"
+        is_short = last_is_corrupt or file_s - end_s > 0.1 + step * self.tick_s
         num_frames = frames_in_header(container, stream)
-        # In AVI, FFmpeg takes the duration from the packets if some are lost.
-        header_ticks = max(stream.duration or 0, num_frames * step if scan.untimed else 0)
-        header_end = (stream.start_time or 0) + header_ticks
-        rounding = 0 if scan.untimed else step
-        lacks_frames = count < num_frames and scan.end() + rounding < header_end
-        if lacks_frames or last_is_corrupt or file_s - end_s > 0.1 + step * scan.tick_s:
+        if is_short or (count < num_frames and self.ends_early(stream, num_frames, step)):
             of_total = f" of its {num_frames}" if num_frames > count else ""
-            scan.damage = f"the file is cut off and contains only {count}{of_total} frames"
-        return scan
+            self.damage = f"the file is cut off and contains only {count}{of_total} frames"
+
+    def ends_early(self, stream: Any, num_frames: int, step: int) -> bool:
+        """Return whether the last frame ends before the time that the header announces."""
+        # In AVI, FFmpeg takes the duration from the packets if some are lost.
+        header_ticks = max(stream.duration or 0, num_frames * step if self.untimed else 0)
+        rounding = 0 if self.untimed else step
+        last = max(self.durations, default=0)
+        end = last + self.durations.get(last, 0)
+        return end + rounding < (stream.start_time or 0) + header_ticks
 
     def keyframes_before(self, pts: int | None, stream: Any) -> set[int]:
         """Return the times of keyframes before `pts`, also of those that only the index of the file calls so.
@@ -414,11 +398,6 @@ class Scan:
         entries = getattr(stream, "index_entries", ())  # since PyAV 16
         keyframes = {entry.timestamp for entry in entries if entry.is_keyframe}.union(self.keyframes)
         return {time for time in keyframes if pts is not None and time < pts}
-
-    def end(self) -> int:
-        """Return when the last frame ends."""
-        last = max(self.durations, default=0)
-        return last + self.durations.get(last, 0)
 
     def frame_pts(self) -> list[int]:
         """Return the ascending pts of all frames from the first that can be decoded."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import torch
 from torch import Tensor
@@ -37,8 +37,9 @@ class VideoReader:
     damage: str = ""
     _frame_error: str = ""  # the first problem with a single frame in the last `read`
 
-    def __init__(self) -> None:
+    def __init__(self, file: BinaryIO | None = None) -> None:
         self.missing: set[int] = set()
+        self._file = file
 
     def read(self, indices: Iterable[int], on_error: Literal["raise", "partial"] = "raise") -> Tensor:
         """Decode frames into one tensor.
@@ -130,6 +131,8 @@ class VideoReader:
 
     def close(self) -> None:
         """Close the file, unless the caller opened it."""
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> VideoReader:
         return self

@@ -35,10 +35,10 @@ class TorchcodecReader(PyAVReader):
     torchcodec's FFmpeg conceals is not noticed; the PyAV reader may notice it.
     """
 
-    def __init__(self, file: BinaryIO, name: str, **options: Any) -> None:
+    def __init__(self, file: BinaryIO, name: str, max_pixels: int) -> None:
         self._decoder_class = load_decoder()
-        super().__init__(file, name, **options)
-        if self._by_count:
+        super().__init__(file, name, max_pixels)
+        if self._scan.by_count:
             raise self._refusal("its frames have no times, which torchcodec needs to find them")
         if self.info.codec == "mjpeg":
             raise self._refusal("each frame may have its own EXIF orientation, which torchcodec ignores")
@@ -62,7 +62,7 @@ class TorchcodecReader(PyAVReader):
     def _decoder(self) -> Any:
         with self._open() as container:
             stream_index = video_stream(container).index  # by default torchcodec takes the largest stream
-        keyframes = set(self._keyframes)
+        keyframes = set(self._scan.keyframes)
         # Durations matter only for reading by time, which is not done here.
         frames = [{"pts": pts, "duration": 1, "key_frame": pts in keyframes} for pts in self._pts]
         self._file.seek(0)
@@ -75,10 +75,10 @@ class TorchcodecReader(PyAVReader):
         )
 
     def _check_frame(self, index: int, pts_s: float, coded: Tensor) -> None:
-        error_s = pts_s - self._pts[index] * self._tick_s
-        if abs(error_s) > self._tick_s / 2:
+        error_s = pts_s - self._pts[index] * self._scan.tick_s
+        if abs(error_s) > self._scan.tick_s / 2:
             raise self._refusal(f"the time of frame {index} is off by {error_s:+g} s")
-        if coded.shape[1:] != (self._first_frame.height, self._first_frame.width):
+        if coded.shape[1:] != (self._scan.first_frame.height, self._scan.first_frame.width):
             raise self._refusal(f"the frame size changes at frame {index}")
 
     def _refusal(self, reason: str, kind: type[VideoError] = VideoError) -> VideoError:

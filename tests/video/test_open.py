@@ -101,7 +101,7 @@ def test_fast_and_plain_passes_return_the_same_pixels(tmp_path: Path) -> None:
     indices = [1, 30, 77, 78, 150]
     with open_video(make_video(tmp_path / "a.mp4", 200, options={"g": "20", "bf": "3"})) as video:
         fast = video.read(indices)
-        video._by_count = True  # type: ignore[attr-defined]  # decodes everything, in order
+        video._scan.by_count = True  # type: ignore[attr-defined]  # decodes everything, in order
         assert torch.equal(fast, video.read(indices))
 
 
