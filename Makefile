@@ -1,4 +1,4 @@
-# make demo    train a small language model to answer questions about video: 10 to 17 minutes on 2 CPU cores
+# make demo    train a small language model to answer questions about video: 9 to 17 minutes on 2 CPU cores
 # make test    run all tests with coverage, in two processes
 # make check   check formatting, linting and types
 # make env     create the environment in .venv

@@ -5,7 +5,7 @@
 
 The Trainer needs accelerate. Without options, the script trains tiny random parts on clips of one color,
 takes less than a minute, and prints the saved model's answer about a clip that it was not trained on.
-Before each step the Trainer counts the answer tokens of all passes and processes. The model divides its
+Before each step the Trainer counts the answer tokens of all micro-batches and processes. The model divides its
 summed loss by that number, so every token has the same weight.
 """
 
@@ -83,7 +83,7 @@ class Collator:
 
     def __call__(self, groups: list[Group]) -> dict[str, Any]:
         prompts = [prompt for group in groups for messages in group for prompt in self.chat.answers(messages)]
-        learned = sum(sum(flags) for prompt in prompts for flags in prompt.learned)
+        learned = sum(sum(prompt.learned) for prompt in prompts)
         return {"groups": groups, "labels": torch.zeros(learned, dtype=torch.long)}
 
 

@@ -6,7 +6,7 @@
 Without options, the script trains tiny random parts on clips of one color, takes less than a minute, and
 prints the saved model's answer about a clip that it was not trained on. The loss is summed over the answer
 tokens, and the gradient is divided by the number of answer tokens in the whole step. So every token has the
-same weight, however the step is split into passes.
+same weight, however the step is split into micro-batches.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def prepare(args: argparse.Namespace) -> tuple[VideoLLM, list[Group]]:
         tiny_llm(llm)
         trainable.append("llm")  # its weights are random
     model = build(llm, args.encoders)
-    model.train_only(args.train or trainable)
+    model.train_only(args.trainable or trainable)
     groups = [sample.conversations for sample in open_samples(args.data)] if args.data else colors()
     return model, groups
 
@@ -120,11 +120,13 @@ def parser(description: str | None, out: str) -> argparse.ArgumentParser:
     options.add_argument("--llm", help="folder or hub id of a language model; default: a tiny random one")
     options.add_argument("--encoders", nargs="+", default=["fake", "fake/video"], help="see `merv encoders`")
     options.add_argument("--data", help="a data file as for `merv fit`; default: clips of three colors")
-    options.add_argument("--train", nargs="+", help="default: projector mixer, and llm if it is random")
+    options.add_argument(
+        "--trainable", nargs="+", help="parts to train; default: projector mixer, and llm if it is random"
+    )
     options.add_argument("--out", type=Path, default=Path(out), help=f"folder for the model; default: {out}")
     options.add_argument("--steps", type=int, default=30, help="optimizer steps; default: 30")
-    options.add_argument("--batch", type=int, default=2, help="videos per pass; default: 2")
-    options.add_argument("--accumulate", type=int, default=2, help="passes per step; default: 2")
+    options.add_argument("--batch", type=int, default=2, help="videos per micro-batch; default: 2")
+    options.add_argument("--accumulate", type=int, default=2, help="micro-batches per step; default: 2")
     options.add_argument("--lr", type=float, default=1e-2, help="learning rate; default: 0.01")
     return options
 

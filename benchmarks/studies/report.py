@@ -15,7 +15,7 @@ from merv.demo.run import machine
 
 SINGLE = ("efficientnet_lite", "transnetv2")
 FUSED = ("gate", "cross_attention", "concat_channels")
-TITLES = {"readout": "Linear read-out of the tokens", "llm": "Answers of SmolLM2-135M"}
+TITLES = {"readout": "Linear probe of the tokens", "llm": "Answers of SmolLM2-135M"}
 
 
 def report(out: Path, test: Sequence[Sample], arms: Sequence[str]) -> None:
