@@ -37,6 +37,11 @@ def is_count(value: object) -> bool:
     return isinstance(value, Integral) and int(value) >= 1
 
 
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ShapeError(message)
+
+
 def _check_shape(owner: object, name: str, expected: tuple[int | None, ...]) -> None:
     """Raise ShapeError unless the tensor `owner.name` has the expected shape. None stands for any size."""
     shape = tuple(getattr(owner, name).shape)
@@ -136,12 +141,10 @@ class Frames(_Tensors):
     """A batch of clips, decoded or preprocessed for an encoder.
 
     Args:
-        pixels: RGB images [B, T, 3, H, W]: uint8 as decoded, floating point as preprocessed. With
-            `patches`, P packed patches of p×p pixels, [B, P, 3·p·p]; no encoder accepts these yet.
+        pixels: RGB images [B, T, 3, H, W]: uint8 as decoded, floating point as preprocessed.
         times_s: Time of each frame in seconds, [B, T].
         extent: Rectangle of the original image that the pixels show, [B, 4].
         mask: True for a real frame, False for padding, [B, T].
-        patches: Rows and columns of patches of each frame, [B, T, 2]; None unless pixels are packed patches.
 
     Raises:
         ShapeError: The shapes do not match.
@@ -151,15 +154,10 @@ class Frames(_Tensors):
     times_s: Tensor
     extent: Tensor
     mask: Tensor
-    patches: Tensor | None = None
 
     def __post_init__(self) -> None:
         batch, frames = self.mask.shape
-        if self.patches is None:
-            _check_shape(self, "pixels", (batch, frames, 3, None, None))
-        else:
-            _check_shape(self, "pixels", (batch, None, None))
-            _check_shape(self, "patches", (batch, frames, 2))
+        _check_shape(self, "pixels", (batch, frames, 3, None, None))
         _check_shape(self, "times_s", (batch, frames))
         _check_shape(self, "extent", (batch, 4))
 
@@ -310,43 +308,31 @@ class Preset:
     center: Center = "nearest"
 
     def __post_init__(self) -> None:
-        for name, options in (
-            ("crop_mode", CropMode),
-            ("interpolation", Interpolation),
-            ("center", Center),
-        ):
-            if getattr(self, name) not in get_args(options):
-                raise ShapeError(
-                    f"Preset {name} must be one of {', '.join(get_args(options))}; "
-                    f"got {getattr(self, name)!r}."
-                )
-        if not _are_counts(self.input_size, 2):
-            raise ShapeError(f"Preset input_size must be (height, width) in pixels; got {self.input_size}.")
-        if not (self.resize_short_side is None or is_count(self.resize_short_side)):
-            raise ShapeError(
-                f"Preset resize_short_side must be a number of pixels; got {self.resize_short_side}."
+        for name, names in {"crop_mode": CropMode, "interpolation": Interpolation, "center": Center}.items():
+            value = getattr(self, name)
+            known = f"one of {', '.join(get_args(names))}"
+            _require(value in get_args(names), f"Preset {name} must be {known}; got {value!r}.")
+        size, resize = self.input_size, self.resize_short_side
+        _require(_are_counts(size, 2), f"Preset input_size must be (height, width) in pixels; got {size}.")
+        _require(
+            resize is None or is_count(resize),
+            f"Preset resize_short_side must be a number of pixels; got {resize}.",
+        )
+        short_side = resize or min(size)
+        _require(
+            self.crop_mode != "crop" or short_side >= max(size),
+            f"A crop of {size} does not fit into an image with a short side of {short_side}. "
+            f"Set resize_short_side={max(size)} or more.",
+        )
+        for name, values in {"mean": self.mean, "std": self.std}.items():
+            _require(
+                isinstance(values, (tuple, list))
+                and len(values) == 3
+                and all(isinstance(value, Real) and 0 <= value <= 1 for value in values),
+                f"Preset {name} must be three numbers, for R, G and B of pixels in [0, 1]; got {values!r}. "
+                "Divide values for [0, 255] by 255.",
             )
-        short_side = self.resize_short_side or min(self.input_size)
-        if self.crop_mode == "crop" and short_side < max(self.input_size):
-            raise ShapeError(
-                f"A crop of {self.input_size} does not fit into an image with a short side of {short_side}. "
-                f"Set resize_short_side={max(self.input_size)} or more."
-            )
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            if (
-                not isinstance(values, (tuple, list))
-                or len(values) != 3
-                or not all(isinstance(value, Real) for value in values)
-            ):
-                raise ShapeError(f"Preset {name} must be three numbers, for R, G and B; got {values!r}.")
-            if not all(0 <= value <= 1 for value in values):
-                raise ShapeError(
-                    f"Preset {name} must be for pixels in [0, 1]; got {values}. Divide values for [0, 255] "
-                    "by 255."
-                )
-        if not min(self.std) > 0:
-            raise ShapeError(f"Preset std must be greater than 0; got {self.std}.")
+        _require(min(self.std) > 0, f"Preset std must be greater than 0; got {self.std}.")
 
 
 @dataclass(frozen=True)
@@ -396,35 +382,35 @@ class EncoderSpec:
     parameters: int | None = None
 
     def __post_init__(self) -> None:
-        if not (
-            _are_counts(self.grid, 3) and _are_counts((self.num_frames, self.embed_dim, self.tubelet_size), 3)
-        ):
-            raise ShapeError(
-                f"{self.name}: num_frames, embed_dim, tubelet_size and grid (t, h, w) must be integers of at "
-                f"least 1; got {self.num_frames}, {self.embed_dim}, {self.tubelet_size}, {self.grid}."
+        counts = {"num_frames": 1, "embed_dim": 1, "tubelet_size": 1}
+        for name, least in {**counts, "window_size": 0, "patch": 0, "parameters": 0}.items():
+            value = getattr(self, name)
+            _require(
+                (isinstance(value, Integral) and int(value) >= least)
+                or (value is None and name in ("patch", "parameters")),
+                f"{self.name}: {name} must be an integer of at least {least}; got {value!r}.",
             )
-        if self.fps is not None and not (isinstance(self.fps, Real) and 0 < self.fps < math.inf):
-            raise ShapeError(f"{self.name}: fps must be a positive number; got {self.fps!r}.")
-        optional_counts = {
-            "window_size": self.window_size,
-            "patch": self.patch or 0,
-            "parameters": self.parameters or 0,
-        }
-        for name, value in optional_counts.items():
-            if not isinstance(value, Integral) or int(value) < 0:
-                raise ShapeError(f"{self.name}: {name} must be an integer of at least 0; got {value!r}.")
+        _require(
+            _are_counts(self.grid, 3),
+            f"{self.name}: grid (t, h, w) must be three integers of at least 1; got {self.grid}.",
+        )
+        _require(
+            self.fps is None or (isinstance(self.fps, Real) and 0 < self.fps < math.inf),
+            f"{self.name}: fps must be a positive number; got {self.fps!r}.",
+        )
         presets = self.presets
-        if not presets or not isinstance(presets, Mapping):
-            raise ShapeError(f"{self.name}: presets must be a mapping with at least one Preset.")
-        if not all(isinstance(preset, Preset) for preset in presets.values()):
-            raise ShapeError(f"{self.name}: presets must map names to Presets; got {presets!r}.")
+        _require(
+            isinstance(presets, Mapping)
+            and len(presets) > 0
+            and all(isinstance(preset, Preset) for preset in presets.values()),
+            f"{self.name}: presets must map at least one name to a Preset; got {presets!r}.",
+        )
         window = self.window_size or self.num_frames
-        if self.num_frames % window:
-            raise ShapeError(
-                f"{self.name}: num_frames={self.num_frames} must be a multiple of "
-                f"window_size={self.window_size}."
-            )
-        if window % self.tubelet_size:
-            raise ShapeError(
-                f"{self.name}: window_size={window} must be a multiple of tubelet_size={self.tubelet_size}."
-            )
+        _require(
+            self.num_frames % window == 0,
+            f"{self.name}: num_frames={self.num_frames} must be a multiple of window_size={window}.",
+        )
+        _require(
+            window % self.tubelet_size == 0,
+            f"{self.name}: window_size={window} must be a multiple of tubelet_size={self.tubelet_size}.",
+        )

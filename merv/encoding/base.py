@@ -222,8 +222,7 @@ class Encoder(TrackedModule):
                 "[B, T, 3, H, W]."
             )
         pixels = frames.pixels
-        fits = tuple(pixels.shape[-2:]) == (height, width) and pixels.is_floating_point()
-        if frames.patches is not None or not fits:
+        if tuple(pixels.shape[-2:]) != (height, width) or not pixels.is_floating_point():
             raise ShapeError(
                 f"{name} expects normalized floating-point frames [B, T, 3, {height}, {width}]; got "
                 f"{list(pixels.shape)}, {pixels.dtype}. Use merv.preprocess(frames, encoder.preset)."
