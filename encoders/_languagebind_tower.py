@@ -6,17 +6,18 @@ the other frames of its window.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
+from timm.layers import Mlp, QuickGELU
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from merv.encoding.weights import Source
 from merv.errors import WeightsError
 
-ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 
 
 def vision_config(source: Source, max_frames: int) -> dict:
@@ -39,9 +40,10 @@ def vision_config(source: Source, max_frames: int) -> dict:
     return config
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of the tower.
+class Tower(nn.Module):
+    """[K·frames, 3, size, size] → tokens [K·frames, 1 + cells, width], class token first.
+
+    The tokens are the hidden state before the last block. The last block is loaded but not run.
 
     Args:
         width: Channels.
@@ -54,70 +56,50 @@ class Shape:
         class_tokens: 1, or the number of frames in the models of version 1.5.
     """
 
-    width: int
-    layers: int
-    heads: int
-    patch: int
-    size: int
-    frames: int
-    activation: str
-    class_tokens: int = 1
-
-
-class Tower(nn.Module):
-    """[K·frames, 3, size, size] → tokens [K·frames, 1 + cells, width], class token first.
-
-    The tokens are the hidden state before the last block. The last block is loaded but not run.
-    """
-
-    def __init__(self, shape: Shape) -> None:
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        patch: int,
+        size: int,
+        frames: int,
+        activation: str,
+        class_tokens: int = 1,
+    ) -> None:
         super().__init__()
-        self.embeddings = _Embeddings(shape)
-        self.pre_layrnorm = nn.LayerNorm(shape.width)
-        self.encoder = _Blocks(shape)
-        self.post_layernorm = nn.LayerNorm(shape.width)
+        self.embeddings: Any = nn.Module()
+        self.embeddings.class_embedding = nn.Parameter(torch.randn(class_tokens, width))
+        self.embeddings.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.embeddings.position_embedding = nn.Embedding(1 + (size // patch) ** 2, width)
+        self.pre_layrnorm = nn.LayerNorm(width)
+        self.encoder: Any = nn.Module()
+        self.encoder.layers = nn.ModuleList(_Block(width, heads, frames, activation) for _ in range(layers))
+        self.post_layernorm = nn.LayerNorm(width)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.encoder(self.pre_layrnorm(self.embeddings(images)))
-
-
-class _Embeddings(nn.Module):
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        cells = (shape.size // shape.patch) ** 2
-        self.class_embedding = nn.Parameter(torch.randn(shape.class_tokens, shape.width))
-        self.patch_embedding = nn.Conv2d(3, shape.width, shape.patch, stride=shape.patch, bias=False)
-        self.position_embedding = nn.Embedding(1 + cells, shape.width)
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches = rearrange(self.patch_embedding(images), "k d h w -> k (h w) d")
-        windows = images.shape[0] // self.class_embedding.shape[0]
-        class_tokens = repeat(self.class_embedding, "t d -> (k t) 1 d", k=windows)
-        return torch.cat([class_tokens, patches], dim=1) + self.position_embedding.weight
-
-
-class _Blocks(nn.Module):
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(_Block(shape) for _ in range(shape.layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.layers[:-1]:
+        embeddings = self.embeddings
+        patches = rearrange(embeddings.patch_embedding(images), "k d h w -> k (h w) d")
+        windows = len(images) // len(embeddings.class_embedding)
+        class_tokens = repeat(embeddings.class_embedding, "t d -> (k t) 1 d", k=windows)
+        x = torch.cat([class_tokens, patches], dim=1) + embeddings.position_embedding.weight
+        x = self.pre_layrnorm(x)
+        for block in self.encoder.layers[:-1]:
             x = block(x)
         return x
 
 
 class _Block(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, width: int, heads: int, frames: int, activation: str) -> None:
         super().__init__()
-        self.frames = shape.frames
-        self.temporal_embedding = nn.Parameter(torch.randn(1, shape.frames, shape.width) * shape.width**-0.5)
-        self.temporal_layer_norm1 = nn.LayerNorm(shape.width)
-        self.temporal_attn = _Attention(shape)
-        self.layer_norm1 = nn.LayerNorm(shape.width)
-        self.self_attn = _Attention(shape)
-        self.layer_norm2 = nn.LayerNorm(shape.width)
-        self.mlp = _MLP(shape)
+        self.frames = frames
+        self.temporal_embedding = nn.Parameter(torch.randn(1, frames, width) * width**-0.5)
+        self.temporal_layer_norm1 = nn.LayerNorm(width)
+        self.temporal_attn = _Attention(width, heads)
+        self.layer_norm1 = nn.LayerNorm(width)
+        self.self_attn = _Attention(width, heads)
+        self.layer_norm2 = nn.LayerNorm(width)
+        self.mlp = Mlp(width, 4 * width, act_layer=ACTIVATIONS[activation])
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.shape[1]
@@ -131,13 +113,13 @@ class _Block(nn.Module):
 
 
 class _Attention(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = shape.heads
-        self.q_proj = nn.Linear(shape.width, shape.width)
-        self.k_proj = nn.Linear(shape.width, shape.width)
-        self.v_proj = nn.Linear(shape.width, shape.width)
-        self.out_proj = nn.Linear(shape.width, shape.width)
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
@@ -145,14 +127,3 @@ class _Attention(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         return self.out_proj(rearrange(F.scaled_dot_product_attention(q, k, v), "k m n d -> k n (m d)"))
-
-
-class _MLP(nn.Module):
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[shape.activation]
-        self.fc1 = nn.Linear(shape.width, 4 * shape.width)
-        self.fc2 = nn.Linear(4 * shape.width, shape.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from einops import rearrange
 from torch import Tensor
 
-from merv.encoders._languagebind_tower import Shape, Tower, vision_config
 from merv.encoding.base import Encoder
 from merv.encoding.weights import select
 from merv.types import EncoderSpec, Preset
@@ -61,6 +60,8 @@ class LanguageBind(Encoder):
     released_names: ClassVar = {"languagebind-video-noclass": "large"}
 
     def build(self) -> None:
+        from merv.encoders._languagebind_tower import Tower, vision_config
+
         config: dict[str, Any] = {"hidden_act": "gelu", "num_frames": 8}
         if self.source:
             config = vision_config(self.source, max_frames=self.spec.num_frames)
@@ -68,7 +69,7 @@ class LanguageBind(Encoder):
         _, width, layers, heads, _ = SIZES[self.variant]
         class_tokens = frames if config.get("clip_type") == "vl_new" else 1
         self.spec = replace(self.spec, window_size=frames)
-        self.net = Tower(Shape(width, layers, heads, PATCH, SIZE, frames, config["hidden_act"], class_tokens))
+        self.net = Tower(width, layers, heads, PATCH, SIZE, frames, config["hidden_act"], class_tokens)
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         state = select(state, prefix="vision_model.", drop=(*UNUSED, POSITIONS))

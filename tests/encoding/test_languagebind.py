@@ -5,13 +5,13 @@ import torch
 from hub import write_hub
 
 from merv.encoders import languagebind
-from merv.encoders._languagebind_tower import Shape, Tower
+from merv.encoders._languagebind_tower import Tower
 from merv.encoders.languagebind import LanguageBind
 from merv.errors import WeightsError
 from merv.types import Frames
 
 CONFIG = {"hidden_act": "gelu", "num_frames": 8, "add_time_attn": True}
-TINY = Shape(width=8, layers=3, heads=2, patch=4, size=8, frames=4, activation="quick_gelu")
+TINY = {"width": 8, "layers": 3, "heads": 2, "patch": 4, "size": 8, "frames": 4, "activation": "quick_gelu"}
 
 # Two windows of 4 frames through languagebind 0.1.0's CLIPVisionTransformer of the same shape:
 # hidden_states[-2] without the class token, mean over the patches, the first 4 numbers of each frame.
@@ -33,7 +33,7 @@ def wave(like: torch.Tensor, phase: float) -> torch.Tensor:
 
 
 def tiny_tower() -> Tower:
-    tower = Tower(TINY)
+    tower = Tower(**TINY)
     with torch.no_grad():
         for name, parameter in tower.named_parameters():
             parameter.copy_(wave(parameter, len(name)) * 0.5)
