@@ -80,10 +80,10 @@ def test_command_exists_and_runs(line, run):
     elif run:
         assert exit_status(cli.main, arguments) == 0
     else:
-        row = next(row for row in cli.COMMANDS if row.name == arguments[0])
-        parser = argparse.ArgumentParser()
-        if not row.raw:
-            import_module(row.module).add_arguments(parser)
+        assert arguments[0] in cli.COMMANDS
+        module, parser = import_module(f"merv.cli.{arguments[0]}"), argparse.ArgumentParser()
+        if hasattr(module, "add_arguments"):
+            module.add_arguments(parser)
             parser.parse_args(arguments[1:])
 
 

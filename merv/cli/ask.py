@@ -1,27 +1,5 @@
-"""`merv ask`: ask a trained model questions about videos."""
+"""Ask a trained model questions about videos.
 
-from __future__ import annotations
-
-import argparse
-import logging
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import closing
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from merv.errors import PromptError, UnreadableVideo
-
-if TYPE_CHECKING:
-    from merv.models.chat import Conversation
-    from merv.models.video_llm import VideoLLM
-
-USAGE = """\
-%(prog)s VIDEO ... QUESTION --model FOLDER [options]
-       %(prog)s VIDEO ... --question QUESTION [--question QUESTION ...] --model FOLDER [options]"""
-FORMS = 'merv ask VIDEO "QUESTION" --model FOLDER, or merv ask VIDEO ... --question "QUESTION" --model FOLDER'
-EXAMPLES = """\
 examples:
   merv ask clip.mp4 "What is shown first? Answer in one word." --model outputs/demo/model
   merv ask a.mp4 b.mp4 "Which of the two shows a cat?" --model FOLDER
@@ -34,10 +12,33 @@ separately, about all the videos; the encoders run once. Without --temperature a
 tokens are chosen, so the same question gets the same answer.
 """
 
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merv.errors import PromptError, UnreadableVideo
+
+if TYPE_CHECKING:
+    from merv.models.chat import Conversation
+    from merv.models.video_llm import VideoLLM
+
+USAGE = """\
+%(prog)s VIDEO ... QUESTION --model FOLDER [options]
+       %(prog)s VIDEO ... --question QUESTION [--question QUESTION ...] --model FOLDER [options]"""
+FORMS = 'Forms: merv ask VIDEO ... "QUESTION" --model FOLDER, or with --question "QUESTION".'
+SAMPLING = ("max_new_tokens", "keep_thinking", "temperature", "top_p")  # options of `VideoLLM.stream`
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `merv ask` to `parser`."""
-    parser.usage, parser.epilog = USAGE, EXAMPLES
+    parser.usage = USAGE
     parser.add_argument(
         "inputs",
         nargs="*",
@@ -54,17 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="model folder written by `merv fit` or save_pretrained"
     )
-    parser.add_argument(
-        "--llm", help="folder or hub id of the language model, if it has moved since training"
-    )
-    parser.add_argument(
-        "--encoder",
-        action="append",
-        type=name_and_folder,
-        default=[],
-        metavar="NAME=FOLDER",
-        help="folder of an encoder's weights, if they have moved since training; can be repeated",
-    )
+    add_sources(parser, "if it has moved since training")
     parser.add_argument(
         "--trust",
         action="append",
@@ -87,20 +78,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-new-tokens",
-        type=_positive_int,
+        type=_number(int, "a whole number of at least 1", lambda n: n >= 1),
         default=64,
         metavar="N",
         help="maximum number of new tokens of an answer (default: %(default)s)",
     )
     parser.add_argument(
         "--temperature",
-        type=_temperature,
+        type=_number(float, "a number of at least 0", lambda t: 0 <= t < float("inf")),
         metavar="T",
         help="sample the answer at this temperature; 0: choose the most likely tokens",
     )
     parser.add_argument(
         "--top-p",
-        type=_probability,
+        type=_number(float, "a number above 0 and up to 1", lambda p: 0 < p <= 1),
         metavar="P",
         help="sample from the most likely tokens whose probabilities add up to P",
     )
@@ -112,44 +103,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def name_and_folder(text: str) -> tuple[str, str]:
-    """Split NAME=FOLDER.
+def add_sources(parser: argparse.ArgumentParser, when: str) -> None:
+    """Add the options that say where the parts are that a model folder does not contain."""
+    parser.add_argument("--llm", help=f"folder or hub id of the language model, {when}")
+    parser.add_argument(
+        "--encoder",
+        action="append",
+        type=_name_and_folder,
+        default=[],
+        metavar="NAME=FOLDER",
+        help=f"folder or hub id of an encoder's weights, {when}; can be repeated",
+    )
 
-    >>> name_and_folder("siglip=/models/siglip")
-    ('siglip', '/models/siglip')
-    """
+
+def _name_and_folder(text: str) -> tuple[str, str]:
     name, _, folder = text.partition("=")
     if not name or not folder:
         raise argparse.ArgumentTypeError(f"expected NAME=FOLDER, such as siglip=/models/siglip; got {text!r}")
     return name, folder
 
 
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1; got {text!r}")
-    return int(text)
+def _number(convert: type, expected: str, is_valid: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """A type for argparse: a number that is valid."""
+
+    def parse(text: str) -> Any:
+        with suppress(ValueError):
+            if is_valid(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}; got {text!r}")
+
+    return parse
 
 
-def _temperature(text: str) -> float:
-    if not 0 <= (value := _float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0; got {text!r}")
-    return value
-
-
-def _probability(text: str) -> float:
-    if not 0 < (value := _float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1; got {text!r}")
-    return value
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Print the answers while they are generated."""
     from transformers.utils import logging as transformers_logging
 
@@ -159,17 +145,20 @@ def run(args: argparse.Namespace) -> int:
     transformers_logging.disable_progress_bar()
     logging.getLogger("merv").setLevel(logging.WARNING)
     model = _load(args)
-    options = {"max_new_tokens": args.max_new_tokens, "keep_thinking": args.keep_thinking}
-    sampling = {"temperature": args.temperature, "top_p": args.top_p}
-    options |= {name: value for name, value in sampling.items() if value is not None}
+    options = {name: getattr(args, name) for name in SAMPLING}
     for question in questions:
         conversation = user_message(question, *videos)
         if len(questions) > 1:
             print(f"Q: {question}\nA: ", end="", flush=True)
-        _print_answer(model.stream(conversation, **options))
+        answer: Any = model.stream(conversation, **options)  # a generator
+        try:
+            with closing(answer):  # so that Ctrl-C stops the thread that generates it
+                for piece in answer:
+                    print(piece, end="", flush=True)
+        finally:
+            print(flush=True)
         if args.mix_weights and videos:
             print("weights:", _weights(model, conversation))
-    return 0
 
 
 def videos_and_questions(inputs: list[str], questions: list[str]) -> tuple[list[str], list[str]]:
@@ -186,16 +175,15 @@ def videos_and_questions(inputs: list[str], questions: list[str]) -> tuple[list[
 
     if not questions:
         if len(inputs) < 2:
-            raise PromptError(f"Expected videos and a question, got {inputs}. Forms: {FORMS}.")
-        *inputs, last = inputs
-        questions = [last]
+            raise PromptError(f"Expected videos and a question, got {inputs}. {FORMS}")
+        inputs, questions = inputs[:-1], inputs[-1:]
     for question in questions:
         if os.path.exists(question) or Path(question).suffix.lower() in (*VIDEOS, *IMAGES):
-            raise PromptError(f"Expected a question, got the path {question!r}. Forms: {FORMS}.")
+            raise PromptError(f"Expected a question, got the path {question!r}. {FORMS}")
     videos = [video for video in inputs if video]
     for video in videos:
         if not os.path.exists(video):
-            raise UnreadableVideo(f"The video {video!r} does not exist. Forms: {FORMS}.")
+            raise UnreadableVideo(f"The video {video!r} does not exist. {FORMS}")
     return videos, questions
 
 
@@ -226,22 +214,10 @@ def _load(args: argparse.Namespace) -> VideoLLM:
     return model
 
 
-def _print_answer(pieces: Iterator[str]) -> None:
-    """Print an answer piece by piece. Ctrl-C stops the thread that generates it."""
-    closable: Any = pieces  # a generator
-    try:
-        with closing(closable):
-            for piece in pieces:
-                print(piece, end="", flush=True)
-    finally:
-        print(flush=True)
-
-
 def _weights(model: VideoLLM, conversation: Conversation) -> str:
     """Describe the mixer's average weight of each encoder."""
     weights = model.encode(conversation).mix_weights  # [videos, E, t, h, w]
     if weights is None:
         return "none, this mixer does not weight encoders"
     shares = (weights.sum(dim=(0, 2, 3, 4)) / weights.sum()).tolist()
-    names_and_shares = zip(model.vision.encoders, shares, strict=True)
-    return ", ".join(f"{name} {share:.0%}" for name, share in names_and_shares)
+    return ", ".join(f"{name} {share:.0%}" for name, share in zip(model.vision.encoders, shares, strict=True))

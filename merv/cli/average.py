@@ -1,20 +1,18 @@
-"""`merv average`: the mean of several checkpoints of one model."""
+"""Write the mean of several checkpoints of one model.
 
-from __future__ import annotations
-
-import argparse
-
-EXAMPLES = """\
 examples:
   merv average outputs/mine/checkpoints/step=* --out outputs/mine/mean
   merv average a b --coefficients 3 1 --out c
   merv ask clip.mp4 "What happens?" --model outputs/mine/mean
 """
 
+from __future__ import annotations
+
+import argparse
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `merv average`."""
-    parser.epilog = EXAMPLES
     parser.add_argument(
         "checkpoints", nargs="+", metavar="CHECKPOINT", help="folders of trained models or checkpoints"
     )
@@ -27,10 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Average the checkpoints and print the path of the result."""
     from merv.checkpoints.average import average
 
     average(args.checkpoints, args.out, args.coefficients)
     print(f"The mean of {len(args.checkpoints)} checkpoints is in {args.out}")
-    return 0

@@ -1,12 +1,5 @@
-"""`merv encoders`: shorthand for `merv plugins encoders`."""
+"""List the installed encoders, or check one: short for `merv plugins encoders`.
 
-from __future__ import annotations
-
-import argparse
-
-from merv.cli.plugins import add_kind_arguments, run_kind
-
-EXAMPLES = """\
 The plain list imports nothing. --long imports each encoder, creates its default variant without weights and
 shows its variants, the default first. An encoder that cannot be imported or created is shown as broken and
 does not affect the others. If an import crashes the interpreter, PYTHONFAULTHANDLER=1 shows where.
@@ -19,13 +12,17 @@ examples:
   merv encoders check my_module:MyEncoder       check a class in my_module.py of this folder
 """
 
+from __future__ import annotations
+
+import argparse
+
+from merv.cli import plugins
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `merv encoders` to `parser`."""
-    parser.epilog = EXAMPLES
-    add_kind_arguments(parser, "encoders")
+    parser.set_defaults(kind="encoders")
+    plugins.add_actions(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    """List or check encoders; return 1 if a check fails."""
-    return run_kind(args, "encoders")
+run = plugins.run

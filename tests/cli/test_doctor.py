@@ -1,7 +1,8 @@
-"""`merv doctor`: independent sections, an exit status for scripts, no private paths."""
+"""`merv doctor`: independent checks, an exit status for scripts, no private paths."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,81 +10,70 @@ import pytest
 import torch
 
 from merv.cli import doctor
-from merv.cli.doctor import Line
 from merv.cli.main import main
+from merv.errors import MissingDependency
 
 
 @pytest.fixture
-def sections(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Replace the sections of the report."""
-    return lambda **checks: monkeypatch.setattr(doctor, "SECTIONS", checks)
+def report(monkeypatch: pytest.MonkeyPatch, capsys) -> Callable[..., tuple[int, list[str]]]:
+    """Run `merv doctor`, with other checks if some are given; return its exit status and its lines."""
+
+    def run(*checks: doctor.Check) -> tuple[int, list[str]]:
+        if checks:
+            monkeypatch.setattr(doctor, "checks", lambda: checks)
+        status = main(["doctor"])
+        return status, [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+    return run
 
 
-def states(lines: Iterator[Line]) -> dict[str, str]:
-    return {line.name: line.state for line in lines}
-
-
-def texts(lines: Iterator[Line]) -> dict[str, str]:
-    return {line.name: line.text for line in lines}
+def fail(*_: object, **__: object) -> str:
+    raise ZeroDivisionError("by\nzero")
 
 
 # The report
 
 
-def test_failing_section_is_a_line_and_the_others_still_run(sections, capsys) -> None:
-    def first() -> Iterator[Line]:
-        yield Line("one", "fine")
-        raise ZeroDivisionError("by\nzero")
-
-    sections(first=first, second=lambda: iter([Line("two", "fine"), Line("three", "look", "note")]))
-    assert main(["doctor"]) == 1
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert any(line.startswith("! first") and "ZeroDivisionError: by zero" in line for line in lines)
-    assert {"one fine", "two fine", "? three look"} <= set(lines)
-    assert lines[-1] == "Broken: first."
+def test_failing_check_is_a_line_and_the_others_still_run(report) -> None:
+    status, lines = report(("one", True, fail), ("two", False, fail), ("three", True, lambda: "fine"))
+    assert status == 1
+    assert lines[:3] == ["! one ZeroDivisionError: by zero", "? two ZeroDivisionError: by zero", "three fine"]
+    assert lines[-1] == "Broken: one."
 
 
-def test_notes_keep_the_exit_status_0(sections) -> None:
-    sections(first=lambda: iter([Line("one", "absent", "note")]))
-    assert main(["doctor"]) == 0
+def test_optional_failures_keep_the_exit_status_0(report) -> None:
+    assert report(("one", False, fail))[0] == 0
 
 
-def test_home_folder_is_redacted(sections, capsys) -> None:
-    sections(first=lambda: iter([Line("one", f"in {Path.home() / 'here'}")]))
-    main(["doctor"])
-    report = capsys.readouterr().out
-    assert f"in {Path('~', 'here')}" in report
-    assert str(Path.home()) not in report
+def test_home_folder_is_redacted(report) -> None:
+    _, lines = report(("one", True, lambda: f"in {Path.home() / 'here'}"))
+    assert lines[0] == f"one in {Path('~', 'here')}"
+
+
+def test_this_installation_works_and_every_required_package_is_imported(report, monkeypatch) -> None:
+    imported: list[str] = []
+    monkeypatch.setattr(doctor, "import_module", imported.append)
+    status, lines = report()
+    assert status == 0
+    assert {"torch", "torchvision", "open_clip", "PIL", "av"} <= set(imported)
+    assert "peft" not in imported  # belongs to an extra
+    assert {"python", "merv", "torch", "pyav", "devices"} <= {line.split()[0] for line in lines if line}
 
 
 # Versions
 
 
-def test_every_required_package_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    imported: list[str] = []
-    monkeypatch.setattr(doctor, "import_module", imported.append)
-    assert "broken" not in states(doctor.versions()).values()
-    assert {"torch", "torchvision", "open_clip", "PIL", "av"} <= set(imported)
-    assert "peft" not in imported  # belongs to an extra
-
-
-def test_package_that_cannot_be_imported_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str) -> None:
-        raise RuntimeError(f"operator {name}::nms does not exist")
-
+def test_package_that_cannot_be_imported_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "import_module", fail)
-    monkeypatch.setattr(doctor, "_requirements", lambda: {"torchvision": "", "nowhere": ""})
-    lines = list(doctor.versions())
-    assert "RuntimeError: operator torchvision::nms" in texts(lines)["torchvision"]
-    assert "pip install nowhere" in texts(lines)["nowhere"]
-    assert states(lines)["torchvision"] == states(lines)["nowhere"] == "broken"
+    with pytest.raises(ZeroDivisionError):
+        doctor._version("torchvision", "")
 
 
-def test_missing_optional_package_comes_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_requirements", lambda: {"nowhere": "half"})
-    lines = list(doctor.versions())
-    assert states(lines)["nowhere"] == "note"
-    assert "[half]" in texts(lines)["nowhere"]
+@pytest.mark.parametrize(("extra", "command"), [("", "pip install nowhere"), ("half", "[half]")])
+def test_missing_package_comes_with_its_install_command(extra: str, command: str) -> None:
+    with pytest.raises(PackageNotFoundError) as caught:
+        doctor._version("nowhere", extra)
+    assert command in str(caught.value)
 
 
 def test_requirements_come_from_the_metadata() -> None:
@@ -93,35 +83,19 @@ def test_requirements_come_from_the_metadata() -> None:
     assert requirements["peft"] == "lora"
 
 
-# Decoding
+# Decoding and devices
 
 
 def test_each_backend_decodes_a_video(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchcodec", None)
-    lines = list(doctor.decoding())
-    assert states(lines) == {"pyav": "ok", "torchcodec": "note"}
-    assert "[torchcodec]" in texts(lines)["torchcodec"]
-
-
-def test_backend_that_cannot_decode_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: Path, backend: str) -> None:
-        raise RuntimeError("no codec")
-
-    monkeypatch.setattr("merv.video.open.open_video", fail)
-    lines = list(doctor.decoding())
-    assert states(lines) == {"pyav": "broken", "torchcodec": "note"}
-    assert "no codec" in texts(lines)["pyav"]
-
-
-# Devices
+    assert "8 of 8 frames" in doctor._decode("pyav")
+    with pytest.raises(MissingDependency, match=r"\[torchcodec\]"):
+        doctor._decode("torchcodec")
 
 
 def test_gpus_are_listed_with_memory_and_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     old = SimpleNamespace(name="T4", total_memory=16 * 2**30, major=7, minor=5)
     new = SimpleNamespace(name="H100", total_memory=80 * 2**30, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", [old, new].__getitem__)
-    lines = texts(doctor.devices())
-    assert lines["cuda:0"] == "T4, 16 GiB, no bf16, use fp32"
-    assert lines["cuda:1"] == "H100, 80 GiB, bf16"
+    assert doctor._devices().endswith("; T4, 16 GiB, no bf16, use fp32; H100, 80 GiB, bf16")
