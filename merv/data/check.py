@@ -266,7 +266,7 @@ def _num_tokens(conversation: Conversation, tokenizer: Any, visual_tokens: int) 
         text = sum(len(text_of(turn["content"])) for turn in conversation) // CHARACTERS_PER_TOKEN
     else:
         sequences = ChatTemplate(tokenizer).answers(conversation)
-        text = max(sum(len(p) for p in sequence.pieces if isinstance(p, list)) for sequence in sequences)
+        text = max(len(sequence.items) - len(sequence.visuals) for sequence in sequences)
     return text + visual_tokens * len(media_parts(conversation))
 
 

@@ -42,39 +42,22 @@ class Visual:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sequence of token ids from one conversation, split where visual tokens are inserted.
+    """A sequence of token ids from one conversation, with a `Visual` in place of visual tokens.
 
     Attributes:
-        pieces: Lists of token ids and `Visual`s, in order.
-        learned: For each piece, which of its tokens belong to an answer; empty for a `Visual`.
+        items: Token ids and `Visual`s, in order.
+        learned: For each item, whether it is a token of an answer.
         conversation: Index of the conversation in its batch, from 0.
     """
 
-    pieces: tuple[list[int] | Visual, ...]
-    learned: tuple[list[bool], ...]
+    items: list[int | Visual]
+    learned: list[bool]
     conversation: int = 0
-
-    @classmethod
-    def of(cls, items: Sequence[int | Visual], learned: Sequence[bool]) -> Prompt:
-        """Split a sequence of token ids and visuals at its visuals."""
-        pieces: list[list[int] | Visual] = []
-        flags: list[list[bool]] = []
-        for item, flag in zip(items, learned, strict=True):
-            if isinstance(item, Visual):
-                pieces.append(item)
-                flags.append([])
-            elif not pieces or isinstance(pieces[-1], Visual):
-                pieces.append([item])
-                flags.append([flag])
-            else:
-                pieces[-1].append(item)
-                flags[-1].append(flag)
-        return cls(tuple(pieces), tuple(flags))
 
     @property
     def visuals(self) -> list[Visual]:
         """The videos and images, in order."""
-        return [piece for piece in self.pieces if isinstance(piece, Visual)]
+        return [item for item in self.items if isinstance(item, Visual)]
 
 
 def user_message(question: str, *videos: Any, answer: str | None = None) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ class ChatTemplate:
         >>> template.end_token
         '</s>'
         >>> (prompt,) = template.answers(user_message("What is this?", answer="A cat."))
-        >>> sum(prompt.learned[0])
+        >>> sum(prompt.learned)
         7
     """
 
@@ -78,7 +78,7 @@ class ChatTemplate:
         """
         texts, visuals = to_texts(messages)
         ids = self._ids(self._text(texts, is_question=True), texts, visuals)
-        return Prompt.of(ids, [False] * len(ids))
+        return Prompt(ids, [False] * len(ids))
 
     def answers(self, messages: Sequence[Message]) -> list[Prompt]:
         """Render a conversation as sequences in which each answer, with its end token, is learned once.
@@ -110,7 +110,7 @@ class ChatTemplate:
             sequences.append((whole, flags))
         if not sequences:
             raise PromptError("Expected a conversation with an answer of the assistant, got none.")
-        return [Prompt.of(ids, flags) for ids, flags in sequences]
+        return [Prompt(ids, flags) for ids, flags in sequences]
 
     def check(self) -> None:
         """Check that answers have an end at which generation can stop.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -39,9 +39,7 @@ class GenerationMixin:
     chat: ChatTemplate
     pad_id: int
     max_length: int | None
-    if TYPE_CHECKING:
-
-        def embed_prompts(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]: ...
+    embed_prompts: Callable[[Sequence[Conversation]], dict[str, Tensor]]
 
     @overload
     def generate(
@@ -81,11 +79,8 @@ class GenerationMixin:
         """
         if not conversations:
             return []
-        _check_options(options, REFUSED)
-        inputs = self._inputs(conversations)
-        options = self._options(options, inputs["inputs_embeds"].shape[1])
         with _generation_config(self.llm):
-            ids = self.llm.generate(**inputs, **options)
+            ids = self.llm.generate(**self._arguments(conversations, options, REFUSED))
         if options.get("return_dict_in_generate"):
             return ids
         copies = len(ids) // len(conversations)  # num_return_sequences
@@ -110,13 +105,17 @@ class GenerationMixin:
         Raises:
             PromptError: See `generate`.
         """
-        _check_options(options, {**REFUSED, **REFUSED_IN_STREAM})
-        inputs = self._inputs([conversation])
-        options = self._options(options, inputs["inputs_embeds"].shape[1])
-        pieces = _stream(self.llm, self.tokenizer, {**inputs, **options})
+        arguments = self._arguments([conversation], options, {**REFUSED, **REFUSED_IN_STREAM})
+        pieces = _stream(self.llm, self.tokenizer, arguments)
         yield from self.chat.stream_of(pieces, self.chat.opens_thinking(conversation), keep_thinking)
 
-    def _inputs(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
+    def _arguments(
+        self, conversations: Sequence[Conversation], options: Mapping[str, Any], refused: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Return the arguments of transformers' `generate`: the inputs, and the options with defaults."""
+        for name, value in options.items():
+            if name in refused and value is not None and value is not False:
+                raise PromptError(f"merv does not accept the option {name}. {refused[name]}")
         for messages in conversations:
             check_messages(messages)
             if messages[-1]["role"] == "assistant":
@@ -125,9 +124,7 @@ class GenerationMixin:
                     f"the assistant's {str(messages[-1]['content'])[:80]!r}. Remove that message."
                 )
         with torch.no_grad():
-            return self.embed_prompts(conversations)
-
-    def _options(self, options: dict[str, Any], prompt_length: int) -> dict[str, Any]:
+            inputs = self.embed_prompts(conversations)
         options = {name: value for name, value in options.items() if value is not None}
         if options.get("temperature") == 0:  # greedy decoding, as in OpenAI-compatible servers
             options = {name: value for name, value in options.items() if name not in SAMPLING}
@@ -137,10 +134,11 @@ class GenerationMixin:
             "pad_token_id": self.pad_id,
         }
         if "max_length" not in options:
-            room = None if self.max_length is None else self.max_length - prompt_length
-            limit = options.pop("max_new_tokens", 64)
-            defaults["max_new_tokens"] = limit if room is None else min(limit, room)
-        return {**defaults, **options}
+            limits = [options.pop("max_new_tokens", 64)]
+            if self.max_length is not None:
+                limits.append(self.max_length - inputs["inputs_embeds"].shape[1])
+            defaults["max_new_tokens"] = min(limits)
+        return {**inputs, **defaults, **options}
 
     def _stop_ids(self) -> list[int]:
         """Ids at which an answer ends: the end token that is learned, and those of tokenizer and LLM."""
@@ -148,12 +146,6 @@ class GenerationMixin:
         of_llm = of_llm if isinstance(of_llm, list) else [of_llm]
         ids = {self.chat.end_id, self.tokenizer.eos_token_id, *of_llm}
         return sorted(id_ for id_ in ids if id_ is not None)
-
-
-def _check_options(options: Mapping[str, Any], refused: Mapping[str, str]) -> None:
-    for name, value in options.items():
-        if name in refused and value is not None and value is not False:
-            raise PromptError(f"merv does not accept the option {name}. {refused[name]}")
 
 
 @contextmanager

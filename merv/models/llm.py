@@ -14,9 +14,11 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from merv.errors import CheckpointError, MissingDependency, TrainingError, WeightsError
+from merv.models.chat import NOT_LEARNED
+from merv.models.packing import Packed, Tokens, pack
 from merv.utils.assets import smollm2_folder
 from merv.utils.hub import find_transformer
 from merv.utils.name_lists import tuple_of_names
@@ -270,6 +272,25 @@ def add_lora(llm: nn.Module, options: LoraOptions) -> None:
             parameter.data = parameter.data.float()
 
 
+def logits_of(llm: Any, packed: Packed, visual: Tensor, keep: Tensor) -> Tensor:
+    """Return the logits [B, K, vocabulary] at the positions `keep` [K] of each row.
+
+    Args:
+        llm: The LLM.
+        packed: Its input.
+        visual: Visual tokens [V, L].
+        keep: Positions.
+    """
+    embeddings = packed.embed(llm.get_input_embeddings(), visual)
+    # Rows without branches need no position ids: the LLM's default is 0, 1, 2, …
+    positions = {"position_ids": packed.positions} if packed.mask.ndim == 4 else {}
+    mask = packed.attention_mask(like=embeddings, additive=attention_kernel(llm) == "eager")
+    out = llm(
+        inputs_embeds=embeddings, attention_mask=mask, logits_to_keep=keep, use_cache=False, **positions
+    )
+    return out.logits
+
+
 @torch.no_grad()
 def check_llm(llm: Any) -> bool:
     """Check that an LLM works with visual tokens, and whether conversations can share its rows.
@@ -302,8 +323,8 @@ def check_llm(llm: Any) -> bool:
         table = llm.get_input_embeddings()
         length = max([8, *(window + 8 for window in _windows(llm))])
         draw = torch.Generator().manual_seed(0)
-        ids = torch.randint(table.num_embeddings, (length + 7,), generator=draw).to(table.weight.device)
-        if not _works_with_embeddings(llm, ids[None, :8]):
+        ids = torch.randint(table.num_embeddings, (length + 3,), generator=draw).to(table.weight.device)
+        if not _works_with_embeddings(llm, ids[:8]):
             raise WeightsError(
                 f"{name} cannot be used: it needs token ids and computes other logits from embeddings alone "
                 "(its layers have further embeddings of the text). Use another LLM."
@@ -314,13 +335,13 @@ def check_llm(llm: Any) -> bool:
             module.training = training
 
 
-def _works_with_embeddings(llm: Any, ids: torch.Tensor) -> bool:
+def _works_with_embeddings(llm: Any, ids: Tensor) -> bool:
     """Compare the logits of token ids with those of their embeddings, followed by one that no token has."""
-    expected = llm(input_ids=ids, use_cache=False).logits
-    embeddings = llm.get_input_embeddings()(ids)
-    embeddings = torch.cat([embeddings, embeddings.mean(dim=1, keepdim=True)], dim=1)
+    expected = llm(input_ids=ids[None], use_cache=False).logits
+    visual = llm.get_input_embeddings()(ids).mean(dim=0, keepdim=True)
+    packed = pack([[_unlearned([*ids.tolist(), -1])]], pad_id=0).to(ids.device)
     try:
-        logits = llm(inputs_embeds=embeddings, use_cache=False).logits[:, :-1]
+        logits = logits_of(llm, packed, visual, torch.arange(len(ids), device=ids.device))
     except (RuntimeError, ValueError):  # it looks for the tokens of the embeddings
         return False
     return _close(logits, expected)
@@ -344,28 +365,30 @@ def _windows(llm: Any) -> list[int]:
     return [value for value in named if 0 < value <= 512]
 
 
-def _shared_prefix_is_exact(llm: Any, ids: torch.Tensor, length: int) -> bool:
+def _shared_prefix_is_exact(llm: Any, ids: Tensor, length: int) -> bool:
     """Compare two conversations that share a row, after `length` common tokens, with a row for each."""
-    ends = [ids[length : length + 3], ids[length + 3 : length + 7]]
-    whole = [torch.cat([ids[:length], end])[None] for end in ends]
-    separate = torch.cat([llm(input_ids=row, use_cache=False).logits[0, length:] for row in whole])
-    branches = torch.tensor([0] * length + [1] * 3 + [2] * 4, device=ids.device)
-    mask = (branches[:, None] == branches) | (branches == 0)
-    mask = mask.tril()[None, None]
-    if attention_kernel(llm) == "eager":
-        dtype = llm.get_input_embeddings().weight.dtype
-        mask = torch.zeros(mask.shape, dtype=dtype, device=ids.device).masked_fill(
-            ~mask, torch.finfo(dtype).min
-        )
-    positions = torch.tensor([*range(length + 3), *range(length, length + 4)], device=ids.device)
+    prefix, rest = ids[:length].tolist(), ids[length:].tolist()
+    group = [_unlearned([*prefix, n, *rest[: 2 + n]]) for n in (0, 1)]
+
+    def logits_after_prefix(groups: Sequence[Sequence[Tokens]]) -> Tensor:
+        packed = pack(groups, pad_id=0).to(ids.device)
+        every = torch.arange(packed.ids.shape[1], device=ids.device)
+        logits = logits_of(llm, packed, llm.get_input_embeddings()(ids[:1]), every)
+        return logits[packed.positions >= length]
+
+    separate = logits_after_prefix([[tokens] for tokens in group])
     try:
-        shared = llm(input_ids=ids[None], attention_mask=mask, position_ids=positions[None], use_cache=False)
+        shared = logits_after_prefix([group])
     except (ValueError, RuntimeError, IndexError, TypeError):  # it takes no such masks
         return False
-    return _close(shared.logits[0, length:], separate)
+    return _close(shared, separate)
 
 
-def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _unlearned(ids: list[int]) -> Tokens:
+    return Tokens(torch.tensor(ids), torch.full((len(ids),), NOT_LEARNED))
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
     """Return whether logits are equal except for rounding in their dtype."""
     tolerance = 1e-3 if other.dtype == torch.float32 else 0.1
     return bool((one.float() - other.float()).abs().max() <= tolerance * other.float().std())

@@ -35,18 +35,15 @@ class VideoLLMOutput:
     Attributes:
         logits: Predictions in float32, shape [B, K, vocabulary].
         labels: Tokens of the answers, shape [B, K]; NOT_LEARNED where the row has none.
-        branches: For each token, the number of its sequence in the row, from 1; shape [B, K]. Only
+        conversations: For each token, the index of its conversation in the batch, shape [B, K]. Only
             meaningful where `labels` is not NOT_LEARNED.
         mix_weights: See `VisualTokens`.
-        conversations: For each row and each of its sequences, the index of its conversation in the batch.
-            None if several groups are packed into a row.
     """
 
     logits: Tensor
     labels: Tensor
-    branches: Tensor
+    conversations: Tensor
     mix_weights: dict[str, Tensor]
-    conversations: list[list[int]] | None = None
 
     @property
     def loss_sum(self) -> Tensor:

@@ -25,21 +25,18 @@ class Tokens:
 
     ids: Tensor
     labels: Tensor
+    conversation: int = 0
 
 
 def tokens_of(prompt: Prompt, ranges: Iterator[range]) -> Tokens:
     """Return the ids and labels of a prompt; `ranges` gives the visual tokens of its videos in order."""
     ids: list[int] = []
     labels: list[int] = []
-    for piece, learned in zip(prompt.pieces, prompt.learned, strict=True):
-        if isinstance(piece, Visual):
-            visual_ids = [-1 - i for i in next(ranges)]
-            ids += visual_ids
-            labels += [NOT_LEARNED] * len(visual_ids)
-        else:
-            ids += piece
-            labels += [i if flag else NOT_LEARNED for i, flag in zip(piece, learned, strict=True)]
-    return Tokens(torch.tensor(ids), torch.tensor(labels))
+    for item, is_learned in zip(prompt.items, prompt.learned, strict=True):
+        new = [-1 - i for i in next(ranges)] if isinstance(item, Visual) else [item]
+        ids += new
+        labels += new if is_learned else [NOT_LEARNED] * len(new)
+    return Tokens(torch.tensor(ids), torch.tensor(labels), prompt.conversation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,15 +49,19 @@ class Packed:
             shape [B, 1, S, S].
         positions: Position ids, shape [B, S].
         labels: Tokens of the answers, NOT_LEARNED elsewhere, shape [B, S].
-        branches: 0 in the common prefix, n in the n-th sequence of the group, −1 in the padding, shape
-            [B, S].
+        conversations: Index in the batch of the token's conversation, of any one in the common prefix, −1 in
+            the padding, shape [B, S].
     """
 
     ids: Tensor
     mask: Tensor
     positions: Tensor
     labels: Tensor
-    branches: Tensor
+    conversations: Tensor
+
+    def to(self, device: torch.device) -> Packed:
+        """Return the same on another device."""
+        return Packed(*(tensor.to(device) for tensor in vars(self).values()))
 
     def embed(self, table: torch.nn.Module, visual: Tensor) -> Tensor:
         """Return input embeddings [B, S, L]: text from the LLM's `table`, and the visual tokens [V, L]."""
@@ -102,57 +103,47 @@ def pack(
     rows = [[of_group] for of_group in columns]
     if packed_length is not None:
         rows = _bin_pack(columns, packed_length)
-    length = max(sum(len(of_group.ids) for of_group in row) for row in rows)
-
-    def padded(column: str, padding: int) -> Tensor:
-        out = torch.full((len(rows), length), padding, dtype=torch.long)
-        for i, row in enumerate(rows):
-            values = torch.cat([getattr(of_group, column) for of_group in row])
-            start = length - len(values) if side == "left" else 0
-            out[i, start : start + len(values)] = values
-        return out
-
-    branches = padded("branches", -1)
+    joined = [torch.cat(row, dim=1) for row in rows]
+    length = max(row.shape[1] for row in joined)
+    padding = torch.tensor([pad_id, NOT_LEARNED, 0, -1, -1, -1])
+    batch = padding[:, None, None].repeat(1, len(rows), length)  # [6, B, S]
+    for i, row in enumerate(joined):
+        start = length - row.shape[1] if side == "left" else 0
+        batch[:, i, start : start + row.shape[1]] = row
+    ids, labels, positions, conversations, branches, group_numbers = batch
     mask = branches >= 0
     if any(len(group) > 1 for group in groups) or len(rows) < len(groups):
-        mask = _attention_mask(branches, padded("groups", -1))
-    return Packed(
-        padded("ids", pad_id), mask, padded("positions", 0), padded("labels", NOT_LEARNED), branches
-    )
+        mask = _attention_mask(branches, group_numbers)
+    return Packed(ids, mask, positions, labels, conversations)
 
 
-@dataclass(frozen=True, eq=False)
-class _Columns:
-    """The columns of `Packed` for one group without padding, and the number of the group."""
+def _columns(group: Sequence[Tokens], group_number: int) -> Tensor:
+    """Return the tokens of one group, [6, n]: the common prefix, then the rest of each sequence.
 
-    ids: Tensor
-    labels: Tensor
-    positions: Tensor
-    branches: Tensor
-    groups: Tensor
-
-
-def _columns(group: Sequence[Tokens], group_number: int) -> _Columns:
-    """Return the columns of one group: the common prefix, then the rest of each sequence."""
+    The rows are ids, labels, positions, conversation, branch (0 in the prefix, n in the n-th sequence) and
+    group.
+    """
     prefix = _prefix_length(group)
-    first = group[0]
-    ids, labels = [first.ids[:prefix]], [first.labels[:prefix]]
-    positions, branches = [torch.arange(prefix)], [torch.zeros(prefix, dtype=torch.long)]
-    for number, sequence in enumerate(group, start=1):
-        ids.append(sequence.ids[prefix:])
-        labels.append(sequence.labels[prefix:])
-        positions.append(torch.arange(prefix, len(sequence.ids)))
-        branches.append(torch.full((len(sequence.ids) - prefix,), number))
-    groups = [torch.full_like(part, group_number) for part in ids]
-    return _Columns(*map(torch.cat, (ids, labels, positions, branches, groups)))
+    parts = [(group[0], slice(prefix), 0)]
+    parts += [(sequence, slice(prefix, None), branch) for branch, sequence in enumerate(group, start=1)]
+    columns = []
+    for sequence, part, branch in parts:
+        ids, labels, positions = (
+            sequence.ids[part],
+            sequence.labels[part],
+            torch.arange(len(sequence.ids))[part],
+        )
+        constants = [torch.full_like(ids, n) for n in (sequence.conversation, branch, group_number)]
+        columns.append(torch.stack([ids, labels, positions, *constants]))
+    return torch.cat(columns, dim=1)
 
 
-def _bin_pack(groups: Sequence[_Columns], max_length: int) -> list[list[_Columns]]:
+def _bin_pack(groups: Sequence[Tensor], max_length: int) -> list[list[Tensor]]:
     """Distribute groups to few rows: the longest first, each into the first row with enough room."""
-    rows: list[list[_Columns]] = []
-    for group in sorted(groups, key=lambda group: -len(group.ids)):
+    rows: list[list[Tensor]] = []
+    for group in sorted(groups, key=lambda group: -group.shape[1]):
         for row in rows:
-            if sum(len(other.ids) for other in row) + len(group.ids) <= max_length:
+            if sum(other.shape[1] for other in row) + group.shape[1] <= max_length:
                 row.append(group)
                 break
         else:

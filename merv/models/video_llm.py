@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,18 +27,17 @@ from merv.models.llm import (
     config_allows_shared_prefix,
     identity,
     load_llm,
+    logits_of,
 )
 from merv.models.multi_encoder import Encoded, MultiEncoder, source_key
 from merv.models.outputs import VideoLLMOutput, VisualTokens
 from merv.models.packing import Packed, pack, tokens_of
-from merv.models.scoring import ScoringMixin
 from merv.models.trainable import TrainablePartsMixin
-from merv.utils.private import attention_kernel
 
 FUSION = "vision.fusion."  # prefix of the tensors of the fusion in a checkpoint
 
 
-class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMixin):
+class VideoLLM(GenerationMixin, TrainablePartsMixin, PretrainedMixin):
     """A causal language model that answers questions about videos and images.
 
     Tokens of a new MultiEncoder have a root mean square of 1. Before training a new model with a loop of your
@@ -116,34 +116,30 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         Raises:
             PromptError: A conversation has no answer.
         """
-        if not groups:
-            return self._zero_loss()
         _check_answered(groups)
-        prompts = self.render(groups)  # messages → token ids, with gaps for the videos
-        visual = self.encode_visuals(prompts)  # videos → tokens: read, encode, align, fuse
-        packed = self.pack(prompts, visual, packed_length=packed_length)  # both → rows for the LLM
+        prompts = self.render(groups) or [[Prompt([self.pad_id] * 2, [False] * 2)]]  # messages → token ids
+        packed, visual = self.prepare(prompts, packed_length=packed_length)  # rows for the LLM
         keep = _positions_before_answers(packed)
         logits = self.logits(packed, visual.tokens, keep)
         return VideoLLMOutput(
             logits.float(),
             packed.labels[:, keep + 1],
-            packed.branches[:, keep + 1],
+            packed.conversations[:, keep + 1],
             visual.mix_weights,
-            None if packed_length else [[prompt.conversation for prompt in row] for row in prompts],
         )
 
     def render(self, groups: Sequence[Sequence[Conversation]]) -> list[list[Prompt]]:
         """Return the sequences of each row: a row per group, or per sequence if the LLM cannot share rows."""
         rows: list[list[Prompt]] = []
-        count = 0
+        numbers = count()
         for group in groups:
             row: list[Prompt] = []
             for messages in group:
                 prompts = (
                     self.chat.answers(messages) if _is_answered(messages) else [self.chat.question(messages)]
                 )
-                row += [replace(prompt, conversation=count) for prompt in prompts]
-                count += 1
+                number = next(numbers)
+                row += [replace(prompt, conversation=number) for prompt in prompts]
             rows += [row] if self.supports_shared_prefix else [[prompt] for prompt in row]
         return rows
 
@@ -160,20 +156,18 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         mix_weights = _mean_weights(fused.mix_weights, self.fusion.names)
         return VisualTokens(fused.tokens[fused.mask], [ranges[key] for key in keys], mix_weights)
 
-    def pack(
+    def prepare(
         self,
         prompts: Sequence[Sequence[Prompt]],
-        visual: VisualTokens,
         *,
         side: Literal["left", "right"] = "right",
         packed_length: int | None = None,
         room: int = 0,
-    ) -> Packed:
-        """Pack prompts and visual tokens into the LLM's input.
+    ) -> tuple[Packed, VisualTokens]:
+        """Encode the videos of prompts, and pack token ids and visual tokens into the LLM's input.
 
         Args:
             prompts: The sequences of each row.
-            visual: Their visual tokens.
             side: Side of the padding.
             packed_length: As in `forward`.
             room: How many more tokens have to fit into the LLM's context.
@@ -181,6 +175,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         Raises:
             PromptError: A sequence is longer than the LLM's context.
         """
+        visual = self.encode_visuals(prompts)  # videos → tokens: read, encode, align, fuse
         ranges = iter(visual.ranges)
         sequences = [[tokens_of(prompt, ranges) for prompt in row] for row in prompts]
         longest = max(len(tokens.ids) for row in sequences for tokens in row)
@@ -189,16 +184,7 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
                 f"A conversation has {longest} tokens with its videos, but the context of the LLM is "
                 f"{self.max_length}. Use a coarser grid, shorter texts, or an LLM with a longer context."
             )
-        packed = pack(sequences, self.pad_id, side, packed_length)
-        return Packed(*(tensor.to(self.device) for tensor in vars(packed).values()))
-
-    def prepare(
-        self, groups: Sequence[Sequence[Conversation]], **options: Any
-    ) -> tuple[Packed, VisualTokens]:
-        """Call `render`, `encode_visuals` and `pack`; the options are those of `pack`."""
-        prompts = self.render(groups)
-        visual = self.encode_visuals(prompts)
-        return self.pack(prompts, visual, **options), visual
+        return pack(sequences, self.pad_id, side, packed_length).to(self.device), visual
 
     def embed_prompts(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
         """Return the input of `llm.generate` for the next answer of each conversation, padded on the left.
@@ -207,25 +193,13 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
             PromptError: A conversation is malformed or leaves no room in the LLM's context.
         """
         prompts = [[self.chat.question(messages)] for messages in conversations]
-        visual = self.encode_visuals(prompts)
-        packed = self.pack(prompts, visual, side="left", room=1)
+        packed, visual = self.prepare(prompts, side="left", room=1)
         embeddings = packed.embed(self.llm.get_input_embeddings(), visual.tokens)
         return {"inputs_embeds": embeddings, "attention_mask": packed.mask.long()}
 
     def logits(self, packed: Packed, visual: Tensor, keep: Tensor) -> Tensor:
         """Return the logits [B, K, vocabulary] at the positions `keep` [K] of each row."""
-        embeddings = packed.embed(self.llm.get_input_embeddings(), visual)
-        eager = attention_kernel(self.llm) == "eager"
-        # Rows without branches need no position ids: the LLM's default is 0, 1, 2, …
-        positions = {"position_ids": packed.positions} if packed.mask.ndim == 4 else {}
-        out = self.llm(
-            inputs_embeds=embeddings,
-            attention_mask=packed.attention_mask(like=embeddings, additive=eager),
-            logits_to_keep=keep,
-            use_cache=False,
-            **positions,
-        )
-        return out.logits
+        return logits_of(self.llm, packed, visual, keep)
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Encode the videos and images of one conversation.
@@ -258,15 +232,6 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
         ids = [self.tokenizer(q or " ", add_special_tokens=False).input_ids for q in questions]
         return torch.stack([table(torch.tensor(row, device=self.device)).mean(dim=0) for row in ids])
 
-    def _zero_loss(self) -> VideoLLMOutput:
-        """Run every trained parameter on a dummy input with no labels: loss and gradients are zero."""
-        visual = self.fusion.dummy_tokens()
-        text = self.llm.get_input_embeddings()(torch.tensor([[self.pad_id]], device=self.device))
-        embeddings = torch.cat([text, visual[None, :1].to(text)], dim=1)
-        logits = self.llm(inputs_embeds=embeddings, use_cache=False).logits.float()
-        labels = torch.full(logits.shape[:2], NOT_LEARNED, device=logits.device)
-        return VideoLLMOutput(logits, labels, torch.full_like(labels, -1), {})
-
     @property
     def pad_id(self) -> int:  # type: ignore[override]
         """Id of the padding token; it is masked, so the end token is used if the tokenizer has none."""
@@ -293,6 +258,53 @@ class VideoLLM(GenerationMixin, ScoringMixin, TrainablePartsMixin, PretrainedMix
     def device(self) -> torch.device:
         """Device of the LLM."""
         return self.llm.get_input_embeddings().weight.device
+
+    # Scores of given answers, without generating ------------------------------------------
+
+    @torch.no_grad()
+    def log_probs(self, conversations: Sequence[Conversation]) -> list[Tensor]:
+        """Compute the log-probability of each token of the given answers.
+
+        Args:
+            conversations: Conversations with at least one answer of the assistant.
+
+        Returns:
+            A tensor of shape [tokens] for each conversation, in float32.
+
+        Raises:
+            PromptError: A conversation has no answer.
+        """
+        out = self([[conversation] for conversation in conversations])
+        log_probs = out.logits.log_softmax(dim=-1).gather(2, out.labels.clamp(min=0)[..., None])[..., 0]
+        is_answer = out.labels != NOT_LEARNED
+        return [log_probs[is_answer & (out.conversations == n)] for n in range(len(conversations))]
+
+    def exact_match(self, groups: Sequence[Sequence[Conversation]]) -> list[list[bool]]:
+        """Check whether greedy decoding would give exactly the answer of each conversation and then stop.
+
+        This takes one forward pass and no generation, because the first token that differs decides.
+
+        Args:
+            groups: Conversations with answers, grouped as in `forward`.
+
+        Returns:
+            For each group, True or False for each of its conversations.
+
+        Raises:
+            PromptError: A conversation has no answer.
+        """
+        return self.score_batch(groups)[0]
+
+    @torch.no_grad()
+    def score_batch(
+        self, groups: Sequence[Sequence[Conversation]]
+    ) -> tuple[list[list[bool]], VideoLLMOutput]:
+        """Return what `exact_match` and `forward` return, in one pass."""
+        out = self(groups)
+        is_wrong = (out.logits.argmax(dim=-1) != out.labels) & (out.labels != NOT_LEARNED)
+        failed = set(out.conversations[is_wrong].tolist())
+        numbers = count()
+        return [[next(numbers) not in failed for _ in group] for group in groups], out
 
     # Saving -------------------------------------------------------------------------------
 
@@ -395,8 +407,10 @@ def _saved_lora(
 
 
 def _positions_before_answers(packed: Packed) -> Tensor:
-    """Return the positions [K] at which the next token of any row belongs to an answer."""
-    return (packed.labels[:, 1:] != NOT_LEARNED).any(dim=0).nonzero()[:, 0]
+    """Return the positions [K] at which the next token of any row belongs to an answer; at least one."""
+    is_learned = (packed.labels[:, 1:] != NOT_LEARNED).any(dim=0)
+    is_learned[0] |= ~is_learned.any()  # a batch without answers gives every parameter a gradient of zero
+    return is_learned.nonzero()[:, 0]
 
 
 def _is_answered(conversation: Conversation) -> bool:

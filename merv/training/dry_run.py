@@ -289,13 +289,13 @@ class _FakePacked(Packed):
     @classmethod
     def of(cls, shape: BatchShape) -> _FakePacked:
         size = (shape.rows, shape.length)
-        ids, positions, labels, branches = (torch.zeros(size, dtype=torch.long) for _ in range(4))
+        ids, positions, labels, conversations = (torch.zeros(size, dtype=torch.long) for _ in range(4))
         mask = (
             torch.ones(shape.rows, 1, shape.length, shape.length, dtype=torch.bool)
             if shape.shared
             else ids == 0
         )
-        return cls(ids, mask, positions, labels, branches, shape)
+        return cls(ids, mask, positions, labels, conversations, shape)
 
     def embed(self, table: nn.Module, visual: Tensor) -> Tensor:
         text = table(self.ids)

@@ -174,7 +174,7 @@ def make_plan(
     if setup.precision in ("bf16-true", "16-true"):
         raise TrainingError(f"merv fit does not train with precision {setup.precision}. Use bf16-mixed.")
     model = on_meta(training)
-    training.use_model(model)
+    training.model = model
     visual_tokens = model.fusion.mixer.num_tokens(math.prod(options.grid))
     batches = measure(data, model, options.packed_length, num_samples, setup.devices)
     stores_features = options.feature_store is not None
@@ -352,7 +352,7 @@ def _batch(sizes: Sequence[_Size], packed_length: int | None) -> BatchShape:
         length=packed.ids.shape[1],
         answers=int((packed.labels[:, 1:] >= 0).any(dim=0).sum()),
         visual=int((packed.ids < 0).sum()),
-        padded=not bool((packed.branches >= 0).all()),
+        padded=not bool((packed.conversations >= 0).all()),
         shared=packed.mask.ndim == 4,
     )
 

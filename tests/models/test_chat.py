@@ -28,16 +28,12 @@ def render(messages, tokenizer):
 
 
 def text_of(prompt, tokenizer) -> str:
-    return "".join(
-        VISUAL if not isinstance(piece, list) else tokenizer.decode(piece) for piece in prompt.pieces
-    )
+    return "".join(tokenizer.decode(item) if isinstance(item, int) else VISUAL for item in prompt.items)
 
 
 def learned_of(prompt, tokenizer) -> str:
-    kept = []
-    for piece, flags in zip(prompt.pieces, prompt.learned, strict=True):
-        kept += [i for i, flag in zip(piece if flags else [], flags, strict=True) if flag]
-    return tokenizer.decode(kept)
+    pairs = zip(prompt.items, prompt.learned, strict=True)
+    return tokenizer.decode([item for item, is_learned in pairs if is_learned])
 
 
 @pytest.mark.parametrize(
@@ -149,7 +145,7 @@ def test_chat_template_that_changes_earlier_turns_renders_questions():
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     prompt = render(MESSAGES[:3], tokenizer)
     assert text_of(prompt, tokenizer).startswith("3")
-    assert not any(flag for flags in prompt.learned for flag in flags)
+    assert not any(prompt.learned)
 
 
 def test_chat_template_that_drops_videos_is_a_prompt_error():

@@ -22,15 +22,13 @@ def tokenizer_of(name):
     return tokenizer
 
 
-def text_of(prompt, tokenizer, learned=None):
-    texts = []
-    for piece, flags in zip(prompt.pieces, prompt.learned, strict=True):
-        if isinstance(piece, list):
-            ids = [i for i, flag in zip(piece, flags, strict=True) if learned in (None, flag)]
-            texts.append(tokenizer.decode(ids))
-        elif learned is None:
-            texts.append(VISUAL)
-    return "".join(texts)
+def learned_of(prompt):
+    return [item for item, is_learned in zip(prompt.items, prompt.learned, strict=True) if is_learned]
+
+
+def text_of(prompt, tokenizer, learned=False):
+    items = learned_of(prompt) if learned else prompt.items
+    return "".join(tokenizer.decode(item) if isinstance(item, int) else VISUAL for item in items)
 
 
 def model_of(name, **options):
@@ -65,10 +63,7 @@ def test_each_answer_is_learned_under_the_prompt_of_inference(name):
 def test_answer_is_what_follows_the_last_thinking_block(name):
     tokenizer = tokenizer_of(name)
     template = ChatTemplate(tokenizer)
-    last = template.answers(SEVERAL)[-1]
-    pairs = [pair for piece, flags in zip(last.pieces, last.learned, strict=True) if flags
-             for pair in zip(piece, flags, strict=True)]  # fmt: skip
-    learned = [token for token, is_learned in pairs if is_learned]
+    learned = learned_of(template.answers(SEVERAL)[-1])
     assert template.answer_of(learned, template.opens_thinking(ONE[:1])).endswith("A dog!")
 
 

@@ -9,7 +9,6 @@ from llama_tokenizer import write_llama_tokenizer
 from original import OriginalMERV, config_of, grown, write
 from transformers import AutoTokenizer
 
-from merv.checkpoints.folder import saved_files
 from merv.cli.main import main
 from merv.errors import CheckpointError, WeightsError
 from merv.models.chat import user_message
@@ -53,7 +52,7 @@ def convert_in(folder, name, **options) -> tuple[Path, dict[str, str]]:
 
 def logits_of(model: VideoLLM, clip: Path) -> torch.Tensor:
     with torch.no_grad():
-        packed, visual = model.prepare([[user_message(QUESTION, str(clip))]])
+        packed, visual = model.prepare(model.render([[user_message(QUESTION, str(clip))]]))
         return model.logits(packed, visual.tokens, torch.arange(packed.mask.shape[-1]))
 
 
@@ -71,7 +70,7 @@ def test_every_file_of_a_converted_model_has_a_digest(released):
     out = released[0] / "two_converted"
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert {"llm/config.json", "llm/tokenizer.json"} < files
-    assert set(saved_files(out)) == files - {"config.json"}
+    assert set(json.loads((out / "config.json").read_text())["sha256"]) == files - {"config.json"}
     VideoLLM.from_pretrained(out, verify=True)
 
 
@@ -144,8 +143,8 @@ def test_tokenizer_has_the_added_token_and_no_chat_template(released):
     model = VideoLLM.from_pretrained(folder / "two_converted")
     assert (tokenizer.pad_token, tokenizer.chat_template) == ("<PAD>", None)
     assert model.llm.get_input_embeddings().num_embeddings == 320  # 263 tokens, padded to a multiple of 64
-    first, visual, rest = ChatTemplate(tokenizer).question(user_message(QUESTION, "clip")).pieces
-    assert tokenizer.decode(first) == "<s>"
+    bos, visual, *rest = ChatTemplate(tokenizer).question(user_message(QUESTION, "clip")).items
+    assert tokenizer.decode(bos) == "<s>"
     assert visual.source == "clip"
     assert tokenizer.decode(rest) == f"In: {QUESTION}\nOut:"
 
@@ -181,7 +180,7 @@ def test_turns_of_a_converted_model_have_the_ids_of_the_original_tokenizer(llama
     turns = [{"role": role, "content": text} for role, text in zip(roles, "abcd", strict=True)]
     (prompt,) = VideoLLM.from_pretrained(folder).chat.answers(turns)
     text = "<s>In: a\nOut: b</s>In: c\nOut: d</s>"
-    assert prompt.pieces == (file.encode(text, add_special_tokens=False).ids,)
+    assert prompt.items == file.encode(text, add_special_tokens=False).ids
 
 
 def test_what_is_left_out_is_listed(released):

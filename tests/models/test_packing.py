@@ -18,8 +18,8 @@ def test_shared_video_occurs_once_and_gives_the_same_loss():
         user_message("Who is it then?", clip, answer="a dog"),
         user_message("Why?", clip, answer="x"),
     ]
-    packed, _ = model.prepare([conversations])
-    alone = [model.prepare([[conversation]])[0].ids.shape[1] for conversation in conversations]
+    packed, _ = model.prepare(model.render([conversations]))
+    alone = [model.prepare(model.render([[c]]))[0].ids.shape[1] for c in conversations]
     assert packed.ids.shape[1] < sum(alone) - 2 * 16
     torch.testing.assert_close(
         model([conversations]).loss, model([[conversation] for conversation in conversations]).loss
@@ -41,7 +41,9 @@ def test_conversations_about_one_video_do_not_attend_to_each_other():
     first = model([conversations])
     conversations[0] = user_message("Whoever?", clip, answer="cats")
     second = model([conversations])
-    torch.testing.assert_close(first.logits[first.branches == 2], second.logits[second.branches == 2])
+    torch.testing.assert_close(
+        first.logits[first.conversations == 1], second.logits[second.conversations == 1]
+    )
 
 
 def test_gradients_of_a_shared_video_add_up():
@@ -74,7 +76,7 @@ def test_attention_without_custom_masks_gets_one_row_per_conversation(monkeypatc
     groups = [conversations, conversations[:1]]
     shared_loss, exact = model(groups).loss, model.exact_match(groups)
     monkeypatch.setattr(model.llm.config, "_attn_implementation_internal", "flash_attention_2")
-    packed, _ = model.prepare(groups)
+    packed, _ = model.prepare(model.render(groups))
     assert packed.mask.ndim == 2
     assert len(packed.ids) == 3
     monkeypatch.setattr(model.llm.config, "_attn_implementation_internal", "sdpa")

@@ -119,6 +119,6 @@ def test_chat_models_have_the_prompt_of_the_release_with_videos_after_bos(name, 
             question + follow_up,
         ),
     ]:
-        pieces = ChatTemplate(tokenizer).question(conversation).pieces
-        text = "".join(tokenizer.decode(piece) if isinstance(piece, list) else VISUAL for piece in pieces)
+        items = ChatTemplate(tokenizer).question(conversation).items
+        text = "".join(tokenizer.decode(item) if isinstance(item, int) else VISUAL for item in items)
         assert text == bos + VISUAL + expected

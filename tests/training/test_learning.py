@@ -64,8 +64,8 @@ def test_losses_of_parts_sum_to_the_loss_of_the_batch():
 def test_samples_packed_in_one_row_do_not_attend_to_each_other(packed_length):
     model, batch = build(), groups()
     apart = model(batch)
-    rows = len(model.prepare(batch)[0].ids)
-    packed, _ = model.prepare(batch, packed_length=packed_length)
+    rows = len(model.prepare(model.render(batch))[0].ids)
+    packed, _ = model.prepare(model.render(batch), packed_length=packed_length)
     assert len(packed.ids) < rows
     together = model(batch, packed_length=packed_length)
     assert together.num_tokens == apart.num_tokens
@@ -73,7 +73,8 @@ def test_samples_packed_in_one_row_do_not_attend_to_each_other(packed_length):
 
 
 def test_group_longer_than_packed_length_gets_its_own_row():
-    assert len(build().prepare(groups(), packed_length=8)[0].ids) == 4
+    model = build()
+    assert len(model.prepare(model.render(groups()), packed_length=8)[0].ids) == 4
 
 
 @pytest.mark.parametrize("batch", [[], [[user_message("Only text.", answer="yes")]]])
