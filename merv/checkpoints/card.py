@@ -83,15 +83,10 @@ def _parts(model: Any, config: Mapping[str, Any]) -> list[str]:
     for name, encoder in getattr(model, "vision", model).named():
         saved, identity = vision["encoders"][name], vision["encoders"][name]["identity"]
         revision = f"@{identity['revision']}" if identity["revision"] else ""
+        license = encoder.spec.weights_license
         lines.append(
             f"Encoder `{name}`: `{saved['class']}`, variant {saved['variant']}, preset {saved['preset']}, "
             f"weights `{identity['source']}{revision}` with SHA-256 `{identity['sha256'][:16]}…`, "
-            f"license {_license(encoder)}."
+            f"license {UNKNOWN if license == 'unknown' else license}."
         )
     return lines
-
-
-def _license(encoder: Any) -> str:
-    """Return the license of an encoder's weights, or the mark of what merv does not know."""
-    weights_license = encoder.spec.weights_license
-    return UNKNOWN if weights_license == "unknown" else weights_license

@@ -106,7 +106,8 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     try:
         with new_folder(folder) as temporary:
             yield temporary
-        remove_leftovers(folder)
+        for leftover in filter(is_abandoned, temporaries_beside(folder)):  # of killed processes
+            shutil.rmtree(leftover, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} could not be written: {error}. Its previous content is unchanged."
@@ -176,8 +177,7 @@ def verify_folder(
     if files is None:
         files = [name for name in digests if name != TRAINING_STATE and (verify or (folder / name).is_file())]
     chosen = {name: digests.get(name, "") for name in files}
-    changed = changed_files(folder, chosen, float("inf") if verify else VERIFY_BYTES)
-    if changed:
+    if changed := changed_files(folder, chosen, float("inf") if verify else VERIFY_BYTES):
         raise CheckpointError(
             f"Damaged or changed since the model was saved (another SHA-256): "
             f"{', '.join(str(folder / name) for name in changed)}. Copy or download the folder again, or use "
@@ -185,17 +185,8 @@ def verify_folder(
         )
 
 
-def saved_files(folder: str | Path) -> list[str]:
-    """The files, besides config.json, that a folder had when it was saved; empty if it has no digests.
-
-    Raises:
-        CheckpointError: The config.json is missing or damaged.
-    """
-    return list(_read_content(find_folder(folder)).get("sha256", {}))
-
-
-def read_config(folder: str | Path, required: str = WEIGHTS) -> tuple[str, dict[str, Any]]:
-    """Read kind and config of a folder. `required` is another file that the folder must have.
+def read_config(folder: str | Path) -> tuple[str, dict[str, Any]]:
+    """Read kind and config of a folder, which must also have a model.safetensors.
 
     Raises:
         CheckpointError: The folder is missing, damaged, or not a model of merv.
@@ -203,10 +194,10 @@ def read_config(folder: str | Path, required: str = WEIGHTS) -> tuple[str, dict[
     folder = find_folder(folder)
     if not folder.is_dir():
         raise CheckpointError(f"The folder {folder} does not exist.{_suggestion(folder.parent, folder.name)}")
-    if not (folder / CONFIG).is_file() or not (folder / required).is_file():
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         files = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise CheckpointError(
-            f"{folder} is not a complete model of merv. Expected {CONFIG} and {required}, found {files}."
+            f"{folder} is not a complete model of merv. Expected {CONFIG} and {WEIGHTS}, found {files}."
             f"{_suggestion(folder, 'model')}"
         )
     content = _read_content(folder)
@@ -224,9 +215,7 @@ def _read_content(folder: Path) -> dict[str, Any]:
         if len(data) > MAX_CONFIG_BYTES:
             raise ValueError(f"it is larger than {MAX_CONFIG_BYTES >> 20} MiB")
         content = json.loads(data.decode())
-    except RecursionError as error:
-        raise CheckpointError(f"{path} could not be read: it is nested too deeply.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} could not be read: {error}") from error
     if not isinstance(content, dict) or "merv" not in content:
         raise CheckpointError(
@@ -299,21 +288,15 @@ def check_free(folder: str | Path) -> None:
         CheckpointError: The folder holds something else.
     """
     config = Path(folder, CONFIG)
-    is_merv = config.is_file() and _starts_as_ours(config)
+    is_merv = False
+    if config.is_file():
+        with open_file(config) as file:  # the key "merv" is written first
+            is_merv = b'"merv":' in file.read(1 << 16)
     is_empty = not config.parent.exists() or (config.parent.is_dir() and not any(config.parent.iterdir()))
     if not is_merv and not is_empty:
         raise CheckpointError(
             f"{folder} exists and is not a checkpoint of merv; it was not overwritten. Choose another folder."
         )
-
-
-def _starts_as_ours(config: Path) -> bool:
-    """Whether the beginning of a config.json has the key that merv writes first."""
-    with open_file(config) as file:
-        return b'"merv":' in file.read(1 << 16)
-
-
-# Interrupted writes ---------------------------------------------------------------------------
 
 
 def find_folder(folder: str | Path) -> Path:
@@ -326,12 +309,3 @@ def find_folder(folder: str | Path) -> Path:
         return folder
     old = [path for path in temporaries_beside(folder) if path.name.endswith(".old")]
     return max(old, key=lambda path: path.stat().st_mtime, default=folder)
-
-
-def remove_leftovers(folder: str | Path) -> None:
-    """Remove the temporary folders of killed processes, after `folder` has been written.
-
-    Temporary folders of other machines are kept, because they may still be in use.
-    """
-    for leftover in filter(is_abandoned, temporaries_beside(Path(folder))):
-        shutil.rmtree(leftover, ignore_errors=True)
