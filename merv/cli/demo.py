@@ -1,4 +1,13 @@
-"""`merv demo`: train a small model on generated clips and evaluate it on clips not used in training."""
+"""Train a small model on generated clips and evaluate it on clips not used in training.
+
+The demo needs no GPU. Run `merv download` first. Another run in the same output folder reuses its clips and
+features.
+
+examples:
+  merv download && merv demo
+  merv demo --out outputs/gate --fit --model.mixer=gate
+  merv ask outputs/demo/clips/CLIP.mp4 "What is shown first?" --model outputs/demo/model
+"""
 
 from __future__ import annotations
 
@@ -14,19 +23,10 @@ from merv.demo.run import COUNTS, evaluate, machine, make_data, print_table, sho
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `merv demo` to `parser`."""
-    parser.epilog = (
-        "The demo needs no GPU. Run `merv download` first. Another run in the same output folder reuses its\n"
-        "clips and features.\n\n"
-        "examples:\n"
-        "  merv download && merv demo\n"
-        "  merv demo --out outputs/gate --fit --model.mixer=gate\n"
-        '  merv ask outputs/demo/clips/CLIP.mp4 "What is shown first?" --model outputs/demo/model'
-    )
     parser.add_argument("--out", default="outputs/demo", help="output folder (default: %(default)s)")
     parser.add_argument(
         "--clips", type=int, default=COUNTS["train"], help="number of training clips (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, help="training steps (default: as in the recipe)")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the clips and of training (default: %(default)s)"
     )
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fit",
         nargs=argparse.REMAINDER,
         default=[],
-        help="pass all following options to `merv fit`, as in --fit --model.mixer=gate",
+        help="pass all following options to `merv fit`, as in --fit --trainer.max_epochs=1",
     )
     parser.add_argument("--only-data", action="store_true", help="stop after making clips and questions")
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.only_data:
         return 0
     _announce(2, "Encoding every clip once, then training mixer, projector and a small LoRA", "5 minutes")
-    train(out, args.steps, args.seed, args.fit)
+    train(out, args.seed, args.fit)
     _announce(3, "Asking about clips not used in training, with and without the video", "2 minutes")
     model, results = evaluate(out)
     print_table(results)
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def train(out: Path, steps: int | None, seed: int, fit_options: Sequence[str] = ()) -> None:
+def train(out: Path, seed: int, fit_options: Sequence[str] = ()) -> None:
     """Run `merv fit --config demo` on the data in `out`."""
     from merv.utils.torch_modules import bfloat16_is_slow
 
@@ -74,8 +74,6 @@ def train(out: Path, steps: int | None, seed: int, fit_options: Sequence[str] = 
     if bfloat16_is_slow():
         print("bfloat16 is slow on this CPU. Running the language model in float32 (--model.dtype=fp32).")
         options.append("--model.dtype=fp32")
-    if steps is not None:
-        options += [f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1"]
     fit(["--config", "demo", *options, *fit_options])
 
 

@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
             raise MervError(f"Expected the names of {args.kind} after `check`.")
         return max([_check(args.kind, name) for name in args.names])
     if args.kind is None:
+        if args.long:
+            raise MervError("--long needs a kind, such as `merv plugins mixers --long`.")
         rows = [(kind, *_short(plugin)) for kind in REGISTRIES for plugin in REGISTRIES[kind].plugins()]
         _print_table([("kind", *COLUMNS), *rows])
     elif args.long:

@@ -130,14 +130,6 @@ class ClipPlan:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Clip:
-    """A rendered clip and its plan."""
-
-    path: Path
-    plan: ClipPlan
-
-
 def frame_at(time_s: float) -> int:
     """The index of the frame at a planned time.
 
@@ -235,33 +227,22 @@ def _plan_move(rng: random.Random) -> tuple[Move, View, View]:
 # Render ------------------------------------------------------------------------------------
 
 
-def make_clips(
-    folder: str | Path,
-    split: Split,
-    count: int,
-    *,
-    things: Sequence[Thing],
-    seed: int = 0,
-) -> list[Clip]:
-    """Render the clips of a split into `folder` with a progress bar; existing files are kept.
+def make_clips(folder: Path, plans: Sequence[ClipPlan], things: Sequence[Thing]) -> None:
+    """Render clips into `folder` with a progress bar; existing files are kept.
 
     Files are named by the key of their plan and written atomically, so an interrupted call can be repeated.
-    Raises DataError if a picture is missing, or if there are too few things for the split.
+    Raises DataError if a picture is missing.
     """
     from tqdm import tqdm
 
-    folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    plans = plan_clips(split, count, seed, things)
-    clips = [Clip(folder / f"{plan.key}.mp4", plan) for plan in plans]
-    missing = [clip for clip in clips if not clip.path.exists()]
-    names = {name for clip in missing for name in clip.plan.names}
+    missing = {path: plan for plan in plans if not (path := folder / f"{plan.key}.mp4").exists()}
+    names = {name for plan in missing.values() for name in plan.names}
     pictures = load_pictures([thing for thing in things if thing.name in names])
-    bar = tqdm(total=count, initial=count - len(missing), desc=f"{split} clips", unit="clip", mininterval=1.0)
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL and FFmpeg release the GIL
-        for _ in pool.map(lambda clip: render(clip.plan, clip.path, pictures), missing):
-            bar.update()
-    return clips
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL and FFmpeg release the GIL
+        rendered = pool.map(lambda path: render(missing[path], path, pictures), missing)
+        for _ in tqdm(rendered, "Rendering", len(missing), unit="clip", mininterval=1.0, disable=not missing):
+            pass
 
 
 def render(plan: ClipPlan, path: str | Path, pictures: Mapping[str, Sequence[Image]]) -> None:
@@ -269,12 +250,10 @@ def render(plan: ClipPlan, path: str | Path, pictures: Mapping[str, Sequence[Ima
     import av
 
     path = Path(path)
-    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    options = {"preset": "veryfast", "crf": "20", "threads": "1"} if codec == "libx264" else {"q:v": "3"}
+    options = {"preset": "veryfast", "crf": "20", "threads": "1"}
     with temporary_beside(path) as unfinished:
         with av.open(str(unfinished), "w", format="mp4") as container:
-            stream = container.add_stream(codec, rate=FPS, options=options)
-            assert isinstance(stream, av.VideoStream)
+            stream = container.add_stream("libx264", rate=FPS, options=options)
             stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
             for picture in draw_frames(plan, pictures):
                 container.mux(stream.encode(av.VideoFrame.from_image(picture)))

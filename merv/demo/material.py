@@ -78,19 +78,17 @@ def things() -> list[Thing]:
 def load_pictures(things: Sequence[Thing]) -> dict[str, list[Image.Image]]:
     """Load RGB pictures: name → one photograph, or the frames of footage, shrunk to cover MAX_SIZE.
 
-    Raises DataError if a file is missing or contains no frames.
+    Raises DataError if a file is missing.
     """
     return {thing.name: _load(thing) for thing in things}
 
 
 def _load(thing: Thing) -> list[Image.Image]:
     if not thing.path.is_file():
-        advice = (
-            "Run `merv download` again."
-            if thing.kind == "footage"
-            else "Reinstall the package that contains it: scikit-image or scikit-learn."
+        raise DataError(
+            f"{thing.path}, the file of {thing.name!r}, does not exist. Run `merv download`, or reinstall "
+            "the package that contains it: scikit-image or scikit-learn."
         )
-        raise DataError(f"{thing.path}, the file of {thing.name!r}, does not exist. {advice}")
     if thing.kind == "photograph":
         from PIL import Image, ImageOps
 
@@ -112,10 +110,6 @@ def _footage_frames(thing: Thing) -> list[Image.Image]:
             if index >= start:
                 width, height = _covering(frame.width, frame.height)
                 pictures.append(frame.reformat(width, height, interpolation="AREA").to_image())
-    if not pictures:
-        raise DataError(
-            f"{thing.path} has no frames from {start} on. Delete the file and run `merv download` again."
-        )
     return pictures
 
 
@@ -130,8 +124,7 @@ def _inside(package: str, folder: str) -> Path:
     for package_folder in package_folders(package):
         return package_folder / folder
     raise MissingDependency(
-        f"The demo needs photographs from {package}, which is not installed. In the clone, run: "
-        'pip install ".[demo]"'
+        f'The demo needs photographs from {package}: pip install ".[demo]" in the clone of merv.'
     )
 
 

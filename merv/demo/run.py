@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from merv.demo.clips import Split
+from merv.utils.files import write_whole
 
 COUNTS: dict[Split, int] = {"train": 128, "held_out": 48, "unseen": 24}
 QUESTIONS_PER_CLIP = 6
@@ -18,16 +19,16 @@ QUESTIONS_PER_CLIP = 6
 
 def make_data(out: Path, counts: Mapping[Split, int], seed: int) -> None:
     """Render the missing clips of each split and write the questions about them."""
-    from merv.demo.clips import make_clips
+    from merv.demo.clips import make_clips, plan_clips
     from merv.demo.material import things
-    from merv.demo.questions import rows, write_rows
+    from merv.demo.questions import rows
 
     all_things = things()
-    out.mkdir(parents=True, exist_ok=True)
     for split, count in counts.items():
-        clips = make_clips(out / "clips", split, count, things=all_things, seed=seed)
-        clips = [replace(clip, path=clip.path.relative_to(out)) for clip in clips]
-        write_rows(out / f"{split}.jsonl", rows(clips, all_things, per_clip=QUESTIONS_PER_CLIP, seed=seed))
+        plans = plan_clips(split, count, seed, all_things)
+        make_clips(out / "clips", plans, all_things)
+        lines = map(json.dumps, rows(plans, all_things, per_clip=QUESTIONS_PER_CLIP, seed=seed))
+        write_whole(out / f"{split}.jsonl", "".join(f"{line}\n" for line in lines).encode())
 
 
 def evaluate(out: Path) -> tuple[Any, dict[str, Any]]:
@@ -84,10 +85,9 @@ def show(model: Any, out: Path) -> Path:
     from merv.utils.plot import draw_clip
     from merv.video.load import load_video
 
-    rows = read_rows(out / "held_out.jsonl")
-    row = next(row for row in rows if len(row.shots) == 3)
-    video = out / row.video
-    names = [name for name, _, _ in row.shots]
+    row = next(row for row in read_rows(out / "held_out.jsonl") if len(row["shots"]) == 3)
+    video = out / row["video"]
+    names = [name for name, _, _ in row["shots"]]
     questions = [
         ("What is shown first?", names[0]),
         ("What is shown last?", names[-1]),
@@ -100,7 +100,7 @@ def show(model: Any, out: Path) -> Path:
     encoded = model.encode(user_message(questions[0][0], video))
     frames = load_video(video, num_frames=8)
     assert frames is not None  # only on_error="skip" gives None
-    shots = ", ".join(f"{name} {start:.1f}–{end:.1f} s" for name, start, end in row.shots)
+    shots = ", ".join(f"{name} {start:.1f}–{end:.1f} s" for name, start, end in row["shots"])
     draw_clip(
         [frame.permute(1, 2, 0).numpy() for frame in frames.pixels[0]],
         frames.times_s[0].tolist(),

@@ -26,7 +26,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(clips, "FRAMES", (64, 72))
     monkeypatch.chdir(tmp_path)
     return [
-        *("demo", "--out", "out", "--clips", "4", "--steps", "2", "--fit"),
+        *("demo", "--out", "out", "--clips", "4", "--fit", "--trainer.max_epochs=1"),
         f"--model.llm={tmp_path / 'llm'}",
         "--model.encoders=[fake,fake/video]",
         "--model.num_frames=null",
