@@ -42,17 +42,12 @@ def check_names(options: TrainingOptions) -> None:
         ("weights", options.weights or (), encoders),
     ):
         for name in names:
-            if option == "lr_overrides" and name in parts and name not in known:
-                raise TrainingError(
-                    f"model.lr_overrides sets the rate of {name!r}, which model.trainable does not train "
-                    f"({', '.join(known)}). Add it to trainable, or replace the recipe's mapping: "
-                    "--model.lr_overrides='{PART: RATE}', or null."
-                )
             if name not in known:
                 way_out = "" if option == "trainable" else f" To remove the mapping: --model.{option}=null."
+                whose = " (model.trainable)" if option == "lr_overrides" else ""
                 raise TrainingError(
                     f"model.{option}: unknown name {name!r}.{nearest(name, known)} "
-                    f"Available: {', '.join(known)}.{way_out}"
+                    f"Available{whose}: {', '.join(known)}.{way_out}"
                 )
     if options.lora is not None and "lora" not in options.trainable and options.init_from is None:
         raise TrainingError(

@@ -210,7 +210,7 @@ class GracefulShutdown(Callback):
         def request_stop(*_: Any) -> None:
             if module.stop_requested:
                 raise KeyboardInterrupt
-            module.request_stop()
+            module.stop_requested = True
             print(
                 "\nStopping after this step; a checkpoint will be saved. Press Ctrl-C again to stop at once.",
                 flush=True,

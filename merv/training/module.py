@@ -40,13 +40,18 @@ from merv.utils.distributed import (
     total_norm,
     unsharded,
 )
-from merv.utils.private import is_attached
+from merv.utils.private import is_attached, leave_out_of_ddp
 from merv.utils.suggest import nearest
 from merv.utils.torch_modules import bfloat16_is_slow
 
 logger = logging.getLogger(__name__)
 
 NO_END = "The run has no end, which the schedule needs: set trainer.max_epochs or trainer.max_steps."
+SCHEDULE_OPTIONS = {  # key of `schedule_of` → the options that it depends on
+    "accumulate_grad_batches": "trainer.accumulate_grad_batches",
+    "batches_per_epoch": "number of batches per epoch (trainer.limit_train_batches, overfit_batches or "
+    "data.batches_per_epoch)",
+}
 OPTIMIZER_OPTIONS = ("lr", "lr_overrides", "betas", "weight_decay", "warmup_ratio")
 
 
@@ -111,10 +116,9 @@ class Training(LightningModule):
             self._compile(part)
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh)
-
-    def use_model(self, model: VideoLLM) -> None:
-        """Train `model` instead of building one from the options."""
-        self.model = model
+        # Frozen parts are equal in all processes. DDP would write to them, so they would count as modified
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        leave_out_of_ddp(self, [*frozen, *(name for name, _ in self.named_buffers())])
 
     def _feature_store(self) -> FeatureStore | None:
         location = self.options.feature_store
@@ -308,10 +312,6 @@ class Training(LightningModule):
                 checkpoint_layers(self.model.llm, mode)
         return self
 
-    def request_stop(self) -> None:
-        """Stop all processes after this step."""
-        self.stop_requested = True
-
     # Checkpoints --------------------------------------------------------------------------
 
     def _trained(self) -> Iterator[nn.Parameter]:
@@ -385,7 +385,7 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         key, before, after = difference
         raise CheckpointError(
             f"The checkpoint has {key} {before}, this run has {after}. Resuming needs the same learning "
-            "rates, data and model. To change them, start a new run with --model.init_from."
+            "rates, data, steps per epoch and model. To change them, start a new run with --model.init_from."
         )
 
 
@@ -421,17 +421,7 @@ def compare_schedules(saved: Mapping[str, Any], now: Mapping[str, Any], step: in
     >>> compare_schedules(one, {**one, "steps": 60}, 50)
     'The run now ends at step 60, not 100 (trainer.max_steps or max_epochs): it resumes at step 50 of 60.'
     """
-    options = {
-        "accumulate_grad_batches": "trainer.accumulate_grad_batches",
-        "batches_per_epoch": "trainer.limit_train_batches, overfit_batches or data.batches_per_epoch",
-    }
-    for key, option in options.items():
-        if saved[key] != now[key]:
-            raise CheckpointError(
-                f"The checkpoint has {key} {saved[key]}, this run has {now[key]}, so step {step} is "
-                f"a different position in the data and the schedule. Set {option} as before, or start a new "
-                "run with --model.init_from."
-            )
+    compare(*({option: one[key] for key, option in SCHEDULE_OPTIONS.items()} for one in (saved, now)))
     if now["steps"] < step:
         raise CheckpointError(
             f"The checkpoint is at step {step}, but this run ends at step {now['steps']}: trainer.max_steps "

@@ -7,7 +7,7 @@ transformers 5.23 and lightning 2.6. Overrides of private methods are where the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,3 +69,11 @@ def layer_classes(llm: Any) -> set[str]:
 def is_attached(module: Any) -> bool:
     """Whether a LightningModule belongs to a Trainer; the public property raises if not."""
     return module._trainer is not None
+
+
+# torch and lightning: DDP ----------------------------------------------------------------------
+
+
+def leave_out_of_ddp(module: nn.Module, names: Sequence[str]) -> None:
+    """Exclude parameters and buffers from DistributedDataParallel, which Lightning creates."""
+    module._ddp_params_and_buffers_to_ignore = list(names)  # type: ignore[assignment]

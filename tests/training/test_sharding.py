@@ -1,4 +1,4 @@
-"""Sharded runs of `merv fit`, in one process."""
+"""Runs of `merv fit` with FSDP2 and DDP, in one process."""
 
 import pytest
 import torch
@@ -57,3 +57,9 @@ def test_sharded_llm_is_saved_correctly_after_generation(material, tmp_path):
     assert difference(weights(tmp_path / "plain"), weights(tmp_path / "sharded")) < 1e-6
     state = load_file(tmp_path / "sharded/checkpoints/step=3/model.safetensors")
     assert difference(weights(tmp_path / "sharded"), state) == 0
+
+
+def test_ddp_does_not_count_frozen_encoders_as_modified(material, tmp_path):
+    ddp = {"trainer__strategy": "ddp", "trainer__devices": 1, "trainer__max_epochs": 1}
+    assert fit(material, tmp_path / "ddp", **ddp) == 0
+    assert not [name for name in weights(tmp_path / "ddp") if "encoders" in name]
