@@ -12,6 +12,7 @@ and turns; or a LLaVA conversation, in which `<image>` and `<video>` are placeho
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -105,7 +106,7 @@ def sample_of(
             if not isinstance(kind, str):
                 raise ValueError(f"'kind' must be a string; got {_short(kind)}")
             _check_unicode(kind)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply, in a table or for repr
         raise DataError(f"{origin}: {error}.") from error
     return Sample(tuple(conversations), tuple(kinds), origin)
 
@@ -325,7 +326,7 @@ def _source(value: Any, root: Path) -> Any:
                 f"only local files are supported; got {_short(value)}. Download it and give its path"
             )
         _check_unicode(value)
-        return str(root / Path(value).expanduser())
+        return str(root / os.path.expanduser(value))
     if isinstance(value, bytes) or hasattr(value, "read") or is_decoder(value):
         return value
     raise ValueError(f"a video or image must be a path; got {_short(value)}")

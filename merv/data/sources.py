@@ -7,11 +7,13 @@ folders of Hugging Face `datasets` are memory-mapped by that library.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tarfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from glob import glob
@@ -53,8 +55,10 @@ class Samples(Sequence[Sample]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         rows, row_index = self._locate(index)
-        members = rows.members(row_index)
-        return sample_of(rows.row(row_index), rows.origin(row_index), rows.root, members)
+        origin = rows.origin(row_index)
+        with _data_errors(origin):
+            row, members = rows.row(row_index), rows.members(row_index)
+        return sample_of(row, origin, rows.root, members)
 
     def origin(self, index: int) -> str:
         """Return `samples[index].origin` without reading the row."""
@@ -65,6 +69,21 @@ class Samples(Sequence[Sample]):
         index = range(len(self))[index]  # resolves negative indices and raises IndexError
         file = bisect_right(self._ends, index) - 1
         return self.files[file], index - self._ends[file]
+
+
+@contextmanager
+def _data_errors(origin: str) -> Iterator[None]:
+    """Turn every exception into a DataError that starts with `origin`.
+
+    Damaged files raise errors of many types, of several libraries.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise DataError(f"{origin} could not be read: {reason}.") from error
 
 
 @dataclass
@@ -79,7 +98,7 @@ class Rows:
     foreign: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        """Index the file; raises OSError, ValueError or TarError if that fails."""
+        """Index the file; raises any exception if that fails."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -89,7 +108,7 @@ class Rows:
         return f"{self.path}[{index}]"
 
     def row(self, index: int) -> Any:
-        """Read a row; raises DataError if it is not JSON."""
+        """Read a row; raises any exception if that fails."""
         raise NotImplementedError
 
     def members(self, index: int) -> dict[str, list[FilePart]]:
@@ -120,7 +139,7 @@ def open_samples(source: Source, root: str | Path | None = None) -> Samples:
         ...     len(samples), samples[0].origin.endswith("a.jsonl:1")
         (1, True)
     """
-    return Samples([_open(path, Path(root or path.parent).expanduser()) for path in expand(source)])
+    return Samples([_open(path, Path(os.path.expanduser(root or path.parent))) for path in expand(source)])
 
 
 def stream_samples(source: Any, root: str | Path | None = None, split: str = "train") -> SampleStream:
@@ -185,10 +204,14 @@ class SampleStream:
 
     def unparsed(self) -> Iterator[Callable[[], Sample]]:
         """Yield a function per row that parses it, so that iteration can go on after a malformed row."""
-        for table in self.rows.iter(batch_size=1):  # in a worker, iter(rows) would shard it again
-            (row,) = table.to_pylist()
+        tables = iter(self.rows.iter(batch_size=1))  # in a worker, iter(rows) would shard it again
+        while True:
+            origin = f"{self.name}[{self.num_read}]"
+            with _data_errors(origin):
+                if (table := next(tables, None)) is None:
+                    break
             self.num_read += 1
-            yield partial(sample_of, row, f"{self.name}[{self.num_read - 1}]", self.root)
+            yield partial(_parse_table, table, origin, self.root)
         self.num_read = 0
 
     def shard(self, index: int, count: int) -> SampleStream:
@@ -206,6 +229,13 @@ class SampleStream:
         """Set the position at which the next `iter` starts."""
         self.rows.load_state_dict(state["rows"])
         self.num_read = state["num_read"]
+
+
+def _parse_table(table: Any, origin: str, root: Path) -> Sample:
+    """Parse a table of one row."""
+    with _data_errors(origin):
+        (row,) = table.to_pylist()
+    return sample_of(row, origin, root)
 
 
 class FilePart(PositionedFile):
@@ -251,9 +281,9 @@ def expand(source: Source) -> list[Path]:
     """
     paths: list[Path] = []
     for pattern in [source] if isinstance(source, (str, Path)) else source:
-        name = str(Path(pattern).expanduser())
-        names = [name] if Path(name).exists() else [path for one in _braces(name) for path in _glob(one)]
-        if missing := next((path for path in names or [name] if not Path(path).exists()), None):
+        name = os.path.expanduser(pattern)
+        names = [name] if os.path.exists(name) else [path for one in _braces(name) for path in _glob(one)]
+        if missing := next((path for path in names or [name] if not os.path.exists(path)), None):
             raise DataError(f"No such data file: {missing}. Relative paths start at the current folder.")
         paths += map(Path, names)
     return paths
@@ -274,20 +304,18 @@ def _glob(name: str) -> list[str]:
 
 
 def _open(path: Path, root: Path) -> Rows:
-    rows_class = TableRows if path.is_dir() else FORMATS.get(path.suffix.lower())
-    if rows_class is None:
-        raise DataError(
-            f"Unknown data format: {path}. Expected .jsonl, .json, .parquet, .tar (not compressed), or a "
-            "folder written by `save_to_disk` of `datasets`."
-        )
-    try:
+    with _data_errors(str(path)):
+        rows_class = TableRows if path.is_dir() else FORMATS.get(path.suffix.lower())
+        if rows_class is None:
+            raise DataError(
+                f"Unknown data format: {path}. Expected .jsonl, .json, .parquet, .tar (not compressed), or a "
+                "folder written by `save_to_disk` of `datasets`."
+            )
         check_regular(path)
         rows = rows_class(path, root)
-    except (OSError, ValueError, tarfile.TarError) as error:
-        raise DataError(f"{path} could not be read: {str(error).rstrip('.')}.") from error
-    if not len(rows):
-        raise DataError(f"{path} is empty. Expected at least one row.")
-    return rows
+        if not len(rows):
+            raise DataError(f"{path} is empty. Expected at least one row.")
+        return rows
 
 
 class JsonRows(Rows):
@@ -338,7 +366,10 @@ def _items(path: Path) -> Iterator[tuple[int, int, int]]:
     item, index = skip_space(position), 0
     while index or text[item : item + 1] != "]":
         offset += item - position  # only ASCII between items, so characters are bytes
-        _, end = decoder.raw_decode(text, item)
+        try:
+            _, end = decoder.raw_decode(text, item)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"item {index}: {error}") from error
         size = len(text[item:end].encode())
         yield offset, size, index
         offset, position, index = offset + size, end, index + 1
@@ -359,7 +390,7 @@ def _parse(data: bytes, origin: str) -> Any:
 
     try:
         return json.loads(data.decode("utf-8-sig"), parse_constant=reject)
-    except ValueError as error:  # a JSONDecodeError or a UnicodeDecodeError, too
+    except (ValueError, RecursionError) as error:  # a JSONDecodeError or a UnicodeDecodeError, too
         raise DataError(f"{origin}: not JSON in UTF-8: {error}; got {data[:60]!r}.") from error
 
 
@@ -377,6 +408,10 @@ class ShardRows(Rows):
             for member in tar:
                 if member.isdir():
                     continue
+                if member.issparse():  # its bytes are not in one piece
+                    raise ValueError(
+                        f"{member.name} is stored as a sparse file; write the shard without that"
+                    )
                 if not member.isfile() or _is_foreign(member.name):
                     self.foreign.append(member.name)
                     continue
@@ -384,6 +419,13 @@ class ShardRows(Rows):
                 stem, _, suffix = name.partition(".")
                 key = f"{folder}/{stem}".lstrip("/")
                 offsets.setdefault(key, {})[f".{suffix.lower()}"] = member.offset_data, member.size
+            # tarfile ends at a damaged header as it does at the block of zeros that ends an archive
+            with self.path.open("rb") as file:
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise ValueError(
+                        f"it is cut off or damaged at byte {tar.offset}, after {len(offsets)} samples"
+                    )
         self.keys, self.offsets = list(offsets), list(offsets.values())
 
     def __len__(self) -> int:
@@ -447,8 +489,12 @@ class TableRows(Rows):
         path = str(self.path)
         if self.path.is_dir():
             table = Dataset.load_from_disk(path)
-        elif read_metadata(path).num_rows:  # raises ArrowInvalid, a ValueError, if it is not a Parquet file
-            table = Dataset.from_parquet(path)
+        elif read_metadata(path).num_rows:
+            try:
+                table = Dataset.from_parquet(path)
+            except Exception:
+                _check_row_groups(path)  # says where the file is damaged
+                raise
         else:
             table = Dataset.from_list([])
         self.table = table.with_format("arrow")
@@ -457,8 +503,25 @@ class TableRows(Rows):
         return len(self.table)
 
     def row(self, index: int) -> Any:
-        (row,) = self.table[index : index + 1].to_pylist()
+        table = self.table[index : index + 1]
+        table.validate(full=True)  # damaged offsets would make to_pylist read other memory, and crash
+        (row,) = table.to_pylist()
         return row
+
+
+def _check_row_groups(path: str) -> None:
+    """Raise ValueError for the first row group of a Parquet file that cannot be decoded."""
+    from pyarrow.parquet import ParquetFile
+
+    first = 0
+    with ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            last = first + file.metadata.row_group(group).num_rows - 1
+            try:
+                file.read_row_group(group)
+            except Exception as error:
+                raise ValueError(f"row group {group} (rows {first} to {last}): {error}") from error
+            first = last + 1
 
 
 FORMATS: dict[str, type[Rows]] = {

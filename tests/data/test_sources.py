@@ -2,14 +2,20 @@
 
 import io
 import json
+import os
 import pickle
 import re
+import subprocess
 import tarfile
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, Image, IterableDataset, Video, config
 from PIL import Image as Picture
+from pyarrow import Table
+from pyarrow.parquet import ParquetFile, write_table
 
+from merv.data.samples import sample_of
 from merv.data.sources import FilePart, expand, open_samples, stream_samples
 from merv.errors import DataError, UnreadableVideo
 from merv.testing import make_video
@@ -304,3 +310,154 @@ def test_malformed_json_list_is_an_error(tmp_path, text):
     (tmp_path / "a.json").write_text(text.replace("{row}", row))
     with pytest.raises(DataError, match=r"a\.json"):
         open_samples(str(tmp_path / "a.json"))
+
+
+# Damage ---------------------------------------------------------------------------------------------------
+
+QUESTION = {"question": "Why?", "answer": "So."}
+
+
+def deep(depth: int = 100_000) -> bytes:
+    return b"[" * depth + b"]" * depth
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (deep(), "recursion"),
+        (b'{"messages": ' + deep() + b"}", "recursion"),
+        (b'{"messages": ' + b"1" * 5000 + b"}", "5000 digits"),
+        (b'{"messages": 1e999}', "inf"),
+        (b'"\xff"', "utf-8"),
+        (b"\xff\xfe[\x00]\x00", "utf-8"),
+        (b"3", "got 3"),
+        (b"null", "got None"),
+        (b'{"video": "\\ud800.mp4", "questions": [{"question": "?", "answer": "!"}]}', "ud800"),
+    ],
+)
+def test_malformed_line_is_an_error_with_its_number(tmp_path, line, reason):
+    (tmp_path / "a.jsonl").write_bytes(
+        json.dumps(ROW).encode() + b"\n" + line + b"\n" + json.dumps(ROW).encode()
+    )
+    samples = open_samples(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: .*{reason}"):
+        samples[1]
+    assert len(samples[2].videos()) == 1
+
+
+def test_deep_item_of_a_list_is_named(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"[{}, " + deep() + b"]")
+    with pytest.raises(DataError, match=r"a\.json could not be read: item 1: .*recursion"):
+        open_samples(tmp_path / "a.json")
+
+
+def test_row_that_is_too_deep_to_be_shown_is_an_error():
+    value: list = []
+    for _ in range(100_000):
+        value = [value]
+    with pytest.raises(DataError, match=r"^row 3: "):
+        sample_of({"messages": value}, "row 3")
+
+
+@pytest.mark.parametrize(
+    "name", ["\0.jsonl", "\ud800.jsonl", "long" * 99 + ".jsonl", "~nobody-there/a.jsonl"]
+)
+def test_name_that_cannot_be_a_file_is_an_error(tmp_path, name):
+    for path in name, tmp_path / name, str(tmp_path / f"*{name}"):
+        with pytest.raises(DataError, match="No such data file"):
+            open_samples(path)
+
+
+def test_home_of_an_unknown_user_is_a_folder_name():
+    row = {"video": "~nobody-there/a.mp4", "questions": [QUESTION]}
+    assert sample_of(row, root=Path("/clips")).videos() == ["/clips/~nobody-there/a.mp4"]
+
+
+def test_file_whose_name_is_not_utf8_is_read(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.jsonl")
+    path.write_text(json.dumps(ROW))
+    assert open_samples(path)[0].origin == f"{path}:1"
+
+
+def flipped(data: bytes, position: int, size: int = 1) -> bytes:
+    return (
+        data[:position]
+        + bytes(255 - byte for byte in data[position : position + size])
+        + data[position + size :]
+    )
+
+
+def test_damaged_row_group_is_named(tmp_path):
+    rows = [{"video": f"{i}.mp4", "questions": [QUESTION]} for i in range(30)]
+    path = tmp_path / "a.parquet"
+    write_table(Table.from_pylist(rows), path, row_group_size=10)
+    with ParquetFile(path) as file:
+        page = file.metadata.row_group(2).column(0).data_page_offset
+    path.write_bytes(flipped(path.read_bytes(), page, 30))
+    with pytest.raises(DataError, match=r"a\.parquet could not be read: row group 2 \(rows 20 to 29\): "):
+        open_samples(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"no table", None])
+def test_file_that_is_no_parquet_is_an_error(tmp_path, content):
+    whole = parquet(tmp_path / "whole.parquet", 2).read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[:-100] if content is None else content)
+    with pytest.raises(DataError, match=r"a\.parquet could not be read: "):
+        open_samples(tmp_path / "a.parquet")
+
+
+def test_damaged_offsets_of_a_saved_dataset_are_an_error(tmp_path):
+    """Without validation, reading such a row ends the process with a segmentation fault."""
+    rows = [{"video": f"{i}.mp4", "questions": [QUESTION]} for i in range(7)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    (path,) = (tmp_path / "saved").glob("*.arrow")
+    whole = path.read_bytes()
+    offsets = b"".join((5 * n).to_bytes(4, "little") for n in range(8))  # of the paths
+    assert whole.count(offsets) == 1
+    path.write_bytes(flipped(whole, whole.index(offsets) + 12, 3))
+    samples = open_samples(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"saved\[3\] could not be read: "):
+        samples[3]
+    path.write_bytes(whole[:100])
+    with pytest.raises(DataError, match="saved could not be read: "):
+        open_samples(tmp_path / "saved")
+    (tmp_path / "saved/state.json").write_text("{")
+    with pytest.raises(DataError, match="saved could not be read: "):
+        open_samples(tmp_path / "saved")
+
+
+def test_damaged_header_of_a_shard_is_an_error(tmp_path):
+    """tarfile takes it for the end of the archive, and later samples would be lost silently."""
+    row = json.dumps({"questions": [QUESTION], "image": "a"}).encode()
+    whole = shard(tmp_path / "a.tar", x1__json=row, x2__json=row, x3__json=row).read_bytes()
+    end = whole.rindex(row) // 512 * 512 + 512  # of the last member
+    for damaged in flipped(whole, 1024 + 150), whole[:1024], whole[:1300], whole[:end]:
+        (tmp_path / "a.tar").write_bytes(damaged)
+        at = end if damaged == whole[:end] else 1024
+        with pytest.raises(
+            DataError, match=rf"a\.tar could not be read: .* at byte {at}, after {at // 1024} "
+        ):
+            open_samples(tmp_path / "a.tar")
+    (tmp_path / "a.tar").write_bytes(whole)
+    assert len(open_samples(tmp_path / "a.tar")) == 3
+
+
+def test_sparse_member_of_a_shard_is_an_error(tmp_path):
+    with (tmp_path / "x1.mp4").open("wb") as file:
+        file.truncate(1 << 20)
+        file.seek(1 << 19)
+        file.write(b"1")
+    subprocess.run(["tar", "--sparse", "-cf", "a.tar", "x1.mp4"], cwd=tmp_path, check=True)
+    with pytest.raises(DataError, match=r"a\.tar .*x1\.mp4 .*sparse"):
+        open_samples(tmp_path / "a.tar")
+
+
+def test_damage_in_a_stream_is_named(tmp_path):
+    rows = [{"video": f"{i}.mp4", "questions": [QUESTION]} for i in range(20)]
+    path = tmp_path / "a.parquet"
+    write_table(Table.from_pylist(rows), path, row_group_size=10)
+    with ParquetFile(path) as file:
+        page = file.metadata.row_group(1).column(0).data_page_offset
+    path.write_bytes(flipped(path.read_bytes(), page, 30))
+    with pytest.raises(DataError, match=r"a\.parquet\[\d+\] could not be read: "):
+        list(stream_samples(path))
