@@ -97,8 +97,7 @@ def prepare(
             indices[name] = (*shown, *[shown[-1]] * padding)
         presets = {name: encoder.preset for name, encoder in encoders.items()}
         frames = _preprocess(reader, indices, presets, times_s, resample)
-    end_s = info.duration_s if sampling.end_s is None else min(sampling.end_s, info.duration_s)
-    return Clip(info, (0.0, 0.0) if info.is_still else (sampling.start_s, end_s), frames, indices)
+    return Clip(info, sampling.span_s(info), frames, indices)
 
 
 def extend_times(times_s: Sequence[float], count: int) -> list[float]:

@@ -245,7 +245,7 @@ def video_stream(container: Any, max_pixels: int = MAX_PIXELS) -> Any:
     videos = [s for s in container.streams.video if s.codec_context and not s.disposition & skipped]
     default = av.stream.Disposition.default
     videos.sort(key=lambda s: (s.frames == 1, not s.disposition & default))  # the first of equals stays first
-    stream = None if is_tiled(container) else next(iter(videos), None)
+    stream = next(iter(videos), None)
     if stream is not None:
         stream.codec_context.thread_count = 1
         padding = 64 << 16  # FFmpeg counts the padding of rows, too

@@ -174,8 +174,8 @@ class Sampling:
         """
         if info.is_still:
             return [0.0]
-        end_s = self._end_s(info)
-        duration_s = end_s - self.start_s
+        start_s, end_s = self.span_s(info)
+        duration_s = end_s - start_s
         rate = self.fps or fps
         if self.mode == "released":
             return self._released_times(info, num_frames, end_s)
@@ -191,13 +191,19 @@ class Sampling:
             )
         return uniform_times(duration_s, num_frames, self.start_s)
 
-    def _end_s(self, info: VideoInfo) -> float:
+    def span_s(self, info: VideoInfo) -> tuple[float, float]:
+        """Return the start and the end of the range in a clip, in seconds; (0, 0) for a still.
+
+        Raises SamplingError if the range starts after the end of the clip.
+        """
+        if info.is_still:
+            return 0.0, 0.0
         if self.start_s >= info.duration_s:
             raise SamplingError(
                 f"{info.name}: the range starts at start_s={self.start_s:g}, but the clip lasts "
                 f"{info.duration_s:g} s. Times are seconds from the first frame of the clip."
             )
-        return info.duration_s if self.end_s is None else min(self.end_s, info.duration_s)
+        return self.start_s, info.duration_s if self.end_s is None else min(self.end_s, info.duration_s)
 
     def _released_times(self, info: VideoInfo, num_frames: int, end_s: float) -> list[float]:
         times_s = info.times_s

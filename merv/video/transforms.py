@@ -89,10 +89,13 @@ def resize(pixels: Tensor, preset: Preset, resample: Resample = "exact") -> tupl
     size = _scaled_size(pixels.shape[2], pixels.shape[3], preset)
     scaled = pixels.float().contiguous() / 255 if plain else pixels
     if size != tuple(pixels.shape[2:]):
-        resamplers = {"exact": _resample_pil, "fast": _resample_torch}
-        scaled = (_resample_plain if plain else resamplers[resample])(scaled, size, preset)
-    apply = {"squash": _whole, "crop": _crop, "letterbox": _letterbox}[preset.crop_mode]
-    return apply(scaled, preset)
+        if plain:
+            scaled = interpolate(scaled, size, mode="bilinear", align_corners=False, antialias=False)
+        else:
+            scaled = {"exact": _resample_pil, "fast": _resample_torch}[resample](scaled, size, preset)
+    if preset.crop_mode == "squash":
+        return scaled, WHOLE_PICTURE
+    return {"crop": _crop, "letterbox": _letterbox}[preset.crop_mode](scaled, preset)
 
 
 def normalize(pixels: Tensor, preset: Preset) -> Tensor:
@@ -177,16 +180,7 @@ def _two_passes(pixels: Tensor, size: tuple[int, int], preset: Preset) -> Tensor
     return values.to(torch.uint8)
 
 
-def _resample_plain(pixels: Tensor, size: tuple[int, int], preset: Preset) -> Tensor:
-    """Resample float [T, 3, H, W] to [T, 3, *size], bilinear without antialiasing."""
-    return interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=False)
-
-
 # Fitting scaled frames to the input size
-
-
-def _whole(pixels: Tensor, preset: Preset) -> tuple[Tensor, Extent]:
-    return pixels, WHOLE_PICTURE
 
 
 def _crop(pixels: Tensor, preset: Preset) -> tuple[Tensor, Extent]:
