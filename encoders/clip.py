@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from einops import rearrange
 from torch import Tensor
 
 from merv.encoding.base import Encoder
@@ -63,12 +62,10 @@ class CLIP(Encoder):
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return select(state, prefix="visual.", drop=(*TEXT_TOWER, "logit_scale"))
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        _, height, _ = self.spec.grid
-        images = rearrange(pixels, "b t c h w -> (b t) c h w")
+    def tokens(self, windows: Tensor) -> Tensor:
         layers = [len(self.net.transformer.resblocks) - 2]
         outputs = self.net.forward_intermediates(
-            images, layers, stop_early=True, intermediates_only=True, output_fmt="NLC"
+            windows[:, 0], layers, stop_early=True, intermediates_only=True, output_fmt="NLC"
         )
         (tokens,) = outputs["image_intermediates"]
-        return rearrange(tokens, "(b t) (h w) d -> b t h w d", b=pixels.shape[0], h=height)
+        return tokens

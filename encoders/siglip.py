@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from einops import rearrange
 from torch import Tensor
 
 from merv.encoding.base import Encoder
@@ -84,11 +83,9 @@ class SigLIP(Encoder):
             state["pos_embed"] = state["pos_embed"][None]
         return joined(state, ("q", "k", "v"), "qkv")
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        _, height, _ = self.spec.grid
-        images = rearrange(pixels, "b t c h w -> (b t) c h w")
+    def tokens(self, windows: Tensor) -> Tensor:
         layers = [len(self.net.blocks) - 2]
         (tokens,) = self.net.forward_intermediates(
-            images, indices=layers, stop_early=True, intermediates_only=True, output_fmt="NLC"
+            windows[:, 0], indices=layers, stop_early=True, intermediates_only=True, output_fmt="NLC"
         )
-        return rearrange(tokens, "(b t) (h w) d -> b t h w d", b=pixels.shape[0], h=height)
+        return tokens

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from einops import rearrange
 from torch import Tensor
 
 from merv.encoding.base import Encoder
@@ -73,7 +72,5 @@ class VideoMAE(Encoder):
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return by_library(self.net, select(state, prefix="videomae.", drop=UNUSED))
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        t, h, w = self.spec.grid
-        tokens = self.net(rearrange(pixels, "b (n t) c h w -> (b n) t c h w", t=FRAMES)).last_hidden_state
-        return rearrange(tokens, "(b n) (t h w) d -> b (n t) h w d", b=pixels.shape[0], t=t, h=h, w=w)
+    def tokens(self, windows: Tensor) -> Tensor:
+        return self.net(windows).last_hidden_state

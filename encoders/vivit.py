@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from einops import rearrange
 from torch import Tensor
 
 from merv.encoding.base import Encoder
@@ -57,8 +56,5 @@ class ViViT(Encoder):
         unused = ("classifier.", "vivit.pooler.", "pooler.")
         return by_library(self.net, select(state, prefix="vivit.", drop=unused))
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        t, h, w = self.spec.grid
-        windows = rearrange(pixels, "b (n t) c h w -> (b n) t c h w", t=FRAMES)
-        tokens = self.net(windows).last_hidden_state[:, 1:]
-        return rearrange(tokens, "(b n) (t h w) d -> b (n t) h w d", b=pixels.shape[0], t=t, h=h, w=w)
+    def tokens(self, windows: Tensor) -> Tensor:
+        return self.net(windows).last_hidden_state[:, 1:]

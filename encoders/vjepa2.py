@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from einops import rearrange
 from torch import Tensor
 
 from merv.encoding.base import Encoder
@@ -74,8 +73,5 @@ class VJEPA2(Encoder):
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return select(state, prefix="encoder.", drop=("predictor.",))
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        t, h, w = self.spec.grid
-        windows = rearrange(pixels, "b (n t) c h w -> (b n) t c h w", t=self.spec.window_size)
-        tokens = self.net(windows).last_hidden_state
-        return rearrange(tokens, "(b n) (t h w) d -> b (n t) h w d", b=pixels.shape[0], t=t, h=h, w=w)
+    def tokens(self, windows: Tensor) -> Tensor:
+        return self.net(windows).last_hidden_state

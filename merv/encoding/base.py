@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from einops import reduce, repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 from merv.encoding.modified import TrackedModule
@@ -101,8 +101,18 @@ class Encoder(TrackedModule):
         raise NotImplementedError(f"{type(self).__name__} must define build()")
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Compute features of preprocessed pixels: [B, T, 3, H, W] → [B, t, h, w, D]."""
-        raise NotImplementedError(f"{type(self).__name__} must define encode()")
+        """Compute features of preprocessed pixels: [B, T, 3, H, W] → [B, t, h, w, D].
+
+        By default, each window of `spec.window_size` frames goes through `tokens`.
+        """
+        steps, (_, h, w) = self.spec.window_size // self.spec.tubelet_size, self.spec.grid
+        windows = rearrange(pixels, "b (n t) c h w -> (b n) t c h w", t=self.spec.window_size)
+        tokens = self.tokens(windows)
+        return rearrange(tokens, "(b n) (t h w) d -> b (n t) h w d", b=pixels.shape[0], t=steps, h=h, w=w)
+
+    def tokens(self, windows: Tensor) -> Tensor:
+        """Compute one token per cell, frame by frame and row by row: [K, T, 3, H, W] → [K, N, D]."""
+        raise NotImplementedError(f"{type(self).__name__} must define encode() or tokens()")
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename the keys of a checkpoint to those of `self.net`. Override it if they differ."""
