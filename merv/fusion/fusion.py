@@ -17,15 +17,13 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from merv.errors import BrokenPlugin, CheckpointError, ShapeError
+from merv.errors import CheckpointError, ShapeError
 from merv.fusion.mixers import Mixer, WeightingMixer, any_present, cell_positions
 from merv.fusion.projectors import Projector
 from merv.fusion.registry import MIXERS, PROJECTORS
 from merv.types import WHOLE_PICTURE, Fused, Grid, is_count
 from merv.utils.plugins import class_path, is_importable
-from merv.utils.torch_modules import class_of, device_and_dtype, first_unlike, without_weights
-
-SAVED = "Only mixer=, projector=, mixer_options= and projector_options= of the constructor are saved."
+from merv.utils.torch_modules import device_and_dtype, first_few
 
 
 class Fusion(nn.Module):
@@ -81,8 +79,8 @@ class Fusion(nn.Module):
         self.token_rms: Tensor | None
         self.register_buffer("token_rms", torch.ones(()) if norm else None)
         self.mixer: Mixer = MIXERS.create(mixer, self.output_dim, len(self.names), **self.mixer_options)
-        # What `config` describes; a mixer or projector that replaces one of these could not be saved.
-        self._created = [self.mixer, *self.projectors.values()]
+        self._classes = type(self.mixer), type(self._ordered_projectors()[0])  # `fully_shard` changes them
+        self._created = self._structure()
 
     def forward(self, grids: Mapping[str, Grid], question: Tensor | None = None) -> Fused:
         """Fuse a batch of aligned features.
@@ -165,8 +163,8 @@ class Fusion(nn.Module):
             projector.init_scale(float(self.token_rms))
         self.mixer.add_encoder()
         self.projectors[name] = projector
-        self._created.append(projector)
         self.names.append(name)
+        self._created = self._structure()
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments, without `embed_dims` and `folded`, as a dict of JSON values.
@@ -174,34 +172,35 @@ class Fusion(nn.Module):
         Raises:
             CheckpointError: A fusion built from these arguments would differ from this one.
         """
-        current = [self.mixer, *self.projectors.values()]
-        if list(map(id, current)) != list(map(id, self._created)):
+        current = self._structure()
+        changed = [
+            name for name in {**current, **self._created} if current.get(name) != self._created.get(name)
+        ]
+        if changed:
             raise CheckpointError(
-                f"The mixer or a projector was replaced after the fusion was created. {SAVED}"
+                f"A modified fusion cannot be saved. Replaced, added or removed: {first_few(changed)}. Only "
+                "mixer=, projector=, mixer_options= and projector_options= of the constructor are saved."
             )
-        mixer, projector = class_of(self.mixer), class_of(self._ordered_projectors()[0])
-        for plugin in (mixer, projector):
+        for plugin in self._classes:
             if not is_importable(plugin):
                 raise CheckpointError(
                     f"{class_path(plugin)} cannot be imported when the model is loaded. Define the class at "
                     "the top level of a module."
                 )
-        options: dict[str, Any] = {
+        mixer, projector = map(class_path, self._classes)
+        return {
             "output_dim": self.output_dim,
-            "mixer": class_path(mixer),
+            "mixer": mixer,
             "mixer_options": self.mixer_options,
-            "projector": class_path(projector),
+            "projector": projector,
             "projector_options": self.projector_options,
             "norm": self.norm,
         }
-        embed_dims = {
-            name: p.input_dim for name, p in zip(self.names, self._ordered_projectors(), strict=True)
-        }
-        rebuilt = without_weights(lambda: Fusion(embed_dims, **options), BrokenPlugin)
-        names = "this fusion", "one that its options give"
-        if difference := first_unlike(self, rebuilt, names):
-            raise CheckpointError(f"A modified fusion cannot be saved: {difference}. {SAVED}")
-        return options
+
+    def _structure(self) -> dict[str, Any]:
+        """Return the modules and the shapes of the tensors by name; `config` describes those at creation."""
+        modules = {name: module for name, module in self.named_modules() if name}
+        return {**modules, **{name: tensor.shape for name, tensor in self.state_dict().items()}}
 
     # Plain and folded ---------------------------------------------------------------------
 

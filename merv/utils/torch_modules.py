@@ -1,16 +1,14 @@
-"""PyTorch modules: their device and dtype, differences between two of them, and the speed of bfloat16."""
+"""PyTorch modules: their device and dtype, differences between state dicts, and the speed of bfloat16."""
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-
-from merv.utils.plugins import class_path
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -60,34 +58,6 @@ def without_weights(build: Callable[[], M], *errors: type[Exception]) -> M:
             return build()
         with torch.device("cpu"):
             return build()
-
-
-def class_of(module: nn.Module) -> type[nn.Module]:
-    """The class that a module was created from. `fully_shard` replaces it with a subclass."""
-    current = type(module)
-    return current.__mro__[2] if current.__mro__[1].__name__ == "FSDPModule" else current
-
-
-def first_unlike(
-    one: nn.Module, other: nn.Module, names: tuple[str, str] = ("one", "the other")
-) -> str | None:
-    """Describe the first difference in classes or shapes between two modules; None if there is none.
-
-    `names` are what the description calls the two modules.
-
-    >>> first_unlike(nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 4)))
-    '0.weight is [3, 2] in one and [4, 2] in the other'
-    """
-    classes = [
-        {name: class_path(class_of(m)) for name, m in module.named_modules()} for module in (one, other)
-    ]
-    shapes = [{n: str(list(t.shape)) for n, t in module.state_dict().items()} for module in (one, other)]
-    for first, second in (classes, shapes):
-        for name in {**first, **second}:
-            if first.get(name) != second.get(name):
-                left, right = first.get(name, "absent"), second.get(name, "absent")
-                return f"{name or 'the module'} is {left} in {names[0]} and {right} in {names[1]}"
-    return None
 
 
 def state_dict_mismatch(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
@@ -142,11 +112,6 @@ def bfloat16_is_slow() -> bool:
 
 
 def _matmul_s(dtype: torch.dtype) -> float:
-    """The fastest of three products of 256 × 256 matrices, in seconds, after one to warm up."""
+    """The fastest of four products of 256 × 256 matrices, in seconds."""
     matrix = torch.ones(256, 256, dtype=dtype, device="cpu")
-    times_s = []
-    for _ in range(4):
-        start = time.perf_counter()
-        matrix @ matrix
-        times_s.append(time.perf_counter() - start)
-    return min(times_s[1:])
+    return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=4))

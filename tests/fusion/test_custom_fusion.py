@@ -208,7 +208,18 @@ def add_a_layer(vision: MultiEncoder) -> None:
     vision.fusion.mixer.extra = nn.Linear(2, 2)
 
 
-CHANGES = [replace_projector, replace_mixer, replace_aligner, replace_mixer_by_same_class, add_a_layer]
+def replace_a_parameter(vision: MultiEncoder) -> None:
+    vision.fusion.mixer.share = nn.Parameter(torch.zeros(3))
+
+
+CHANGES = [
+    replace_projector,
+    replace_mixer,
+    replace_aligner,
+    replace_mixer_by_same_class,
+    add_a_layer,
+    replace_a_parameter,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)

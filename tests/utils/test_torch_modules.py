@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from merv.utils import torch_modules
-from merv.utils.torch_modules import bfloat16_is_slow, first_unlike, without_weights
+from merv.utils.torch_modules import bfloat16_is_slow, without_weights
 
 
 @pytest.mark.parametrize(("bfloat16_s", "slow"), [(0.03, True), (0.002, False), (0.0005, False)])
@@ -25,11 +25,3 @@ def test_module_that_reads_its_weights_is_built_on_the_cpu():
     assert built.weight.device.type == "cpu"
     assert torch.equal(torch.get_rng_state(), state)
     assert without_weights(lambda: nn.Linear(2, 2)).weight.is_meta
-
-
-def test_first_unlike_names_class_part_and_shape():
-    one = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    assert first_unlike(one, nn.Sequential(nn.Linear(2, 2), nn.ReLU())) is None
-    assert "1 is" in first_unlike(one, nn.Sequential(nn.Linear(2, 2), nn.GELU()))
-    assert "absent" in first_unlike(one, nn.Sequential(nn.Linear(2, 2)))
-    assert "0.weight is [2, 2]" in first_unlike(one, nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
