@@ -74,9 +74,15 @@ class ChatTemplate:
             messages: A conversation that ends with a message of the user.
 
         Raises:
-            PromptError: The messages are malformed, or the chat template rejects them.
+            PromptError: The messages are malformed or end with one of the assistant, or the chat template
+                rejects them.
         """
         texts, visuals = to_texts(messages)
+        if texts[-1]["role"] == "assistant":
+            raise PromptError(
+                "Expected a conversation that ends with a message of the user, got one that ends with the "
+                f"assistant's {texts[-1]['content'][:80]!r}. Remove that message."
+            )
         ids = self._ids(self._text(texts, is_question=True), texts, visuals)
         return Prompt(ids, [False] * len(ids))
 
@@ -109,7 +115,10 @@ class ChatTemplate:
                 flags[: len(earlier)] = earlier
             sequences.append((whole, flags))
         if not sequences:
-            raise PromptError("Expected a conversation with an answer of the assistant, got none.")
+            raise PromptError(
+                "Expected a conversation with an answer, a message whose role is 'assistant'; got "
+                f"{str(messages)[:200]}. To generate an answer, call generate()."
+            )
         return [Prompt(ids, flags) for ids, flags in sequences]
 
     def check(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from merv.errors import PromptError
-from merv.models.chat import Conversation, check_messages
+from merv.models.chat import Conversation
 from merv.models.chat_template import ChatTemplate
 
 SAMPLING = {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
@@ -116,13 +116,6 @@ class GenerationMixin:
         for name, value in options.items():
             if name in refused and value is not None and value is not False:
                 raise PromptError(f"merv does not accept the option {name}. {refused[name]}")
-        for messages in conversations:
-            check_messages(messages)
-            if messages[-1]["role"] == "assistant":
-                raise PromptError(
-                    "Expected a conversation that ends with a message of the user, got one that ends with "
-                    f"the assistant's {str(messages[-1]['content'])[:80]!r}. Remove that message."
-                )
         with torch.no_grad():
             inputs = self.embed_prompts(conversations)
         options = {name: value for name, value in options.items() if value is not None}

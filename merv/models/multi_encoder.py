@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from merv.checkpoints.config_schema import FLOATING_POINT, check_config, invalid_config
+from merv.checkpoints.config_schema import check_config, invalid_config
 from merv.checkpoints.folder import CONFIG, check_fits, fill_exactly, load_folder
 from merv.checkpoints.pretrained import PretrainedMixin, find_model
 from merv.encoding.base import Encoder
@@ -44,8 +44,6 @@ from merv.video.clip import Clip
 from merv.video.open import check_backend
 from merv.video.sampling import Mode, Sampling
 from merv.video.transforms import Resample, check_resample
-
-DTYPES = {name: getattr(torch, name) for name in FLOATING_POINT}
 
 
 @dataclass(frozen=True, eq=False)
@@ -456,49 +454,38 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         }
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], weights: Mapping[str, str | None]) -> MultiEncoder:
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        weights: Mapping[str, str | None],
+        state: Mapping[str, Tensor] | None = None,
+        where: str | Path = "The config",
+    ) -> MultiEncoder:
         """Create a MultiEncoder from the result of `config`, with an untrained fusion.
 
         Args:
             config: What `config` returned.
             weights: Encoder name → where its weights are, for encoders whose weights have moved.
+            state: The saved tensors of the fusion, whose sizes are compared with those of the config before
+                memory is allocated. None: they are not compared.
+            where: The file of the config, for messages.
 
         Raises:
             CheckpointError: The config is invalid, or an encoder has other weights than the saved one.
             WeightsError: The weights of an encoder could not be loaded.
             PluginError: The config names a class that is neither registered nor imported.
         """
-        check_config(MultiEncoder.kind, config, "The config")
-        return cls._from_config(config, weights, None, "The config")
-
-    @classmethod
-    def _from_config(
-        cls,
-        config: Mapping[str, Any],
-        weights: Mapping[str, str | None],
-        state: Mapping[str, Tensor] | None,
-        where: str | Path,
-    ) -> MultiEncoder:
-        """Create a MultiEncoder from a config that has been checked.
-
-        The sizes of the fusion are compared with those of its saved tensors before memory is allocated.
-
-        Args:
-            config: What `config` returned.
-            weights: See `from_config`.
-            state: The saved tensors of the fusion. None: they are not compared.
-            where: The file of the config, for messages.
-        """
+        check_config(MultiEncoder.kind, config, where)
         options = dict(config)
         for registry, option in ((MIXERS, "mixer"), (PROJECTORS, "projector")):
             if ":" in (path := options.get(option, "")):
                 registry.check_trusted(path, f"The {option}")
         check_keys("weights", weights, options["encoders"])
-        fusion_dtype = DTYPES[options.pop("fusion_dtype")]
+        fusion_dtype = getattr(torch, options.pop("fusion_dtype"))
         saved_encoders = options.pop("encoders")
         with invalid_config(where):
             encoders = {
-                name: recreate(name, saved, weights).to(DTYPES[saved["dtype"]])
+                name: recreate(name, saved, weights).to(getattr(torch, saved["dtype"]))
                 for name, saved in saved_encoders.items()
             }
         options |= {"sampling": Sampling(**options["sampling"]), "grid": tuple(options["grid"])}
@@ -551,7 +538,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         """
         folder = find_model(folder)
         config, state = load_folder(folder, cls.kind, verify)
-        model = cls._from_config(config, weights or {}, state, folder / CONFIG)
+        model = cls.from_config(config, weights or {}, state, folder / CONFIG)
         fill_exactly(model.trainable_state_dict(), state, folder)
         return model.eval()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -80,35 +80,32 @@ def create_all(
     presets: Mapping[str, str],
 ) -> dict[str, Encoder]:
     """Create the encoders that are given by name, with their weights and presets."""
+    to_create = [name for name, encoder in encoders.items() if isinstance(encoder, str)]
+    note = " that are given by name; pass it to the others when you create them"
+    check_keys("presets", presets, to_create, note)
     if isinstance(weights, Mapping):
-        check_keys("weights", weights, encoders)
-    check_keys("presets", presets, encoders)
-    created = {}
-    for name, encoder in encoders.items():
-        if isinstance(encoder, str):
-            source = weights.get(name, PRETRAINED) if isinstance(weights, Mapping) else weights
-            created[name] = create_encoder(encoder, weights=source, preset=presets.get(name))
-            continue
-        for option, values in (("presets", presets), ("weights", weights)):
-            if isinstance(values, Mapping) and name in values:
-                raise EncoderError(
-                    f"{option}= names {name!r}, which is already an Encoder object. Pass its {option} when "
-                    "you create it."
-                )
-        created[name] = encoder
-    return created
+        check_keys("weights", weights, to_create, note)
+        sources = {name: weights.get(name, PRETRAINED) for name in to_create}
+    else:
+        sources = dict.fromkeys(to_create, weights)
+    return {
+        name: create_encoder(encoder, weights=sources[name], preset=presets.get(name))
+        if isinstance(encoder, str)
+        else encoder
+        for name, encoder in encoders.items()
+    }
 
 
-def check_keys(option: str, values: Any, encoders: Iterable[str]) -> None:
-    """Raise EncoderError unless `values` is a mapping whose keys are names of the encoders."""
+def check_keys(option: str, values: Any, encoders: Collection[str], note: str = "") -> None:
+    """Raise EncoderError unless `values` is a mapping whose keys are among the names of the encoders."""
     if not isinstance(values, Mapping):
-        example = {next(iter(encoders)): values}
+        example = {next(iter(encoders), "NAME"): values}
         raise EncoderError(f"{option} must map encoder names to values, e.g. {example}; got {values!r}.")
     for name in values:
         if name not in encoders:
             raise EncoderError(
-                f"{option}= names {name!r}, which is not one of the encoders.{nearest(name, encoders)} "
-                f"Available: {', '.join(encoders)}."
+                f"{option}= names {name!r}, which is not one of the encoders{note}.{nearest(name, encoders)} "
+                f"Available: {', '.join(encoders) or 'none'}."
             )
 
 

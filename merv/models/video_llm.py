@@ -17,7 +17,7 @@ from merv.checkpoints.pretrained import PretrainedMixin, bundled_llm, find_model
 from merv.errors import CheckpointError, PromptError, ShapeError
 from merv.features.store import FeatureStore
 from merv.fusion.fusion import Fusion
-from merv.models.chat import NOT_LEARNED, Conversation, Prompt, Visual, check_messages
+from merv.models.chat import NOT_LEARNED, Conversation, Prompt, Visual, to_texts
 from merv.models.chat_template import ChatTemplate, check_tokenizer, restore_template
 from merv.models.generation import GenerationMixin
 from merv.models.llm import (
@@ -116,7 +116,6 @@ class VideoLLM(GenerationMixin, TrainablePartsMixin, PretrainedMixin):
         Raises:
             PromptError: A conversation has no answer.
         """
-        _check_answered(groups)
         prompts = self.render(groups) or [[Prompt([self.pad_id] * 2, [False] * 2)]]  # messages → token ids
         packed, visual = self.prepare(prompts, packed_length=packed_length)  # rows for the LLM
         keep = _positions_before_answers(packed)
@@ -135,11 +134,8 @@ class VideoLLM(GenerationMixin, TrainablePartsMixin, PretrainedMixin):
         for group in groups:
             row: list[Prompt] = []
             for messages in group:
-                prompts = (
-                    self.chat.answers(messages) if _is_answered(messages) else [self.chat.question(messages)]
-                )
                 number = next(numbers)
-                row += [replace(prompt, conversation=number) for prompt in prompts]
+                row += [replace(prompt, conversation=number) for prompt in self.chat.answers(messages)]
             rows += [row] if self.supports_shared_prefix else [[prompt] for prompt in row]
         return rows
 
@@ -213,7 +209,7 @@ class VideoLLM(GenerationMixin, TrainablePartsMixin, PretrainedMixin):
         Raises:
             PromptError: The conversation has no video or image.
         """
-        visuals = self.chat.question(conversation).visuals
+        _, visuals = to_texts(conversation)
         if not visuals:
             raise PromptError(
                 f"Expected a conversation with a video or image, got {str(conversation)[:200]}."
@@ -368,7 +364,7 @@ class VideoLLM(GenerationMixin, TrainablePartsMixin, PretrainedMixin):
         fusion = {
             name.removeprefix(FUSION): tensor for name, tensor in state.items() if name.startswith(FUSION)
         }
-        vision = MultiEncoder._from_config(config["vision"], weights or {}, fusion, folder / CONFIG)
+        vision = MultiEncoder.from_config(config["vision"], weights or {}, fusion, folder / CONFIG)
         options = restore_template(tokenizer, config["tokenizer"], source)
         model = cls(network, tokenizer, vision, feature_store, chat_template_kwargs=options)
         check_tokenizer(config["tokenizer"], model.chat.identity(), folder)
@@ -411,20 +407,6 @@ def _positions_before_answers(packed: Packed) -> Tensor:
     is_learned = (packed.labels[:, 1:] != NOT_LEARNED).any(dim=0)
     is_learned[0] |= ~is_learned.any()  # a batch without answers gives every parameter a gradient of zero
     return is_learned.nonzero()[:, 0]
-
-
-def _is_answered(conversation: Conversation) -> bool:
-    check_messages(conversation)
-    return any(turn["role"] == "assistant" for turn in conversation)
-
-
-def _check_answered(groups: Sequence[Sequence[Conversation]]) -> None:
-    for conversation in (conversation for group in groups for conversation in group):
-        if not _is_answered(conversation):
-            raise PromptError(
-                "Expected a conversation with an answer, a message whose role is 'assistant'; got "
-                f"{str(conversation)[:200]}. To generate an answer, call generate()."
-            )
 
 
 def _mean_weights(weights: Tensor | None, names: Sequence[str]) -> dict[str, Tensor]:

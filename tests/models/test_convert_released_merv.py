@@ -52,7 +52,7 @@ def convert_in(folder, name, **options) -> tuple[Path, dict[str, str]]:
 
 def logits_of(model: VideoLLM, clip: Path) -> torch.Tensor:
     with torch.no_grad():
-        packed, visual = model.prepare(model.render([[user_message(QUESTION, str(clip))]]))
+        packed, visual = model.prepare([[model.chat.question(user_message(QUESTION, str(clip)))]])
         return model.logits(packed, visual.tokens, torch.arange(packed.mask.shape[-1]))
 
 
