@@ -79,8 +79,9 @@ class GenerationMixin:
         """
         if not conversations:
             return []
+        arguments = self._arguments(conversations, options, REFUSED)
         with _generation_config(self.llm):
-            ids = self.llm.generate(**self._arguments(conversations, options, REFUSED))
+            ids = self.llm.generate(**arguments)
         if options.get("return_dict_in_generate"):
             return ids
         copies = len(ids) // len(conversations)  # num_return_sequences

@@ -161,6 +161,15 @@ def test_greedy_decoding_ignores_the_generation_config_of_the_llm():
     assert model.llm.generation_config is before
 
 
+def test_end_tokens_of_the_llm_end_an_answer():
+    model = video_llm(tiny_llm()[0])
+    options = {"max_new_tokens": 8, "return_dict_in_generate": True}
+    before = model.generate(QUESTIONS[:1], **options).sequences[0].tolist()
+    model.llm.generation_config.eos_token_id = [1, before[2]]
+    after = model.generate(QUESTIONS[:1], **options).sequences[0].tolist()
+    assert after == before[: before.index(before[2]) + 1]
+
+
 def test_sampling_options_imply_sampling():
     model = video_llm(tiny_llm()[0])
     greedy = model.generate(QUESTIONS[:1], max_new_tokens=8)
