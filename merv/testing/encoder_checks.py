@@ -14,7 +14,7 @@ from torch import Tensor
 
 from merv.encoding.base import Encoder
 from merv.encoding.weights import quiet_transformers
-from merv.testing.findings import Checks, CheckSkipped, difference
+from merv.testing.findings import CheckFailed, Checks, CheckSkipped, require, require_equal, require_finite
 from merv.types import Frames, Grid
 
 PAINT = (3.0, -2.0, 1.0)  # normalized color of a cell whose effect on the features is measured
@@ -72,101 +72,95 @@ class EncoderSubject:
 # The encoder itself -----------------------------------------------------------------------
 
 
-def _can_be_created(subject: EncoderSubject) -> str | None:
+def _can_be_created(subject: EncoderSubject) -> None:
     _ = subject.encoder
-    return None
 
 
-def _spec_is_consistent(subject: EncoderSubject) -> str | None:
+def _spec_is_consistent(subject: EncoderSubject) -> None:
     spec = subject.encoder.spec
-    if spec.num_frames != spec.grid[0] * spec.tubelet_size:
-        return (
-            f"spec.num_frames is {spec.num_frames}, but {spec.grid[0]} steps of {spec.tubelet_size} frames "
-            f"(grid, tubelet_size) are {spec.grid[0] * spec.tubelet_size} frames"
-        )
+    frames = spec.grid[0] * spec.tubelet_size
+    require(
+        spec.num_frames == frames,
+        f"spec.num_frames is {spec.num_frames}, but {spec.grid[0]} steps of {spec.tubelet_size} frames "
+        f"(grid, tubelet_size) are {frames} frames",
+    )
     for name, preset in spec.presets.items() if spec.patch else ():
         cells = tuple(side // spec.patch for side in preset.input_size)
-        if cells != spec.grid[1:]:
-            return (
-                f"patches of {spec.patch} pixels divide preset {name!r} into {cells} cells, but spec.grid "
-                f"has {spec.grid[1:]}"
-            )
+        require(
+            cells == spec.grid[1:],
+            f"patches of {spec.patch} pixels divide preset {name!r} into {cells} cells, but spec.grid has "
+            f"{spec.grid[1:]}",
+        )
     parameters = sum(p.numel() for p in subject.encoder.parameters())
-    if spec.parameters is not None and not math.isclose(parameters, spec.parameters, rel_tol=0.01):
-        return f"spec.parameters is {spec.parameters}, but the encoder has {parameters} parameters"
-    return None
+    require(
+        spec.parameters is None or math.isclose(parameters, spec.parameters, rel_tol=0.01),
+        f"spec.parameters is {spec.parameters}, but the encoder has {parameters} parameters",
+    )
 
 
-def _is_frozen(subject: EncoderSubject) -> str | None:
+def _is_frozen(subject: EncoderSubject) -> None:
     for name, parameter in subject.encoder.named_parameters():
-        if parameter.requires_grad:
-            return f"{name} requires a gradient; all parameters must be frozen"
-    if subject.first.values.requires_grad:
-        return "the features require a gradient: forward() uses a trainable tensor that is not a parameter"
+        require(not parameter.requires_grad, f"{name} requires a gradient; all parameters must be frozen")
+    require(
+        not subject.first.values.requires_grad,
+        "the features require a gradient: forward() uses a trainable tensor that is not a parameter",
+    )
     training = [name for name, module in subject.encoder.train().named_modules() if module.training]
     subject.encoder.eval()
-    if training:
-        return f"{training[0] or 'the encoder'} is in training mode after .train(); it must stay in eval mode"
-    return None
+    for name in training:
+        raise CheckFailed(
+            f"{name or 'the encoder'} is in training mode after .train(); it must stay in eval mode"
+        )
 
 
 # The features -----------------------------------------------------------------------------
 
 
-def _shape_matches_the_spec(subject: EncoderSubject) -> str | None:
+def _shape_matches_the_spec(subject: EncoderSubject) -> None:
     spec = subject.encoder.spec
     expected = [2, subject.num_frames // spec.tubelet_size, *spec.grid[1:], spec.embed_dim]
     shape = list(subject.grid.values.shape)
-    if shape != expected:
-        return f"expected features {expected} for {subject.num_frames} frames, got {shape}"
-    invalid = int((~subject.grid.values.isfinite()).sum())
-    return f"{invalid} features are NaN or infinite" if invalid else None
+    require(shape == expected, f"expected features {expected} for {subject.num_frames} frames, got {shape}")
+    require_finite(subject.grid.values, "features")
 
 
-def _is_deterministic(subject: EncoderSubject) -> str | None:
+def _is_deterministic(subject: EncoderSubject) -> None:
     state = torch.get_rng_state()
     values = subject.encoder(subject.frames[:1]).values
-    if not torch.equal(state, torch.get_rng_state()):
-        return "forward() draws random numbers"
-    return difference(values, subject.first.values)
+    require(torch.equal(state, torch.get_rng_state()), "forward() draws random numbers")
+    require_equal(values, subject.first.values)
 
 
-def _clips_are_independent(subject: EncoderSubject) -> str | None:
+def _clips_are_independent(subject: EncoderSubject) -> None:
     second = subject.encoder(subject.frames[1:])
-    return difference(torch.cat([subject.first.values, second.values]), subject.grid.values)
+    require_equal(torch.cat([subject.first.values, second.values]), subject.grid.values)
 
 
-def _windows_are_independent(subject: EncoderSubject) -> str | None:
+def _windows_are_independent(subject: EncoderSubject) -> None:
     if not subject.encoder.spec.window_size:  # the whole clip is one window, so padding must not matter
         unpadded = subject.encoder(Frames.of(subject.frames.pixels[1:, : subject.num_frames // 2])).values
-        return difference(unpadded, subject.grid.values[1:, : unpadded.shape[1]])
+        return require_equal(unpadded, subject.grid.values[1:, : unpadded.shape[1]])
     joined = Frames.of(subject.frames.pixels.flatten(0, 1)[None])  # both clips as one
-    return difference(subject.encoder(joined).values, subject.grid.values.flatten(0, 1)[None])
+    return require_equal(subject.encoder(joined).values, subject.grid.values.flatten(0, 1)[None])
 
 
-def _times_match_the_frames(subject: EncoderSubject) -> str | None:
-    times_s, frame_times_s = subject.grid.times_s, subject.frames.times_s
+def _times_match_the_frames(subject: EncoderSubject) -> None:
     for step, frames in enumerate(_frames_of_steps(subject)):
-        inside = (times_s[:, step] >= frame_times_s[:, frames][:, 0]) & (
-            times_s[:, step] <= frame_times_s[:, frames][:, -1]
+        time_s, frame_times_s = subject.grid.times_s[:, step], subject.frames.times_s[:, frames]
+        inside = (time_s >= frame_times_s[:, 0]) & (time_s <= frame_times_s[:, -1])
+        require(
+            inside.all(),
+            f"times_s of step {step} is {time_s.tolist()}, which is outside the times of its frames, "
+            f"{frame_times_s.tolist()}",
         )
-        if not inside.all():
-            return (
-                f"times_s of step {step} is {times_s[:, step].tolist()}, which is outside the times of its "
-                f"frames, {frame_times_s[:, frames].tolist()}"
-            )
-    return None
 
 
-def _mask_matches_the_frames(subject: EncoderSubject) -> str | None:
+def _mask_matches_the_frames(subject: EncoderSubject) -> None:
     for step, frames in enumerate(_frames_of_steps(subject)):
         is_real = subject.frames.mask[:, frames]  # [B, frames of the step]
         mask = subject.grid.mask[:, step]  # [B, h, w]
-        if not mask[is_real.all(dim=1)].all():
-            return f"the mask is False for cells of real frames, in step {step}"
-        if mask[~is_real.any(dim=1)].any():
-            return f"the mask is True for cells of padding, in step {step}"
-    return None
+        require(mask[is_real.all(dim=1)].all(), f"the mask is False for cells of real frames, in step {step}")
+        require(not mask[~is_real.any(dim=1)].any(), f"the mask is True for cells of padding, in step {step}")
 
 
 def _frames_of_steps(subject: EncoderSubject) -> list[slice]:
@@ -175,14 +169,15 @@ def _frames_of_steps(subject: EncoderSubject) -> list[slice]:
     return [slice(i * frames // steps, math.ceil((i + 1) * frames / steps)) for i in range(steps)]
 
 
-def _extent_is_unchanged(subject: EncoderSubject) -> str | None:
+def _extent_is_unchanged(subject: EncoderSubject) -> None:
     extent, expected = subject.grid.extent, subject.frames.extent
-    if torch.equal(extent, expected):
-        return None
-    return f"expected the extent of the frames, {expected.tolist()}, got {extent.tolist()}"
+    require(
+        torch.equal(extent, expected),
+        f"expected the extent of the frames, {expected.tolist()}, got {extent.tolist()}",
+    )
 
 
-def _cells_are_at_their_pixels(subject: EncoderSubject) -> str | None:
+def _cells_are_at_their_pixels(subject: EncoderSubject) -> None:
     """Each corner cell must depend on its own pixels more than on those of the other corners.
 
     The effect of a corner's pixels on a cell is taken as a share of their effect on all cells. So a network
@@ -201,18 +196,19 @@ def _cells_are_at_their_pixels(subject: EncoderSubject) -> str | None:
     for corner in corners:
         changed = subject.encoder(Frames.of(_paint(pixels, corner, (t, h, w)))).values[0]
         effects.append((changed - values).detach().double().norm(dim=-1))
-        if not effects[-1].any():
-            return f"the features do not depend on the pixels of cell {corner} (time step, row, column)"
+        require(
+            effects[-1].any(),
+            f"the features do not depend on the pixels of cell {corner} (time step, row, column)",
+        )
     shares = torch.stack([effect / effect.sum() for effect in effects])
     for number, corner in enumerate(corners):
-        if shares[(slice(None), *corner)].argmax() != number:
-            strongest = tuple(int(i) for i in torch.unravel_index(shares[number].argmax(), (t, h, w)))
-            return (
-                f"the pixels of cell {corner} (time step, row, column) have most effect on the features of "
-                f"cell {strongest}; are rows and columns exchanged, frames in another order, or class and "
-                "register tokens not cut off?"
-            )
-    return None
+        strongest = tuple(int(i) for i in torch.unravel_index(shares[number].argmax(), (t, h, w)))
+        require(
+            shares[(slice(None), *corner)].argmax() == number,
+            f"the pixels of cell {corner} (time step, row, column) have most effect on the features of cell "
+            f"{strongest}; are rows and columns exchanged, frames in another order, or class and register "
+            "tokens not cut off?",
+        )
 
 
 def _paint(pixels: Tensor, cell: tuple[int, int, int], grid: tuple[int, int, int]) -> Tensor:
@@ -230,22 +226,23 @@ def _paint(pixels: Tensor, cell: tuple[int, int, int], grid: tuple[int, int, int
 # Weights ---------------------------------------------------------------------------------
 
 
-def _state_dict_is_complete(subject: EncoderSubject) -> str | None:
+def _state_dict_is_complete(subject: EncoderSubject) -> None:
     other = subject.create()
     other.load_state_dict(subject.encoder.state_dict())
-    fault = difference(other(subject.frames[:1]).values, subject.first.values)
-    return fault and f"{fault} after another encoder loads the state dict"
+    values = other(subject.frames[:1]).values
+    require_equal(values, subject.first.values, " after another encoder loads the state dict")
 
 
-def _loads_what_its_library_saves(subject: EncoderSubject) -> str | None:
+def _loads_what_its_library_saves(subject: EncoderSubject) -> None:
     with TemporaryDirectory() as folder:
         _save_as_its_library(subject.encoder, folder)
         loaded = subject.create(weights=str(Path(folder, "model.safetensors")))
     saved = subject.encoder.net.state_dict()
     for name, tensor in loaded.net.state_dict().items():
-        if not torch.equal(tensor.to(saved[name]), saved[name]):
-            return f"{name} has other values after they were saved by the library and loaded by the encoder"
-    return None
+        require(
+            torch.equal(tensor.to(saved[name]), saved[name]),
+            f"{name} has other values after they were saved by the library and loaded by the encoder",
+        )
 
 
 def _save_as_its_library(encoder: Encoder, folder: str) -> None:
@@ -262,12 +259,12 @@ def _save_as_its_library(encoder: Encoder, folder: str) -> None:
         raise CheckSkipped(f"no library saves self.net, a {type(net).__name__}, as model.safetensors")
 
 
-def _does_not_seed_torch(subject: EncoderSubject) -> str | None:
+def _does_not_seed_torch(subject: EncoderSubject) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(12345)
         _ = subject.create()
         seed = torch.initial_seed()
-    return None if seed == 12345 else f"creating the encoder sets torch's seed to {seed}"
+    require(seed == 12345, f"creating the encoder sets torch's seed to {seed}")
 
 
 ENCODER_CHECKS: Checks = {

@@ -11,8 +11,12 @@ from torch import Tensor
 
 TOLERANCE = 1e-3  # in standard deviations of the values: batched kernels may sum in another order
 
-Check = Callable[[Any], "str | None"]  # takes a subject, returns a description of its fault or None
+Check = Callable[[Any], None]  # takes a subject; raises CheckFailed if something is wrong with it
 Checks = Mapping[Check, tuple[Check, ...]]  # check → the checks that must pass before it, in order
+
+
+class CheckFailed(Exception):
+    """Raised by a check. The message describes the fault."""
 
 
 class CheckSkipped(Exception):
@@ -60,12 +64,14 @@ def run_check(check: Check, subject: Any) -> Finding:
     """Run one check. A check that raises has failed, unless it raises CheckSkipped."""
     try:
         with torch.enable_grad():  # without it, a graph built by forward() would go unnoticed
-            fault = check(subject)
+            check(subject)
     except CheckSkipped as reason:
         return Finding(name_of(check), "skipped", str(reason))
+    except CheckFailed as fault:
+        return Finding(name_of(check), "FAIL", str(fault))
     except (Exception, SystemExit) as error:
-        fault = f"{type(error).__name__}: {error}"
-    return Finding(name_of(check), "FAIL" if fault else "ok", fault or "")
+        return Finding(name_of(check), "FAIL", f"{type(error).__name__}: {error}")
+    return Finding(name_of(check), "ok")
 
 
 def name_of(check: Check) -> str:
@@ -73,11 +79,22 @@ def name_of(check: Check) -> str:
     return check.__name__.strip("_").replace("_", " ")
 
 
-def difference(values: Tensor, expected: Tensor) -> str | None:
-    """Describe how two tensors differ, or return None if they agree up to rounding."""
-    if values.shape != expected.shape:
-        return f"shapes {list(values.shape)} and {list(expected.shape)} differ"
-    largest = (
-        ((values - expected).abs().max() / expected.std().clamp_min(1e-6)).item() if values.numel() else 0.0
-    )
-    return None if largest <= TOLERANCE else f"values differ by {largest:.2g} standard deviations"
+def require(condition: bool | Tensor, fault: str) -> None:
+    """Raise CheckFailed if the condition is false."""
+    if not condition:
+        raise CheckFailed(fault)
+
+
+def require_equal(values: Tensor, expected: Tensor, when: str = "") -> None:
+    """Raise CheckFailed if two tensors differ by more than rounding."""
+    shapes = f"{list(values.shape)} and {list(expected.shape)}"
+    require(values.shape == expected.shape, f"shapes {shapes} differ{when}")
+    if values.numel():
+        error = (values - expected).detach().abs().max() / expected.detach().std().clamp_min(1e-6)
+        require(error <= TOLERANCE, f"values differ by {error:.2g} standard deviations{when}")
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """Raise CheckFailed if some values are NaN or infinite."""
+    invalid = int((~values.isfinite()).sum())
+    require(not invalid, f"{invalid} {what} are NaN or infinite")

@@ -13,7 +13,7 @@ from merv.fusion.fusion import Fusion
 from merv.fusion.mixers import Mixer, cell_positions
 from merv.fusion.projectors import Projector
 from merv.fusion.registry import MIXERS, PROJECTORS
-from merv.testing.findings import Check, Checks, CheckSkipped, difference
+from merv.testing.findings import Check, Checks, CheckSkipped, require, require_equal, require_finite
 from merv.types import WHOLE_PICTURE, Grid
 
 EMBED_DIMS = {"a": 8, "b": 12, "c": 6}  # encoder → D
@@ -40,25 +40,45 @@ def _mask() -> Tensor:
     return mask
 
 
-class MixerSubject:
-    """A mixer, the projected features of two clips, and the mixer's tokens."""
+class Subject:
+    """A plug-in; one with random weights, `module`; and what that computes for two clips, `output`."""
+
+    def __init__(self, plugin: type, **options: Any) -> None:
+        self.type, self.options = plugin, options
+
+    def create(self) -> Any:
+        """Create another mixer or projector with its initial weights."""
+        raise NotImplementedError
+
+    def create_fusion(self) -> Fusion:
+        """Create a fusion with the plug-in."""
+        raise NotImplementedError
+
+    def run(self, module: Any, clips: slice = slice(None)) -> Tensor:
+        """The output for clips."""
+        raise NotImplementedError
+
+    @cached_property
+    def module(self) -> Any:
+        return _randomize(self.create())
+
+    @cached_property
+    def output(self) -> Tensor:
+        return self.run(self.module)
+
+
+class MixerSubject(Subject):
+    """A mixer, and the projected features of two clips. The output has the real tokens, [N, L]."""
 
     def __init__(self, mixer: type[Mixer], **options: Any) -> None:
-        self.type, self.options = mixer, options
-        self.streams = _random(2, len(EMBED_DIMS), *GRID, OUTPUT_DIM)
-        self.mask = _mask()
+        super().__init__(mixer, **options)
+        self.streams, self.mask = _random(2, len(EMBED_DIMS), *GRID, OUTPUT_DIM), _mask()
 
     def create(self) -> Mixer:
-        """Create another mixer with its initial weights."""
         return MIXERS.create(self.type, OUTPUT_DIM, len(EMBED_DIMS), **self.options)
 
     def create_fusion(self) -> Fusion:
-        """Create a fusion with such a mixer."""
         return Fusion(EMBED_DIMS, OUTPUT_DIM, self.type, mixer_options=self.options)
-
-    @cached_property
-    def module(self) -> Mixer:
-        return _randomize(self.create())
 
     def mix(
         self, mixer: Mixer, streams: Tensor, clips: slice = slice(None)
@@ -68,79 +88,58 @@ class MixerSubject:
         return mixer(streams[clips], self.mask[clips], question)
 
     def run(self, module: Mixer, clips: slice = slice(None)) -> Tensor:
-        """The real tokens of clips, [N, L]."""
         tokens, real, _ = self.mix(module, self.streams, clips)
         return tokens[real]
 
-    @cached_property
-    def output(self) -> Tensor:
-        with torch.no_grad():
-            return self.run(self.module)
 
-
-class ProjectorSubject:
-    """A projector, the features of two clips, and the projector's output."""
+class ProjectorSubject(Subject):
+    """A projector, and the features of two clips."""
 
     def __init__(self, projector: type[Projector], **options: Any) -> None:
-        self.type, self.options = projector, options
+        super().__init__(projector, **options)
         self.features = _random(2, *GRID, INPUT_DIM)
 
     def create(self) -> Projector:
-        """Create another projector with its initial weights."""
         return PROJECTORS.create(self.type, INPUT_DIM, OUTPUT_DIM, **{"norm": True, **self.options})
 
     def create_fusion(self) -> Fusion:
-        """Create a fusion with such projectors."""
         return Fusion(EMBED_DIMS, OUTPUT_DIM, "mean", projector=self.type, projector_options=self.options)
 
-    @cached_property
-    def module(self) -> Projector:
-        return _randomize(self.create())
-
     def run(self, module: Projector, clips: slice = slice(None)) -> Tensor:
-        """The projected features of clips."""
         return module(self.features[clips])
 
-    @cached_property
-    def output(self) -> Tensor:
-        with torch.no_grad():
-            return self.run(self.module)
-
-
-Subject = MixerSubject | ProjectorSubject
 
 # Mixers and projectors --------------------------------------------------------------------
 
 
-def _can_be_created(subject: Subject) -> str | None:
+def _can_be_created(subject: Subject) -> None:
     _ = subject.module
-    return None
 
 
-def _clips_are_independent(subject: Subject) -> str | None:
-    with torch.no_grad():
-        clips = [subject.run(subject.module, slice(i, i + 1)) for i in range(2)]  # type: ignore[arg-type]
-    return difference(torch.cat(clips), subject.output)
+def _clips_are_independent(subject: Subject) -> None:
+    clips = [subject.run(subject.module, slice(i, i + 1)) for i in range(2)]
+    require_equal(torch.cat(clips), subject.output)
 
 
-def _every_parameter_gets_a_gradient(subject: Subject) -> str | None:
-    module: Any = copy.deepcopy(subject.module).train()
+def _every_parameter_gets_a_gradient(subject: Subject) -> None:
+    module = copy.deepcopy(subject.module).train()
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise CheckSkipped("it has no trainable parameters")
     output = subject.run(module)
     if output.requires_grad:
         output.square().sum().backward()
-    return _missing_gradient(module)
+    _require_gradients(module)
 
 
-def _missing_gradient(module: nn.Module) -> str | None:
+def _require_gradients(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            return f"{name} gets no gradient, which stops plain DDP; use the parameter or remove it"
-    return None
+        require(
+            not parameter.requires_grad or parameter.grad is not None,
+            f"{name} gets no gradient, which stops plain DDP; use the parameter or remove it",
+        )
 
 
-def _folded_form_equals_the_plain_one(subject: Subject) -> str | None:
+def _folded_form_equals_the_plain_one(subject: Subject) -> None:
     fusion: Fusion = _randomize(subject.create_fusion())
     fusion.token_rms = None  # normalized tokens would hide a wrong scale
     times_s, extent, mask = torch.zeros(2, GRID[0]), torch.tensor(WHOLE_PICTURE).expand(2, -1), _mask()
@@ -151,33 +150,30 @@ def _folded_form_equals_the_plain_one(subject: Subject) -> str | None:
     question = _random(2, OUTPUT_DIM) if fusion.mixer.conditioned else None
     if not fusion.is_folded:
         raise CheckSkipped("it cannot be folded")
-    with torch.no_grad():
-        folded = fusion(grids, question)
-        fusion.folded = False
-        plain = fusion(grids, question)
-    return difference(folded.tokens[plain.mask], plain.tokens[plain.mask])
+    folded = fusion(grids, question)
+    fusion.folded = False
+    plain = fusion(grids, question)
+    require_equal(folded.tokens[plain.mask], plain.tokens[plain.mask])
 
 
-def _can_be_saved(subject: Subject) -> str | None:
+def _can_be_saved(subject: Subject) -> None:
     """`Fusion.config` raises if a checkpoint cannot describe the plug-in."""
     subject.create_fusion().config()
-    return None
 
 
-def _state_dict_is_complete(subject: Subject) -> str | None:
-    other: Any = subject.create().eval()
+def _state_dict_is_complete(subject: Subject) -> None:
+    other = subject.create().eval()
     other.load_state_dict(subject.module.state_dict())
-    with torch.no_grad():
-        fault = difference(subject.run(other), subject.output)
-    return fault and f"{fault} after another {type(other).__name__} loads the state dict"
+    require_equal(
+        subject.run(other), subject.output, f" after another {type(other).__name__} loads the state dict"
+    )
 
 
 # Mixers -----------------------------------------------------------------------------------
 
 
-def _output_shapes_are_correct(subject: MixerSubject) -> str | None:
-    with torch.no_grad():
-        tokens, mask, weights = subject.mix(subject.module, subject.streams)
+def _output_shapes_are_correct(subject: MixerSubject) -> None:
+    tokens, mask, weights = subject.mix(subject.module, subject.streams)
     t, h, w = GRID
     count = subject.module.num_tokens(t * h * w)
     positions = subject.module.positions(cell_positions(torch.zeros(2, t), h, w))
@@ -187,71 +183,60 @@ def _output_shapes_are_correct(subject: MixerSubject) -> str | None:
         ("positions", positions, [2, count, 3]),
         ("weights", weights, list(subject.mask.shape)),
     ):
-        if tensor is not None and list(tensor.shape) != expected:
-            return (
-                f"expected {name} {expected} for {t * h * w} cells (num_tokens is {count}), "
-                f"got {list(tensor.shape)}"
-            )
-    if not mask.any(dim=1).all():
-        return "the mask is False for all tokens of a clip that has features"
-    invalid = int((~tokens[mask].isfinite()).sum())
-    return f"{invalid} numbers in tokens are NaN or infinite" if invalid else None
+        shape = expected if tensor is None else list(tensor.shape)
+        cells = f"{t * h * w} cells (num_tokens is {count})"
+        require(shape == expected, f"expected {name} {expected} for {cells}, got {shape}")
+    require(mask.any(dim=1).all(), "the mask is False for all tokens of a clip that has features")
+    require_finite(tokens[mask], "numbers in tokens")
 
 
-def _weights_sum_to_one_over_present_encoders(subject: MixerSubject) -> str | None:
-    with torch.no_grad():
-        _, _, weights = subject.mix(subject.module, subject.streams)
+def _weights_sum_to_one_over_present_encoders(subject: MixerSubject) -> None:
+    _, _, weights = subject.mix(subject.module, subject.streams)
     if weights is None:
         raise CheckSkipped("it returns no weights")
-    if weights[~subject.mask].any():
-        return "an encoder has a weight at a cell that it does not see"
+    require(not weights[~subject.mask].any(), "an encoder has a weight at a cell that it does not see")
     sums = weights.sum(dim=1)[subject.mask.any(dim=1)]
     worst = sums[(sums - 1).abs().argmax()].item()
-    return None if abs(worst - 1) < 1e-4 else f"the weights of a cell sum to {worst:.4g} instead of 1"
+    require(abs(worst - 1) < 1e-4, f"the weights of a cell sum to {worst:.4g} instead of 1")
 
 
-def _masked_features_are_ignored(subject: MixerSubject) -> str | None:
+def _masked_features_are_ignored(subject: MixerSubject) -> None:
     noise = 100 * _random(*subject.streams.shape, seed=5)
     streams = torch.where(subject.mask[..., None], subject.streams, noise)
-    with torch.no_grad():
-        tokens, real, _ = subject.mix(subject.module, streams)
-    fault = difference(tokens[real], subject.output)
-    return fault and f"features at masked cells change real tokens: {fault}"
+    tokens, real, _ = subject.mix(subject.module, streams)
+    require_equal(tokens[real], subject.output, " if the features at masked cells change")
 
 
-def _accepts_a_clip_without_features(subject: MixerSubject) -> str | None:
+def _accepts_a_clip_without_features(subject: MixerSubject) -> None:
     """A training step without a video runs the fusion on one cell that no encoder sees."""
     mixer = copy.deepcopy(subject.module).train()
     streams = _random(1, len(EMBED_DIMS), 1, 1, 1, OUTPUT_DIM).requires_grad_()
     question = _random(1, OUTPUT_DIM) if mixer.conditioned else None
     tokens, _, _ = mixer(streams, torch.zeros(streams.shape[:-1], dtype=torch.bool), question)
     (0.0 * tokens.sum()).backward()
-    if not tokens.isfinite().all():
-        return "tokens are NaN or infinite if the mask is False everywhere"
+    require_finite(tokens, "numbers in tokens of a clip that no encoder sees")
     for name, parameter in mixer.named_parameters():
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
-            return f"the gradient of {name} is NaN or infinite if the mask is False everywhere"
-    return _missing_gradient(mixer)
+        if parameter.grad is not None:
+            require_finite(parameter.grad, f"gradients of {name}, for a clip that no encoder sees,")
+    _require_gradients(mixer)
 
 
 # Projectors -------------------------------------------------------------------------------
 
 
-def _output_shape_is_correct(subject: ProjectorSubject) -> str | None:
+def _output_shape_is_correct(subject: ProjectorSubject) -> None:
     shape, expected = list(subject.output.shape), [*subject.features.shape[:-1], OUTPUT_DIM]
-    if shape != expected:
-        return f"expected {expected} for features {list(subject.features.shape)}, got {shape}"
-    invalid = int((~subject.output.isfinite()).sum())
-    return f"{invalid} projected features are NaN or infinite" if invalid else None
+    require(
+        shape == expected, f"expected {expected} for features {list(subject.features.shape)}, got {shape}"
+    )
+    require_finite(subject.output, "projected features")
 
 
-def _scale_can_be_initialized(subject: ProjectorSubject) -> str | None:
+def _scale_can_be_initialized(subject: ProjectorSubject) -> None:
     """`Fusion.init_scale` runs before training."""
     projector = subject.create()
     projector.init_scale(0.1)
-    return (
-        None if subject.run(projector).isfinite().all() else "the output is NaN or infinite after init_scale"
-    )
+    require_finite(subject.run(projector), "projected features, after init_scale,")
 
 
 def _shared(shapes: Check) -> dict[Check, tuple[Check, ...]]:

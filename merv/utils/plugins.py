@@ -16,10 +16,10 @@ import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from operator import attrgetter
+from pkgutil import resolve_name
 from typing import Any
 
 from merv.errors import AmbiguousPlugin, BrokenPlugin, MervError, PluginError, UnknownPlugin
@@ -154,10 +154,9 @@ class Registry:
             return True
         # A package may register a class by another path than the one that defines it.
         for plugin in plugins:
-            if re.split("[.:]", plugin.value)[0] == re.split("[.:]", path)[0]:
-                with suppress(BrokenPlugin):
-                    if class_path(plugin.load()) == path:
-                        return True
+            with suppress(BrokenPlugin):
+                if _package(plugin.value) == _package(path) and class_path(plugin.load()) == path:
+                    return True
         return False
 
 
@@ -191,7 +190,7 @@ class Plugin:
             BrokenPlugin: The class cannot be imported, or does not satisfy the contract.
         """
         try:
-            loaded = _import(self.value)
+            loaded = resolve_name(self.value.replace(" ", ""))  # "module : Class" is allowed
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # the module of a plug-in may raise anything, SystemExit included
@@ -200,9 +199,8 @@ class Plugin:
 
     def check(self, loaded: Any) -> type:
         """Return `loaded` if it satisfies the contract of its kind; raise BrokenPlugin otherwise."""
-        base = _import(self.registry.base)
-        is_subclass = isinstance(loaded, type) and issubclass(loaded, base)
-        if not is_subclass:
+        base: Any = resolve_name(self.registry.base)
+        if not (isinstance(loaded, type) and issubclass(loaded, base)):
             raise self.broken(f"is {loaded!r}; expected a subclass of merv.{base.__name__}")
         if hasattr(base, "class_fault") and (fault := loaded.class_fault()):
             raise self.broken(fault)
@@ -225,7 +223,7 @@ def trust(path: str) -> None:
         PluginError: The path is not that of a class, or the class cannot be imported.
     """
     try:
-        loaded = _import(path)
+        loaded = resolve_name(path)
     except (Exception, SystemExit) as error:
         raise PluginError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     if not isinstance(loaded, type):
@@ -250,19 +248,17 @@ def is_importable(cls: type) -> bool:
     return False
 
 
-def _import(path: str) -> Any:
-    """Import the object at `module:name`; the module itself if there is no name."""
-    module, _, name = path.partition(":")
-    imported = import_module(module.strip())
-    return attrgetter(name.strip())(imported) if name else imported
-
-
 def _canonical(distribution: str) -> str:
     """The normalized name of a distribution (PEP 503)."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
+def _package(path: str) -> str:
+    """The top-level package of a path, `package.module:Class`."""
+    return re.split("[.:]", path)[0]
+
+
 def _is_module(path: str) -> bool:
-    """Whether the top-level package of a dotted path exists. Nothing is imported."""
-    top = path.partition(".")[0]
+    """Whether the top-level package of a path exists. Nothing is imported."""
+    top = _package(path)
     return bool(top) and (top in sys.modules or find_spec(top) is not None)
