@@ -1,4 +1,18 @@
-"""The `merv` command: a table of subcommands, each in a module that is imported when it is called."""
+"""Connect any set of frozen visual encoders to any language model.
+
+usage: merv COMMAND [ARGUMENT ...]
+       merv --help | --version
+
+examples:
+  merv encoders --long                                list the installed encoders in detail
+  merv ask clip.mp4 "What happens?" --model FOLDER    ask a trained model about a video
+  merv fit --config demo                              train with a recipe
+  merv COMMAND --help                                 show the options of a command
+
+environment variables:
+  MERV_DEBUG=1         show the traceback of an error
+  MERV_CACHE=FOLDER    use another cache folder than ~/.cache/merv
+"""
 
 from __future__ import annotations
 
@@ -33,28 +47,6 @@ COMMANDS = {
 # untrusted model, so a command that loads models is not among them.
 IMPORT_FROM_CWD = ("encoders", "plugins", "plan", "fit", "demo")
 
-HELP = """\
-usage: merv COMMAND [ARGUMENT ...]
-
-Connect any set of frozen visual encoders to any language model.
-
-commands:
-{commands}
-
-options:
-  -h, --help   show this help
-  --version    show the version
-
-examples:
-  merv encoders --long                                list the installed encoders in detail
-  merv ask clip.mp4 "What happens?" --model FOLDER    ask a trained model about a video
-  merv fit --config demo                              train with a recipe
-  merv COMMAND --help                                 show the options of a command
-
-environment variables:
-  MERV_DEBUG=1         show the traceback of an error
-  MERV_CACHE=FOLDER    use another cache folder than ~/.cache/merv"""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `merv` and return the exit status of the command.
@@ -84,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, arguments: list[str]) -> int:
     """Import the module of a command, parse the arguments, run the command and return its exit status."""
     if name in ("-h", "--help"):
-        print(HELP.format(commands="\n".join(f"  {name:13}{text}" for name, text in COMMANDS.items())))
+        print(__doc__, "commands:", *(f"  {name:13}{text}" for name, text in COMMANDS.items()), sep="\n")
         return 0
     if name == "--version":
         print(f"merv {version('merv')}")

@@ -199,8 +199,9 @@ class Plugin:
 
     def check(self, loaded: Any) -> type:
         """Return `loaded` if it satisfies the contract of its kind; raise BrokenPlugin otherwise."""
-        base: Any = resolve_name(self.registry.base)
-        if not (isinstance(loaded, type) and issubclass(loaded, base)):
+        base = resolve_name(self.registry.base)
+        is_subclass = isinstance(loaded, type) and issubclass(loaded, base)
+        if not is_subclass:
             raise self.broken(f"is {loaded!r}; expected a subclass of merv.{base.__name__}")
         if hasattr(base, "class_fault") and (fault := loaded.class_fault()):
             raise self.broken(fault)

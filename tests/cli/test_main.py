@@ -51,7 +51,7 @@ def test_help_lists_every_command(capsys):
 
 def test_no_arguments_show_the_help(capsys):
     assert merv() == 0
-    assert capsys.readouterr().out.startswith("usage: merv COMMAND")
+    assert "usage: merv COMMAND" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
