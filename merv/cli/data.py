@@ -8,11 +8,13 @@ import os
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merv.errors import WeightsError
-from merv.utils.files import temporary_beside
+from merv.errors import DataError, WeightsError
+from merv.utils.files import temporary_beside, write_whole
 
 if TYPE_CHECKING:
     from merv.data.check import Report
@@ -80,6 +82,11 @@ def run(args: argparse.Namespace) -> int:
     """Check the files and write the requested outputs; return 1 if anything is invalid."""
     from merv.data.check import check_data
 
+    folder, clean = (Path(os.path.expanduser(path)) if path else None for path in (args.report, args.clean))
+    for created in folder, clean and clean.parent:
+        if created:
+            with _write_errors(created):  # before the work, not after it
+                created.mkdir(parents=True, exist_ok=True)
     report = check_data(
         args.files,
         root=args.root,
@@ -93,12 +100,17 @@ def run(args: argparse.Namespace) -> int:
     )
     method = "measured by the tokenizer" if args.llm else "estimated at 4 characters per token"
     lengths = f"Lengths of texts are {method}; a video or image counts as {args.visual_tokens} tokens."
-    sys.stdout.write(summary(report, lengths, MAX_SHOWN))
-    if args.report:
-        write_report(report, lengths, Path(args.report).expanduser())
-        print(f"Wrote report.md and report.json to {args.report}.")
-    if args.clean:
-        write_clean(report, Path(args.clean).expanduser())
+    if folder:
+        write_report(report, lengths, folder)
+    text = summary(report, lengths, MAX_SHOWN)
+    if folder:
+        text += f"Wrote report.md and report.json to {args.report}.\n"
+    # Names of files may hold bytes that are not text
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    if clean:
+        with _write_errors(clean):
+            write_clean(report, clean)
         print(f"Wrote {len(report.valid)} of {len(report.samples)} rows to {args.clean}.")
     return int(bool(report.invalid))
 
@@ -131,8 +143,6 @@ def quantiles(report: Report) -> dict[str, dict[str, float]]:
 
 def write_report(report: Report, lengths: str, folder: Path) -> None:
     """Write report.md for people and report.json for programs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(summary(report, lengths), encoding="utf-8")
     content = {
         "counts": report.counts,
         "quantiles": quantiles(report),
@@ -140,8 +150,23 @@ def write_report(report: Report, lengths: str, folder: Path) -> None:
         "invalid": [vars(finding) for finding in report.invalid],
         "notes": [vars(finding) for finding in report.notes],
     }
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    texts = {
+        "report.md": summary(report, lengths),
+        "report.json": json.dumps(content, indent=1, ensure_ascii=False) + "\n",
+    }
+    with _write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            # Names of files may hold bytes that are not text; they become the escapes of JSON
+            write_whole(folder / name, text.encode("utf-8", "backslashreplace"))
+
+
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be written: {error}. Choose another path.") from error
 
 
 def write_clean(report: Report, path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -154,10 +155,11 @@ def check_data(
     sets = [samples, open_samples(against, root) if against else Samples([])]
     parallel_map = partial(_parallel_map, num_workers=num_workers, progress=progress)
     rows, eval_rows = (
-        list(
-            parallel_map(
-                partial(_check_row, sets[i], i, tokenizer, visual_tokens), range(len(sets[i])), "rows"
-            )
+        parallel_map(
+            partial(_check_row, sets[i], i, tokenizer, visual_tokens),
+            partial(_failed_row, sets[i]),
+            range(len(sets[i])),
+            "rows",
         )
         for i in range(2)
     )
@@ -168,11 +170,12 @@ def check_data(
     )
     checks: dict[Media, MediaCheck] = {}
     for sources, mode in (train_media, media), (eval_media, "none"):
-        results = parallel_map(partial(_check_media, sets, mode), list(sources), "videos and images")
+        check = partial(_check_media, sets, mode)
+        results = parallel_map(check, _failed_media, list(sources), "videos and images")
         checks.update(zip(sources, results, strict=True))
     sizes = Counter(check.num_bytes for check in checks.values())
     same_size = [s for s, check in checks.items() if check.num_bytes and sizes[check.num_bytes] > 1]
-    keys = parallel_map(partial(_content_key, sets), same_size, "contents of equal size")
+    keys = parallel_map(partial(_content_key, sets), _failed_key, same_size, "contents of equal size")
     content = {source: source for source in checks} | dict(zip(same_size, keys, strict=True))
     builder = _ReportBuilder(report, checks, content, eval_rows, max_tokens)
     for index, row in enumerate(rows):
@@ -207,27 +210,88 @@ def _foreign_members(files: Sequence[Rows]) -> list[Finding]:
 
 
 def _parallel_map(
-    work: Callable[[Any], Any], items: Sequence[Any], name: str, *, num_workers: int, progress: bool
-) -> Iterator[Any]:
-    """Yield `work(item)` of each item, in order.
+    work: Callable[[Any], Any],
+    failed: Callable[[Any, str], Any],
+    items: Sequence[Any],
+    name: str,
+    *,
+    num_workers: int,
+    progress: bool,
+) -> list[Any]:
+    """Return `work(item)` of each item; `failed(item, reason)` if it raises or its process is killed."""
+    results: list[Any] = []
+    with tqdm(total=len(items), desc=name, disable=None if progress else True) as bar:
+        while len(results) < len(items):
+            was_killed = False
+            try:
+                for chunk in _map_chunks(work, failed, items[len(results) :], CHUNK_SIZE, num_workers):
+                    results += chunk
+                    bar.update(len(chunk))
+            except RuntimeError:  # a worker was killed, perhaps at this chunk
+                was_killed = True
+            if was_killed:  # after `except`, because the exception keeps the other workers alive
+                chunk = [
+                    _isolated(work, failed, item) for item in items[len(results) : len(results) + CHUNK_SIZE]
+                ]
+                results += chunk
+                bar.update(len(chunk))
+    return results
+
+
+def _map_chunks(
+    work: Callable[[Any], Any],
+    failed: Callable[[Any, str], Any],
+    items: Sequence[Any],
+    chunk_size: int,
+    num_workers: int,
+) -> Iterator[list[Any]]:
+    """Yield the results of each chunk. RuntimeError: a worker was killed.
 
     A DataLoader sends `work`, which holds the index of all samples, to each worker once; a process pool would
     send it with each chunk.
     """
     loader: Any = DataLoader(
         items,  # type: ignore[arg-type]
-        batch_size=CHUNK_SIZE,
-        collate_fn=partial(_map_chunk, work),
-        num_workers=min(num_workers, -(-len(items) // CHUNK_SIZE)),
+        batch_size=chunk_size,
+        collate_fn=partial(_map_chunk, work, failed),
+        num_workers=min(num_workers, -(-len(items) // chunk_size)),
     )
-    with tqdm(total=len(items), desc=name, disable=None if progress else True) as bar:
-        for results in loader:
-            yield from results
-            bar.update(len(results))
+    return iter(loader)
 
 
-def _map_chunk(work: Callable[[Any], Any], chunk: Sequence[Any]) -> list[Any]:
-    return [work(item) for item in chunk]
+def _map_chunk(
+    work: Callable[[Any], Any], failed: Callable[[Any, str], Any], chunk: Sequence[Any]
+) -> list[Any]:
+    results = []
+    for item in chunk:
+        try:
+            results.append(work(item))
+        except Exception as error:  # whatever it is, the other items are still checked
+            results.append(failed(item, f"unexpected {type(error).__name__}: {error}"))
+    return results
+
+
+def _isolated(work: Callable[[Any], Any], failed: Callable[[Any, str], Any], item: Any) -> Any:
+    """Return `work(item)`, computed in a process of its own."""
+    try:
+        (results,) = _map_chunks(work, failed, [item], 1, 1)
+    except RuntimeError as error:
+        signal = re.search(r"signal: ([^.]*)", f"{error} {error.__cause__}")
+        ended = f"was killed ({signal[1]})" if signal else "ended"
+        return failed(item, f"the process that read it {ended}: a crash, or not enough memory")
+    return results[0]
+
+
+def _failed_row(samples: Samples, index: int, reason: str) -> RowCheck:
+    return RowCheck(samples.origin(index), reason)
+
+
+def _failed_media(media: Media, reason: str) -> MediaCheck:
+    return MediaCheck(0, f"{_name_of(media)}: {reason}")
+
+
+def _failed_key(media: Media, reason: str) -> Media:
+    return media
 
 
 def _check_row(samples: Samples, set_index: int, tokenizer: Any, visual_tokens: int, index: int) -> RowCheck:

@@ -1,9 +1,12 @@
 """A data set with many kinds of damage among valid rows of every form: each damage is one finding."""
 
+import gzip
 import io
 import json
 import os
 import re
+import signal
+import sys
 import tarfile
 import wave
 import zlib
@@ -16,11 +19,14 @@ import pytest
 from datasets import Dataset, Image, Video, config
 from llama_tokenizer import write_llama_tokenizer
 from PIL import Image as Picture
+from pyarrow import Table
+from pyarrow.parquet import ParquetFile, write_table
 
 from merv.cli import main as cli
 from merv.cli.data import write_clean
 from merv.data.check import Report, check_data
 from merv.data.sources import open_samples
+from merv.errors import UnreadableVideo
 from merv.testing import make_video, tiny_llm
 
 A, B = "a.mp4", "b.mp4"
@@ -457,3 +463,161 @@ def test_lengths_are_those_of_the_tokenizer_file(tmp_path):
 def test_folder_without_a_tokenizer_is_an_error(tmp_path, capsys):
     assert cli.main(["data", "check", "a.jsonl", "--llm", str(tmp_path)]) == 2
     assert f"tokenizer from {str(tmp_path)!r}" in capsys.readouterr().err
+
+
+# Whatever happens in one file, the others are checked ----------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_unexpected_error_is_a_finding(tmp_path, monkeypatch, num_workers):
+    def open_video(source):
+        if "b.mp4" in source:
+            raise ZeroDivisionError("no frames")
+        raise UnreadableVideo(f"{source}: not a video.")
+
+    monkeypatch.setattr("merv.data.check.open_video", open_video)
+    report = check_data(
+        write(tmp_path / "a.jsonl", *(ours(n, f"{n}.mp4") for n in "abc")), num_workers=num_workers
+    )
+    assert ["ZeroDivisionError" in finding.reason for finding in report.invalid] == [False, True, False]
+    assert "b.mp4" in report.invalid[1].reason
+
+
+def test_killed_workers_are_findings_and_lose_nothing(tmp_path, monkeypatch):
+    """Three of 40 videos end the process that reads them; all others get their own finding."""
+    deadly = {"3": signal.SIGKILL, "4": signal.SIGHUP, "38": signal.SIGKILL}
+
+    def open_video(source):
+        if number := deadly.get(Path(source).stem):
+            os.kill(os.getpid(), number)
+        raise UnreadableVideo(f"{source}: not a video.")
+
+    monkeypatch.setattr("merv.data.check.open_video", open_video)
+    file = write(tmp_path / "a.jsonl", *(ours(str(n), f"{n}.mp4") for n in range(40)))
+    report = check_data(file, num_workers=2)
+    assert [finding.origin for finding in report.invalid] == [f"{file}:{n}" for n in range(1, 41)]
+    killed = {
+        int(finding.origin.rpartition(":")[2]) - 1: finding.reason
+        for finding in report.invalid
+        if "the process that read it" in finding.reason
+    }
+    assert list(killed) == [3, 4, 38]
+    for number, reason in killed.items():
+        assert f"{number}.mp4: " in reason
+
+
+NOT_UTF8 = os.fsdecode(b"\xff")
+
+
+@pytest.fixture
+def bad_files(tmp_path, monkeypatch) -> dict[str, str]:
+    """A folder `data` with one damaged file of each kind and a valid one; name → pattern of its finding."""
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    row = ours("Why", "none.mp4")
+    content = json.dumps(messages(("user", "Why?"), ("assistant", "So."))).encode()
+    write_table(Table.from_pylist([row] * 20), folder / "whole", row_group_size=10)
+    table = bytearray((folder / "whole").read_bytes())
+    with ParquetFile(folder / "whole") as file:
+        page = file.metadata.row_group(1).column(0).data_page_offset
+    (folder / "whole").unlink()
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as shard:
+        for n in range(2):
+            member = tarfile.TarInfo(f"{n}.json")
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    Dataset.from_list([row] * 3).save_to_disk(folder / "saved")
+    (arrow,) = (folder / "saved").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:200])
+    (folder / "plain").mkdir()
+    os.mkfifo(folder / "pipe.jsonl")
+    deep = b"[" * 100_000 + b"]" * 100_000
+    files = {
+        "valid.jsonl": content,
+        f"{NOT_UTF8}.jsonl": b"{",
+        "deep.jsonl": deep,
+        "deep.json": b"[" + deep + b"]",
+        "digits.jsonl": b"1" * 5000,
+        "bytes.jsonl": b"\xff",
+        "list.jsonl": b"[]\n[1]",
+        "surrogate.jsonl": json.dumps(ours("Why", "\ud800.mp4")).encode(),
+        "null.jsonl": json.dumps(ours("Why", "\0.mp4")).encode(),
+        "long.jsonl": json.dumps(ours("Why", "long" * 99)).encode(),
+        "empty.parquet": b"",
+        "noise.parquet": b"PAR1" + bytes(999),
+        "cut.parquet": table[:-50],
+        "page.parquet": table[:page]
+        + bytes(255 - byte for byte in table[page : page + 30])
+        + table[page + 30 :],
+        "header.tar": tar.getvalue()[:1100] + b"x" + tar.getvalue()[1101:],
+        "cut.tar": tar.getvalue()[:1024],
+        "packed.tar": gzip.compress(tar.getvalue()),
+        "a.jsonl.gz": gzip.compress(content),
+    }
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    reasons = {
+        "page.parquet": "row group 1 ",
+        "header.tar": "at byte 1024",
+        "pipe.jsonl": "pipe",
+        "saved": "",
+        "plain": "",
+    }
+    reasons |= {
+        "surrogate.jsonl": "ud800",
+        "null.jsonl": "null",
+        "long.jsonl": "too long",
+        "digits.jsonl": "5000 digits",
+    }
+    return {name: "" for name in files if name != "valid.jsonl"} | reasons
+
+
+@pytest.mark.parametrize("num_workers", ["0", "2"])
+def test_folder_of_damaged_files_ends_with_a_report_that_lists_each(bad_files, num_workers, capsys):
+    arguments = [
+        "data",
+        "check",
+        "data/*",
+        "none.jsonl",
+        "\ud800.jsonl",
+        "\0.jsonl",
+        "x" * 300,
+        "--num-workers",
+        num_workers,
+    ]
+    assert cli.main([*arguments, "--report", "out", "--clean", "clean.jsonl"]) == 1
+    printed = capsys.readouterr().out
+    assert "Wrote report.md and report.json to out." in printed
+    assert "Wrote 1 of " in printed
+    content = json.loads(Path("out/report.json").read_text("utf-8"))
+    found = {finding["origin"]: finding["reason"] for finding in content["invalid"]}
+    for name, reason in bad_files.items():
+        (origin,) = [
+            origin for origin in found if re.fullmatch(re.escape(f"data/{name}") + r"(:1|\[0\])?", origin)
+        ]
+        assert re.search(reason, found[origin]), (name, found[origin])
+    assert {"none.jsonl", "\ud800.jsonl", "\0.jsonl", "x" * 300} <= set(found)
+    assert "data/valid.jsonl:1" not in found
+    assert r"data/\udcff.jsonl:1: " in Path("out/report.md").read_text("utf-8")
+
+
+def test_report_that_cannot_be_written_is_an_error_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("merv.data.check.check_data", None)
+    Path("file").touch()
+    for option in ["--report", "file/out"], ["--report", "file"], ["--clean", "file/clean.jsonl"]:
+        assert cli.main(["data", "check", "a.jsonl", *option]) == 2
+        assert "file" in capsys.readouterr().err
+
+
+def test_names_are_escaped_on_a_terminal_without_unicode(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(f"{NOT_UTF8}ä.jsonl").write_text("{")
+    out = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding="ascii"))
+    assert cli.main(["data", "check", f"{NOT_UTF8}ä.jsonl", "--num-workers", "0"]) == 1
+    sys.stdout.flush()
+    assert rb"- \udcff\xe4.jsonl:1: " in out.getvalue()
