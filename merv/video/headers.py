@@ -10,6 +10,9 @@ import av
 
 from merv.video.reports import reports
 
+SLICE = re.compile(
+    rb"\0\0\x01[\x01\x21\x41\x61\x05\x25\x45\x65](.{1,32})", re.DOTALL
+)  # a part of a picture of H.264
 VOP = b"\0\0\1\xb6"  # before a picture of MPEG-4
 VOL = re.compile(rb"\0\0\x01[\x20-\x2f]")  # before the header of all pictures
 VOL_BITS = re.compile(
@@ -39,13 +42,12 @@ class Pictures:
         self._extradata = codec.extradata or b""
         self._time_bits = 0  # MPEG-4: length of the time in a picture
         self._packed = False  # MPEG-4: the packet before contained two pictures
-        self._field: tuple[int, int] | None = None  # H.264: number of the frame and parity of its first field
-        self._trace: Any = None  # H.264: FFmpeg's filter that logs headers; None if no picture is a field
-        if codec.name == "h264":
-            with reports(av.logging.INFO) as log, suppress(av.error.FFmpegError):
-                self._trace = av.BitStreamFilterContext("trace_headers", stream)
-            if _values(log).get("frame_mbs_only_flag") != 0:
-                self._trace = None
+        self._field: tuple[str, str] | None = None  # H.264: number of the frame and parity of its first field
+        self._sps = _sps(stream) if codec.name == "h264" else {}
+        self._with_start_codes: Any = None  # H.264: a filter for packets; None if no picture is a field
+        if self._sps.get("frame_mbs_only_flag") == 0:
+            with suppress(av.error.FFmpegError):
+                self._with_start_codes = av.BitStreamFilterContext("h264_mp4toannexb", stream)
 
     def shows_frame(self, packet: Any) -> bool:
         """Return whether a packet shows a frame; True if its header is damaged."""
@@ -65,19 +67,23 @@ class Pictures:
         return not re.match(f"..1*0.{{{1 + self._time_bits + 1}}}0", picture)
 
     def _h264(self, packet: Any) -> bool:
-        if self._trace is None:
+        if self._with_start_codes is None:
             return True
-        with reports(av.logging.INFO) as log, suppress(av.error.FFmpegError):
-            self._trace.filter(av.Packet(packet))  # of a copy, because a filter takes the content
-        values = _values(log)
-        if "field_pic_flag" not in values:
-            return True
-        field = (
-            (values["frame_num"], values.get("bottom_field_flag", 0)) if values["field_pic_flag"] else None
-        )
-        is_second = field is not None and self._field == (field[0], 1 - field[1])
-        self._field = None if is_second else field
-        return not is_second
+        number_bits = self._sps["log2_max_frame_num_minus4"] + 4
+        with suppress(av.error.FFmpegError, ValueError, IndexError):
+            (copy,) = self._with_start_codes.filter(av.Packet(packet))  # a filter takes the content
+            if header := SLICE.search(bytes(copy)):
+                bits = _bits(header[1].replace(b"\0\0\3", b"\0\0"))  # undo the escape of start codes
+                position = 0
+                for _ in range(3):  # Exp-Golomb numbers: n zeros and n + 1 bits
+                    position = 2 * bits.index("1", position) - position + 1
+                position += 2 * self._sps.get("separate_colour_plane_flag", 0)
+                number, position = bits[position : position + number_bits], position + number_bits
+                field = (number, bits[position + 1]) if bits[position] == "1" else None
+                is_second = field is not None and self._field == (number, "10"[int(field[1])])
+                self._field = None if is_second else field
+                return not is_second
+        return True
 
 
 def _time_bits(data: bytes) -> int:
@@ -96,11 +102,13 @@ def _bits(data: bytes) -> str:
     return "".join(f"{byte:08b}" for byte in data)
 
 
-def _values(log: list[tuple[int, str, str]]) -> dict[str, int]:
-    """Return the values that the filter trace_headers has logged; the first one if a name occurs again.
+def _sps(stream: Any) -> dict[str, int]:
+    """Return the values in the header of an H.264 stream, named as in the standard, which FFmpeg logs.
 
-    >>> _values([(32, "trace_headers", "61          frame_mbs_only_flag          1 = 0")])
-    {'frame_mbs_only_flag': 0}
+    It is empty if the header is damaged or not stored apart from the pictures.
     """
-    lines = (re.search(r"(\w+) +[01]+ = (\d+)\s*$", message) for _, _, message in reversed(log))
-    return {line[1]: int(line[2]) for line in lines if line}
+    with reports(av.logging.INFO) as log, suppress(av.error.FFmpegError):
+        av.BitStreamFilterContext("trace_headers", stream)
+        lines = (message.split() for _, _, message in log)  # position, name, bits, "=", value
+        return {line[1]: int(line[4]) for line in lines if len(line) == 5 and line[3] == "="}
+    return {}
