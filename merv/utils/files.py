@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import io
 import os
@@ -11,9 +10,10 @@ import re
 import shutil
 import socket
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,13 @@ from typing import BinaryIO, cast
 
 from merv.errors import UnreadableVideo
 
+OTHER_MACHINES_DAYS = 7  # after which a temporary path of another machine counts as abandoned
+CLOCK_TOLERANCE_S = 60  # between the clock of a file system and that of this machine
+INITIAL_NAMESPACE = "4026531836"  # of process numbers, outside of containers
 _ACTIVE: set[str] = set()  # temporary names that this process is using
+_TEMPORARY = re.compile(
+    r"\.(?P<target>.+)\.(?P<machine>[\w-]+)\.(?P<process>\d{1,7})\.[0-9a-f]{8}(?P<old>\.old)?", re.DOTALL
+)
 
 # Where files are ------------------------------------------------------------------------------
 
@@ -231,6 +237,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         replace_folder(temporary, folder)
+    remove_leftovers(folder.parent, folder.name)
 
 
 def replace_folder(new: Path, folder: Path) -> None:
@@ -263,32 +270,93 @@ def temporary_beside(path: Path) -> Iterator[Path]:
         yield temporary
     finally:
         _ACTIVE.discard(temporary.name)
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 def temporaries_beside(path: Path) -> list[Path]:
     """Existing temporary paths of `path`, of any machine, including the `.old` ones of `replace_folder`."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.[\w-]+\.\d+\.[0-9a-f]{{8}}(\.old)?")
-    candidates = path.absolute().parent.glob(f".{glob.escape(path.name)}.*")
-    return sorted(candidate for candidate in candidates if pattern.fullmatch(candidate.name))
+    return [temporary for temporary, match in _temporaries(path.parent) if match["target"] == path.name]
+
+
+def remove_leftovers(folder: Path, target: str | None = None) -> None:
+    """Remove the temporary files and folders in `folder` that killed processes left.
+
+    An `.old` folder is kept if the folder that it belongs to is missing, because its content is all there is.
+
+    Args:
+        folder: The folder.
+        target: Name of the file or folder that they belong to. None: any; the folder must then be merv's own.
+    """
+    for temporary, match in _temporaries(folder):
+        is_needed = match["old"] and not (folder / match["target"]).exists()
+        if target in (None, match["target"]) and not is_needed and is_abandoned(temporary):
+            with suppress(OSError):
+                _remove(temporary)
 
 
 def is_abandoned(temporary: Path) -> bool:
-    """Whether the process that created a temporary path has ended. False if another machine created it."""
-    host, process, *_ = temporary.name.removesuffix(".old").rsplit(".", 3)[1:]
-    if host != _host():
+    """Whether nobody can still be writing a temporary path.
+
+    On this machine, the process that created it has ended. Of another machine, or another container, that is
+    not known: there, nothing in it has changed for a week.
+    """
+    match = _TEMPORARY.fullmatch(temporary.name)
+    if match is None:
         return False
-    if int(process) == os.getpid():  # in a container, every process may have the same number
+    try:
+        changed_s = max(path.stat().st_mtime for path in (temporary, *temporary.rglob("*")))
+    except OSError:  # someone is removing or renaming it
+        return False
+    if match["machine"] != _host():
+        return time.time() - changed_s > OTHER_MACHINES_DAYS * 86400
+    process = int(match["process"])
+    if process == os.getpid():  # in a container, every process may have the same number
         return temporary.name.removesuffix(".old") not in _ACTIVE
     try:
-        os.kill(int(process), 0)  # signal 0 only checks whether the process exists
-    except OSError as error:
-        return not isinstance(error, PermissionError)
-    return False
+        os.kill(process, 0)  # signal 0 only checks whether the process exists
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    started_s = _start_time(process)
+    return started_s is not None and started_s > changed_s + CLOCK_TOLERANCE_S  # its number was given again
 
 
+def _temporaries(folder: Path) -> list[tuple[Path, re.Match[str]]]:
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return []
+    return [(folder / name, match) for name in names if (match := _TEMPORARY.fullmatch(name))]
+
+
+def _start_time(process: int) -> float | None:
+    """When a process was started, in seconds since 1970; None if the system does not tell."""
+    try:
+        # After the name of the program, which may contain spaces; field 22 is the start in ticks
+        ticks = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[22 - 3]
+    except (OSError, IndexError):
+        return None
+    uptime_s = time.clock_gettime(time.CLOCK_BOOTTIME)  # /proc/uptime may be that of a container
+    return time.time() - uptime_s + int(ticks) / os.sysconf("SC_CLK_TCK")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@cache
 def _host() -> str:
-    return re.sub(r"[^\w-]", "-", socket.gethostname()) or "localhost"
+    """The name of this machine, and the namespace of its process numbers if it is that of a container.
+
+    Containers may share the host's name.
+    """
+    try:
+        namespace = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
+    except OSError:
+        namespace = ""
+    parts = [re.sub(r"[^\w-]", "-", socket.gethostname()) or "localhost", namespace]
+    return "-".join(part for part in parts if part not in ("", INITIAL_NAMESPACE))

@@ -13,6 +13,7 @@ from merv.encoding.weights import package_file
 from merv.errors import MissingDependency, WeightsError
 from merv.testing import tiny_llm
 from merv.utils import assets
+from merv.utils.files import _host
 
 FILES = {"models/net.pth": hashlib.sha256(b"an_asset/models/net.pth").hexdigest()}
 ASSET = assets.Asset("an-asset", "1.0", "0" * 64, "an_asset", FILES, "An asset (MIT), 1 MB")
@@ -173,3 +174,21 @@ def test_every_asset_is_pinned():
     for asset in assets.ASSETS:
         assert len(asset.sha256) == 64
         assert asset.version[0].isdigit()
+
+
+def test_cache_that_cannot_be_written_is_an_error_with_a_way_out(cache, installer):
+    cache.write_bytes(b"")  # a file in place of the folder
+    with pytest.raises(WeightsError, match=r"an_asset could not be written: .*MERV_CACHE"):
+        assets.download_asset(ASSET)
+
+
+def test_damaged_marker_counts_as_not_downloaded(cache, installer):
+    (assets.download_asset(ASSET) / "PART").write_bytes(b"\xff\xfe")
+    assert assets.installed_folder("an_asset") is None
+
+
+def test_download_removes_what_a_killed_download_left(cache, installer):
+    leftover = cache / "parts" / f".an_asset.{_host()}.9999999.0123abcd"
+    (leftover / "models").mkdir(parents=True)
+    assets.download_asset(ASSET)
+    assert [path.name for path in (cache / "parts").iterdir()] == ["an_asset"]
