@@ -120,6 +120,19 @@ def test_no_branch_is_created_for_a_pull_request(model, hub):
     assert not hub.create_branch.called
 
 
+def test_pushed_model_has_the_digests_of_its_files(model, llm, hub, tmp_path):
+    model.push_to_hub(REPO, sources={"llm": "someone/llm"})
+    config = json.loads(hub.files["config.json"])
+    assert set(config["sha256"]) == set(hub.files) - {"config.json", "README.md"}
+    assert VideoLLM.from_pretrained(REPO, llm=llm, verify=True)
+    (weights,) = hub.cache.rglob("snapshots/*/model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        VideoLLM.from_pretrained(REPO, llm=llm, verify=True)
+
+
 # Sources ------------------------------------------------------------------------------------
 
 
