@@ -42,7 +42,7 @@ from merv.utils.distributed import (
 )
 from merv.utils.private import is_attached, leave_out_of_ddp
 from merv.utils.suggest import nearest
-from merv.utils.torch_modules import bfloat16_is_slow
+from merv.utils.torch_modules import bfloat16_is_slow, state_dict_mismatch
 
 logger = logging.getLogger(__name__)
 
@@ -325,12 +325,10 @@ class Training(LightningModule):
         }
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` returns; raises TrainingError for missing and unexpected keys."""
-        expected = set(self.state_dict())
-        if expected != set(state):
+        """Load what `state_dict` returns; raises TrainingError for other keys or shapes."""
+        if mismatch := state_dict_mismatch(self.state_dict(), state):
             raise TrainingError(
-                f"The checkpoint does not fit this model. Missing keys: {sorted(expected - set(state))[:4]}; "
-                f"unexpected keys: {sorted(set(state) - expected)[:4]}. Resume with the recipe that wrote it."
+                f"The checkpoint does not fit this model: {mismatch}. Resume with the recipe that wrote it."
             )
         return super().load_state_dict(state, strict=False, assign=assign)
 
