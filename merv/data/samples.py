@@ -326,6 +326,8 @@ def _source(value: Any, root: Path) -> Any:
                 f"only local files are supported; got {_short(value)}. Download it and give its path"
             )
         _check_unicode(value)
+        if "\0" in value:
+            raise ValueError(f"a path cannot contain a null byte; got {_short(value)}")
         return str(root / os.path.expanduser(value))
     if isinstance(value, bytes) or hasattr(value, "read") or is_decoder(value):
         return value

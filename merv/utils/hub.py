@@ -118,7 +118,15 @@ def find_transformer(repo: str, advice: str = ADVICE) -> Path:
             f"transformers. {advice}"
         )
     folder = path.parent  # the cache's layout: …/snapshots/<commit>/<file>
-    names = set(json.loads(path.read_text())["weight_map"].values()) if path.suffix == ".json" else set()
+    names: set[str] = set()
+    if path.suffix == ".json":
+        try:
+            names = set(json.loads(path.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise WeightsError(
+                f"{path} is damaged ({type(error).__name__}: {error}). Delete it, to download it "
+                f"again. {advice}"
+            ) from error
     with suppress(Exception):  # errors of the hub and of its HTTP client share no other base class
         names |= {name for name in _list_files(repo, folder.name) if SMALL_FILE.fullmatch(name)}
     for name in sorted(names):

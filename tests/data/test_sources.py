@@ -333,6 +333,7 @@ def deep(depth: int = 100_000) -> bytes:
         (b"3", "got 3"),
         (b"null", "got None"),
         (b'{"video": "\\ud800.mp4", "questions": [{"question": "?", "answer": "!"}]}', "ud800"),
+        (b'{"video": "\\u0000.mp4", "questions": [{"question": "?", "answer": "!"}]}', "null byte"),
     ],
 )
 def test_malformed_line_is_an_error_with_its_number(tmp_path, line, reason):

@@ -223,3 +223,13 @@ def test_missing_shard_without_the_hub_is_an_error(sharded, answer, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match="00002-of-00002"):
         find_transformer(REPO)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"weight_map": 1}', b"\xff", b"[" * 100_000])
+def test_damaged_index_of_shards_is_named(sharded, answer, content):
+    answer(ConnectionError("no route to host"))
+    index = sharded / "model.safetensors.index.json"
+    index.unlink()
+    index.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json is damaged"):
+        find_transformer(REPO)
