@@ -6,6 +6,7 @@ import os
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from merv.errors import DataError, UnreadableVideo
 from merv.features.store import FeatureStore, video_key
 from merv.models.multi_encoder import MultiEncoder
+from merv.training.module import encode_all
 from merv.types import WHOLE_PICTURE, Grid
 
 
@@ -262,3 +264,14 @@ def test_features_stored_in_inference_mode_can_be_used_in_training():
     linear = torch.nn.Linear(4, 2)
     linear(store.get("k").values.float()).sum().backward()
     assert linear.weight.grad is not None
+
+
+def test_encoding_ahead_ends_when_nothing_can_be_stored(tmp_path, monkeypatch):
+    model = SimpleNamespace(
+        vision=MultiEncoder(["fake"], grid=(4, 2, 2)), feature_store=FeatureStore(tmp_path)
+    )
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    clips = list(torch.randint(256, (3, 8, 3, 32, 32)).byte())
+    encoded = []
+    encode_all(model, [(str(n), clip) for n, clip in enumerate(clips)], should_stop=lambda: encoded.append(1))
+    assert len(encoded) == 2  # the second time, the store is read-only
