@@ -179,9 +179,9 @@ def write_clean(report: Report, path: Path) -> None:
     def path_of(source: Any) -> str:
         if isinstance(source, str):
             return os.path.relpath(source, path.parent)
-        from merv.features.store import video_key
+        from merv.features.keys import content_digest
 
-        file = media_folder / (video_key(source, "")[:32] + Path(getattr(source, "name", "")).suffix)
+        file = media_folder / (content_digest(source)[:32] + Path(getattr(source, "name", "")).suffix)
         if not file.exists():
             media_folder.mkdir(exist_ok=True)
             with temporary_beside(file) as temporary:
@@ -189,7 +189,7 @@ def write_clean(report: Report, path: Path) -> None:
                     if isinstance(source, bytes):
                         out.write(source)
                     else:
-                        source.seek(0)  # `video_key` has read it
+                        source.seek(0)  # `content_digest` has read it
                         shutil.copyfileobj(source, out)
                 temporary.replace(file)
         return os.path.relpath(file, path.parent)

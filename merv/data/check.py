@@ -381,10 +381,10 @@ def _num_bytes(source: Any) -> int:
 
 def _content_key(sets: Sequence[Samples], media: Media) -> Any:
     """Return a hash of the content; `media` itself if it cannot be read."""
-    from merv.features.store import video_key
+    from merv.features.keys import content_digest
 
     try:
-        return video_key(_source_of(sets, media), "")
+        return content_digest(_source_of(sets, media))
     except MervError:
         return media
 

@@ -1,163 +1,358 @@
 """Store aligned features, so that frozen encoders run once per video.
 
-A key is a hash of the content of the video and of everything else that the features depend on. The features
-that are read back equal those that were stored, bit for bit.
+Features are found by a hash of the content of the video and of everything else that they depend on. What is
+read back equals what was stored, bit for bit, unless the store has a smaller `dtype`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-from io import TextIOBase
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from merv.errors import DataError, UnreadableVideo
+from merv.errors import DataError
+from merv.features.places import LocalFolder, RemoteFolder, place_at
+from merv.features.shard import (
+    FeatureKey,
+    InvalidShard,
+    Packed,
+    Record,
+    ShardWriter,
+    digest_of,
+    grid_of,
+    header_size,
+    pack,
+    parse,
+    recover,
+)
 from merv.types import Grid
-from merv.utils.files import file_digest, remove_leftovers, stream_digest, view_of, write_whole
-from merv.video.open import open_video, original_of, path_of
+from merv.utils.files import is_abandoned, temporaries_beside
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
+VIDEOS_PER_SHARD = 64
+StoreDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
 
 class FeatureStore:
-    """A dictionary of features, in memory or as one safetensors file per video and encoder.
+    """A dictionary of features, in memory or in one or more folders of safetensors files.
 
-    Entries are written atomically, so an interrupted run can be continued. An entry that cannot be read
-    counts as missing, and a warning is logged. A folder that cannot be written, such as a shared one or one
-    on a full disk, is still read: from the first failure on, features are returned but not stored, and one
-    warning is logged. Pickling a store in memory drops its entries.
+    Features are written to a file that is published, for other processes to read, when it has 64 videos, and
+    by `flush`, `close` or the end of the process. If the process is killed, the next one that writes to the
+    folder publishes what was complete. Any number of processes and machines can read and write one folder.
 
     Args:
-        folder: Where to store features; it is created. None stores them in memory.
-
-    Attributes:
-        read_only: Whether the folder could not be written.
+        folder: Where to store features: a folder or an address of fsspec (`s3://…`). Of several, the first
+            is written to. None stores them in memory.
+        dtype: How to store the features: "float32", "float16", "bfloat16", or "int8" with a scale per cell.
+            None: as they are.
+        verify: Check each record's digest when it is read: 0.1 ms per MB. A damaged record counts as
+            missing, and a warning is logged.
+        read_only: Never write. Features that are not in the store are computed each time.
 
     Raises:
-        DataError: The folder cannot be created or listed.
+        DataError: `folder` is not a folder, or holds features of an older version of merv.
 
     Example:
-        >>> store = FeatureStore()
-        >>> store.get("unknown key") is None
-        True
+        >>> from merv import MultiEncoder
+        >>> video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+        >>> store, encoders = FeatureStore(), MultiEncoder(["fake"], grid=(4, 2, 2))
+        >>> features = encoders.features(video, store=store)
+        >>> store
+        FeatureStore(in memory: 1 video, 1 encoder)
+        >>> store.get(encoders.key(video, "fake")).shape
+        (4, 2, 2)
     """
 
-    def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = None if folder is None else Path(os.path.expanduser(folder))
-        self.memory: dict[str, Grid] = {}
-        self.read_only = False
-        self.cleaned: set[Path] = set()  # folders without the leftovers of killed processes
-        if self.folder is not None:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                os.scandir(self.folder).close()
-            except (OSError, ValueError) as error:  # ValueError: a null byte or half of a surrogate pair
-                raise DataError(
-                    f"The folder {self.folder} cannot be used as a feature store: {error}. Choose another "
-                    "folder for feature_store."
-                ) from error
+    def __init__(
+        self,
+        folder: str | Path | Sequence[str | Path] | None = None,
+        *,
+        dtype: StoreDtype | None = None,
+        verify: bool = True,
+        read_only: bool = False,
+    ) -> None:
+        if dtype is not None and dtype not in get_args(StoreDtype):
+            raise DataError(f"Expected dtype= to be one of {', '.join(get_args(StoreDtype))}; got {dtype!r}.")
+        folders = [] if folder is None else [folder] if isinstance(folder, (str, Path)) else list(folder)
+        self.places = [place_at(address) for address in folders]
+        self.dtype, self.verify, self.read_only = dtype, verify, read_only
+        self.memory: dict[FeatureKey, Grid] = {}
+        self._open()
 
-    def _write(self, path: Path, grid: Grid) -> None:
-        from safetensors.torch import save
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.parent not in self.cleaned:
-            self.cleaned.add(path.parent)
-            remove_leftovers(path.parent)
-        write_whole(path, save({name: tensor.contiguous() for name, tensor in vars(grid).items()}))
+    def _open(self) -> None:
+        for number, place in enumerate(self.places):
+            _check_folder(place, create=number == 0 and not self.read_only)
+        self._lock = threading.RLock()
+        self._writer: ShardWriter | None = None
+        self._temporary = ExitStack()
+        self._index: dict[str, list[tuple[Any, Record]]] = {}  # id → its records, and their places
+        self._known: dict[tuple[str, str], list[str]] = {}  # address and name of a shard → ids
+        self._versions: dict[str, Any] = {}
+        self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "memory": {}}
+        kept = {"places": [place.address for place in self.places]}
+        return kept | {"dtype": self.dtype, "verify": self.verify, "read_only": self.read_only}
 
-    def get(self, key: str) -> Grid | None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state.pop("places") or None, **state)  # type: ignore[misc]
+
+    @property
+    def folder(self) -> str | None:
+        """Where features are written; None in memory."""
+        return self.places[0].address if self.places else None
+
+    # As a dictionary --------------------------------------------------------------------------
+
+    def get(self, key: FeatureKey) -> Grid | None:
         """Return the features stored under `key`, or None."""
-        return self.memory.get(key) if self.folder is None else _read(_entry_path(self.folder, key))
+        if not self.places:
+            return self.memory.get(key)
+        for place, record in self._find(key.id):
+            try:
+                return self._read(place, record)
+            except (OSError, InvalidShard) as error:
+                if not self._is_gone(place, record):
+                    log.warning(
+                        "%s/%s: the features of %s are damaged and will be recomputed: %s",
+                        *(place.address, record.shard, record.key.source or record.key.video, error),
+                    )
+                self._forget(place, record)
+                self._versions.clear()  # the record may be in a newer shard
+                return self.get(key)
+        return None
 
-    def put(self, key: str, grid: Grid) -> Grid:
+    def put(self, key: FeatureKey, grid: Grid) -> Grid:
         """Store `grid` under `key` and return it on the CPU, as `get` will."""
+        return self.put_all({key: grid})[key]
+
+    def put_all(self, grids: Mapping[FeatureKey, Grid]) -> dict[FeatureKey, Grid]:
+        """Store the features of one video from several encoders; return them on the CPU, as `get` will.
+
+        If the store cannot be written to, a warning is logged once, and the features are only returned.
+        """
         with torch.inference_mode(False):  # training cannot use tensors made in inference mode
-            grid = Grid(**{name: tensor.detach().cpu().clone() for name, tensor in vars(grid).items()})
-        if self.folder is None:
-            self.memory[key] = grid
+            copies = {
+                key: Grid(**{name: tensor.detach().cpu().clone() for name, tensor in vars(grid).items()})
+                for key, grid in grids.items()
+            }
+        if not self.places and self.dtype is None:
+            self.memory |= copies
+            return copies
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        packed = [pack(key, grid, dtype) for key, grid in copies.items()]
+        if dtype is not None:
+            copies = {record.key: grid_of(np.concatenate(record.pieces), record) for record in packed}
+        if not self.places:
+            self.memory |= copies
         elif not self.read_only:
             try:
-                self._write(_entry_path(self.folder, key), grid)
+                self._append(packed)
             except OSError as error:
                 self.read_only = True
-                logger.warning(
+                log.warning(
                     "The feature store %s cannot be written: %s. Features that it lacks are computed each "
                     "time that they are needed. To store them, free space or choose another folder, and "
                     "start again.",
-                    self.folder,
+                    self.places[0].address,
                     error,
                 )
-        return grid
+        return copies
+
+    def __contains__(self, key: FeatureKey) -> bool:
+        return key in self.memory if not self.places else bool(self._find(key.id))
+
+    def __len__(self) -> int:
+        """Number of records: pairs of a video and an encoder."""
+        return sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[FeatureKey]:
+        if not self.places:
+            return iter(list(self.memory))
+        unpublished = () if self._writer is None else list(self._writer.records.values())
+        return (record.key for record in (*self.records(), *unpublished))
+
+    def __repr__(self) -> str:
+        keys = list(self)
+        videos, encoders = len({key.video for key in keys}), len({key.options for key in keys})
+        where = ", ".join(place.address for place in self.places) or "in memory"
+        return (
+            f"FeatureStore({where}: {videos} video{'s' * (videos != 1)}, "
+            f"{encoders} encoder{'s' * (encoders != 1)})"
+        )
+
+    # Writing ----------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Publish the features that were put since the last shard was full."""
+        with self._lock:
+            if self._writer is None or self._process != os.getpid():
+                return
+            writer, self._writer = self._writer, None
+            self._finalizer.detach()
+            with self._temporary:  # removes the file, if it is still there
+                if writer.records:
+                    name = writer.finish()
+                    self.places[0].publish(writer.path, name)
+                    for record in writer.records.values():
+                        self._add(self.places[0], record._replace(shard=name))
+                    self._known[self.places[0].address, name] = list(writer.records)
+                else:
+                    writer.file.close()
+
+    close = flush
+
+    def __enter__(self) -> FeatureStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+
+    def _append(self, packed: Sequence[Packed]) -> None:
+        with self._lock:
+            videos = {record.key.video for record in packed}
+            if self._writer is not None and self._writer.is_full and not videos <= self._writer.videos:
+                self.flush()
+            if not self._open_writer().append(packed):
+                self.flush()  # its header had no room
+                self._open_writer().append(packed)
+
+    def _open_writer(self) -> ShardWriter:
+        if self._writer is not None:
+            return self._writer
+        place = self.places[0]
+        self.recover()
+        self._writer = ShardWriter(self._temporary.enter_context(place.temporary()), VIDEOS_PER_SHARD)
+        self._finalizer = weakref.finalize(self, _finish, self._writer, self._temporary, place, self._process)
+        return self._writer
+
+    def recover(self) -> None:
+        """Publish what killed processes of this machine had written; the first `put` does it, too."""
+        place = self.places[0] if self.places else None
+        if isinstance(place, LocalFolder) and not self.read_only:
+            for temporary in temporaries_beside(place.folder / "shard"):
+                if is_abandoned(temporary):
+                    with suppress(FileNotFoundError):  # another process was faster
+                        recovered = recover(temporary)
+                        if recovered is None:
+                            temporary.unlink()
+                        else:
+                            place.publish(temporary, recovered[0])
+                            log.info("%s: kept %d records of a killed process", place.address, recovered[1])
+
+    # Reading ----------------------------------------------------------------------------------
+
+    def records(self) -> Iterator[Record]:
+        """The place of each published record, without repeats."""
+        self._refresh()
+        return iter([records[0][1] for records in list(self._index.values()) if records])
+
+    def _find(self, key_id: str) -> list[tuple[Any, Record]]:
+        if self._writer is not None and key_id in self._writer.records:
+            return [(self._writer, self._writer.records[key_id])]
+        if key_id not in self._index:
+            self._refresh()
+        return self._index.get(key_id, [])
+
+    def _read(self, place: Any, record: Record) -> Grid:
+        if isinstance(place, ShardWriter):
+            data = place.read(record)
+        else:
+            data = place.read(record.shard, record.offset, record.size)
+        if self.verify and digest_of(data) != record.digest:
+            raise InvalidShard("the digest is another one")
+        return grid_of(data, record)
+
+    def _refresh(self) -> None:
+        """Index the shards that came since the last time, and forget those that went."""
+        for place in self.places:
+            version = place.version()
+            if version is None or version == self._versions.get(place.address):
+                continue
+            self._versions[place.address] = version
+            names = place.names()
+            for address, name in list(self._known):
+                if address == place.address and name not in names:
+                    self._drop(place, name)
+            for name, size in names.items():
+                if (place.address, name) not in self._known:
+                    self._known[place.address, name] = []
+                    try:
+                        records = read_records(place, name, size)
+                    except (OSError, InvalidShard) as error:
+                        log.warning("%s/%s is left out: %s.", place.address, name, error)
+                        continue
+                    for record in records:
+                        self._add(place, record)
+                    self._known[place.address, name] = [record.key.id for record in records]
+
+    def _add(self, place: Any, record: Record) -> None:
+        self._index.setdefault(record.key.id, []).append((place, record))
+
+    def _drop(self, place: Any, name: str) -> None:
+        for key_id in self._known.pop((place.address, name)):
+            for found in self._index.get(key_id, []):
+                if (found[0], found[1].shard) == (place, name):
+                    self._forget(*found)
+                    break
+
+    def _is_gone(self, place: Any, record: Record) -> bool:
+        """Whether a shard was removed while this process had it in its index."""
+        return not isinstance(place, ShardWriter) and record.shard not in place.names()
+
+    def _forget(self, place: Any, record: Record) -> None:
+        if isinstance(place, ShardWriter):
+            del place.records[record.key.id]
+            return
+        kept = [found for found in self._index.pop(record.key.id, []) if found != (place, record)]
+        if kept:
+            self._index[record.key.id] = kept
 
 
-def video_key(video: Any, cache_key: str) -> str:
-    """Return a hash of a video's content and of `cache_key`.
-
-    Raises UnreadableVideo for a path that cannot be read, and DataError for an object that has no content or
-    can be read only once.
-    """
-    return hashlib.sha256(f"{cache_key}{_content_digest(video)}".encode()).hexdigest()
-
-
-def _content_digest(video: Any) -> str:
-    """Return a hash of the bytes of a file, tensor or array."""
-    video = original_of(video)
-    if isinstance(video, (bytes, bytearray, memoryview)):
-        return hashlib.sha256(video).hexdigest()
-    if isinstance(video, (str, os.PathLike)):
-        return _path_digest(path_of(video))
-    if isinstance(video, np.ndarray):
-        video = torch.from_numpy(np.array(video, order="C"))  # torch does not support negative strides
-    if isinstance(video, Tensor):
-        pixels = video.cpu().contiguous()
-        header = f"{pixels.dtype}{tuple(pixels.shape)}".encode()
-        return hashlib.sha256(header + pixels.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
-    # A PIL image, as decoded with its palette and orientation.
-    if hasattr(type(video), "__array_interface__"):
-        with open_video(video) as reader:
-            return _content_digest(reader.read([0]))
-    if getattr(video, "seekable", lambda: False)() and not isinstance(video, TextIOBase):
-        return stream_digest(view_of(video))
-    raise DataError(
-        f"Cannot store features of a {type(video).__name__}: its content cannot be hashed, or can be "
-        "read only once. Pass a path or bytes."
-    )
+def read_records(place: LocalFolder | RemoteFolder, name: str, size: int) -> list[Record]:
+    """Read the header of a shard. Raises OSError or InvalidShard."""
+    if size < 8:
+        raise InvalidShard("it is cut short")
+    length = header_size(place.read(name, 0, 8).tobytes())
+    if length > size:
+        raise InvalidShard("it is cut short")
+    return parse(name, place.read(name, 0, length).tobytes(), size)
 
 
-def _path_digest(path: Path) -> str:
-    """Return a hash of the bytes of a file, or of the names and bytes of the files in a folder."""
+def _check_folder(place: LocalFolder | RemoteFolder, create: bool) -> None:
+    """Raise DataError at once, not after hours, if a folder cannot be used."""
+    if not isinstance(place, LocalFolder):
+        return
+    folder = place.folder
     try:
-        if not path.is_dir():
-            return file_digest(path)
-        files = sorted(p for p in path.iterdir() if p.is_file())
-        digests = [f"{file.name} {file_digest(file)}" for file in files]
-    except (OSError, ValueError) as error:  # ValueError: the path contains a null byte
-        raise UnreadableVideo(f"{path}: {getattr(error, 'strerror', None) or error}.") from error
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        names = os.listdir(folder) if folder.exists() else []
+    except (OSError, ValueError) as error:  # ValueError: a null byte or half of a surrogate pair
+        raise DataError(
+            f"The folder {folder} cannot be used as a feature store: {error}. Choose another folder for "
+            "feature_store."
+        ) from error
+    if any(len(name) == 2 and (folder / name).is_dir() for name in names):
+        raise DataError(
+            f"{folder} holds features of an older version of merv, which this version does not read. Delete "
+            "it, or choose another folder."
+        )
 
 
-def _entry_path(folder: Path, key: str) -> Path:
-    return folder / key[:2] / f"{key}.safetensors"
-
-
-def _read(path: Path) -> Grid | None:
-    from safetensors.torch import load
-
-    try:
-        # Not load_file: it maps the file into memory, and a disk error would then kill the process
-        return Grid(**load(path.read_bytes()))
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # damaged files raise errors of many types
-        logger.warning("%s could not be read; its features will be recomputed: %s", path, error)
-        return None
+def _finish(writer: ShardWriter, temporary: ExitStack, place: Any, process: int) -> None:
+    """Publish what a store has written that nobody closed."""
+    if process == os.getpid() and not writer.file.closed:  # a forked process has a copy of the writer
+        with temporary:
+            if writer.records:
+                place.publish(writer.path, writer.finish())
+            else:
+                writer.file.close()

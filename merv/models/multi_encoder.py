@@ -21,7 +21,9 @@ from merv.encoding.registry import create_encoder
 from merv.encoding.weights import PRETRAINED
 from merv.encoding.windows import encode_distinct
 from merv.errors import BrokenPlugin, CheckpointError, EncoderError, PluginError, ShapeError
-from merv.features.reader import EncoderRequest, LoadedVideo, Reader, feature_cache_key
+from merv.features.keys import feature_cache_key
+from merv.features.reader import EncoderRequest, LoadedVideo, Reader
+from merv.features.shard import FeatureKey
 from merv.features.store import FeatureStore
 from merv.fusion.align import Aligner
 from merv.fusion.fusion import Fusion
@@ -314,16 +316,21 @@ class MultiEncoder(PretrainedMixin, nn.Module):
 
     def _features(self, video: LoadedVideo, store: FeatureStore | None) -> dict[str, Grid]:
         """Return the aligned features of one video, encoded where the store has none."""
-        grids = dict(video.stored)
-        if video.clip is None:
+        grids, clip = dict(video.stored), video.clip
+        if clip is not None and store is not None and video.keys:  # a worker does not see what is unpublished
+            found = {name: store.get(video.keys[name]) for name in clip.frames}
+            grids |= {name: grid for name, grid in found.items() if grid is not None}
+            clip = clip.only([name for name, grid in found.items() if grid is None])
+        if clip is None:
             return grids
         # Stored features must not depend on whether mixed precision is on.
         full_precision = torch.autocast(self.device.type, enabled=False)
         with nullcontext() if store is None else full_precision:
-            encoded = self.align(self.encode([video.clip]), [video.clip])
-        for name, grid in encoded.items():
-            grids[name] = store.put(video.keys[name], grid) if store and name in video.keys else grid
-        return grids
+            encoded = self.align(self.encode([clip]), [clip])
+        if store is not None and video.keys:
+            stored = store.put_all({video.keys[name]: grid for name, grid in encoded.items()})
+            encoded = {name: stored[video.keys[name]] for name in encoded}
+        return grids | encoded
 
     def reader(self, store: FeatureStore | None = None, encoders: Sequence[str] | None = None) -> Reader:
         """Create a reader, which loads videos for `features` in other processes.
@@ -407,7 +414,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         """Device of the first encoder."""
         return device_and_dtype(next(iter(self.encoders.values())))[0]
 
-    def key(self, video: Any, name: str) -> str:
+    def key(self, video: Any, name: str) -> FeatureKey:
         """Return the key under which a store saves the features of a video from one encoder."""
         return self.reader(FeatureStore(), [name]).keys(video)[name]
 

@@ -476,22 +476,25 @@ def encode_all(
     """
     from tqdm import tqdm
 
-    for origin, video in tqdm(videos, "Encoding videos, once", unit="video", mininterval=1.0):
-        if should_stop():
-            folder = model.feature_store.folder if model.feature_store else None
-            stored = (
-                "The feature store was in memory, so no features are kept"
-                if folder is None
-                else f"The features so far are in {folder}. To continue, run the same command again"
-            )
-            raise TrainingError(f"Stopped before all videos were encoded. {stored}.")
-        if model.feature_store is not None and model.feature_store.read_only:
-            break  # features could not be stored, so training computes those that it needs
-        try:
-            model.vision.features([video], store=model.feature_store)
-        except SAMPLE_ERRORS as error:
-            if not skip:
-                raise bad_sample(origin, f"{type(error).__name__}: {error}") from error
+    store = model.feature_store
+    assert store is not None
+    store.recover()
+    with store:
+        for origin, video in tqdm(videos, "Encoding videos, once", unit="video", mininterval=1.0):
+            if should_stop():
+                stored = (
+                    "The feature store was in memory, so no features are kept"
+                    if store.folder is None
+                    else f"The features so far are in {store.folder}. To continue, run the same command again"
+                )
+                raise TrainingError(f"Stopped before all videos were encoded. {stored}.")
+            if store.read_only:
+                break  # features could not be stored, so training computes those that it needs
+            try:
+                model.vision.features([video], store=store)
+            except SAMPLE_ERRORS as error:
+                if not skip:
+                    raise bad_sample(origin, f"{type(error).__name__}: {error}") from error
 
 
 def save(training: Training, folder: str | Path) -> Path:

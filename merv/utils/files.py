@@ -264,13 +264,15 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     ...     temporary.name.startswith(".model.")
     True
     """
-    temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{token_hex(4)}")
+    process = os.getpid()
+    temporary = path.with_name(f".{path.name}.{_host()}.{process}.{token_hex(4)}")
     _ACTIVE.add(temporary.name)
     try:
         yield temporary
     finally:
-        _ACTIVE.discard(temporary.name)
-        _remove(temporary)
+        if os.getpid() == process:  # a forked process that ends inside the block must not remove it
+            _ACTIVE.discard(temporary.name)
+            _remove(temporary)
 
 
 def temporaries_beside(path: Path) -> list[Path]:

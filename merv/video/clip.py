@@ -7,7 +7,7 @@ is decoded once, and resized once per geometry.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +35,11 @@ class Clip:
     span_s: tuple[float, float]
     frames: dict[str, Frames]
     indices: dict[str, tuple[int, ...]]
+
+    def only(self, encoders: Sequence[str]) -> Clip | None:
+        """The clip for some of its encoders; None for none."""
+        frames = {name: self.frames[name] for name in encoders}
+        return replace(self, frames=frames, indices={n: self.indices[n] for n in frames}) if frames else None
 
 
 class HasSpecAndPreset(Protocol):

@@ -74,9 +74,7 @@ def test_feature_key_changes_with_every_training_step_and_survives_saving(saved,
 
 def test_weights_are_hashed_once(saved, clip, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        "merv.features.reader.values_digest", lambda encoder: calls.append(encoder) or "a hash"
-    )
+    monkeypatch.setattr("merv.features.keys.values_digest", lambda encoder: calls.append(encoder) or "a hash")
     model = VideoLLM.from_pretrained(saved)
     model.vision.key(clip, "fake")
     assert not calls  # the source identifies the weights

@@ -1,182 +1,485 @@
-"""FeatureStore: what is stored, under which key, and what happens to damaged entries."""
+"""FeatureStore: what is stored and found again, by whom, and what damage, kills and full disks do."""
 
 import errno
-import io
+import json
+import multiprocessing
 import os
+import pickle
 import re
-import threading
-from pathlib import Path
+import signal
+import subprocess
+import sys
+import textwrap
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from safetensors.torch import load_file
 
-from merv.errors import DataError, UnreadableVideo
-from merv.features.store import FeatureStore, video_key
+from merv.errors import DataError
+from merv.features import places, shard
+from merv.features.maintenance import collect_garbage, verify
+from merv.features.shard import FeatureKey
+from merv.features.store import FeatureStore
 from merv.models.multi_encoder import MultiEncoder
 from merv.training.module import encode_all
 from merv.types import WHOLE_PICTURE, Grid
 
 
-def some_grid() -> Grid:
+def some_grid(seed: int = 0, t: int = 2, dtype: torch.dtype = torch.bfloat16) -> Grid:
+    generator = torch.Generator().manual_seed(seed)
     return Grid(
-        torch.randn(1, 2, 3, 3, 4).bfloat16(),
-        torch.tensor([[0.25, 0.75]], dtype=torch.float64),
+        torch.randn(1, t, 3, 3, 4, generator=generator).to(dtype),
+        torch.arange(t, dtype=torch.float64)[None] + 0.25,
         torch.tensor([WHOLE_PICTURE]),
-        torch.rand(1, 2, 3, 3) > 0.5,
+        torch.rand(1, t, 3, 3, generator=generator) > 0.5,
     )
+
+
+def some_key(number: int = 0, encoder: str = "clip") -> FeatureKey:
+    return FeatureKey(json.dumps({"class": encoder}), f"video {number}", encoder, f"clips/{number}.mp4")
+
+
+def filled(folder, count: int = 3, **options) -> FeatureStore:
+    store = FeatureStore(folder, **options)
+    for number in range(count):
+        store.put(some_key(number), some_grid(number))
+    store.flush()
+    return store
+
+
+def shards(folder):
+    return sorted(folder.glob("*.safetensors"))
+
+
+def assert_same(grid: Grid, expected: Grid) -> None:
+    for name, tensor in vars(expected).items():
+        assert torch.equal(tensor, getattr(grid, name)), name
+        assert tensor.dtype == getattr(grid, name).dtype, name
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr("merv.features.store.VIDEOS_PER_SHARD", 2)
+
+
+# What was put is what is got ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_get_returns_what_was_put(tmp_path, on_disk):
-    store, grid = FeatureStore(tmp_path if on_disk else None), some_grid()
-    assert store.get("k" * 64) is None
-    store.put("k" * 64, grid)
-    stored = store.get("k" * 64)
-    for name, tensor in vars(grid).items():
-        assert torch.equal(tensor, getattr(stored, name))
-        assert tensor.dtype == getattr(stored, name).dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_get_returns_what_was_put(tmp_path, on_disk, dtype):
+    store, grid = FeatureStore(tmp_path if on_disk else None), some_grid(dtype=dtype)
+    assert store.get(some_key()) is None
+    assert_same(store.put(some_key(), grid), grid)
+    assert_same(store.get(some_key()), grid)  # before it is published
+    store.flush()
+    assert_same(store.get(some_key()), grid)
 
 
-def test_folder_can_be_opened_again(tmp_path):
-    FeatureStore(tmp_path).put("k" * 64, some_grid())
-    assert FeatureStore(tmp_path).get("k" * 64) is not None
+def test_another_process_sees_what_is_published(tmp_path):
+    store, reader = FeatureStore(tmp_path), FeatureStore(tmp_path)
+    store.put(some_key(), some_grid())
+    assert reader.get(some_key()) is None
+    store.flush()
+    assert_same(reader.get(some_key()), some_grid())
 
 
-def test_key_depends_on_content_not_on_name(tmp_path):
-    for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
-        (tmp_path / name).write_bytes(content)
-    a, b, c = (video_key(tmp_path / name, "cache key") for name in "abc")
-    assert a == b != c
-    assert a == video_key(b"one", "cache key") == video_key(io.BytesIO(b"one"), "cache key")
-    assert a != video_key(b"one", "other cache key")
+def test_full_shards_are_published(tmp_path, small_shards):
+    store = FeatureStore(tmp_path)
+    for number in range(5):
+        store.put_all({some_key(number, name): some_grid(number) for name in ("a", "b")})
+    assert len(shards(tmp_path)) == 2  # of 2 videos with 2 encoders each
+    assert len(FeatureStore(tmp_path)) == 8
+    assert len(store) == 10
 
 
-def test_modified_file_has_another_key(tmp_path):
-    path = tmp_path / "a"
-    path.write_bytes(b"one")
-    before = video_key(path, "cache key")
-    path.write_bytes(b"longer")
-    assert video_key(path, "cache key") != before
+def test_shards_are_safetensors_files(tmp_path):
+    filled(tmp_path)
+    tensors = load_file(shards(tmp_path)[0])
+    assert torch.equal(tensors[f"{some_key(1).id}/values"], some_grid(1).values)
 
 
-def test_folders_and_arrays_have_keys(tmp_path):
-    (tmp_path / "1.png").write_bytes(b"picture")
-    folder = video_key(tmp_path, "cache key")
-    (tmp_path / "2.png").write_bytes(b"picture")
-    assert video_key(tmp_path, "cache key") != folder
-    frames = np.zeros((2, 4, 4, 3), dtype=np.uint8)
-    assert (
-        video_key(frames, "cache key")
-        == video_key(torch.from_numpy(frames), "cache key")
-        != video_key(frames[:1], "cache key")
+@pytest.mark.parametrize("t", [1, 2, 3, 5])
+def test_records_of_any_size_are_aligned(tmp_path, t):
+    store = FeatureStore(tmp_path, dtype="int8")
+    for number in range(3):
+        store.put(some_key(number), some_grid(number, t=t))
+    store.flush()
+    assert all(record.offset % 8 == 0 for record in store.records())
+    load_file(shards(tmp_path)[0])
+
+
+def test_store_lists_what_it_has(tmp_path):
+    store = filled(tmp_path)
+    assert len(store) == 3
+    assert {key.source for key in store} == {f"clips/{i}.mp4" for i in range(3)}
+    assert some_key(1) in store
+    assert some_key(9) not in store
+    assert repr(store) == f"FeatureStore({tmp_path}: 3 videos, 1 encoder)"
+    assert repr(FeatureStore()) == "FeatureStore(in memory: 0 videos, 0 encoders)"
+
+
+def test_a_name_does_not_matter_for_finding_features(tmp_path):
+    store = filled(tmp_path)
+    renamed = FeatureKey(some_key(1).options, some_key(1).video, "other", "elsewhere.mp4")
+    assert_same(store.get(renamed), some_grid(1))
+
+
+def test_pickling_keeps_the_folder_and_the_options(tmp_path):
+    store = pickle.loads(pickle.dumps(filled(tmp_path, dtype="float16", verify=False)))
+    assert (len(store), store.dtype, store.verify) == (3, "float16", False)
+    memory = FeatureStore()
+    memory.put(some_key(), some_grid())
+    assert len(pickle.loads(pickle.dumps(memory))) == 0
+
+
+def test_features_stored_in_inference_mode_can_be_used_in_training():
+    store = FeatureStore()
+    with torch.inference_mode():
+        store.put(some_key(), some_grid())
+    linear = torch.nn.Linear(4, 2)
+    linear(store.get(some_key()).values.float()).sum().backward()
+    assert linear.weight.grad is not None
+
+
+def test_features_of_the_encoders_come_back_bit_for_bit(tmp_path):
+    model = MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2))
+    video = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    expected = model.features(video)
+    with FeatureStore(tmp_path) as store:
+        model.features(video, store=store)
+    stored = model.features(video, store=FeatureStore(tmp_path, read_only=True))
+    for name, grid in expected.items():
+        assert_same(stored[name], grid)
+
+
+# Smaller dtypes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 0), ("bfloat16", 2**-8), ("float16", 2**-11)])
+def test_values_are_stored_in_another_dtype(tmp_path, dtype, error):
+    grid = some_grid(dtype=torch.float32)
+    with FeatureStore(tmp_path, dtype=dtype) as store:
+        returned = store.put(some_key(), grid)
+    stored = FeatureStore(tmp_path).get(some_key())
+    assert_same(stored, returned)
+    assert stored.values.dtype == getattr(torch, dtype)
+    assert (stored.values.float() - grid.values).abs().max() <= error * grid.values.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_has_a_scale_per_cell_and_gives_back_the_dtype(tmp_path, dtype):
+    grid = some_grid(dtype=dtype)
+    grid = Grid(
+        grid.values * torch.logspace(-3, 3, 18).reshape(1, 2, 3, 3, 1).to(dtype),
+        *list(vars(grid).values())[1:],
     )
+    with FeatureStore(tmp_path, dtype="int8") as store:
+        returned = store.put(some_key(), grid)
+    stored = FeatureStore(tmp_path).get(some_key())
+    assert_same(stored, returned)
+    assert stored.values.dtype == dtype
+    largest = grid.values.float().abs().amax(-1, keepdim=True)
+    step = largest / 127
+    assert ((stored.values.float() - grid.values.float()).abs() <= 0.51 * step + largest / 256).all()
 
 
-def test_view_and_copy_of_an_array_have_the_same_key():
-    frames = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
-    view = frames[::-1, ..., ::-1]
-    assert (
-        video_key(view, "cache key") == video_key(view.copy(), "cache key") != video_key(frames, "cache key")
-    )
-    frames.flags.writeable = False
-    assert video_key(frames, "cache key") == video_key(frames.copy(), "cache key")
+def test_int8_refuses_infinite_values_and_keeps_zeros(tmp_path):
+    store, grid = FeatureStore(tmp_path, dtype="int8"), some_grid(dtype=torch.float32)
+    zeros = Grid(torch.zeros_like(grid.values), grid.times_s, grid.extent, grid.mask)
+    assert (store.put(some_key(), zeros).values == 0).all()
+    grid.values[0, 0, 0, 0, 0] = torch.inf
+    with pytest.raises(DataError, match="int8"):
+        store.put(some_key(1), grid)
 
 
-def test_stream_is_rejected_without_reading_it():
-    class Pipe(io.BytesIO):
-        def seekable(self):
-            return False
-
-    pipe = Pipe(b"one")
-    with pytest.raises(DataError, match="Pipe"):
-        video_key(pipe, "cache key")
-    assert pipe.read() == b"one"
+def test_unknown_dtype_is_refused(tmp_path):
+    with pytest.raises(DataError, match="int4"):
+        FeatureStore(tmp_path, dtype="int4")
 
 
-@pytest.mark.parametrize("source", [{}, io.StringIO("one")])
-def test_object_without_content_is_rejected(source):
-    with pytest.raises(DataError, match=type(source).__name__):
-        video_key(source, "cache key")
+# Several folders, readers and writers ---------------------------------------------------------------
 
 
-def test_unchanged_file_is_hashed_once(tmp_path, monkeypatch):
-    path = tmp_path / "a"
-    path.write_bytes(b"one")
-    first = video_key(path, "cache key")
-    monkeypatch.setattr("builtins.open", None)  # reading again would fail
-    assert video_key(path, "cache key") == first
-    assert video_key(path, "other") != first
+def test_several_folders_are_read_and_the_first_is_written(tmp_path):
+    filled(tmp_path / "shared")
+    store = FeatureStore([tmp_path / "mine", tmp_path / "shared"])
+    assert_same(store.get(some_key(1)), some_grid(1))
+    store.put(some_key(7), some_grid(7))
+    store.flush()
+    assert len(FeatureStore(tmp_path / "mine")) == 1
+    assert len(FeatureStore(tmp_path / "shared")) == 3
+    assert len(store) == 4
 
 
-@pytest.mark.parametrize("name", ["none.mp4", "none\0.mp4", "none\ud800.mp4", "none" * 99])
-def test_file_that_cannot_be_read_is_named_in_error(tmp_path, name):
-    with pytest.raises(UnreadableVideo, match="none"):
-        video_key(tmp_path / name, "cache key")
+def test_folders_can_be_copied_into_each_other(tmp_path):
+    filled(tmp_path / "a")
+    other = FeatureStore(tmp_path / "b")
+    other.put(some_key(5), some_grid(5))
+    other.put(some_key(1), some_grid(1))
+    other.flush()
+    for path in shards(tmp_path / "b"):
+        os.rename(path, tmp_path / "a" / path.name)
+    merged = FeatureStore(tmp_path / "a")
+    assert len(merged) == 4  # the repeated record counts once
+    assert_same(merged.get(some_key(5)), some_grid(5))
 
 
-def test_images_with_different_palettes_have_different_keys():
-    red, blue = (Image.new("P", (4, 4)) for _ in range(2))
-    red.putpalette([255, 0, 0])
-    blue.putpalette([0, 0, 255])
-    assert video_key(red, "cache key") != video_key(blue, "cache key")
+def test_any_address_of_fsspec_is_a_store():
+    store = filled("memory://merv-test/features")
+    assert len(FeatureStore("memory://merv-test/features")) == 3
+    assert_same(FeatureStore("memory://merv-test/features").get(some_key(2)), some_grid(2))
+    assert "memory://merv-test/features" in repr(store)
+    assert verify(store) == (3, [])
 
 
-def test_concurrent_writers_of_one_entry_do_not_conflict(tmp_path, monkeypatch):
-    barrier, write_bytes = threading.Barrier(2), Path.write_bytes
-    monkeypatch.setattr(Path, "write_bytes", lambda *args: (write_bytes(*args), barrier.wait(10)))
-    errors = []
+def write_some(folder, start):
+    with FeatureStore(folder) as store:
+        for number in range(start, start + 5):
+            store.put(some_key(number), some_grid(number))
 
-    def write():
-        try:
-            FeatureStore(tmp_path).put("k" * 64, some_grid())
-        except OSError as error:
-            errors.append(error)
 
-    writers = [threading.Thread(target=write) for _ in range(2)]
+def test_processes_write_to_one_folder(tmp_path, small_shards):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_some, args=(tmp_path, start)) for start in (0, 3)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
-    assert not errors
-    assert [path.suffix for path in tmp_path.rglob("*kkk*")] == [".safetensors"]
-
-
-def full_disk(path, data):
-    """Replaces Path.write_bytes: the disk is full after some bytes."""
-    with open(path, "wb") as file:
-        file.write(data[:9])
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-
-def read_only_disk(path, *args, **kwargs):
-    """Replaces Path.mkdir: nothing can be created."""
-    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-
-
-@pytest.mark.parametrize(
-    ("name", "replacement", "reason"),
-    [("write_bytes", full_disk, "No space left"), ("mkdir", read_only_disk, "Read-only file system")],
-)
-def test_folder_that_cannot_be_written_is_read_and_warned_about_once(
-    tmp_path, monkeypatch, caplog, name, replacement, reason
-):
-    grids = {key * 64: some_grid() for key in "kab"}
-    FeatureStore(tmp_path).put("k" * 64, grids["k" * 64])
     store = FeatureStore(tmp_path)
-    monkeypatch.setattr(Path, name, replacement)
-    for key, grid in grids.items():
-        stored = store.get(key)
-        assert (stored is None) == (key != "k" * 64)
-        if stored is None:
-            assert torch.equal(store.put(key, grid).values, grid.values)  # nothing computed is lost
+    assert len(store) == 8
+    assert verify(store) == (10, [])
+    for number in range(8):
+        assert_same(store.get(some_key(number)), some_grid(number))
+
+
+def test_a_forked_process_does_not_publish_for_its_parent(tmp_path):
+    store = FeatureStore(tmp_path)
+    store.put(some_key(), some_grid())
+    child = multiprocessing.get_context("fork").Process(target=store.flush)
+    child.start()
+    child.join()
+    assert not shards(tmp_path)
+    assert_same(store.get(some_key()), some_grid())
+    store.flush()
+    assert len(FeatureStore(tmp_path)) == 1
+
+
+def test_a_reader_survives_that_shards_are_merged(tmp_path):
+    for number in range(4):
+        filled_one = FeatureStore(tmp_path)
+        filled_one.put(some_key(number), some_grid(number))
+        filled_one.flush()
+    reader = FeatureStore(tmp_path)
+    assert len(reader) == 4
+    collect_garbage(FeatureStore(tmp_path))
+    for number in range(4):
+        assert_same(reader.get(some_key(number)), some_grid(number))
+
+
+# Kills ----------------------------------------------------------------------------------------------
+
+WRITER = """
+    import os, signal, sys
+    sys.path.insert(0, {tests!r})
+    from test_store import FeatureStore, some_grid, some_key
+    store = FeatureStore({folder!r})
+    for number in range(3):
+        store.put(some_key(number), some_grid(number))
+    {end}
+"""
+
+
+def run_writer(folder, end):
+    code = textwrap.dedent(WRITER.format(tests=os.path.dirname(__file__), folder=str(folder), end=end))
+    return subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode
+
+
+def test_the_end_of_the_process_publishes(tmp_path):
+    assert run_writer(tmp_path, "pass") == 0
+    assert len(shards(tmp_path)) == 1
+    assert len(FeatureStore(tmp_path)) == 3
+
+
+def test_nothing_that_a_killed_process_had_put_is_lost(tmp_path):
+    assert run_writer(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)") == -signal.SIGKILL
+    assert len(FeatureStore(tmp_path, read_only=True)) == 0  # readers do not write
+    store = FeatureStore(tmp_path)
+    store.put(some_key(9), some_grid(9))
+    store.flush()
+    assert verify(store) == (4, [])
+    for number in (0, 1, 2, 9):
+        assert_same(store.get(some_key(number)), some_grid(number))
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def leftover(folder) -> bytes:
+    """A file as a killed process leaves it, with three records."""
+    run_writer(folder, "os.kill(os.getpid(), signal.SIGKILL)")
+    (path,) = folder.glob(".shard.*")
+    return path
+
+
+@pytest.mark.parametrize("cut", [0.02, 0.5, 0.97])
+def test_a_torn_leftover_is_removed(tmp_path, cut):
+    path = leftover(tmp_path)
+    path.write_bytes(path.read_bytes()[: int(cut * path.stat().st_size)])
+    filled(tmp_path, count=1)
+    assert not path.exists()
+    assert verify(FeatureStore(tmp_path)) == (1, [])
+
+
+# Damage ---------------------------------------------------------------------------------------------
+
+
+def test_any_flipped_bit_is_found(tmp_path, caplog):
+    filled(tmp_path, count=2)
+    (path,) = shards(tmp_path)
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 61):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        store = FeatureStore(tmp_path)
+        assert verify(store)[1], bit
+        for number in range(2):
+            grid = store.get(some_key(number))
+            if grid is not None:
+                assert_same(grid, some_grid(number))
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_a_shard_that_was_cut_short_is_found(tmp_path, caplog, size):
+    filled(tmp_path)
+    (path,) = shards(tmp_path)
+    path.write_bytes(path.read_bytes()[:size])
+    store = FeatureStore(tmp_path)
+    assert [damage.shard for damage in verify(store)[1]] == [str(path)]
+    assert store.get(some_key(2)) is None
+    assert path.name in caplog.text
+
+
+def test_damaged_features_are_computed_and_stored_again(tmp_path, caplog):
+    model, video = MultiEncoder(["fake"], grid=(4, 2, 2)), torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+    with FeatureStore(tmp_path) as store:
+        expected = model.features(video, store=store)["fake"]
+    (path,) = shards(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    for attempt in range(2):
+        caplog.clear()
+        with FeatureStore(tmp_path) as store:
+            assert_same(model.features(video, store=store)["fake"], expected)
+        assert bool(caplog.records) == (attempt == 0)
+    assert verify(FeatureStore(tmp_path)) == (1, [])  # the same features give the same shard
+
+
+def test_a_damaged_record_is_stored_in_another_shard(tmp_path, caplog):
+    filled(tmp_path)
+    (path,) = shards(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with FeatureStore(tmp_path) as store:
+        assert store.get(some_key(2)) is None
+        store.put(some_key(2), some_grid(2))
+    assert len(shards(tmp_path)) == 2
+    assert_same(FeatureStore(tmp_path).get(some_key(2)), some_grid(2))
+    assert collect_garbage(FeatureStore(tmp_path)).shards_after == 1
+    assert verify(FeatureStore(tmp_path)) == (3, [])
+
+
+def test_digests_are_not_compared_without_verify(tmp_path):
+    filled(tmp_path, count=1)
+    (path,) = shards(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    assert FeatureStore(tmp_path, verify=False).get(some_key(0)) is not None
+    assert FeatureStore(tmp_path).get(some_key(0)) is None
+
+
+def test_other_files_in_the_folder_do_not_matter(tmp_path):
+    filled(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no shard")
+    (tmp_path / "failed.jsonl").touch()
+    assert len(FeatureStore(tmp_path)) == 3
+
+
+def test_a_store_of_an_older_version_is_refused(tmp_path):
+    (tmp_path / "ab").mkdir()
+    with pytest.raises(DataError, match="older version"):
+        FeatureStore(tmp_path)
+
+
+def test_a_shard_of_a_newer_format_is_left_out(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(shard, "FORMAT", "2")
+    filled(tmp_path)
+    monkeypatch.undo()
+    assert len(FeatureStore(tmp_path)) == 0
+    assert "format 2" in caplog.text
+
+
+# Disks ------------------------------------------------------------------------------------------------
+
+
+def failing_write(monkeypatch, code, after: int = 0):
+    """Let the system call that writes fail after some calls, in the middle of the data."""
+    calls, write = [], os.pwrite
+
+    def pwrite(file, data, offset):
+        calls.append(offset)
+        if len(calls) > after:
+            write(file, bytes(data)[: len(data) // 2], offset)
+            raise OSError(code, os.strerror(code))
+        return write(file, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+
+
+@pytest.mark.parametrize("after", range(1, 13))
+def test_a_full_disk_loses_nothing_and_is_warned_about_once(tmp_path, monkeypatch, caplog, after):
+    store = FeatureStore(tmp_path)
+    failing_write(monkeypatch, errno.ENOSPC, after)
+    for number in range(4):
+        assert_same(store.put(some_key(number), some_grid(number)), some_grid(number))
+    monkeypatch.undo()
+    store.flush()
+    warnings = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) <= 1
+    assert all("No space left" in r.getMessage() and str(tmp_path) in r.getMessage() for r in warnings)
+    again = FeatureStore(tmp_path)
+    valid, damaged = verify(again)
+    assert not damaged
+    for number in range(4):
+        grid = again.get(some_key(number))
+        assert (grid is not None) == (number < valid)
+        if grid is not None:
+            assert_same(grid, some_grid(number))
+
+
+def test_a_read_only_folder_is_read(tmp_path, monkeypatch, caplog):
+    filled(tmp_path, count=1)
+    store = FeatureStore(tmp_path)
+
+    def refuse(*_args, **_options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(places.LocalFolder, "temporary", refuse)
+    for number in range(3):
+        assert store.get(some_key(number)) is None or number == 0
+        assert_same(store.put(some_key(number), some_grid(number)), some_grid(number))
     assert store.read_only
-    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
-    assert str(tmp_path) in caplog.text
-    assert reason in caplog.text
-    assert [path.name for path in tmp_path.rglob("*.*")] == [f"{'k' * 64}.safetensors"]
+    assert len(caplog.records) == 1
+    assert "Read-only file system" in caplog.text
+
+
+def test_a_store_that_is_read_only_by_choice_writes_nothing(tmp_path):
+    store = FeatureStore(tmp_path / "none", read_only=True)
+    assert_same(store.put(some_key(), some_grid()), some_grid())
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("path", ["file", "file/store", "\0", "\ud800", "x" * 300])
@@ -186,92 +489,60 @@ def test_unusable_folder_is_an_error_at_once(tmp_path, path):
         FeatureStore(tmp_path / path)
 
 
-def test_folder_that_cannot_be_created_is_an_error_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(Path, "mkdir", read_only_disk)
-    with pytest.raises(DataError, match="Read-only"):
-        FeatureStore(tmp_path / "store")
-
-
-def test_training_goes_on_with_a_full_disk(tmp_path, monkeypatch, caplog):
+def test_training_goes_on_with_a_full_disk(tmp_path, monkeypatch):
     vision, clips = MultiEncoder(["fake"], grid=(4, 2, 2)), torch.randint(256, (3, 8, 3, 32, 32)).byte()
     expected = vision.features(list(clips))["fake"].values
-    store, write = FeatureStore(tmp_path), Path.write_bytes
+    store = FeatureStore(tmp_path)
     vision.features([clips[0]], store=store)
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    failing_write(monkeypatch, errno.ENOSPC)
     for _ in range(2):
         assert torch.equal(vision.features(list(clips), store=store)["fake"].values, expected)
-    monkeypatch.setattr(Path, "write_bytes", write)
-    again = FeatureStore(tmp_path)  # as in a new run, with space
-    vision.features(list(clips), store=again)
-    assert not again.read_only
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
-
-
-def test_entry_has_default_permissions(tmp_path):
-    before = os.umask(0o027)
-    try:
-        FeatureStore(tmp_path).put("k" * 64, some_grid())
-    finally:
-        os.umask(before)
-    (entry,) = tmp_path.rglob("*.safetensors")
-    assert entry.stat().st_mode & 0o777 == 0o640
-
-
-@pytest.mark.parametrize(
-    "damage", [lambda whole: b"", lambda whole: b"no safetensors", lambda whole: whole[:-20]]
-)
-def test_damaged_entry_is_missing_logged_and_replaced(tmp_path, caplog, damage):
-    store, grid = FeatureStore(tmp_path), some_grid()
-    store.put("k" * 64, grid)
-    (entry,) = tmp_path.rglob("*.safetensors")
-    entry.write_bytes(damage(entry.read_bytes()))
-    assert store.get("k" * 64) is None
-    assert str(entry) in caplog.text
-    store.put("k" * 64, grid)
-    assert torch.equal(store.get("k" * 64).values, grid.values)
-
-
-def test_any_bit_of_the_header_of_an_entry_may_be_flipped(tmp_path, caplog):
-    store, grid = FeatureStore(tmp_path), some_grid()
-    store.put("k" * 64, grid)
-    (entry,) = tmp_path.rglob("*.safetensors")
-    whole = entry.read_bytes()
-    header_bits = 8 * (8 + int.from_bytes(whole[:8], "little"))
-    for bit in range(0, header_bits, 3):
-        damaged = bytearray(whole)
-        damaged[bit // 8] ^= 1 << bit % 8
-        entry.write_bytes(damaged)
-        caplog.clear()
-        assert store.get("k" * 64) is not None or entry.name in caplog.text
-
-
-def test_entry_that_is_a_folder_or_cannot_be_read_is_missing(tmp_path, caplog, monkeypatch):
-    store = FeatureStore(tmp_path)
-    entry = tmp_path / "kk" / f"{'k' * 64}.safetensors"
-    entry.mkdir(parents=True)
-    assert store.get("k" * 64) is None
-    entry.rmdir()
-    store.put("k" * 64, some_grid())
-    monkeypatch.setattr(Path, "read_bytes", lambda path: os.close(-1))  # OSError
-    assert store.get("k" * 64) is None
-    assert [str(entry) in record.getMessage() for record in caplog.records] == [True, True]
-
-
-def test_features_stored_in_inference_mode_can_be_used_in_training():
-    store = FeatureStore()
-    with torch.inference_mode():
-        store.put("k", some_grid())
-    linear = torch.nn.Linear(4, 2)
-    linear(store.get("k").values.float()).sum().backward()
-    assert linear.weight.grad is not None
+    monkeypatch.undo()
+    store.flush()
+    with FeatureStore(tmp_path) as again:  # as in a new run, with space
+        vision.features(list(clips), store=again)
+    assert verify(FeatureStore(tmp_path)) == (3, [])
 
 
 def test_encoding_ahead_ends_when_nothing_can_be_stored(tmp_path, monkeypatch):
     model = SimpleNamespace(
         vision=MultiEncoder(["fake"], grid=(4, 2, 2)), feature_store=FeatureStore(tmp_path)
     )
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    failing_write(monkeypatch, errno.ENOSPC)
     clips = list(torch.randint(256, (3, 8, 3, 32, 32)).byte())
     encoded = []
     encode_all(model, [(str(n), clip) for n, clip in enumerate(clips)], should_stop=lambda: encoded.append(1))
     assert len(encoded) == 2  # the second time, the store is read-only
+
+
+# Maintenance ------------------------------------------------------------------------------------------
+
+
+def test_small_shards_are_merged_bit_for_bit(tmp_path, small_shards, monkeypatch):
+    monkeypatch.setattr("merv.features.maintenance.VIDEOS_PER_SHARD", 2)
+    for number in range(5):
+        with FeatureStore(tmp_path, dtype="int8") as store:
+            store.put_all({some_key(number, name): some_grid(number) for name in ("a", "b")})
+    before = {key.id: FeatureStore(tmp_path).get(key) for key in FeatureStore(tmp_path)}
+    done = collect_garbage(FeatureStore(tmp_path))
+    assert (done.shards_before, done.shards_after, done.dropped) == (5, 3, 0)
+    after = FeatureStore(tmp_path)
+    assert {key.id for key in after} == set(before)
+    for key in after:
+        assert_same(after.get(key), before[key.id])
+    assert collect_garbage(FeatureStore(tmp_path)).shards_after == 3  # nothing is left to do
+
+
+def test_repeats_and_encoders_that_are_not_kept_are_dropped(tmp_path):
+    for numbers in (1, 2), (2, 1):
+        with FeatureStore(tmp_path) as store:
+            for number in numbers:
+                store.put_all({some_key(number, name): some_grid() for name in ("a", "b")[:number]})
+    done = collect_garbage(FeatureStore(tmp_path), lambda record: record.key.encoder == "a")
+    assert (done.shards_before, done.shards_after, done.dropped) == (2, 1, 4)
+    assert sorted(key.video for key in FeatureStore(tmp_path)) == ["video 1", "video 2"]
+
+
+def test_only_one_folder_is_collected(tmp_path):
+    with pytest.raises(DataError, match="one folder"):
+        collect_garbage(FeatureStore([tmp_path / "a", tmp_path / "b"]))

@@ -150,7 +150,7 @@ def test_keys_depend_on_class_and_decoder_version(monkeypatch):
     clip = video(4)
     models = [MultiEncoder({"fake": kind("image")}, grid=(4, 2, 2)) for kind in (Fake, Counting)]
     keys = [model.key(clip, "fake") for model in models]
-    monkeypatch.setattr("merv.features.reader.version", lambda package: "0.1")
+    monkeypatch.setattr("merv.features.keys.version", lambda package: "0.1")
     assert len({*keys, models[0].key(clip, "fake")}) == 3
 
 

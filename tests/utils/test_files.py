@@ -1,16 +1,15 @@
 """Leftovers of killed processes: which of them are removed, and when."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import torch
 
-from merv.features.store import FeatureStore
-from merv.types import WHOLE_PICTURE, Grid
 from merv.utils.files import _host, _start_time, new_folder, remove_leftovers, temporary_beside
 
 NOBODY = 9999999  # higher than any process number
@@ -79,18 +78,15 @@ def test_writing_a_folder_removes_only_its_own_leftovers(tmp_path):
     assert set(tmp_path.iterdir()) == {tmp_path / "a", other}
 
 
-def test_store_removes_leftovers_beside_what_it_writes(tmp_path):
-    leftover(tmp_path / "kk", "kept.safetensors")
-    leftover(tmp_path / "kk", "kept.safetensors", host="elsewhere", age_s=8 * DAY_S)
-    box = torch.tensor([WHOLE_PICTURE])
-    grid = Grid(
-        torch.ones(1, 2, 3, 3, 4),
-        torch.tensor([[0.25, 0.75]], dtype=torch.float64),
-        box,
-        torch.ones(1, 2, 3, 3).bool(),
-    )
-    FeatureStore(tmp_path).put("k" * 64, grid)
-    assert [path.name for path in (tmp_path / "kk").iterdir()] == [f"{'k' * 64}.safetensors"]
+def test_forked_process_does_not_remove_the_file_of_its_parent(tmp_path):
+    with ExitStack() as stack:
+        temporary = stack.enter_context(temporary_beside(tmp_path / "a"))
+        temporary.touch()
+        child = multiprocessing.get_context("fork").Process(target=stack.close)
+        child.start()
+        child.join()
+        assert temporary.exists()
+    assert not temporary.exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")

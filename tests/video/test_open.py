@@ -13,7 +13,7 @@ from PIL import Image
 
 import merv.video.pyav
 from merv.errors import DamagedVideo, DataError, ShapeError, UnreadableVideo, VideoError
-from merv.features.store import video_key
+from merv.features.keys import content_digest
 from merv.video.load import load_video
 from merv.video.open import open_video, probe
 from merv.video.sampling import frame_indices_at
@@ -327,7 +327,7 @@ def test_empty_path_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UnreadableVideo, match="''"):
         load_video("")
     with pytest.raises(UnreadableVideo, match="''"):
-        video_key("", "cache key")
+        content_digest("")
     assert load_video(".") is not None
 
 
@@ -366,7 +366,7 @@ def test_text_stream_is_rejected(text: Any) -> None:
     with pytest.raises(VideoError, match=type(text).__name__):
         open_video(text)
     with pytest.raises(DataError, match=type(text).__name__):
-        video_key(text, "cache key")
+        content_digest(text)
 
 
 @pytest.mark.parametrize("fps", [0, -5, float("nan")])

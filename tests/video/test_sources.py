@@ -21,7 +21,8 @@ from merv import MultiEncoder, load_video
 from merv.data.samples import sample_of
 from merv.data.sources import FilePart, open_samples
 from merv.errors import DataError, MervError, MissingDependency, UnreadableVideo, VideoError
-from merv.features.store import FeatureStore, video_key
+from merv.features.keys import content_digest
+from merv.features.store import FeatureStore
 from merv.utils.files import file_digest
 from merv.video.open import open_video, probe
 from merv.video.reader import VideoReader
@@ -120,12 +121,12 @@ def fifo(path: Path) -> Path:
     "read",
     [
         load_video,
-        lambda path: video_key(path, ""),
+        lambda path: content_digest(path),
         file_digest,
         lambda path: open_samples(path),
         lambda path: MultiEncoder(["fake"], grid=(4, 2, 2)).features(path, store=FeatureStore()),
     ],
-    ids=["load_video", "video_key", "file_digest", "open_samples", "store"],
+    ids=["load_video", "content_digest", "file_digest", "open_samples", "store"],
 )
 @pytest.mark.parametrize("suffix", [".mp4", ".jsonl"])
 def test_pipe_is_refused_by_everything_that_opens_a_path(
@@ -146,7 +147,7 @@ def test_pipe_in_folder_of_images_is_a_missing_frame(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs /dev/zero")
 def test_endless_device_is_hashed_up_to_its_size() -> None:
     with open("/dev/zero", "rb") as endless:
-        assert video_key(endless, "") == video_key(b"", "")
+        assert content_digest(endless) == content_digest(b"")
 
 
 # Forks
@@ -319,7 +320,7 @@ def test_decoder_of_rounded_times_has_frame_n_at_n_over_rate(tmp_path: Path, dec
 
 def test_decoder_has_no_content_to_hash(tmp_path: Path, decoder_class: Any) -> None:
     with pytest.raises(DataError, match=r"path or bytes"):
-        video_key(decoder_class(str(make_video(tmp_path / "a.mp4"))), "")
+        content_digest(decoder_class(str(make_video(tmp_path / "a.mp4"))))
 
 
 @pytest.mark.parametrize("form", ["path", "bytes", "both", "decoder", "decoder of bytes"])
@@ -333,7 +334,7 @@ def test_row_of_datasets_is_the_video_in_it(tmp_path: Path, form: str) -> None:
         video = FakeDecoder(str(path))
         video._hf_encoded = row  # as datasets does
     assert torch.equal(load_video(video).pixels, load_video(path).pixels)
-    assert video_key(video, "") == video_key(path, "")
+    assert content_digest(video) == content_digest(path)
     vision = MultiEncoder(["fake"], grid=(4, 2, 2))
     assert torch.equal(vision.features(video)["fake"].values, vision.features(path)["fake"].values)
     conversation = {"video": video, "questions": [{"question": "Who?", "answer": "A cat."}]}

@@ -235,7 +235,7 @@ def test_multi_encoder_decodes_with_its_backend(tmp_path: Path, backend: str) ->
 
 
 def test_backend_is_part_of_the_feature_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("merv.features.reader.version", lambda package: f"{package} 1")
+    monkeypatch.setattr("merv.features.keys.version", lambda package: f"{package} 1")
     video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
     pyav, torchcodec = (MultiEncoder(["fake"], weights=None, backend=b) for b in ("pyav", "torchcodec"))
     torchcodec.encoders = pyav.encoders

@@ -1,0 +1,244 @@
+"""What features depend on: the content of the video, and everything about the encoder and the pipeline."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import sys
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from io import TextIOBase
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merv.encoding.base import Encoder
+from merv.encoding.weights import values_digest
+from merv.errors import DataError, EncoderError, UnreadableVideo
+from merv.fusion.align import Aligner
+from merv.utils.files import file_digest, stream_digest, view_of
+from merv.utils.plugins import class_path
+from merv.utils.private import version_of
+from merv.utils.torch_modules import device_and_dtype
+from merv.video.open import open_video, original_of, path_of
+from merv.video.reader import BACKENDS
+from merv.video.sampling import Sampling
+from merv.video.transforms import Resample
+
+VERSION = 5  # part of the key; increase it if the same options produce other features
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+# Encoder → (state of its tensors, digest of its weights)
+DIGESTS: WeakKeyDictionary[Encoder, tuple[list[Any], str]] = WeakKeyDictionary()
+
+
+def feature_cache_key(
+    encoder: Encoder,
+    num_frames: int | None,
+    sampling: Sampling,
+    aligner: Aligner,
+    backend: str,
+    resample: Resample,
+) -> str:
+    """Describe everything that an encoder's aligned features depend on, except the video.
+
+    Args:
+        encoder: The encoder, with its final weights and dtype.
+        num_frames: Number of frames per video; None for that of the encoder's spec.
+        sampling: How times are chosen.
+        aligner: The aligner.
+        backend: Decoding backend.
+        resample: How frames are resized.
+
+    Returns:
+        A JSON text, which is hashed together with the content of the video.
+
+    Raises:
+        EncoderError: The aligner is a custom one; merv does not know what its output depends on.
+    """
+    if type(aligner) is not Aligner:
+        raise EncoderError(
+            f"Features of the custom aligner {type(aligner).__name__} cannot be stored. Use merv.Aligner, "
+            "or do not pass a store."
+        )
+    hash_values = encoder.modified or encoder.identity.sha256 is None  # the identity does not describe them
+    spec, preset = encoder.spec, encoder.preset
+    encoder_class: Any = type(encoder)
+    key = {
+        "version": VERSION,
+        "class": class_path(encoder_class),
+        "code": code_digest(encoder_class),
+        "weights": weights_digest(encoder) if hash_values else encoder.identity.sha256,
+        "dtype": str(device_and_dtype(encoder)[1]),
+        "variant": [
+            encoder.variant,
+            spec.layer,
+            spec.grid,
+            spec.embed_dim,
+            spec.window_size,
+            spec.tubelet_size,
+        ],
+        "frames": spec.num_frames if num_frames is None else num_frames,
+        "rate": spec.fps if num_frames is None else None,
+        "crop": [preset.crop_mode, preset.input_size, preset.resize_short_side, preset.center],
+        "resize": [preset.interpolation, resample, version("pillow")],  # Pillow versions differ
+        "normalization": [preset.mean, preset.std],
+        "decoder": [(package, version(package)) for package in BACKENDS[backend]],
+        "sampling": [
+            sampling.mode,
+            sampling.start_s,
+            sampling.end_s,
+            sampling.fps,
+            sampling.seed,
+            sampling.total,
+        ],
+        "aligner": (aligner.grid, aligner.mode),
+    }
+    return json.dumps(key, sort_keys=True, default=str)
+
+
+# Weights and code -----------------------------------------------------------------------------
+
+
+def weights_digest(encoder: Encoder) -> str:
+    """Return a hash of an encoder's weights; it is recomputed only if they were modified or moved."""
+    tensors = encoder.state_dict(keep_vars=True).values()
+    state = [(t.data_ptr(), t.dtype, version_of(t)) for t in tensors]
+    if encoder not in DIGESTS or DIGESTS[encoder][0] != state:
+        DIGESTS[encoder] = state, values_digest(encoder)
+    return DIGESTS[encoder][1]
+
+
+@cache
+def code_digest(encoder_class: type[Encoder]) -> str:
+    """Return a hash of the code that an encoder class consists of, so that edited code has other features.
+
+    It covers the module of the class, those of its base classes, and what they import from the same package,
+    without comments and docstrings. merv itself is covered by `VERSION`. A class whose code is in no file,
+    such as one from an interactive session, gets a hash that no other process has.
+
+    >>> from merv.encoders.fake import Fake
+    >>> len(code_digest(Fake))
+    16
+    """
+    modules: dict[str, str] = {}
+    for owner in encoder_class.__mro__[: encoder_class.__mro__.index(Encoder)]:
+        if not _collect(owner.__module__, modules):
+            return f"{os.getpid()}.{id(encoder_class)}"
+    return hashlib.sha256(json.dumps(modules, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _collect(name: str, modules: dict[str, str]) -> bool:
+    """Add the digest of a module, and those of the modules of its own package that it imports.
+
+    Returns False if there is no source file.
+    """
+    if name in modules:
+        return True
+    path = _source_file(name)
+    if path is None:
+        return False
+    modules[name], imported = _parsed(path, os.stat(path).st_mtime_ns, name)
+    for other in imported:
+        if _package(other) == _package(name):
+            _collect(other, modules)
+    return True
+
+
+def _source_file(name: str) -> str | None:
+    module = sys.modules.get(name)
+    try:
+        spec = find_spec(name) if module is None else None
+    except (ImportError, ValueError):
+        return None
+    path = getattr(module, "__file__", None) if module is not None else spec and spec.origin
+    return path if isinstance(path, str) and path.endswith(".py") and os.path.isfile(path) else None
+
+
+def _package(module: str) -> str:
+    """The package whose code counts as an encoder's own: the top one, but merv.encoders for merv's own."""
+    top, _, rest = module.partition(".")
+    return f"merv.{rest.partition('.')[0]}" if top == "merv" else top
+
+
+@cache
+def _parsed(path: str, modified_ns: int, name: str) -> tuple[str, frozenset[str]]:
+    """The digest of a source file without comments and docstrings, and the names that it may import."""
+    tree = ast.parse(Path(path).read_bytes())
+    parts, imported = name.split("."), set()
+    is_package = os.path.basename(path) == "__init__.py"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = parts[: len(parts) - node.level + is_package] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            imported |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+        has_docstring = isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None
+        if has_docstring:
+            node.body = node.body[1:]  # type: ignore[attr-defined]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), frozenset(imported)
+
+
+# Videos ---------------------------------------------------------------------------------------
+
+
+def content_digest(video: Any) -> str:
+    """Return a hash of the content of a video: the bytes of a file, tensor or array.
+
+    Raises:
+        UnreadableVideo: A path cannot be read.
+        DataError: The object has no content, or it can be read only once.
+    """
+    video = original_of(video)
+    if isinstance(video, (bytes, bytearray, memoryview)):
+        return hashlib.sha256(video).hexdigest()
+    if isinstance(video, (str, os.PathLike)):
+        return _path_digest(path_of(video))
+    if isinstance(video, np.ndarray):
+        video = torch.from_numpy(np.array(video, order="C"))  # torch does not support negative strides
+    if isinstance(video, Tensor):
+        pixels = video.cpu().contiguous()
+        header = f"{pixels.dtype}{tuple(pixels.shape)}".encode()
+        return hashlib.sha256(header + pixels.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    # A PIL image, as decoded with its palette and orientation.
+    if hasattr(type(video), "__array_interface__"):
+        with open_video(video) as reader:
+            return content_digest(reader.read([0]))
+    if getattr(video, "seekable", lambda: False)() and not isinstance(video, TextIOBase):
+        return stream_digest(view_of(video))
+    raise DataError(
+        f"Cannot store features of a {type(video).__name__}: its content cannot be hashed, or can be "
+        "read only once. Pass a path or bytes."
+    )
+
+
+def _path_digest(path: Path) -> str:
+    """Return a hash of the bytes of a file, or of the names and bytes of the files in a folder."""
+    try:
+        if not path.is_dir():
+            return file_digest(path)
+        files = sorted(p for p in path.iterdir() if p.is_file())
+        digests = [f"{file.name} {file_digest(file)}" for file in files]
+    except (OSError, ValueError) as error:  # ValueError: the path contains a null byte
+        raise UnreadableVideo(f"{path}: {getattr(error, 'strerror', None) or error}.") from error
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def source_name(video: Any) -> str:
+    """The path or name of a video, for listings; empty if it has none.
+
+    >>> source_name("clips/a.mp4"), source_name(b"...")
+    ('clips/a.mp4', '')
+    """
+    original = original_of(video)
+    if isinstance(original, (str, os.PathLike)):
+        return os.fspath(original)
+    name = getattr(original, "name", None)
+    return str(name) if isinstance(name, (str, os.PathLike)) else ""

@@ -1,0 +1,158 @@
+"""Where the shards of a store are: a local folder, or any address that fsspec knows, such as s3://….
+
+Both offer the same few functions, so the store does not care which it has.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from merv.errors import MissingDependency
+from merv.features.shard import SUFFIX
+from merv.utils.files import temporary_beside
+
+SHARD_NAME = 32 + len(SUFFIX)  # characters
+LISTING_S = 30.0  # how long a remote listing counts as fresh
+OPEN_FILES = 64  # files of a local folder that stay open
+
+
+class Place(Protocol):
+    """A folder of shards."""
+
+    address: str
+
+    def version(self) -> Any:
+        """A value that changes when shards come or go; None if the folder does not exist."""
+
+    def names(self) -> dict[str, int]:
+        """Name → size in bytes of each shard."""
+
+    def read(self, name: str, offset: int, size: int) -> np.ndarray:
+        """Read some bytes of a shard; raises OSError if there are fewer."""
+
+    def temporary(self) -> Any:
+        """A context that yields a temporary file, local and unique."""
+
+    def publish(self, temporary: Path, name: str) -> None:
+        """Make a finished file a shard, all at once."""
+
+    def remove(self, name: str) -> None:
+        """Delete a shard."""
+
+
+class LocalFolder:
+    """A folder of the file system, perhaps a shared one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.address = folder, str(folder)
+        self._files = lru_cache(OPEN_FILES)(_OpenFile)
+
+    def version(self) -> int | None:
+        try:
+            return self.folder.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+    def names(self) -> dict[str, int]:
+        with os.scandir(self.folder) as entries:
+            return {e.name: e.stat().st_size for e in entries if is_shard_name(e.name)}
+
+    def read(self, name: str, offset: int, size: int) -> np.ndarray:
+        data = np.empty(size, np.uint8)
+        view, file = memoryview(data.data), self._files(self.folder / name)
+        while len(view):
+            count = os.preadv(file.number, [view], offset)
+            if not count:
+                raise OSError(f"{self.folder / name} is cut short")
+            view, offset = view[count:], offset + count
+        return data
+
+    @contextmanager
+    def temporary(self) -> Iterator[Path]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with temporary_beside(self.folder / "shard") as path:
+            yield path
+
+    def publish(self, temporary: Path, name: str) -> None:
+        os.replace(temporary, self.folder / name)
+
+    def remove(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
+
+class _OpenFile:
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+class RemoteFolder:
+    """An address of fsspec. Shards are written to a local temporary file, and uploaded when they are full."""
+
+    def __init__(self, address: str) -> None:
+        try:
+            from fsspec.core import url_to_fs
+
+            self.files, self.folder = url_to_fs(address)
+        except ImportError as error:
+            raise MissingDependency(f"{address}: {error}") from error
+        self.address = address
+
+    def version(self) -> int | None:
+        return int(time.monotonic() / LISTING_S)
+
+    def names(self) -> dict[str, int]:
+        self.files.invalidate_cache()
+        if not self.files.isdir(self.folder):
+            return {}
+        files = self.files.ls(self.folder, detail=True)
+        named = {file["name"].rsplit("/", 1)[-1]: file["size"] for file in files}
+        return {name: size for name, size in named.items() if is_shard_name(name)}
+
+    def read(self, name: str, offset: int, size: int) -> np.ndarray:
+        data = self.files.cat_file(f"{self.folder}/{name}", start=offset, end=offset + size)
+        if len(data) != size:
+            raise OSError(f"{self.address}/{name} is cut short")
+        return np.frombuffer(bytearray(data), np.uint8)
+
+    @contextmanager
+    def temporary(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="merv-") as folder:
+            yield Path(folder, "shard")
+
+    def publish(self, temporary: Path, name: str) -> None:
+        self.files.makedirs(self.folder, exist_ok=True)
+        self.files.put_file(str(temporary), f"{self.folder}/{name}.part")
+        self.files.mv(f"{self.folder}/{name}.part", f"{self.folder}/{name}")
+
+    def remove(self, name: str) -> None:
+        self.files.rm_file(f"{self.folder}/{name}")
+
+
+def place_at(address: str | Path) -> LocalFolder | RemoteFolder:
+    """The folder at a path or an address with "://"."""
+    if "://" in str(address):
+        return RemoteFolder(str(address).rstrip("/"))
+    return LocalFolder(Path(address).expanduser().absolute())
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether a file of a store is a shard.
+
+    >>> is_shard_name("0123456789abcdef0123456789abcdef.safetensors"), is_shard_name("model.safetensors")
+    (True, False)
+    """
+    stem = name.removesuffix(SUFFIX)
+    return len(name) == SHARD_NAME and len(stem) == 32 and not set(stem) - set("0123456789abcdef")
