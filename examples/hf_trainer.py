@@ -3,10 +3,11 @@
     python examples/hf_trainer.py
     python examples/hf_trainer.py --llm FOLDER --encoders dinov2 siglip --data train.jsonl --out model
 
-The Trainer needs accelerate. Without options, the script trains tiny random parts on clips of one color,
-takes less than a minute, and prints the saved model's answer about a clip that it was not trained on.
-Before each step the Trainer counts the answer tokens of all micro-batches and processes. The model divides its
-summed loss by that number, so every token has the same weight.
+The Trainer needs accelerate, which the extra `demo` has. Without options, the script trains tiny random parts
+on clips of one color, takes less than a minute, and prints the saved model's answer about a clip that it was
+not trained on.
+Before each step the Trainer counts the answer tokens of all micro-batches and processes. The model divides
+its summed loss by that number, so every token has the same weight.
 """
 
 from __future__ import annotations

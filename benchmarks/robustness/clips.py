@@ -48,7 +48,15 @@ def row(path: Path) -> tuple[str, float]:
         plain = interpolate(plain, read.shape[2:], mode="bilinear", antialias=True)
     pixels = (read.int() - plain.int()).abs().max().item()
     size = f"{info.width}×{info.height}"
-    cells = (path.name, info.num_frames, size, info.rotation, f"{info.duration_s:.3f}", f"{error_ms:.6f}", pixels)
+    cells = (
+        path.name,
+        info.num_frames,
+        size,
+        info.rotation,
+        f"{info.duration_s:.3f}",
+        f"{error_ms:.6f}",
+        pixels,
+    )
     return ROW.format(*cells), error_ms
 
 

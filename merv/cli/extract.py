@@ -1,0 +1,222 @@
+"""Compute the features of many videos once, and keep them in a feature store.
+
+examples:
+  merv extract clips/ --encoders dinov2 siglip --out features
+  merv extract train.jsonl --config my_recipe.yaml --out features      what this recipe will train on
+  merv extract 'clips/*.mp4' --encoders clip --out features --pool embeddings.parquet
+  merv extract clips/ --encoders dinov2 siglip vivit --out features    computes only vivit
+  merv store ls features
+
+A source is a video, an image, a folder of them, a pattern, or a data file (.jsonl, .json, .parquet, .tar, a
+folder of `datasets`). What the store already has is not computed again, so an extraction that was stopped can
+be run again. Videos that cannot be read are listed in failed.jsonl, and the exit status is then 1.
+`merv fit --model.feature_store=features` trains from the store. See docs/features.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merv.errors import EncoderError
+
+if TYPE_CHECKING:
+    from merv.extraction.extract import Extraction
+    from merv.features.store import FeatureStore
+    from merv.models.multi_encoder import MultiEncoder
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `merv extract` to `parser`."""
+    option = parser.add_argument
+    option("sources", nargs="+", metavar="SOURCE", help="videos, images, folders, patterns or data files")
+    option("--out", required=True, metavar="STORE", help="folder of the store, or an address such as s3://…")
+    option("--encoders", nargs="+", metavar="NAME", help="encoders; see `merv encoders`")
+    option("--config", metavar="RECIPE", help="take the encoders and their options from a recipe")
+    option("--model", metavar="FOLDER", help="take the encoders and their options from a saved model")
+    option(
+        "--grid",
+        nargs=3,
+        type=int,
+        default=(16, 8, 8),
+        metavar=("T", "H", "W"),
+        help="grid of time steps, rows and columns that all features are aligned to (default: 16 8 8)",
+    )
+    option(
+        "--weights",
+        action="append",
+        type=_pair,
+        default=[],
+        metavar="NAME=SOURCE",
+        help="weights of an encoder: a folder, file or hub id, or `none` for random ones; can be repeated",
+    )
+    option(
+        "--preset",
+        action="append",
+        type=_pair,
+        default=[],
+        metavar="NAME=PRESET",
+        help="how the frames of an encoder are preprocessed; can be repeated",
+    )
+    option(
+        "--num-frames",
+        action="append",
+        type=_pair,
+        default=[],
+        metavar="NAME=N",
+        help="number of frames of an encoder per video; can be repeated",
+    )
+    option("--sampling", choices=["uniform", "released"], default="uniform", help="how frames are chosen")
+    option("--start-s", type=float, default=0.0, help="start of the range that is sampled, in seconds")
+    option("--end-s", type=float, help="end of the range that is sampled, in seconds (default: the end)")
+    option("--dtype", choices=["fp32", "bf16"], default="fp32", help="dtype of the encoders (default: fp32)")
+    option(
+        "--store-dtype",
+        choices=list(DTYPES),
+        help="dtype of stored features; int8 has a scale per cell (default: as the encoders return them)",
+    )
+    option("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is a GPU)")
+    option("--num-workers", type=int, help="processes that decode (default: one per core, at most 16)")
+    option("--root", help="folder that paths in data files start at (default: the folder of each file)")
+    option("--limit", type=int, metavar="N", help="only the first N videos")
+    option("--failed", metavar="FILE", help="where failures are listed (default: failed.jsonl in the store)")
+    option("--pool", metavar="OUT.parquet", help="also write one embedding per video and encoder to a file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Extract features; return 1 if a video could not be read."""
+    from merv.extraction.export import Video, embeddings, write_parquet
+    from merv.extraction.extract import extract
+    from merv.extraction.videos import Items
+    from merv.features.store import FeatureStore
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    items = Items(args.sources, args.root)[: args.limit]
+    store = FeatureStore(args.out, dtype=DTYPES.get(args.store_dtype))  # type: ignore[arg-type]
+    encoders = _encoders(args)
+    is_local = "://" not in args.out
+    if is_local:
+        Path(args.out).expanduser().mkdir(parents=True, exist_ok=True)
+    failed = Path(args.failed or (Path(args.out) / "failed.jsonl" if is_local else "failed.jsonl"))
+    try:
+        result = extract(
+            encoders,
+            items,
+            store,
+            num_workers=min(os.cpu_count() or 1, 16) if args.num_workers is None else args.num_workers,
+            failed=failed.expanduser(),
+            progress=True,
+        )
+    except KeyboardInterrupt:
+        print(
+            "merv: stopped. Run the same command again to go on; stored features are kept.", file=sys.stderr
+        )
+        raise
+    sys.stdout.write(summary(result, store, failed))
+    if args.pool:
+        videos = [
+            Video(next(iter(keys.values())).source, next(iter(keys.values())).video, keys)
+            for keys in result.keys
+        ]
+        count = write_parquet(embeddings(store, videos), Path(args.pool).expanduser())
+        print(f"Wrote {count} embeddings to {args.pool}.")
+    return int(bool(result.failures))
+
+
+def summary(result: Extraction, store: FeatureStore, failed: Path) -> str:
+    """What an extraction has done, and what limited its speed."""
+    total = result.encoded + result.stored + len(result.failures)
+    lines = [
+        f"{total} videos in {result.seconds:.1f} s: {result.encoded} encoded, {result.stored} already "
+        f"stored, {len(result.failures)} failed."
+    ]
+    if result.encoded:
+        waiting = result.waited_s / result.seconds
+        limit = "decoding: more --num-workers help" if waiting > 0.5 else "the encoders"
+        lines.append(
+            f"{result.encoded / result.seconds:.2f} videos/s; the encoders waited for {waiting:.0%} of the "
+            f"time; reading took {result.decode_cpu_s / total:.2f} core-seconds per video. The limit is "
+            f"{limit}."
+        )
+    for cause, count in result.causes.most_common():
+        lines.append(f"  {count} × {cause}")
+    if result.failures:
+        lines.append(f"Failures are listed in {failed}.")
+    return "\n".join([*lines, repr(store), ""])
+
+
+def _encoders(args: argparse.Namespace) -> MultiEncoder:
+    import torch
+
+    from merv.models.multi_encoder import MultiEncoder
+    from merv.video.sampling import Sampling
+
+    given = [name for name in ("encoders", "config", "model") if getattr(args, name)]
+    if len(given) != 1:
+        raise EncoderError("Pass one of --encoders NAME …, --config RECIPE and --model FOLDER.")
+    if args.model:
+        encoders = _saved(args.model)
+    elif args.config:
+        encoders = MultiEncoder(**recipe_encoders(args.config))
+    else:
+        encoders = MultiEncoder(
+            args.encoders,
+            grid=tuple(args.grid),
+            weights={name: None if value == "none" else value for name, value in args.weights},
+            presets=dict(args.preset),
+            num_frames={name: int(count) for name, count in args.num_frames},
+            sampling=Sampling(args.sampling, start_s=args.start_s, end_s=args.end_s),
+        )
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    return encoders.to(device=device, dtype=dtype).eval()
+
+
+def recipe_encoders(recipe: str) -> dict[str, Any]:
+    """The arguments of a MultiEncoder with the encoders of a recipe, without a fusion.
+
+    >>> recipe_encoders("demo")["grid"]
+    (8, 1, 1)
+    """
+    import yaml
+
+    from merv.training.options import TrainingOptions
+    from merv.training.recipes import with_recipes
+
+    path = with_recipes(["--config", recipe])[1]
+    try:
+        options = TrainingOptions(**yaml.safe_load(Path(path).read_text(encoding="utf-8"))["model"])
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise EncoderError(f"{path}: expected a recipe with a section `model`: {error}.") from error
+    kept = ("grid", "presets", "num_frames", "sampling", "align", "resample", "backend")
+    arguments = {name: value for name, value in options.multi_encoder().items() if name in kept}
+    return {"encoders": options.encoders, "weights": options.weights or {}, **arguments}
+
+
+def _saved(folder: str) -> Any:
+    from merv.checkpoints.folder import read_config
+    from merv.checkpoints.pretrained import find_model
+    from merv.models.multi_encoder import MultiEncoder
+    from merv.models.video_llm import VideoLLM
+
+    path = find_model(folder)
+    kind: Any = VideoLLM if read_config(path)[0] == "VideoLLM" else MultiEncoder
+    model = kind.from_pretrained(path)
+    return model.vision if isinstance(model, VideoLLM) else model
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return name, value
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,295 @@
+"""What can be done with stored features: listings, embeddings, neighbors, and files for other programs."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+from merv.errors import DataError, MissingDependency
+from merv.features.keys import content_digest
+from merv.features.shard import FeatureKey, options_id
+from merv.features.store import FeatureStore
+from merv.types import Grid
+from merv.utils.files import new_folder, temporary_beside
+
+VIDEOS_PER_TAR = 1000
+ROWS_AT_ONCE = 1000  # rows of a table that are held in memory
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video of a store, with its features' keys by encoder.
+
+    Args:
+        source: Its path or name.
+        digest: Hash of its content.
+        keys: Name of each encoder → the key of its features.
+    """
+
+    source: str
+    digest: str
+    keys: dict[str, FeatureKey]
+
+
+def videos_of(store: FeatureStore, encoders: Sequence[str] = ()) -> list[Video]:
+    """The videos of a store, ordered by name.
+
+    Args:
+        store: The store. If it has features of one encoder with different options, the encoder's name is
+            followed by a part of their hash.
+        encoders: Names of the encoders to include; all by default.
+
+    Raises:
+        DataError: The store has no features of an encoder.
+    """
+    keys = list(store)
+    names = encoder_names(keys)
+    wanted = [name for name in names.values() if not encoders or name in encoders]
+    if missing := [name for name in encoders if name not in wanted]:
+        available = ", ".join(sorted(set(names.values()))) or "none"
+        raise DataError(f"The store has no features of {', '.join(missing)}. Available: {available}.")
+    videos: dict[str, Video] = {}
+    for key in keys:
+        name = names[key.encoder, key.options]
+        if name in wanted:
+            video = videos.setdefault(key.video, Video(key.source or key.video, key.video, {}))
+            video.keys[name] = key
+    return sorted(videos.values(), key=lambda video: video.source)
+
+
+def encoder_names(keys: Iterable[FeatureKey]) -> dict[tuple[str, str], str]:
+    """(Name, options) of each encoder in a store → a name that no other has.
+
+    >>> encoder_names([FeatureKey("{}", "v", "clip"), FeatureKey("[]", "v", "clip")]).values()
+    dict_values(['clip-44136fa3', 'clip-4f53cda1'])
+    """
+    found = dict.fromkeys((key.encoder, key.options) for key in keys)
+    names = [encoder for encoder, _ in found]
+    return {
+        (encoder, options): encoder
+        if names.count(encoder) == 1
+        else f"{encoder}-{options_id(FeatureKey(options, ''))[:8]}"
+        for encoder, options in found
+    }
+
+
+# Embeddings -----------------------------------------------------------------------------------
+
+
+def pooled(grid: Grid, per_step: bool = False) -> Tensor:
+    """The mean over the valid cells of a video: [D], or [t, D] with `per_step`. NaN where there is none.
+
+    >>> mask = torch.ones(1, 2, 1, 1, dtype=torch.bool)
+    >>> grid = Grid(torch.ones(1, 2, 1, 1, 3), torch.zeros(1, 2), torch.zeros(1, 4), mask)
+    >>> pooled(grid).tolist(), pooled(grid, per_step=True).shape
+    ([1.0, 1.0, 1.0], torch.Size([2, 3]))
+    """
+    mask = grid.mask[0, ..., None].float()
+    values = torch.where(grid.mask[0, ..., None], grid.values[0].float(), 0.0)
+    axes = (1, 2) if per_step else (0, 1, 2)
+    return values.sum(axes) / mask.sum(axes)
+
+
+def embeddings(
+    store: FeatureStore, videos: Sequence[Video], per_step: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each video and encoder (and time step): names, times and the mean of the features."""
+    for video in videos:
+        for encoder, key in video.keys.items():
+            grid = store.get(key)
+            if grid is None:
+                continue
+            options = json.loads(key.options)
+            row = {
+                "source": video.source,
+                "video": video.digest,
+                "encoder": encoder,
+                "variant": options["variant"][0],
+                "weights": options["weights"],
+            }
+            times_s = grid.times_s[0].tolist()
+            if not per_step:
+                yield row | {
+                    "start_s": times_s[0],
+                    "end_s": times_s[-1],
+                    "embedding": pooled(grid).numpy(),
+                }
+                continue
+            for step, embedding in enumerate(pooled(grid, per_step=True)):
+                yield row | {
+                    "start_s": times_s[step],
+                    "end_s": times_s[step],
+                    "embedding": embedding.numpy(),
+                }
+
+
+@dataclass(frozen=True)
+class Neighbor:
+    """A video of a store and its cosine similarity to another one."""
+
+    source: str
+    similarity: float
+
+
+def neighbors(
+    store: FeatureStore, query: str, count: int = 5, encoders: Sequence[str] = ()
+) -> list[Neighbor]:
+    """Find the videos that are most similar to one of the store, by exact search.
+
+    The similarity is the mean over the encoders of the cosine of the pooled features, from which the mean of
+    the store is subtracted.
+
+    Args:
+        store: The store.
+        query: Path or name of a video in the store, or of a file with the same content.
+        count: How many to return.
+        encoders: Which encoders to use; all by default.
+
+    Raises:
+        DataError: The store does not have the query, or no other video.
+    """
+    videos = videos_of(store, encoders)
+    names = sorted({name for video in videos for name in video.keys})
+    videos = [video for video in videos if set(video.keys) == set(names)]
+    position = _position_of(query, videos)
+    similarity = torch.zeros(len(videos))
+    for name in names:
+        rows = [pooled(grid) for video in videos if (grid := store.get(video.keys[name])) is not None]
+        if len(rows) < len(videos):
+            raise DataError(f"Some features of {name} are damaged: see `merv store verify`.")
+        matrix = torch.stack(rows).nan_to_num()
+        matrix = normalize(matrix - matrix.mean(dim=0), dim=-1)
+        similarity += matrix @ matrix[position] / len(names)
+    order = [i for i in similarity.argsort(descending=True).tolist() if i != position]
+    if not order:
+        raise DataError("The store has no other video with features of the same encoders.")
+    return [Neighbor(videos[i].source, round(similarity[i].item(), 4)) for i in order[:count]]
+
+
+def _position_of(query: str, videos: Sequence[Video]) -> int:
+    for position, video in enumerate(videos):
+        if query in (video.source, video.digest):
+            return position
+    path = Path(query).expanduser()
+    if path.exists():
+        digest = content_digest(path)
+        for position, video in enumerate(videos):
+            if video.digest == digest:
+                return position
+    some = ", ".join(video.source for video in videos[:3])
+    raise DataError(
+        f"{query} is not in the store, which has {len(videos)} videos ({some}, …). Add it with `merv "
+        "extract`."
+    )
+
+
+# Files ----------------------------------------------------------------------------------------
+
+
+def write_parquet(rows: Iterable[dict[str, Any]], path: Path) -> int:
+    """Write embeddings to a Parquet file; return the number of rows."""
+    import pyarrow
+    from pyarrow import parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    schema = pyarrow.schema(
+        [(name, pyarrow.string()) for name in ("source", "video", "encoder", "variant", "weights")]
+        + [("start_s", pyarrow.float64()), ("end_s", pyarrow.float64())]
+        + [("embedding", pyarrow.list_(pyarrow.float32()))]
+    )
+    count = 0
+    with temporary_beside(path) as temporary:
+        with parquet.ParquetWriter(temporary, schema) as writer:
+            batch: list[dict[str, Any]] = []
+            for row in rows:
+                batch.append(row)
+                if len(batch) == ROWS_AT_ONCE:
+                    writer.write_table(pyarrow.Table.from_pylist(batch, schema))
+                    count, batch = count + len(batch), []
+            writer.write_table(pyarrow.Table.from_pylist(batch, schema))
+        temporary.replace(path)
+    return count + len(batch)
+
+
+def write_numpy(store: FeatureStore, videos: Sequence[Video], folder: Path, progress: bool = False) -> int:
+    """Write an .npz file per video, with the arrays ENCODER.values, .times_s, .extent and .mask, and
+    index.jsonl with the names of the videos. bfloat16 becomes float32."""
+    with new_folder(folder) as temporary, (temporary / "index.jsonl").open("w", encoding="utf-8") as index:
+        for number, video in enumerate(_bar(videos, progress)):
+            name = f"{number:06d}.npz"
+            np.savez(temporary / name, **_arrays(store, video))  # type: ignore[arg-type]
+            index.write(json.dumps({"file": name, "source": video.source, "video": video.digest}) + "\n")
+    return len(videos)
+
+
+def write_webdataset(
+    store: FeatureStore, videos: Sequence[Video], folder: Path, progress: bool = False
+) -> int:
+    """Write shards of 1000 videos: KEY.npz as in `write_numpy`, and KEY.json with the name of the video."""
+    with new_folder(folder) as temporary:
+        bar = iter(_bar(videos, progress))
+        for start in range(0, len(videos), VIDEOS_PER_TAR):
+            with tarfile.open(temporary / f"features-{start // VIDEOS_PER_TAR:06d}.tar", "w") as shard:
+                for number, video in enumerate(islice(bar, VIDEOS_PER_TAR), start):
+                    content = BytesIO()
+                    np.savez(content, **_arrays(store, video))  # type: ignore[arg-type]
+                    about = json.dumps({"source": video.source, "video": video.digest}).encode()
+                    for suffix, data in (("json", about), ("npz", content.getvalue())):
+                        member = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                        member.size = len(data)
+                        shard.addfile(member, BytesIO(data))
+    return len(videos)
+
+
+def write_zarr(store: FeatureStore, videos: Sequence[Video], folder: Path, progress: bool = False) -> int:
+    """Write a Zarr group per video, named by its number, with one array per encoder and field."""
+    try:
+        import zarr
+    except ImportError as error:
+        raise MissingDependency("Export to Zarr needs the package zarr: pip install zarr") from error
+    with new_folder(folder) as temporary:
+        root = zarr.open_group(str(temporary), mode="w")
+        for number, video in enumerate(_bar(videos, progress)):
+            group = root.create_group(f"{number:06d}")
+            group.attrs.update({"source": video.source, "video": video.digest})
+            for name, array in _arrays(store, video).items():
+                created = group.create_array(name, shape=array.shape, dtype=array.dtype)
+                created[...] = array
+    return len(videos)
+
+
+WRITERS: dict[str, Callable[..., int]] = {
+    "numpy": write_numpy,
+    "webdataset": write_webdataset,
+    "zarr": write_zarr,
+}
+
+
+def _arrays(store: FeatureStore, video: Video) -> dict[str, np.ndarray]:
+    arrays = {}
+    for encoder, key in video.keys.items():
+        grid = store.get(key)
+        if grid is None:
+            raise DataError(
+                f"{video.source}: the features of {encoder} are damaged: see `merv store verify`."
+            )
+        for name, tensor in vars(grid).items():
+            tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+            arrays[f"{encoder}.{name}"] = tensor[0].numpy()
+    return arrays
+
+
+def _bar(videos: Sequence[Video], progress: bool) -> Iterable[Video]:
+    return tqdm(videos, "Exporting", unit="video", disable=None if progress else True)

@@ -1,0 +1,194 @@
+"""Encode many videos into a feature store: worker processes decode, the encoders run in this process.
+
+An extraction can be stopped at any time and run again: what is stored is not computed again. Several
+extractions, also on several machines, can write to one store.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from merv.data.loader import SAMPLE_ERRORS
+from merv.errors import DataError
+from merv.extraction.videos import Item
+from merv.features.reader import LoadedVideo, Reader
+from merv.features.shard import FeatureKey
+from merv.features.store import FeatureStore
+from merv.models.multi_encoder import MultiEncoder
+from merv.video.reader import SKIP
+
+PREFETCH = 2  # videos that each worker reads ahead
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A video whose features could not be computed."""
+
+    source: str
+    error: str
+    reason: str
+
+
+@dataclass
+class Extraction:
+    """The result of `extract`.
+
+    Args:
+        keys: The key of each video's features, by encoder; of videos that did not fail.
+        encoded: Number of videos that at least one encoder has encoded.
+        stored: Number of videos whose features were all in the store.
+        failures: Videos that could not be read.
+        seconds: Duration of the extraction.
+        waited_s: How long the encoders waited for a decoded video.
+        decode_cpu_s: CPU time of hashing, decoding and preprocessing, of all workers.
+    """
+
+    keys: list[dict[str, FeatureKey]] = field(default_factory=list)
+    encoded: int = 0
+    stored: int = 0
+    failures: list[Failure] = field(default_factory=list)
+    seconds: float = 0.0
+    waited_s: float = 0.0
+    decode_cpu_s: float = 0.0
+
+    @property
+    def causes(self) -> Counter[str]:
+        """Number of failures by kind of error."""
+        return Counter(failure.error for failure in self.failures)
+
+
+def extract(
+    encoders: MultiEncoder,
+    items: Sequence[Item],
+    store: FeatureStore,
+    *,
+    num_workers: int = 0,
+    failed: str | Path | None = None,
+    progress: bool = False,
+    should_stop: Callable[[], bool] = bool,
+) -> Extraction:
+    """Encode videos into a store.
+
+    Args:
+        encoders: The encoders, on their device and with their dtype. The fusion is not used.
+        items: The videos.
+        store: Where the features go; it is flushed at the end.
+        num_workers: Worker processes that decode; 0: this process does it.
+        failed: File to which each failure is written as a line of JSON. It is overwritten.
+        progress: Show a progress bar with rate, time left, failures and the share of time that the encoders
+            waited.
+        should_stop: Called before each video; if it returns True, the extraction ends early.
+
+    Returns:
+        Counts, times, and the keys of the features.
+
+    Raises:
+        DataError: A worker process was killed. What is stored stays.
+
+    Example:
+        >>> video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+        >>> store = FeatureStore()
+        >>> result = extract(MultiEncoder(["fake"], grid=(4, 2, 2)), [Item("zeros", video)], store)
+        >>> result.encoded, len(store)
+        (1, 1)
+    """
+    result, start = Extraction(), time.perf_counter()
+    store.recover()
+    len(store)  # reads the index, so that forked workers have it
+    loader: Any = DataLoader(
+        _Reading(encoders.reader(store), items),
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=PREFETCH if num_workers else None,
+        worker_init_fn=_start_worker,
+    )
+    if failed is not None:
+        Path(failed).write_text("", encoding="utf-8")
+    bar = tqdm(total=len(items), desc="Extracting", unit="video", disable=None if progress else True)
+    try:
+        for loaded, cpu_s in _waiting(loader, result):
+            result.decode_cpu_s += cpu_s
+            if isinstance(loaded, Failure):
+                result.failures.append(loaded)
+                if failed is not None:
+                    with Path(failed).open("a", encoding="utf-8") as lines:
+                        lines.write(json.dumps(vars(loaded)) + "\n")
+            else:
+                _encode(encoders, loaded, store, result)
+            bar.update()
+            waiting = result.waited_s / max(time.perf_counter() - start, 1e-9)
+            bar.set_postfix(waiting=f"{waiting:.0%}", failed=len(result.failures), refresh=False)
+            if should_stop():
+                break
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"A worker process was killed after {result.encoded + result.stored} videos; often, the memory "
+            "was full. Run the same command again with fewer --num-workers: stored features are kept."
+        ) from error
+    finally:
+        bar.close()
+        store.flush()
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def _encode(encoders: MultiEncoder, loaded: LoadedVideo, store: FeatureStore, result: Extraction) -> None:
+    if loaded.clip is None:
+        result.stored += 1
+    else:
+        with torch.inference_mode():
+            encoders.features([loaded], store=store)
+        result.encoded += 1
+    result.keys.append(dict(loaded.keys))
+
+
+def _waiting(loader: Any, result: Extraction) -> Any:
+    """Yield what the loader yields, and measure how long that takes."""
+    iterator = iter(loader)
+    while True:
+        start = time.perf_counter()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        result.waited_s += time.perf_counter() - start
+        yield item
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends the workers
+
+
+class _Reading(Dataset):
+    """Reads videos in worker processes: what was read, or the failure; and the CPU time that it took."""
+
+    def __init__(self, reader: Reader, items: Sequence[Item]) -> None:
+        self.reader, self.items = reader, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[LoadedVideo | Failure, float]:
+        start, item = time.process_time(), self.items[index]
+        try:
+            if item.error:
+                raise DataError(item.error)
+            loaded: LoadedVideo | Failure = self.reader(item.source, name=item.name)
+        except SAMPLE_ERRORS as error:
+            reason = str(error).removesuffix(SKIP).strip()
+            loaded = Failure(item.name, type(error).__name__, reason)
+        return loaded, time.process_time() - start

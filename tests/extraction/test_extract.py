@@ -1,0 +1,326 @@
+"""merv extract and merv store: from files to features, embeddings and neighbors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+
+import av
+import numpy as np
+import pytest
+import torch
+from media import make_video
+from pyarrow import parquet
+
+from merv.cli.main import main
+from merv.errors import DataError
+from merv.extraction import export
+from merv.extraction.extract import extract
+from merv.extraction.videos import Item, Items
+from merv.features.maintenance import verify
+from merv.features.store import FeatureStore
+from merv.models.multi_encoder import MultiEncoder
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """A folder with three different clips, and one that is no video."""
+    folder = tmp_path / "clips"
+    (folder / "below").mkdir(parents=True)
+    for number, name in enumerate(("a.mp4", "b.mp4", "below/c.mp4")):
+        make_video(folder / name, frames=8 + 4 * number)
+    (folder / "bad.mp4").write_bytes(b"no video")
+    (folder / "readme.txt").touch()
+    return folder
+
+
+def extract_to(store, *arguments, encoders=("fake",)) -> int:
+    grid = ("--grid", "4", "2", "2", "--num-workers", "0")
+    return main(["extract", *map(str, arguments), "--out", str(store), "--encoders", *encoders, *grid])
+
+
+# Sources -------------------------------------------------------------------------------------------
+
+
+def test_folders_patterns_and_files_are_sources(clips):
+    names = [os.path.relpath(item.name, clips) for item in Items([clips])]
+    assert names == ["a.mp4", "b.mp4", "bad.mp4", "below/c.mp4"]
+    assert [item.name for item in Items([f"{clips}/[ab].mp4"])] == [f"{clips}/a.mp4", f"{clips}/b.mp4"]
+    assert len(Items([clips / "a.mp4", clips])) == 4  # each once
+
+
+def test_rows_of_data_files_are_sources(clips, tmp_path):
+    rows = [
+        {"video": name, "questions": [{"question": "?", "answer": "!"}]}
+        for name in ("a.mp4", "b.mp4", "a.mp4")
+    ]
+    file = clips / "train.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n{}\n")
+    items = Items([file])
+    assert [os.path.basename(item.name) for item in items] == ["a.mp4", "b.mp4", "train.jsonl:4"]
+    assert items[2].error
+
+
+def test_videos_in_a_shard_are_named_by_it(clips, tmp_path):
+    row = {"questions": [{"question": "?", "answer": "!"}]}
+    (tmp_path / "row.json").write_text(json.dumps(row))
+    with tarfile.open(tmp_path / "s.tar", "w") as shard:
+        shard.add(tmp_path / "row.json", "000.json")
+        shard.add(clips / "a.mp4", "000.mp4")
+    assert extract_to(tmp_path / "store", tmp_path / "s.tar") == 0
+    (key,) = FeatureStore(tmp_path / "store")
+    assert key.source == f"{tmp_path}/s.tar/000"
+
+
+@pytest.mark.parametrize("source", ["none", "none*.mp4"])
+def test_a_source_without_videos_is_an_error(tmp_path, source):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / source, tmp_path / "empty"):
+        with pytest.raises(DataError, match=path.name.replace("*", r"\*")):
+            Items([path])
+
+
+# Extraction ----------------------------------------------------------------------------------------
+
+
+def test_features_are_those_of_the_encoders(clips, tmp_path, capsys):
+    store = tmp_path / "store"
+    assert extract_to(store, clips, encoders=("fake", "fake/video")) == 1
+    out = capsys.readouterr().out
+    assert "3 encoded, 0 already stored, 1 failed" in out
+    model = MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2))
+    stored = FeatureStore(store)
+    for name in ("a.mp4", "b.mp4", "below/c.mp4"):
+        for encoder, grid in model.features(clips / name).items():
+            kept = stored.get(model.key(clips / name, encoder))
+            assert all(torch.equal(tensor, vars(kept)[field]) for field, tensor in vars(grid).items())
+
+
+def test_failures_are_listed(clips, tmp_path):
+    extract_to(tmp_path / "store", clips)
+    (line,) = (tmp_path / "store" / "failed.jsonl").read_text().splitlines()
+    failure = json.loads(line)
+    assert failure["source"] == str(clips / "bad.mp4")
+    assert failure["error"] == "UnreadableVideo"
+
+
+def test_a_second_extraction_computes_nothing(clips, tmp_path, capsys, monkeypatch):
+    (clips / "bad.mp4").unlink()
+    assert extract_to(tmp_path / "store", clips) == 0
+    before = sorted(os.listdir(tmp_path / "store"))
+    monkeypatch.setattr(MultiEncoder, "encode", None)  # it must not be called
+    assert extract_to(tmp_path / "store", clips) == 0
+    assert "0 encoded, 3 already stored" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "store")) == before
+
+
+def test_an_encoder_that_is_added_is_the_only_one_computed(clips, tmp_path, monkeypatch):
+    (clips / "bad.mp4").unlink()
+    extract_to(tmp_path / "store", clips)
+    encoded, encode = [], MultiEncoder.encode
+
+    def watched(self, clips):
+        encoded.extend(clips[0].frames)
+        return encode(self, clips)
+
+    monkeypatch.setattr(MultiEncoder, "encode", watched)
+    assert extract_to(tmp_path / "store", clips, encoders=("fake", "fake/video")) == 0
+    assert encoded == ["fake_video"] * 3
+    assert len(FeatureStore(tmp_path / "store")) == 6
+
+
+def test_workers_read_the_videos(clips, tmp_path):
+    (clips / "bad.mp4").unlink()
+    model = MultiEncoder(["fake"], grid=(4, 2, 2))
+    with FeatureStore(tmp_path / "a") as store:
+        result = extract(model, Items([clips]), store, num_workers=2)
+    assert (result.encoded, result.failures) == (3, [])
+    again = extract(model, Items([clips]), FeatureStore(tmp_path / "a"), num_workers=2)
+    assert (again.encoded, again.stored) == (0, 3)
+    assert result.decode_cpu_s > 0
+
+
+class Killing(list):
+    """Kills the process that asks for the second item, as a full memory does."""
+
+    def __getitem__(self, index):
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_killed_worker_is_an_error_and_loses_nothing(clips, tmp_path):
+    items = Killing([Item(name, str(clips / name)) for name in ("a.mp4", "b.mp4")])
+    model, store = MultiEncoder(["fake"], grid=(4, 2, 2)), FeatureStore(tmp_path / "store")
+    with pytest.raises(DataError, match="killed"):
+        extract(model, items, store, num_workers=1)
+    assert verify(FeatureStore(tmp_path / "store"))[1] == []
+
+
+SCRIPT = """
+import os, signal, sys
+from merv.cli.main import main
+from merv.models.multi_encoder import MultiEncoder
+features, left = MultiEncoder.features, [int(sys.argv[1])]
+def killing(self, *args, **options):
+    left[0] -= 1
+    result = features(self, *args, **options)
+    if left[0] == 0:
+        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+    return result
+MultiEncoder.features = killing
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_an_extraction_that_was_stopped_goes_on(clips, tmp_path, capsys, name):
+    (clips / "bad.mp4").unlink()
+    arguments = ["extract", str(clips), "--out", str(tmp_path / "store"), "--encoders", "fake"]
+    arguments += ["--grid", "4", "2", "2", "--num-workers", "0"]
+    subprocess.run([sys.executable, "-c", SCRIPT, "2", name, *arguments], check=False, capture_output=True)
+    assert main(arguments) == 0
+    assert "1 encoded, 2 already stored" in capsys.readouterr().out
+    assert verify(FeatureStore(tmp_path / "store")) == (3, [])
+
+
+def test_one_of_encoders_config_and_model_is_needed(clips, tmp_path, capsys):
+    assert main(["extract", str(clips), "--out", str(tmp_path / "store")]) == 2
+    assert "--config" in capsys.readouterr().err
+
+
+def test_the_encoders_of_a_saved_model(clips, tmp_path):
+    (clips / "bad.mp4").unlink()
+    model = MultiEncoder(["fake"], grid=(4, 1, 1))
+    model.save_pretrained(tmp_path / "model")
+    arguments = ["extract", str(clips), "--out", str(tmp_path / "store"), "--model", str(tmp_path / "model")]
+    assert main([*arguments, "--num-workers", "0"]) == 0
+    assert model.key(clips / "a.mp4", "fake") in FeatureStore(tmp_path / "store")
+
+
+def test_options_of_the_encoders_are_used(clips, tmp_path):
+    (clips / "bad.mp4").unlink()
+    options = ("--preset", "fake=upstream", "--num-frames", "fake=8", "--store-dtype", "bf16")
+    assert extract_to(tmp_path / "store", clips, *options) == 0
+    model = MultiEncoder(["fake"], grid=(4, 2, 2), presets={"fake": "upstream"}, num_frames={"fake": 8})
+    grid = FeatureStore(tmp_path / "store").get(model.key(clips / "a.mp4", "fake"))
+    assert grid.values.dtype == torch.bfloat16
+
+
+# merv store ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(clips, tmp_path):
+    (clips / "bad.mp4").unlink()
+    extract_to(tmp_path / "store", clips, encoders=("fake", "fake/video"))
+    return tmp_path / "store"
+
+
+def run(capsys, *arguments) -> tuple[int, str]:
+    capsys.readouterr()
+    status = main(["store", *map(str, arguments)])
+    return status, capsys.readouterr().out
+
+
+def test_ls_lists_videos_and_encoders(store, clips, capsys):
+    lines = run(capsys, "ls", store)[1].splitlines()
+    assert [line.split()[0] for line in lines] == [str(clips / n) for n in ("a.mp4", "b.mp4", "below/c.mp4")]
+    assert lines[0].endswith("fake, fake_video")
+    row = json.loads(run(capsys, "ls", store, "--json")[1].splitlines()[0])
+    assert row["encoders"] == ["fake", "fake_video"]
+
+
+def test_stats_show_sizes_and_options(store, capsys):
+    out = run(capsys, "stats", store)[1]
+    assert "3 videos, " in out
+    assert "in 1 files" in out
+    assert "fake_video: 3 videos" in out
+    assert '"merv.encoders.fake:Fake"' in out
+
+
+def test_verify_finds_damage_and_gc_removes_it(store, capsys):
+    assert run(capsys, "verify", store) == (0, "6 records are valid, 0 things are damaged.\n")
+    (path,) = store.glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    status, out = run(capsys, "verify", store)
+    assert status == 1
+    assert path.name in out
+    assert run(capsys, "gc", store)[0] == 0
+    assert run(capsys, "verify", store) == (0, "5 records are valid, 0 things are damaged.\n")
+
+
+def test_gc_keeps_some_encoders(store, capsys):
+    assert "3 records dropped" in run(capsys, "gc", store, "--keep", "fake")[1]
+    assert {key.encoder for key in FeatureStore(store)} == {"fake"}
+    assert main(["store", "gc", str(store), "--keep", "clip"]) == 2
+
+
+def test_a_copy_of_a_video_is_its_nearest_neighbor(clips, tmp_path, capsys):
+    (clips / "bad.mp4").unlink()
+    with av.open(str(clips / "a.mp4")) as source, av.open(str(clips / "a_copy.mp4"), "w") as copy:
+        stream = copy.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
+        for frame in source.decode(video=0):
+            copy.mux(stream.encode(frame.reformat(32, 24)))
+        copy.mux(stream.encode())
+    extract_to(tmp_path / "store", clips)
+    out = run(capsys, "near", tmp_path / "store", clips / "a.mp4", "-k", "1")[1]
+    assert out.split()[1] == str(clips / "a_copy.mp4")
+    assert main(["store", "near", str(tmp_path / "store"), "none.mp4"]) == 2
+
+
+def test_embeddings_are_means_over_valid_cells(store, clips, tmp_path, capsys):
+    run(capsys, "export", store, tmp_path / "out.parquet")
+    rows = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert len(rows) == 6
+    model = MultiEncoder(["fake"], grid=(4, 2, 2))
+    grid = model.features(clips / "a.mp4")["fake"]
+    (row,) = (r for r in rows if r["source"] == str(clips / "a.mp4") and r["encoder"] == "fake")
+    assert grid.mask.all()
+    np.testing.assert_allclose(row["embedding"], grid.values.mean((0, 1, 2, 3)), rtol=1e-5)
+    run(capsys, "export", store, tmp_path / "steps.parquet", "--per-step", "--encoders", "fake")
+    steps = parquet.read_table(tmp_path / "steps.parquet").to_pylist()
+    assert [row["start_s"] for row in steps[:4]] == grid.times_s[0].tolist()
+    np.testing.assert_allclose(steps[1]["embedding"], grid.values[0, 1].mean((0, 1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["numpy", "webdataset"])
+def test_features_are_exported(store, clips, tmp_path, capsys, form):
+    assert run(capsys, "export", store, tmp_path / "out", "--format", form)[0] == 0
+    if form == "webdataset":
+        with tarfile.open(tmp_path / "out" / "features-000000.tar") as shard:
+            shard.extractall(tmp_path / "out", filter="data")
+    arrays = np.load(tmp_path / "out" / "000000.npz")
+    grid = MultiEncoder(["fake"], grid=(4, 2, 2)).features(clips / "a.mp4")["fake"]
+    np.testing.assert_array_equal(arrays["fake.values"], grid.values[0])
+    np.testing.assert_array_equal(arrays["fake.times_s"], grid.times_s[0])
+
+
+def test_pool_writes_embeddings_of_this_extraction(clips, tmp_path):
+    (clips / "bad.mp4").unlink()
+    extract_to(tmp_path / "store", clips / "a.mp4")
+    extract_to(tmp_path / "store", clips / "b.mp4", "--pool", tmp_path / "out.parquet")
+    (row,) = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert row["source"] == str(clips / "b.mp4")
+
+
+def test_estimate_is_the_size_of_the_values(capsys):
+    out = run(capsys, "estimate", "--encoders", "fake", "--videos", "1000", "--grid", "4", "2", "2")[1]
+    assert "fake: 576 B per video" in out  # 16 cells × (8 channels × 4 bytes + 1), 4 times, 4 edges
+
+
+def test_a_folder_without_features_is_no_store(tmp_path, capsys):
+    assert main(["store", "ls", str(tmp_path)]) == 2
+    assert "merv extract" in capsys.readouterr().err
+
+
+def test_two_settings_of_one_encoder_have_two_names(store, clips, capsys):
+    extract_to(store, clips, "--preset", "fake=upstream")
+    names = {name for video in export.videos_of(FeatureStore(store)) for name in video.keys}
+    assert len(names) == 3
+    assert sum(name.startswith("fake-") for name in names) == 2
