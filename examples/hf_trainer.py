@@ -83,7 +83,12 @@ class Collator:
         self.chat = chat
 
     def __call__(self, groups: list[Group]) -> dict[str, Any]:
-        prompts = [prompt for group in groups for messages in group for prompt in self.chat.answers(messages)]
+        prompts = [
+            prompt
+            for group in groups
+            for messages in group
+            for prompt in self.chat.training_prompts(messages)
+        ]
         learned = sum(sum(prompt.learned) for prompt in prompts)
         return {"groups": groups, "labels": torch.zeros(learned, dtype=torch.long)}
 

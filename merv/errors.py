@@ -1,22 +1,22 @@
 """The exceptions of merv. All of them derive from MervError.
 
 MervError
-├── VideoError            a video, image or folder of frames cannot be used
+├── VideoError            a video, image or folder of frames, or an option for reading it, cannot be used
 │   ├── UnreadableVideo   no frame can be decoded
 │   └── DamagedVideo      some of the requested frames cannot be decoded
 ├── SamplingError         the requested times do not fit the clip
-├── ShapeError            a tensor has a wrong shape, or a preset or spec has an invalid value
+├── ShapeError            a tensor has a wrong shape, or an option of preprocessing or fusion is invalid
 ├── PluginError           a plug-in cannot be found, loaded or trusted, or does not accept an option
 │   ├── UnknownPlugin     no plug-in has this name
 │   ├── AmbiguousPlugin   several distributions register this name
 │   └── BrokenPlugin      a plug-in cannot be imported or created, or does not satisfy its contract
 ├── EncoderError          an encoder or one of its options is invalid, or its output does not match its spec
-├── WeightsError          weights cannot be found or read, or do not fit the module
-├── CheckpointError       a saved folder cannot be written or read, or does not fit the model
-├── PromptError           chat messages cannot be turned into a prompt
+├── WeightsError          weights cannot be found or read, do not fit, or cannot be used as asked
+├── CheckpointError       a saved folder cannot be written, uploaded or read, or does not fit the model
+├── PromptError           messages, tokenizer or options of generate() do not give a usable prompt
 ├── TrainingError         the training options do not fit the model, the data or each other
 │   └── BadLoss           a loss is not finite, or is a spike
-├── DataError             a training or evaluation sample is invalid, or a video has no content to hash
+├── DataError             a training or evaluation sample, or a feature store, is invalid
 └── MissingDependency     an optional package is not installed
 
 Each message says what merv got, what it expected and what to try.
@@ -28,7 +28,7 @@ class MervError(Exception):
 
 
 class VideoError(MervError):
-    """A video, image or folder of frames cannot be used. The message names it."""
+    """A video, image or folder of frames, or an option for reading it, cannot be used."""
 
 
 class UnreadableVideo(VideoError):
@@ -44,7 +44,7 @@ class SamplingError(MervError, ValueError):
 
 
 class ShapeError(MervError, ValueError):
-    """A tensor has a wrong shape, or a preset or spec has an invalid value."""
+    """A tensor has a wrong shape, or an option of preprocessing, alignment or fusion is invalid."""
 
 
 class PluginError(MervError):
@@ -70,15 +70,15 @@ class EncoderError(MervError):
 
 
 class WeightsError(MervError):
-    """Weights cannot be found or read, or do not fit the module."""
+    """Weights cannot be found or read, do not fit the module, or cannot be used as asked."""
 
 
 class CheckpointError(MervError):
-    """A saved folder cannot be written or read, or does not fit the model."""
+    """A saved folder cannot be written, uploaded or read, or does not fit the model."""
 
 
 class PromptError(MervError, ValueError):
-    """Chat messages cannot be turned into a prompt."""
+    """Messages, tokenizer or options of `generate` do not give a usable prompt."""
 
 
 class TrainingError(MervError, ValueError):
@@ -90,7 +90,7 @@ class BadLoss(TrainingError):
 
 
 class DataError(MervError):
-    """A training or evaluation sample is invalid, or a video has no content to hash for a feature store."""
+    """A training or evaluation sample is invalid, or a feature store or its folder cannot be used."""
 
 
 class MissingDependency(MervError, ImportError):

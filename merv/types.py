@@ -350,7 +350,7 @@ class EncoderSpec:
             takes a whole clip of any length. Windows are independent, so equal ones are encoded once. The
             last frame of a clip is repeated to complete a window.
         tubelet_size: Number of frames in one step of the encoder's time axis.
-        patch: Side of a patch in pixels; None if it does not apply.
+        patch: Pixels per cell of the grid, along one side; None if they do not divide the image.
         layer: Description of the layer that the features come from.
         source: Where the default weights come from: a hub id, "package:MODULE/GLOB" or "built-in".
         revision: Commit, tag or branch of the hub repository.

@@ -118,7 +118,7 @@ def row(name: str, model: VideoLLM) -> str:
     steps = train(model, [ONE, [SEVERAL]])
     one_turn = all([ask(model, conversation) for conversation in ONE])
     results = [one_turn, ask(model, SEVERAL), agrees(model, [*ONE, SEVERAL])]
-    cells = [name, f"`{model.chat.end_token}`", str(len(model.chat.answers(SEVERAL)))]
+    cells = [name, f"`{model.chat.end_token}`", str(len(model.chat.training_prompts(SEVERAL)))]
     cells += ["yes" if model.supports_shared_prefix else "no", str(steps)]
     cells += ["yes" if result else "**no**" for result in results]
     return f"| {' | '.join(cells)} |"

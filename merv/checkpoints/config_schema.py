@@ -35,7 +35,7 @@ MAX_INTEGER = 2**63
 
 @dataclass(frozen=True)
 class Limits:
-    """The lowest and highest value of a number, or length of text, a list or an object; both included."""
+    """The lowest and highest value of a number, or length of a list or an object; both included."""
 
     low: float
     high: float
@@ -70,7 +70,8 @@ def check_value(schema: Any, value: Any, key: str, limits: Any = None) -> None:
     """Raise Invalid, with the dotted `key`, if a value is not allowed.
 
     Args:
-        schema: A type. Any means any JSON value. A dataclass is an object whose constructor accepts it.
+        schema: A type. Any means any JSON value. A dataclass means an object with its fields,
+            which its constructor accepts.
         value: The value, read from JSON.
         key: Where the value is.
         limits: What `Annotated` adds: `Limits`, `Text`, a function (value, key) that raises Invalid, or the

@@ -33,7 +33,12 @@ USAGE = """\
 %(prog)s VIDEO ... QUESTION --model FOLDER [options]
        %(prog)s VIDEO ... --question QUESTION [--question QUESTION ...] --model FOLDER [options]"""
 FORMS = 'Forms: merv ask VIDEO ... "QUESTION" --model FOLDER, or with --question "QUESTION".'
-SAMPLING = ("max_new_tokens", "keep_thinking", "temperature", "top_p")  # options of `VideoLLM.stream`
+GENERATION_OPTIONS = (
+    "max_new_tokens",
+    "keep_thinking",
+    "temperature",
+    "top_p",
+)  # options of `VideoLLM.stream`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a question about all the videos; can be repeated",
     )
     parser.add_argument(
-        "--model", required=True, help="model folder written by `merv fit` or save_pretrained"
+        "--model",
+        required=True,
+        metavar="FOLDER",
+        help="folder written by `merv fit` or save_pretrained, or the hub id of such a model (owner/name or "
+        "owner/name@revision)",
     )
     add_sources(parser, "if it has moved since training")
     parser.add_argument(
@@ -61,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE:CLASS",
-        help="class of the model that no installed package registers; imports its module; can be repeated",
+        help="a class that the model needs and no installed package registers. Its module is imported, so "
+        "its code runs; can be repeated",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
     parser.add_argument(
@@ -145,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("merv").setLevel(logging.WARNING)
     model = _load(args)
-    options = {name: getattr(args, name) for name in SAMPLING}
+    options = {name: getattr(args, name) for name in GENERATION_OPTIONS}
     for question in questions:
         conversation = user_message(question, *videos)
         if len(questions) > 1:
@@ -158,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
         finally:
             print(flush=True)
         if args.mix_weights and videos:
-            print("weights:", _weights(model, conversation))
+            print("mix_weights:", _weights(model, conversation))
 
 
 def videos_and_questions(inputs: list[str], questions: list[str]) -> tuple[list[str], list[str]]:

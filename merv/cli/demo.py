@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the four steps of the demo; the announced durations are those on two CPU cores."""
+    """Run the four steps of the demo; the announced durations are those on two idle CPU cores."""
     started = time.monotonic()
     out = Path(args.out).resolve()
     _announce(1, "Making clips from photographs and footage, with exact ground truth", "1 minute")

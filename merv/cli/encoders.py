@@ -21,6 +21,7 @@ from merv.cli import plugins
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `merv encoders` to `parser`."""
+    parser.usage = "merv encoders [-h] [--long]\n       merv encoders check NAME [NAME ...]"
     parser.set_defaults(kind="encoders")
     plugins.add_actions(parser)
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from merv.errors import TrainingError
-from merv.training.recipes import check_keys, documented_options, first_line, recipes, with_recipes
+from merv.training.recipes import check_keys, documented_options, recipes, summary_of, with_recipes
 
 # Parts of Lightning's warnings that appear in every run and that a user cannot act on.
 NOISE = (
@@ -66,7 +66,7 @@ def help_text() -> str:
         "usage: merv fit --config RECIPE [--SECTION.OPTION=VALUE ...] [--ckpt_path=last]",
         "",
         "Train with a recipe: a YAML file, or one of",
-        *(f"  {name:28} {first_line(path)}" for name, path in recipes().items()),
+        *(f"  {name:28} {summary_of(path)}" for name, path in recipes().items()),
     ]
     for section in ("model", "data", "checkpoints", "sample_answers"):
         documentation, options = documented_options(section)
@@ -78,6 +78,7 @@ def help_text() -> str:
         "  precision, accumulate_grad_batches, gradient_clip_val, default_root_dir, logger, ...",
         "--ckpt_path=last resumes from the newest checkpoint of the run. --ckpt_path=auto starts a new run",
         "  if there is none.",
+        "--seed_everything=N sets the seed of initial weights and dropout (default 0).",
         "--print_config prints the complete recipe. --help-all prints Lightning's help for every option;",
         "  this takes about 15 s.",
     ]

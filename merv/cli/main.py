@@ -6,7 +6,7 @@ usage: merv COMMAND [ARGUMENT ...]
 examples:
   merv encoders --long                                list the installed encoders in detail
   merv ask clip.mp4 "What happens?" --model FOLDER    ask a trained model about a video
-  merv fit --config demo                              train with a recipe
+  merv fit --config mine.yaml                         train with a recipe
   merv COMMAND --help                                 show the options of a command
 
 environment variables:
@@ -45,8 +45,8 @@ COMMANDS = {
     "convert": "Convert a checkpoint of the released MERV.",
     "demo": "Train and evaluate a small model on generated clips.",
 }
-# Commands whose arguments may name `module:Class` in the current folder. The folder may belong to an
-# untrusted model, so a command that loads models is not among them.
+# Commands whose arguments may name `module:Class` in the current folder. Commands that only use a model, such
+# as `ask`, are not among them: the current folder may be that of an untrusted model.
 IMPORT_FROM_CWD = ("encoders", "plugins", "extract", "plan", "fit", "demo")
 
 

@@ -24,18 +24,19 @@ from typing import Any
 
 from merv.training.recipes import check_keys, with_recipes
 
-# Device → dense bf16 TFLOPS with fp32 accumulation, from its datasheet, and memory in GB (10⁹ bytes).
+# Device → dense bf16 TFLOPS with fp32 accumulation, from its datasheet, and memory in units
+# of 10⁹ bytes, about what torch reports: an "80 GB" H100 has 80 GiB = 85.
 DEVICES = {
     "b200": (2250, 192),
-    "h200": (989, 141),
+    "h200": (989, 150),
     "h100": (989, 85),
     "a100": (312, 85),
     "a100-40": (312, 42),
     "l40s": (362, 48),
     "l40": (181, 48),
     "a6000": (155, 51),
-    "a10": (125, 25),
-    "l4": (121, 25),
+    "a10": (125, 24),
+    "l4": (121, 24),
     "5090": (210, 34),
     "4090": (165, 25),
     "3090": (71, 25),
@@ -144,6 +145,7 @@ def setup_of(config: Any) -> Any:
         sharded=any(name in strategy for name in ("sharded", "fsdp", "modelparallel")),
         every_n_steps=config.checkpoints.every_n_steps,
         save_total_limit=config.checkpoints.save_total_limit,
+        saves_checkpoints=trainer.enable_checkpointing is not False,
         keeps_best=config.data.val is not None,
     )
 
@@ -162,7 +164,7 @@ def show(plan: Any, options: argparse.Namespace, memory: float, hours: float | N
     print("Tokens")
     row("per video", f"{plan.visual_tokens:,}")
     source = f"of {batches.measured} samples" if batches.measured else "guessed: the data cannot be read"
-    row("per row", f"{batches.tokens_mean:,.0f}", f"mean; maximum {batches.tokens_max:,}; {source}")
+    row("per sequence", f"{batches.tokens_mean:,.0f}", f"mean; maximum {batches.tokens_max:,}; {source}")
     row("samples", f"{batches.samples:,}", f"with {batches.videos:,} videos")
     print("Parameters")
     for name, (count, trained) in plan.parts.items():
@@ -185,7 +187,7 @@ def show(plan: Any, options: argparse.Namespace, memory: float, hours: float | N
         row("disk", "?", f"features {size(plan.store_bytes)}, and all checkpoints")
     else:
         disk = plan.store_bytes + plan.trained_bytes * (1 + 3 * plan.checkpoints)  # with AdamW's moments
-        row("disk", size(disk), f"features {size(plan.store_bytes)}, {plan.checkpoints} checkpoints")
+        row("disk", size(disk), f"features {size(plan.store_bytes)}, checkpoints: {plan.checkpoints}")
 
 
 def size(count: float) -> str:

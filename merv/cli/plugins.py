@@ -42,6 +42,9 @@ CREATED_WITH: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `merv plugins` to `parser`."""
+    kinds = "{" + ",".join(REGISTRIES) + "}"
+    forms = ("[-h]", f"{kinds} [--long]", f"{kinds} check NAME [NAME ...]")
+    parser.usage = "\n       ".join(f"merv plugins {form}" for form in forms)
     parser.add_argument("kind", nargs="?", choices=REGISTRIES, help="(default: list all kinds)")
     add_actions(parser)
 
@@ -50,7 +53,9 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     """Add the arguments after the kind: `--long`, and `check NAME ...`."""
     parser.add_argument("--long", action="store_true", help="import the plug-ins and show more about them")
     parser.add_argument("check", nargs="?", choices=["check"], help="check instead of listing")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="NAME, ENCODER/VARIANT or MODULE:CLASS")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="what to check: NAME, ENCODER/VARIANT or MODULE:CLASS"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,14 +118,14 @@ def _check(kind: str, name: str) -> int:
     from merv import testing
 
     check = getattr(testing, f"check_{REGISTRIES[kind].kind}")  # check_encoder, check_mixer, check_projector
-    findings = check(name)
+    results = check(name)
     plugin = REGISTRIES[kind].find(name.partition("/")[0])
     print(f"{name}, {plugin}")
-    for finding in findings:
-        print(f"  {finding}")
-    failed = sum(finding.status == "FAIL" for finding in findings)
+    for result in results:
+        print(f"  {result}")
+    failed = sum(result.status == "FAIL" for result in results)
     if failed:
-        print(f"{name} fails {failed} of {len(findings)} checks.")
+        print(f"{name} fails {failed} of {len(results)} checks.")
     return int(failed > 0)
 
 

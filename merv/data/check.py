@@ -26,7 +26,7 @@ from merv.data.sources import FilePart, Rows, Samples, Source, expand, foreign_m
 from merv.errors import DataError, MervError
 from merv.models.chat_template import ChatTemplate
 from merv.video.open import open_video
-from merv.video.reader import SKIP
+from merv.video.reader import reason_of
 
 CHARACTERS_PER_TOKEN = 4  # of English, for an estimate without a tokenizer
 MIN_SIDE = 16  # pixels: a patch of the common encoders
@@ -329,7 +329,7 @@ def _num_tokens(conversation: Conversation, tokenizer: Any, visual_tokens: int) 
     if tokenizer is None:
         text = sum(len(text_of(turn["content"])) for turn in conversation) // CHARACTERS_PER_TOKEN
     else:
-        sequences = ChatTemplate(tokenizer).answers(conversation)
+        sequences = ChatTemplate(tokenizer).training_prompts(conversation)
         text = max(len(sequence.items) - len(sequence.visuals) for sequence in sequences)
     return text + visual_tokens * len(media_parts(conversation))
 
@@ -354,7 +354,7 @@ def _check_media(sets: Sequence[Samples], mode: str, media: Media) -> MediaCheck
                 count = min(DECODED_FRAMES, info.num_frames)
                 video.read([i * info.num_frames // count for i in range(count)])
     except MervError as error:
-        return MediaCheck(num_bytes, str(error).removesuffix(SKIP).strip())
+        return MediaCheck(num_bytes, reason_of(error))
     numbers: dict[str, float] = {"width": info.width, "height": info.height}
     if not info.is_still:
         numbers |= {"duration_s": info.duration_s, "fps": info.fps}

@@ -27,6 +27,7 @@ from merv.features.reader import LoadedVideo, Reader
 from merv.models.chat_template import ChatTemplate
 from merv.utils.distributed import gathered
 from merv.utils.private import shut_down_workers
+from merv.video.reader import reason_of
 
 SAMPLE_ERRORS = (
     VideoError,
@@ -108,11 +109,11 @@ class BatchReader(Dataset):
                 seed = self._frame_seed(epoch, index)
                 if self.chat is not None:
                     for i in chosen:
-                        self.chat.answers(sample.conversations[i])
+                        self.chat.training_prompts(sample.conversations[i])  # or PromptError
                 group = [self._read(sample.conversations[i], loaded, seed) for i in chosen]
             except SAMPLE_ERRORS as error:
                 if origin:
-                    batch.skipped.append((origin, f"{type(error).__name__}: {error}"))
+                    batch.skipped.append((origin, f"{type(error).__name__}: {reason_of(error)}"))
                 else:  # the row is malformed, and the message starts with its origin
                     origin, _, reason = str(error).partition(": ")
                     batch.skipped.append((origin, reason))
@@ -166,8 +167,8 @@ class BatchReader(Dataset):
 def bad_sample(origin: str, reason: str) -> DataError:
     """Return the error that ends a run at a bad sample."""
     return DataError(
-        f"{origin}: {reason} To train without such samples, set data.on_error to skip. `merv data check` "
-        "lists them all."
+        f"{origin}: {reason} To train without such samples, set data.on_error to skip. `merv data check "
+        "--media decode` finds most of them before a run."
     )
 
 
@@ -198,7 +199,8 @@ class BadSamplePolicy:
             raise DataError(
                 f"{len(self.reasons)} samples could not be used, but data.max_skipped is {self.max_skipped}. "
                 f"The last one: {next(reversed(self.reasons))}: {next(reversed(self.reasons.values()))} "
-                "Fix them (`merv data check` lists them all), or increase data.max_skipped."
+                "Fix them (`merv data check --media decode` finds most of them), or increase "
+                "data.max_skipped."
             )
 
     def _log(self, origin: str, reason: str) -> None:

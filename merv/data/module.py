@@ -39,7 +39,8 @@ class ChatData(LightningDataModule):
         train: One or more files, all of which are used once in an epoch; or a mapping of files to weights,
             by which they are mixed. An epoch is then as long as it can be without a repeated sample.
         val: One or more files, or None.
-        batch_size: Samples per step and process.
+        batch_size: Samples per batch and process. An optimizer step uses batch_size × processes ×
+            trainer.accumulate_grad_batches samples.
         max_questions: Maximum number of conversations per sample and epoch. Each epoch draws different
             ones.
         seed: Seed of the order of samples and of the choice of conversations. The order also depends on the

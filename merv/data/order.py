@@ -1,7 +1,7 @@
 """Order: the samples of each training step, as a pure function of seed, epoch and number of processes.
 
-An epoch is a sequence of steps. A step is what all processes train on at once: `batch_size` samples for each
-of them, fewer in the last step. Its samples are distributed over the processes round-robin, so all processes
+An epoch is a sequence of global batches, called steps here; with gradient accumulation, an optimizer step
+uses several. A step is what all processes train on at once: `batch_size` samples for each of them, fewer in the last. Its samples are distributed over the processes round-robin, so all processes
 have the same number of batches, of similar lengths. No sample is repeated or dropped: if a step has fewer
 samples than there are processes, the last processes get an empty batch.
 """
@@ -32,12 +32,13 @@ class EpochOrder:
 
     Args:
         sizes: Number of samples in each set. Samples are numbered across the sets, in order.
-        batch_size: Samples per step and process.
+        batch_size: Samples per batch and process.
         world_size: Number of processes that share the data.
         seed: Seed of the order.
         weights: Proportions in which the sets are mixed. An epoch is then as long as it can be without a
-            repeated sample: it has all of one set and a part of each other set. Later epochs have the other
-            parts; each part is used once before any is used again. None: every epoch has all samples.
+            repeated sample: it has all of one set and a random part of each other set. A set of at least twice
+            the size of its part gives different parts in successive epochs, `size // part` of them; then it is
+            shuffled and split again. None: every epoch has all samples.
         shuffle: False keeps the order of the sets.
         modalities: Index into MODALITIES of each sample.
         lengths: Length of each sample, in any unit. With `modalities` and `lengths`, a step has samples of

@@ -144,8 +144,10 @@ def _conversations(
 ) -> tuple[list[Conversation], list[Any]]:
     """Return the conversations of a row, and the kind of each."""
     named = {
-        kind: [source for key in (kind, f"{kind}s") for source in _as_list(row.get(key, []))]
-        for kind in MEDIA
+        media_type: [
+            source for key in (media_type, f"{media_type}s") for source in _as_list(row.get(key, []))
+        ]
+        for media_type in MEDIA
     }
     if "questions" in row:
         files = _files(named, [], root, members)
@@ -172,18 +174,18 @@ def _files(
 ) -> list[Part]:
     """Return the files beside the messages, as content parts; members replace those that messages name."""
     files: list[Part] = []
-    for kind, sources in named.items():
-        in_content = [part for part in media_parts(turns) if kind in part]
-        if kind not in members:
+    for media_type, sources in named.items():
+        in_content = [part for part in media_parts(turns) if media_type in part]
+        if media_type not in members:
             found = [_source(source, root) for source in sources]
         elif sources or not in_content:
-            found = _members_for(sources, members[kind])
+            found = _members_for(sources, members[media_type])
         else:
             found = []
-            replaced = _members_for([part[kind] for part in in_content], members[kind])
+            replaced = _members_for([part[media_type] for part in in_content], members[media_type])
             for part, member in zip(in_content, replaced, strict=True):
-                part[kind] = member
-        files += [{"type": kind, kind: source} for source in found]
+                part[media_type] = member
+        files += [{"type": media_type, media_type: source} for source in found]
     return files
 
 
@@ -248,8 +250,8 @@ def _insert_files(turns: Conversation, files: list[Part]) -> Conversation:
     """Put each file at its placeholder; without placeholders, all files before the first question."""
     parts = media_parts(turns)
     placeholders = [part for part in parts if part["type"] not in part]
-    for kind in MEDIA:
-        indices = [part.pop("index", None) for part in placeholders if part["type"] == kind]
+    for media_type in MEDIA:
+        indices = [part.pop("index", None) for part in placeholders if part["type"] == media_type]
         if any(index not in (None, position) for position, index in enumerate(indices)):
             raise ValueError(f"files replace placeholders in order, from 'index' 0; got {indices}")
     if files and len(placeholders) < len(parts):
@@ -267,15 +269,15 @@ def _insert_files(turns: Conversation, files: list[Part]) -> Conversation:
             f"expected one file per placeholder; got {len(placeholders)} placeholders for videos and images, "
             f"and {len(files)} files"
         )
-    kinds = Counter(part["type"] for part in files)
-    kinds_match = Counter(part["type"] for part in placeholders) == kinds
-    if not kinds_match and len(kinds) > 1:
+    types = Counter(part["type"] for part in files)
+    types_match = Counter(part["type"] for part in placeholders) == types
+    if not types_match and len(types) > 1:
         raise ValueError(
             "expected placeholders of the same types as the files; got placeholders for "
-            f"{[p['type'] for p in placeholders]}, and the files {dict(kinds)}"
+            f"{[p['type'] for p in placeholders]}, and the files {dict(types)}"
         )
     for placeholder in placeholders:  # LLaVA's own data uses <image> for videos, too
-        file = next(file for file in files if not kinds_match or file["type"] == placeholder["type"])
+        file = next(file for file in files if not types_match or file["type"] == placeholder["type"])
         files.remove(file)
         placeholder.update(file)
     return turns

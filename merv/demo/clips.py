@@ -144,7 +144,7 @@ def frame_at(time_s: float) -> int:
 
 def split_of(order: Sequence[Thing]) -> Split:
     """The split of clips that show these things in this order."""
-    if any(thing.held_out for thing in order):
+    if any(thing.unseen for thing in order):
         return "unseen"
     names = ", ".join(thing.name for thing in order)
     return "train" if hashlib.sha256(names.encode()).digest()[0] % 4 else "held_out"
@@ -184,7 +184,7 @@ def _sample_order(rng: random.Random, split: Split, shots: int, things: Sequence
             return order
     raise DataError(
         f"Found no sequence of {shots} out of {len(things)} things for the split {split!r}. "
-        "Pass more things. 'unseen' needs at least one that is held out."
+        "Pass more things. 'unseen' needs at least one that is unseen."
     )
 
 

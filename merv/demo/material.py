@@ -1,7 +1,7 @@
 """The photographs and footage of the demo's clips, which ship inside Python packages.
 
 A thing is one photograph, or one piece of footage without cuts, and has a one-word name. Fourteen things are
-used in training. Three photographs are held out: no training clip shows or names them.
+used in training. Three photographs are unseen: no training clip shows or names them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Thing:
         kind: "photograph" or "footage".
         path: The file.
         credit: Author and license, as stated by the package.
-        held_out: Whether it is left out of training.
+        unseen: Whether no training clip shows or names it.
         frames: For footage, the first frame and the frame after the last one; None for all.
         also: Names of other things that are visible in the same picture. No question asks whether they are
             shown.
@@ -39,23 +39,23 @@ class Thing:
     kind: Literal["photograph", "footage"]
     path: Path
     credit: str
-    held_out: bool = False
+    unseen: bool = False
     frames: tuple[int, int] | None = None
     also: tuple[str, ...] = ()
 
 
 def photographs() -> list[Thing]:
-    """The photographs of scikit-image and scikit-learn; the last three are held out.
+    """The photographs of scikit-image and scikit-learn; the last three are unseen.
 
     Raises MissingDependency if one of the packages is not installed.
 
-    >>> [thing.name for thing in photographs() if thing.held_out]
+    >>> [thing.name for thing in photographs() if thing.unseen]
     ['coin', 'horse', 'camera']
     """
     folders = {"skimage": _inside("skimage", "data"), "sklearn": _inside("sklearn", "datasets/images")}
     return [
-        Thing(name, "photograph", folders[package] / file, credit, held_out, also=_ALSO.get(name, ()))
-        for name, package, file, credit, held_out in _PHOTOGRAPHS
+        Thing(name, "photograph", folders[package] / file, credit, unseen, also=_ALSO.get(name, ()))
+        for name, package, file, credit, unseen in _PHOTOGRAPHS
     ]
 
 
@@ -128,7 +128,7 @@ def _inside(package: str, folder: str) -> Path:
     )
 
 
-_PHOTOGRAPHS = [  # name, package, file, credit, held out
+_PHOTOGRAPHS = [  # name, package, file, credit, unseen
     ("astronaut", "skimage", "astronaut.png", "NASA, public domain", False),
     ("cat", "skimage", "chelsea.png", "Stefan van der Walt, CC0", False),
     ("coffee", "skimage", "coffee.png", "Rachel Michetti, CC0", False),

@@ -126,10 +126,10 @@ def rows(
     Raises:
         DataError: A clip allows fewer different questions.
     """
-    new = {thing.name for thing in things if thing.held_out}
+    new = {thing.name for thing in things if thing.unseen}
     for plan in plans:
         also_visible = {name for t in things if t.name in plan.names for name in t.also}
-        candidates = things if new & set(plan.names) else [t for t in things if not t.held_out]
+        candidates = things if new & set(plan.names) else [t for t in things if not t.unseen]
         names = [thing.name for thing in candidates if thing.name not in also_visible]
         asked = questions(plan, names, random.Random(f"{seed} {plan.key}"), per_clip=per_clip, new=new)
         shots = [[shot.name, shot.start_s, shot.end_s] for shot in plan.shots]

@@ -103,7 +103,8 @@ class Encoder(TrackedModule):
     def encode(self, pixels: Tensor) -> Tensor:
         """Compute features of preprocessed pixels: [B, T, 3, H, W] → [B, t, h, w, D].
 
-        By default, each window of `spec.window_size` frames goes through `tokens`.
+        By default, each window of `spec.window_size` frames goes through `tokens`. An encoder with window_size 0
+        must override `encode`.
         """
         steps, (_, h, w) = self.spec.window_size // self.spec.tubelet_size, self.spec.grid
         windows = rearrange(pixels, "b (n t) c h w -> (b n) t c h w", t=self.spec.window_size)
@@ -111,7 +112,10 @@ class Encoder(TrackedModule):
         return rearrange(tokens, "(b n) (t h w) d -> b (n t) h w d", b=pixels.shape[0], t=steps, h=h, w=w)
 
     def tokens(self, windows: Tensor) -> Tensor:
-        """Compute one token per cell, frame by frame and row by row: [K, T, 3, H, W] → [K, N, D]."""
+        """Compute one token per cell of each window, in the order time step, row, column.
+
+        [K, T, 3, H, W] → [K, N, D], for K windows of T = spec.window_size frames.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define encode() or tokens()")
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

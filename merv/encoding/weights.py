@@ -180,7 +180,7 @@ def select(state: dict[str, Tensor], *, prefix: str = "", drop: tuple[str, ...] 
     Args:
         state: Tensors by name.
         prefix: Prefix to remove. Names without it stay as they are.
-        drop: Beginnings of the names to drop.
+        drop: Beginnings of the names to drop, as they are in the checkpoint, before the prefix is removed.
 
     Example:
         >>> state = {"visual.proj": torch.ones(1), "logit_scale": torch.ones(1)}
@@ -212,7 +212,8 @@ def joined(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dic
 
     Args:
         state: Tensors by name.
-        parts: The part of the names, in the order of concatenation.
+        parts: The values of that part, such as ("q", "k", "v"), in the order of concatenation. In the names,
+            it has a dot on both sides.
         whole: The part in the name of the result.
 
     Returns:

@@ -26,7 +26,7 @@ from merv.features.reader import LoadedVideo, Reader
 from merv.features.shard import FeatureKey
 from merv.features.store import FeatureStore
 from merv.models.multi_encoder import MultiEncoder
-from merv.video.reader import SKIP
+from merv.video.reader import reason_of
 
 PREFETCH = 2  # videos that each worker reads ahead
 
@@ -189,6 +189,6 @@ class _Reading(Dataset):
                 raise DataError(item.error)
             loaded: LoadedVideo | Failure = self.reader(item.source, name=item.name)
         except SAMPLE_ERRORS as error:
-            reason = str(error).removesuffix(SKIP).strip()
+            reason = reason_of(error)
             loaded = Failure(item.name, type(error).__name__, reason)
         return loaded, time.process_time() - start

@@ -126,7 +126,8 @@ class Fusion(nn.Module):
     def dummy_tokens(self) -> Tensor:
         """Return the tokens [N, L] of one cell that no encoder sees.
 
-        Multiplied by zero, they give every parameter of the fusion a zero gradient in steps without a video.
+        Their empty slice `[:0]` keeps every parameter of the fusion in the graph, with gradient zero, in
+        steps without a video.
         """
         unseen = Grid(  # of the first encoder; the others count as absent
             torch.zeros(1, 1, 1, 1, self._ordered_projectors()[0].input_dim),
@@ -138,11 +139,11 @@ class Fusion(nn.Module):
         return self({self.names[0]: unseen}, question).tokens[0]
 
     def init_scale(self, rms: float) -> None:
-        """Initialize the projectors again, so that tokens have root mean square `rms`.
+        """Initialize the last layer of each projector again, for tokens of root mean square `rms`.
 
         This is only for a new model: trained projectors are lost. Pass the root mean square of the LLM's
-        embeddings. With `norm`, tokens keep this scale. Without it, they only start with it, and only if
-        features have variance 1.
+        embeddings. With `norm`, tokens always have this scale. Without it, it is only approximate: the mean
+        over encoders makes tokens smaller, and so does the activation of an MLP.
         """
         if self.token_rms is not None:
             self.token_rms.fill_(rms)
@@ -198,7 +199,7 @@ class Fusion(nn.Module):
         }
 
     def _structure(self) -> dict[str, Any]:
-        """Return the modules and the shapes of the tensors by name; `config` describes those at creation."""
+        """Return the modules and the shapes of the tensors by name; `config` compares them with those at creation."""
         modules = {name: module for name, module in self.named_modules() if name}
         return {**modules, **{name: tensor.shape for name, tensor in self.state_dict().items()}}
 

@@ -20,7 +20,7 @@ from torch.nn.functional import rms_norm
 
 from merv.errors import ShapeError
 
-NEW_ENCODER_LOGIT = -4.0  # an added encoder starts with about a fiftieth of the weight of another
+NEW_ENCODER_LOGIT = -4.0  # about a fiftieth of the weight of an encoder with logit 0
 
 
 class Mixer(nn.Module):
@@ -58,8 +58,8 @@ class Mixer(nn.Module):
     def add_encoder(self) -> None:
         """Add an encoder after the others.
 
-        With `cross_attention` and `scalar` it starts with about a fiftieth of the weight of another encoder,
-        with `concat_channels` at zero. `gate` and `mean` have no parameters per encoder, so the new encoder
+        With `cross_attention` and `scalar` its logit starts at −4: about a fiftieth of the weight of an encoder
+        whose logit is 0. With `concat_channels` it starts at zero. `gate` and `mean` have no parameters per encoder, so the new encoder
         counts fully at once; `concat` adds its tokens at once.
 
         Raises:

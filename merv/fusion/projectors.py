@@ -56,7 +56,7 @@ class Projector(nn.Module):
         return self.linear(self.before(features))
 
     def init_scale(self, rms: float) -> None:
-        """Initialize `linear` again, so that inputs of variance 1 give tokens of root mean square `rms`."""
+        """Initialize `linear` again: inputs of variance 1 then give outputs of root mean square `rms`."""
         linear = getattr(self, "linear", None)
         if not isinstance(linear, nn.Linear):
             raise NotImplementedError(

@@ -147,8 +147,9 @@ def _check_part(part: Any) -> None:
     is_text = kind == "text" and isinstance(part.get("text"), str)
     if not is_text and (kind not in MEDIA_TYPES or len(sources_of(part)) != 1):
         raise PromptError(
-            "Expected content to be a text or a list of parts {'type': 'text', 'text': …}, or the same with "
-            f"'video' or 'image', which has one source; got {str(part)[:200]}."
+            "Expected content to be a string or a list of parts: {'type': 'text', 'text': …}, "
+            "{'type': 'video', 'video': SOURCE} or {'type': 'image', 'image': SOURCE}; got "
+            f"{str(part)[:200]}."
         )
     if kind == "text":
         try:

@@ -58,7 +58,7 @@ class ChatTemplate:
         >>> template = ChatTemplate(tiny_llm()[1])
         >>> template.end_token
         '</s>'
-        >>> (prompt,) = template.answers(user_message("What is this?", answer="A cat."))
+        >>> (prompt,) = template.training_prompts(user_message("What is this?", answer="A cat."))
         >>> sum(prompt.learned)
         7
     """
@@ -67,7 +67,7 @@ class ChatTemplate:
         self.tokenizer, self.options = tokenizer, dict(options or {})
         self._ends: dict[str | None, tuple[str, str]] = {}  # by template, which may be replaced
 
-    def question(self, messages: Sequence[Message]) -> Prompt:
+    def generation_prompt(self, messages: Sequence[Message]) -> Prompt:
         """Render messages as the prompt of the next answer.
 
         Args:
@@ -86,7 +86,7 @@ class ChatTemplate:
         ids = self._ids(self._text(texts, is_question=True), texts, visuals)
         return Prompt(ids, [False] * len(ids))
 
-    def answers(self, messages: Sequence[Message]) -> list[Prompt]:
+    def training_prompts(self, messages: Sequence[Message]) -> list[Prompt]:
         """Render a conversation as sequences in which each answer, with its end token, is learned once.
 
         Args:
@@ -250,9 +250,10 @@ class ChatTemplate:
         return prompt, answer.removesuffix(tail) + end
 
     def _end(self) -> tuple[str, str]:
-        """Return the text that the template writes after an answer, and that up to the end token.
+        """Return two texts: all that the template writes after an answer, and its beginning up to the end token.
 
-        For example, "<|end|><|endoftext|>" and "<|end|>" for Phi-3. Without any end token, it is EOS.
+        For example, "<|end|><|endoftext|>" and "<|end|>" for Phi-3. If the template writes no end token, the
+        second is EOS.
         """
         template = self.tokenizer.chat_template
         if template not in self._ends:

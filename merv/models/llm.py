@@ -35,7 +35,9 @@ ALL_LINEAR = "all-linear"  # peft's name for all Linears but the output embeddin
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """Options of a LoRA; names and meaning as in peft's LoraConfig.
+    """Options of a LoRA, with the names of peft's LoraConfig.
+
+    Unlike in peft, a string in `target_modules` is one name, not a regular expression.
 
     Args:
         r: Rank.
@@ -186,7 +188,7 @@ def _keep_trainable(llm: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def checkpoint_layers(llm: Any, on: bool) -> None:
+def set_gradient_checkpointing(llm: Any, on: bool) -> None:
     """Turn gradient checkpointing of the LLM's layers on or off.
 
     transformers only checkpoints layers in training mode. This sets the mode of the layers themselves, but
@@ -405,7 +407,7 @@ def identity(llm: Any) -> dict[str, Any]:
     """Return the entry of a checkpoint that identifies the LLM: source, quantization, hashes of weights.
 
     LLMs of the same dtype are compared by all bits of their weights, LLMs of different dtypes by their values
-    in bfloat16, and a quantized LLM with another one by the parameters that quantizing does not change.
+    in bfloat16, and LLMs of different quantization by the parameters that quantizing does not change.
     """
     config = getattr(llm.config, "quantization_config", None)
     quantize = "nf4" if getattr(config, "load_in_4bit", False) else None

@@ -86,7 +86,8 @@ class MultiEncoder(PretrainedMixin, nn.Module):
 
     Args:
         encoders: Encoder names (see `merv encoders`; "dinov2/base" selects a variant) or `merv.Encoder`
-            objects. A mapping gives them names of your own.
+            objects. A mapping gives them names of your own. Without it, "dinov2/base" is called dinov2_base, and
+            "module:Class" is called Class.
         grid: Size (t, h, w) of the common grid. Stills get one step of time.
         output_dim: Dimension L of the tokens, usually that of the LLM's embeddings. Without it, there are no
             untrained layers: a token is the concatenation of all encoders' channels.
@@ -111,7 +112,9 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         PluginError: An encoder, mixer or projector is unknown, cannot be created, or does not accept an
             option.
         WeightsError: The weights of an encoder could not be loaded.
-        ShapeError: The grid, `output_dim`, mixer or projector is invalid.
+        ShapeError: The grid, `output_dim`, mixer, projector or `resample` is invalid.
+        SamplingError: The sampling mode is unknown.
+        VideoError: The backend is unknown.
 
     Example:
         >>> video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)

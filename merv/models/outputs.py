@@ -33,7 +33,8 @@ class VideoLLMOutput:
     The batch has B rows. K is the number of positions at which any row has a token of an answer.
 
     Attributes:
-        logits: Predictions in float32, shape [B, K, vocabulary].
+        logits: Predictions in float32, shape [B, K, vocabulary]. `logits[b, k]` predicts `labels[b, k]`: they
+            are already shifted, unlike in transformers.
         labels: Tokens of the answers, shape [B, K]; NOT_LEARNED where the row has none.
         conversations: For each token, the index of its conversation in the batch, shape [B, K]. Only
             meaningful where `labels` is not NOT_LEARNED.

@@ -74,7 +74,7 @@ UNUSED = {
     # It is saved by the transformers version of the release.
     r"llm\..*rotary_emb\.inv_freq": "the language model computes it",
 }
-# Beginning of the names of tensors → that in newer checkpoints, and of the language model in merv
+# Beginning of a tensor's name in older checkpoints → in newer ones; last: of the release's language model → merv's
 RENAMED = {
     r"^adapter\.": "feature_fusion.",
     r"^projector\.": "projectors.0.",
@@ -174,6 +174,7 @@ def _find_encoders(ids: list[str], counts: list[int]) -> tuple[dict[str, str], l
     for listing in list_encoders():
         with suppress(BrokenPlugin):  # `merv encoders` reports it
             encoder: Any = listing.load()
+            # vars: a subclass (SigLIP2 of SigLIP) must not inherit the names
             for released_name, variant in vars(encoder).get("released_names", {}).items():
                 available[released_name] = (listing.name, variant, encoder.variants)
     encoders, steps = {}, []

@@ -43,7 +43,8 @@ class TrainablePartsMixin(nn.Module):
         """Return the parameters by part: {part: {parameter name: parameter}}.
 
         The parts are "projector", "mixer", "llm", "lora" if there is one, and each encoder by its name.
-        "projector.NAME" and "mixer.NAME" are the projector and the mixer parameters of one encoder.
+        "projector.NAME" is the projector of one encoder. "mixer.NAME" has the mixer's parameters with one block
+        per encoder; all encoders share them, and `train_only` lets gradients reach only the block of NAME.
         """
         fusion = {f"vision.fusion.{name}": p for name, p in self.fusion.named_parameters()}
         llm = {f"llm.{name}": p for name, p in self.llm.named_parameters()}
@@ -70,6 +71,9 @@ class TrainablePartsMixin(nn.Module):
 
     def train_only(self, trained: Sequence[str] | str) -> None:
         """Make exactly these parts trainable and freeze all others.
+
+        In a loop of your own, give the parameters of "mixer.NAME" no weight decay: it would change the blocks
+        of the other encoders, too.
 
         Args:
             trained: Names of parts, or a single name; see `parts`.
@@ -101,7 +105,7 @@ class TrainablePartsMixin(nn.Module):
         self._gradient_hooks = [] if "mixer" in trained else self._mask_mixer_gradients(trained)
 
     def _mask_mixer_gradients(self, trained: Sequence[str]) -> list[Any]:
-        """Mask gradients so that only the blocks of the encoders whose "mixer.NAME" is trained change."""
+        """Mask gradients: they are zero outside the blocks of the encoders whose "mixer.NAME" is trained."""
         masks: dict[str, Tensor] = {}
         for number, name in enumerate(self.vision.encoders):
             if f"mixer.{name}" in trained:

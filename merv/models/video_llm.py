@@ -42,7 +42,8 @@ class VideoLLM(GenerationMixin, TrainablePartsMixin, PretrainedMixin):
 
     Tokens of a new MultiEncoder have a root mean square of 1. Before training a new model with a loop of your
     own, set it to that of the LLM's embeddings with `model.fusion.init_scale(rms)`, as `merv fit` does; see
-    examples/plain_torch.py.
+    examples/plain_torch.py. At first only projectors and mixer are trainable: the constructor freezes the LLM
+    and all encoders. Change that with `train_only`.
 
     Args:
         llm: Causal language model of transformers, for example from `merv.models.llm.load_llm`.
@@ -135,7 +136,9 @@ class VideoLLM(GenerationMixin, TrainablePartsMixin, PretrainedMixin):
             row: list[Prompt] = []
             for messages in group:
                 number = next(numbers)
-                row += [replace(prompt, conversation=number) for prompt in self.chat.answers(messages)]
+                row += [
+                    replace(prompt, conversation=number) for prompt in self.chat.training_prompts(messages)
+                ]
             rows += [row] if self.supports_shared_prefix else [[prompt] for prompt in row]
         return rows
 
@@ -188,7 +191,7 @@ class VideoLLM(GenerationMixin, TrainablePartsMixin, PretrainedMixin):
         Raises:
             PromptError: A conversation is malformed or leaves no room in the LLM's context.
         """
-        prompts = [[self.chat.question(messages)] for messages in conversations]
+        prompts = [[self.chat.generation_prompt(messages)] for messages in conversations]
         packed, visual = self.prepare(prompts, side="left", room=1)
         embeddings = packed.embed(self.llm.get_input_embeddings(), visual.tokens)
         return {"inputs_embeds": embeddings, "attention_mask": packed.mask.long()}

@@ -1,16 +1,16 @@
 """Checks for plug-in authors, and a tiny language model and video for tests and bug reports.
 
 >>> from merv.testing import check_encoder
->>> all(finding.passed for finding in check_encoder("fake"))
+>>> all(result.passed for result in check_encoder("fake"))
 True
 """
 
 from merv.testing.conformance import check_encoder, check_mixer, check_projector
-from merv.testing.findings import Finding
+from merv.testing.results import CheckResult
 from merv.testing.tiny import make_video, tiny_llm
 
 __all__ = [
-    "Finding",
+    "CheckResult",
     "check_encoder",
     "check_mixer",
     "check_projector",

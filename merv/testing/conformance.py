@@ -11,7 +11,7 @@ from merv.fusion.mixers import Mixer
 from merv.fusion.projectors import Projector
 from merv.fusion.registry import MIXERS, PROJECTORS
 from merv.testing.encoder_checks import ENCODER_CHECKS, EncoderSubject
-from merv.testing.findings import Checks, Finding, run_checks
+from merv.testing.results import Checks, CheckResult, run_checks
 from merv.testing.fusion_checks import MIXER_CHECKS, PROJECTOR_CHECKS, MixerSubject, ProjectorSubject
 from merv.utils.plugins import Registry
 
@@ -23,7 +23,7 @@ SUITES: dict[str, tuple[Registry, Checks, Callable[..., Any]]] = {
 }
 
 
-def check_encoder(encoder: Encoder | type[Encoder] | str, *, variant: str | None = None) -> list[Finding]:
+def check_encoder(encoder: Encoder | type[Encoder] | str, *, variant: str | None = None) -> list[CheckResult]:
     """Check that an encoder satisfies its contract.
 
     The checks take about fifteen forward passes over short clips. A check that raises counts as failed.
@@ -35,7 +35,7 @@ def check_encoder(encoder: Encoder | type[Encoder] | str, *, variant: str | None
         variant: The variant to check. Defaults to the first one.
 
     Returns:
-        One finding for each check.
+        One result for each check.
 
     Raises:
         PluginError: No encoder, or more than one, has this name.
@@ -43,7 +43,7 @@ def check_encoder(encoder: Encoder | type[Encoder] | str, *, variant: str | None
         BrokenPlugin: The plug-in with this name cannot be imported.
 
     Example:
-        >>> all(finding.passed for finding in check_encoder("fake"))
+        >>> all(result.passed for result in check_encoder("fake"))
         True
     """
     if isinstance(encoder, str):
@@ -51,7 +51,7 @@ def check_encoder(encoder: Encoder | type[Encoder] | str, *, variant: str | None
     return check_plugin("encoder", encoder, variant=variant)
 
 
-def check_mixer(mixer: type[Mixer] | str, **options: Any) -> list[Finding]:
+def check_mixer(mixer: type[Mixer] | str, **options: Any) -> list[CheckResult]:
     """Check that a mixer satisfies its contract.
 
     Args:
@@ -59,20 +59,20 @@ def check_mixer(mixer: type[Mixer] | str, **options: Any) -> list[Finding]:
         **options: Options of the mixer's constructor.
 
     Returns:
-        One finding for each check.
+        One result for each check.
 
     Raises:
         PluginError: No mixer, or more than one, has this name.
         BrokenPlugin: The plug-in with this name cannot be imported.
 
     Example:
-        >>> [finding.name for finding in check_mixer("gate", hidden=8) if not finding.passed]
+        >>> [result.name for result in check_mixer("gate", hidden=8) if not result.passed]
         []
     """
     return check_plugin("mixer", mixer, **options)
 
 
-def check_projector(projector: type[Projector] | str, **options: Any) -> list[Finding]:
+def check_projector(projector: type[Projector] | str, **options: Any) -> list[CheckResult]:
     """Check that a projector satisfies its contract.
 
     Args:
@@ -80,20 +80,20 @@ def check_projector(projector: type[Projector] | str, **options: Any) -> list[Fi
         **options: Options of the projector's constructor.
 
     Returns:
-        One finding for each check.
+        One result for each check.
 
     Raises:
         PluginError: No projector, or more than one, has this name.
         BrokenPlugin: The plug-in with this name cannot be imported.
 
     Example:
-        >>> [finding.name for finding in check_projector("mlp") if not finding.passed]
+        >>> [result.name for result in check_projector("mlp") if not result.passed]
         []
     """
     return check_plugin("projector", projector, **options)
 
 
-def check_plugin(kind: str, plugin: Any, **options: Any) -> list[Finding]:
+def check_plugin(kind: str, plugin: Any, **options: Any) -> list[CheckResult]:
     """Run all checks of a kind ("encoder", "mixer" or "projector") on a plug-in."""
     registry, checks, create_subject = SUITES[kind]
     loaded = registry.load(plugin) if isinstance(plugin, str) else plugin

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from merv.encoding.base import Encoder
 from merv.encoding.weights import quiet_transformers
-from merv.testing.findings import CheckFailed, Checks, CheckSkipped, require, require_equal, require_finite
+from merv.testing.results import CheckFailed, Checks, CheckSkipped, require, require_equal, require_finite
 from merv.types import Frames, Grid
 
 PAINT = (3.0, -2.0, 1.0)  # normalized color of a cell whose effect on the features is measured

@@ -13,7 +13,7 @@ from merv.fusion.fusion import Fusion
 from merv.fusion.mixers import Mixer, cell_positions
 from merv.fusion.projectors import Projector
 from merv.fusion.registry import MIXERS, PROJECTORS
-from merv.testing.findings import Check, Checks, CheckSkipped, require, require_equal, require_finite
+from merv.testing.results import Check, Checks, CheckSkipped, require, require_equal, require_finite
 from merv.types import WHOLE_PICTURE, Grid
 
 EMBED_DIMS = {"a": 8, "b": 12, "c": 6}  # encoder → D
@@ -140,6 +140,7 @@ def _require_gradients(module: nn.Module) -> None:
 
 
 def _folded_form_equals_the_plain_one(subject: Subject) -> None:
+    """In eval mode, `Fusion` may mix before it projects ("folded"). Both ways must give the same tokens."""
     fusion: Fusion = _randomize(subject.create_fusion())
     fusion.token_rms = None  # normalized tokens would hide a wrong scale
     times_s, extent, mask = torch.zeros(2, GRID[0]), torch.tensor(WHOLE_PICTURE).expand(2, -1), _mask()
@@ -149,7 +150,7 @@ def _folded_form_equals_the_plain_one(subject: Subject) -> None:
     }
     question = _random(2, OUTPUT_DIM) if fusion.mixer.conditioned else None
     if not fusion.is_folded:
-        raise CheckSkipped("it cannot be folded")
+        raise CheckSkipped("it always projects before it mixes")
     folded = fusion(grids, question)
     fusion.folded = False
     plain = fusion(grids, question)

@@ -26,7 +26,7 @@ from merv.errors import CheckpointError, MervError, TrainingError
 from merv.training.callbacks import GracefulShutdown, LossPlot, SampleAnswers, Throughput
 from merv.training.checkpointing import CHECKPOINTS, Best, Checkpoints, Folders, newest_checkpoint
 from merv.training.module import Training, check_end, save
-from merv.training.sharding import register
+from merv.training.sharding import register_strategy
 
 
 class Fit(LightningCLI):
@@ -50,7 +50,7 @@ class Fit(LightningCLI):
             TrainingError: An option has a value of the wrong type, or the options do not fit each other.
             MervError: Any other error of the run that the user can fix, such as a bad sample.
         """
-        register()
+        register_strategy()
         with TemporaryDirectory(prefix="merv_fit_") as scratch:
             finished = cls(
                 scratch=scratch,

@@ -24,7 +24,7 @@ from merv.data.loader import SAMPLE_ERRORS, Batch, bad_sample
 from merv.data.module import ChatData
 from merv.errors import BadLoss, CheckpointError, MervError, TrainingError
 from merv.features.store import FeatureStore
-from merv.models.llm import LoraOptions, checkpoint_layers
+from merv.models.llm import LoraOptions, set_gradient_checkpointing
 from merv.models.named_encoders import by_name
 from merv.models.video_llm import VideoLLM
 from merv.training.build import check_names, from_checkpoint, from_scratch
@@ -34,7 +34,7 @@ from merv.training.options import TrainingOptions
 from merv.training.sharding import shard
 from merv.utils.distributed import (
     gathered,
-    mean_divides_by,
+    gradient_divisor,
     processes,
     sum_over_processes,
     total_norm,
@@ -43,6 +43,7 @@ from merv.utils.distributed import (
 from merv.utils.private import is_attached, leave_out_of_ddp
 from merv.utils.suggest import nearest
 from merv.utils.torch_modules import bfloat16_is_slow, state_dict_mismatch
+from merv.video.reader import reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class Training(LightningModule):
         self.model.train_only(options.trainable)
         self._check_model(self.model)
         if options.gradient_checkpointing:
-            checkpoint_layers(self.model.llm, True)
+            set_gradient_checkpointing(self.model.llm, True)
         for part in options.compile:
             self._compile(part)
         if self.device_mesh is not None:
@@ -226,7 +227,7 @@ class Training(LightningModule):
     # Steps --------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Print the trained parts; with a feature store, encode every video once."""
+        """Print a table of the model's parts; with a feature store, encode every video once."""
         assert self.model is not None
         if self.trainer.is_global_zero:
             print_parts(self.model)
@@ -263,7 +264,7 @@ class Training(LightningModule):
         self.tokens, self.stop_agreed = 0, stop_requests > 0
         if alarms:
             raise BadLoss(self.loss_monitor.report())
-        scale = mean_divides_by(self.trainer) / max(tokens, 1)
+        scale = gradient_divisor(self.trainer) / max(tokens, 1)
         for parameter in self._trained():
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
@@ -309,7 +310,7 @@ class Training(LightningModule):
             if not {"llm", "lora"} & set(self.model.trained):
                 self.model.llm.eval()
             if self.options.gradient_checkpointing:
-                checkpoint_layers(self.model.llm, mode)
+                set_gradient_checkpointing(self.model.llm, mode)
         return self
 
     # Checkpoints --------------------------------------------------------------------------
@@ -494,7 +495,7 @@ def encode_all(
                 model.vision.features([video], store=store)
             except SAMPLE_ERRORS as error:
                 if not skip:
-                    raise bad_sample(origin, f"{type(error).__name__}: {error}") from error
+                    raise bad_sample(origin, f"{type(error).__name__}: {reason_of(error)}") from error
 
 
 def save(training: Training, folder: str | Path) -> Path:

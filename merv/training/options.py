@@ -71,7 +71,7 @@ class TrainingOptions:
             keep their first draw in the store.
         gradient_checkpointing: Recompute the LLM's activations in the backward pass: less memory, a third
             more time in the LLM.
-        packed_length: Pack several samples into one row of up to this many tokens.
+        packed_length: Pack several samples into one sequence of up to this many tokens.
         compile: Parts to run through torch.compile: `llm`, `encoders`.
         loss_spike_threshold: Stop at a loss that is above 1 and above this multiple of the largest of the
             last 100 losses. The first 100 losses are not compared. None: stop only at NaN and infinity.

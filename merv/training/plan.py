@@ -49,8 +49,8 @@ class Batches:
         samples: Number of samples in an epoch.
         videos: Number of videos and images in them.
         conversations: Number of conversations in them.
-        tokens_mean: Mean length of a row in tokens.
-        tokens_max: Length of the longest row.
+        tokens_mean: Mean length of a sequence that the LLM reads, in tokens.
+        tokens_max: Length of the longest sequence.
         typical: The sizes of a batch of median size.
         largest: The sizes of a batch of the longest samples.
         measured: How many samples were read. 0 means that the data could not be read and the sizes are
@@ -81,6 +81,7 @@ class Setup:
         sharded: Whether weights, gradients and optimizer states are split over the devices.
         every_n_steps: Steps between two checkpoints; 0: only at the end.
         save_total_limit: How many checkpoints to keep; None: all.
+        saves_checkpoints: Whether checkpoints are saved; the trained model always is.
         keeps_best: Whether the best checkpoint is kept as well.
     """
 
@@ -93,6 +94,7 @@ class Setup:
     sharded: bool = False
     every_n_steps: int = 500
     save_total_limit: int | None = 2
+    saves_checkpoints: bool = True
     keeps_best: bool = False
 
 
@@ -324,7 +326,7 @@ def _size(conversations: Sequence[Any], model: VideoLLM) -> _Size:
     visuals: set[str] = set()
     sequences = []
     for messages in conversations:
-        for prompt in model.chat.answers(messages):
+        for prompt in model.chat.training_prompts(messages):
             sources = [str(visual.source) for visual in prompt.visuals]
             visuals.update(sources)
             cells = [h * w * (1 if source in images else t) for source in sources]
@@ -431,6 +433,8 @@ def _steps(setup: Setup, samples: int, batch_size: int) -> int | None:
 
 def _checkpoints(setup: Setup, steps: int | None) -> int | None:
     """Number of checkpoints at the end of the run, the last step's included; None if it is not known."""
+    if not setup.saves_checkpoints:
+        return 0
     written = steps and math.ceil(steps / (setup.every_n_steps or steps))
     kept = min((n for n in (written, setup.save_total_limit) if n is not None), default=None)
     return None if kept is None else kept + setup.keeps_best

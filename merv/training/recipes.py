@@ -140,7 +140,7 @@ def _keys(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
                 )
 
 
-def first_line(path: Path) -> str:
-    """The summary of a recipe: the second comment line with text."""
+def summary_of(path: Path) -> str:
+    """The summary of a recipe: its first comment with text after the command in the first line."""
     comments = [line.lstrip("# ").strip() for line in path.read_text().splitlines() if line.startswith("#")]
     return next((line for line in comments[1:] if line), "")

@@ -110,16 +110,16 @@ class Sharded(ModelParallelStrategy):
             optimizer.load_state_dict({**state, "state": split})
 
 
-def _split_like(own: Any, whole: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor, if `own`, a tensor of the same shape, is split."""
+def _split_like(like: Any, whole: torch.Tensor) -> torch.Tensor:
+    """Return this process's shard of `whole`, sharded like `like`; `whole` if that is not sharded."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if isinstance(own, DTensor) and own.shape == whole.shape:
-        return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements)
+    if isinstance(like, DTensor) and like.shape == whole.shape:
+        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
     return whole
 
 
-def register() -> None:
+def register_strategy() -> None:
     """Register `trainer.strategy: sharded` with Lightning, if it is not registered yet."""
     if "sharded" not in StrategyRegistry:
         StrategyRegistry.register("sharded", Sharded, description="FSDP2 over all processes")

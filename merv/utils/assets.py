@@ -143,7 +143,7 @@ def asset_folder(module: str) -> Path:
             command that downloads it.
     """
     asset = find_asset(module)
-    folder = installed_folder(asset.module)
+    folder = existing_folder(asset.module)
     if folder is None:
         raise WeightsError(
             f"The asset {asset.package} has not been downloaded. Run `merv download {asset.package}`."
@@ -178,7 +178,7 @@ def _has_digest(file: Path, sha256: str) -> bool:
     return file.is_file() and file_digest(file) == sha256
 
 
-def installed_folder(module: str) -> Path | None:
+def existing_folder(module: str) -> Path | None:
     """The folder of an asset: of the installed package, whatever its version, or of the pinned download.
 
     None if there is neither.

@@ -40,7 +40,7 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def mean_divides_by(trainer: Any) -> float:
+def gradient_divisor(trainer: Any) -> float:
     """The number by which Lightning and the strategy have divided the sum of gradients."""
     return trainer.accumulate_grad_batches * processes()
 

@@ -1,8 +1,9 @@
-"""Private names of other libraries that merv uses, in one place.
+"""Most private names of other libraries that merv uses, with the reason for each.
 
-Each section says why the name is needed and what to look at when it is gone. All were tested with torch 2.15,
-transformers 5.23 and lightning 2.6. Overrides of private methods are where the class is: `Checkpoints`
-(training/checkpointing.py), `Sharded` (training/sharding.py) and `Fit` (training/fit.py).
+Not here: overrides of private methods, in `Checkpoints` (training/checkpointing.py), `Sharded`
+(training/sharding.py) and `Fit` (training/fit.py); datasets' `_hf_encoded` (video/open.py); Pillow's `_prev_im`
+(video/images.py); torch's fake tensors and dispatch modes (training/dry_run.py). All were tested with torch
+2.15, transformers 5.23 and lightning 2.6.
 """
 
 from __future__ import annotations

@@ -64,6 +64,8 @@ class Pictures:
         if packed or len(data) > MAX_EMPTY_VOP or not self._time_bits:
             return True
         picture = _bits(data.partition(VOP)[2])
+        # VOP header: type (2 bits), seconds (ones, then 0), marker, time, marker, vop_coded; vop_coded 0 repeats
+        # the frame before
         return not re.match(f"..1*0.{{{1 + self._time_bits + 1}}}0", picture)
 
     def _h264(self, packet: Any) -> bool:
@@ -79,6 +81,7 @@ class Pictures:
                     position = 2 * bits.index("1", position) - position + 1
                 position += 2 * self._sps.get("separate_colour_plane_flag", 0)
                 number, position = bits[position : position + number_bits], position + number_bits
+                # field_pic_flag, then bottom_field_flag
                 field = (number, bits[position + 1]) if bits[position] == "1" else None
                 is_second = field is not None and self._field == (number, "10"[int(field[1])])
                 self._field = None if is_second else field
@@ -87,7 +90,7 @@ class Pictures:
 
 
 def _time_bits(data: bytes) -> int:
-    """Return how many bits the time in a picture has, from the header of an MPEG-4 stream; 0 if it lacks."""
+    """Return the number of bits of the time field in a picture header; 0 if `data` has no MPEG-4 header."""
     volume = VOL.search(data)
     header = volume and VOL_BITS.match(_bits(data[volume.end() :][:40]))
     return max((int(header["ticks_per_s"], 2) - 1).bit_length(), 1) if header else 0

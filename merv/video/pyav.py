@@ -236,7 +236,7 @@ class PyAVReader(VideoReader):
 
 
 def video_stream(container: Any, max_pixels: int = MAX_PIXELS) -> Any:
-    """Return the main video stream, or None. Much larger frames become errors.
+    """Return the main video stream, or None. Its decoder fails for frames well above `max_pixels`.
 
     Streams marked as default are preferred to others, such as thumbnails; videos are preferred to stills,
     which accompany the animation in AVIF and HEIC files. Cover art and the tiles of a picture are skipped.
@@ -272,7 +272,7 @@ def _packets(container: Any, *streams: Any) -> Iterator[Any]:
 
 
 def _packets_and_logs(container: Any, stream: Any) -> Iterator[tuple[Any, list[Report]]]:
-    """Yield each packet with what FFmpeg logs when it reads it; after the last one, None and the rest."""
+    """Yield (packet, what FFmpeg logs when it reads it); at the end (None, what it logs there)."""
     packets = _packets(container, stream)
     packet: Any = True
     while packet is not None:
@@ -391,9 +391,9 @@ class Scan:
         return end + rounding < (stream.start_time or 0) + header_ticks
 
     def keyframes_before(self, pts: int | None, stream: Any) -> set[int]:
-        """Return the times of keyframes before `pts`, also of those that only the index of the file calls so.
+        """Return the times of the keyframes before `pts`, also those that only the file's index marks.
 
-        A file may begin with frames that need an earlier keyframe. They were not lost.
+        A file may begin with frames that refer to a keyframe that was never in it. That is no damage.
         """
         entries = getattr(stream, "index_entries", ())  # since PyAV 16
         keyframes = {entry.timestamp for entry in entries if entry.is_keyframe}.union(self.keyframes)
@@ -490,9 +490,9 @@ class Damage:
     def check_packet(self, packet: Any, number: int, log: list[Report], next_log: list[Report]) -> None:
         """Mark a packet that is torn, follows lost data or starts with zeros.
 
-        Packets may be missing after a corrupt one, unless a keyframe follows. The same is true between two
-        packets if the demuxer reports an error when it reads the second one; the first one may be torn, too,
-        unless a table says where it ends, as in MP4.
+        Packets may be missing after a corrupt one, unless a keyframe follows. If the demuxer
+        reports an error while it reads a packet, packets before it may be missing. The packet before it may
+        also be incomplete, except in formats with a table of packet sizes, such as MP4.
         H.264 and HEVC packets that start with zeros come from a hole in the file, which FFmpeg ignores.
         """
         if packet.is_keyframe:

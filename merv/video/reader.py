@@ -16,6 +16,7 @@ from merv.types import VideoInfo
 BACKENDS = {"pyav": ("av",), "torchcodec": ("av", "torchcodec")}  # backend → packages that decode
 MAX_PIXELS = 8192 * 8192  # per frame: 200 MB as RGB
 FRAMES_IN_MEMORY = 4  # frames of MAX_PIXELS that `read` returns at once: 800 MB, or 32 frames of 4K
+PARTIAL = "load_video(…, on_error='partial')"
 SKIP = "To skip such files: load_video(…, on_error='skip')."
 
 
@@ -155,8 +156,13 @@ class VideoReader:
             return
         raise DamagedVideo(
             f"{self.info.name}: {decoded} of the {requested} requested frames could be decoded{reason}. "
-            "load_video(…, on_error='partial') returns the readable frames, on_error='skip' skips such files."
+            f"{PARTIAL} returns the readable frames, on_error='skip' skips such files."
         )
+
+
+def reason_of(error: Exception) -> str:
+    """The message of an error without the advice for callers of `load_video`."""
+    return str(error).partition(SKIP)[0].partition(PARTIAL)[0].strip()
 
 
 def unreadable(name: str, reason: str, advice: str = SKIP) -> UnreadableVideo:

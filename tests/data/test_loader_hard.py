@@ -79,7 +79,7 @@ def test_line_breaks_before_an_answer_are_neither_counted_nor_learned(tmp_path, 
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": each}) for each in rows))
     report = check_data(file, tokenizer=model.tokenizer)
     (batch,) = chat(file, model).val_dataloader()
-    (first,), (second,) = (model.chat.answers(conversation) for (conversation,) in batch.groups)
+    (first,), (second,) = (model.chat.training_prompts(conversation) for (conversation,) in batch.groups)
     assert report.valid == [0, 1]
     assert report.numbers["tokens"][0] == report.numbers["tokens"][1]
     assert first == second

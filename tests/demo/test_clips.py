@@ -21,11 +21,11 @@ SPLITS = ("train", "held_out", "unseen")
 
 @pytest.fixture
 def things(tmp_path) -> list[Thing]:
-    """Six files of one color each; the last one is held out."""
+    """Six files of one color each; the last one is unseen."""
     result = []
     for name in NAMES:
         Image.new("RGB", (300, 240), name).save(tmp_path / f"{name}.png")
-        result.append(Thing(name, "photograph", tmp_path / f"{name}.png", "credit", held_out=name == "gray"))
+        result.append(Thing(name, "photograph", tmp_path / f"{name}.png", "credit", unseen=name == "gray"))
     return result
 
 
@@ -46,10 +46,8 @@ def decode(path: Path) -> tuple[list[float], np.ndarray]:
     return [time for time, _ in frames], np.stack([pixels.mean((0, 1)) for _, pixels in frames])
 
 
-def fake_things(count: int = 12, held_out: int = 2) -> list[Thing]:
-    return [
-        Thing(f"thing{i}", "photograph", Path("nowhere"), "", held_out=i < held_out) for i in range(count)
-    ]
+def fake_things(count: int = 12, unseen: int = 2) -> list[Thing]:
+    return [Thing(f"thing{i}", "photograph", Path("nowhere"), "", unseen=i < unseen) for i in range(count)]
 
 
 # Plans
@@ -92,17 +90,17 @@ def test_train_and_held_out_share_no_sequence_of_things():
     assert train == held_out
 
 
-def test_held_out_things_are_in_every_unseen_clip_and_in_no_other():
+def test_unseen_things_are_in_every_unseen_clip_and_in_no_other():
     things = fake_things()
-    held_out = {thing.name for thing in things if thing.held_out}
+    unseen = {thing.name for thing in things if thing.unseen}
     for split in SPLITS:
         for plan in plan_clips(split, 40, 0, things):
-            assert bool(held_out & set(plan.names)) == (split == "unseen")
+            assert bool(unseen & set(plan.names)) == (split == "unseen")
 
 
 def test_impossible_split_is_an_error():
     with pytest.raises(DataError, match="'unseen'"):
-        plan_clips("unseen", 1, 0, fake_things(4, held_out=0))
+        plan_clips("unseen", 1, 0, fake_things(4, unseen=0))
 
 
 # Files
@@ -241,11 +239,11 @@ def test_answers_are_balanced():
 
 
 def test_questions_with_held_out_names_are_unseen_and_of_their_own_kind():
-    held_out = {thing.name for thing in fake_things() if thing.held_out}
+    unseen = {thing.name for thing in fake_things() if thing.unseen}
     for split in SPLITS:
         for question in (question for row in rows(split, 40) for question in row["questions"]):
             words = {*question["question"].replace(":", "").replace("?", "").split(), question["answer"]}
-            assert bool(held_out & words) == (question["kind"] == questions.NEW_NAME)
+            assert bool(unseen & words) == (question["kind"] == questions.NEW_NAME)
             assert split == "unseen" or question["kind"] != questions.NEW_NAME
 
 
@@ -278,7 +276,7 @@ def test_majority_accuracy_uses_the_most_common_training_answer():
 
 
 def test_order_of_things_decides_the_split():
-    things = fake_things(6, held_out=0)
+    things = fake_things(6, unseen=0)
     assert {split_of(pair) for pair in [(a, b) for a in things for b in things if a != b]} == {
         "train",
         "held_out",

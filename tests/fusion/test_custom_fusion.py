@@ -18,7 +18,7 @@ from merv.fusion.mixers import CrossAttention, Mean, Scalar
 from merv.fusion.registry import MIXERS, PROJECTORS
 from merv.models.video_llm import VideoLLM
 from merv.testing import check_mixer, check_projector, make_video
-from merv.testing.findings import name_of
+from merv.testing.results import name_of
 from merv.testing.fusion_checks import MIXER_CHECKS, PROJECTOR_CHECKS
 
 pytestmark = QUIET
@@ -406,7 +406,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(("check", "plugin", "failed_check"), FAULTS)
 def test_checks_find_faults(check, plugin, failed_check):
-    failed = [finding.name for finding in check(plugin) if finding.status == "FAIL"]
+    failed = [result.name for result in check(plugin) if result.status == "FAIL"]
     assert failed == [failed_check]
 
 
@@ -428,11 +428,11 @@ def test_every_check_of_mixers_and_projectors_has_a_faulty_plug_in():
     ],
 )
 def test_correct_plug_in_passes_all_checks(check, plugin):
-    assert [str(finding) for finding in check(plugin) if not finding.passed] == []
+    assert [str(result) for result in check(plugin) if not result.passed] == []
 
 
 def test_checks_that_do_not_apply_are_skipped():
-    skipped = [finding.name for finding in check_mixer("concat") if finding.status == "skipped"]
+    skipped = [result.name for result in check_mixer("concat") if result.status == "skipped"]
     assert skipped == [
         "weights sum to one over present encoders",
         "every parameter gets a gradient",
@@ -441,7 +441,7 @@ def test_checks_that_do_not_apply_are_skipped():
 
 
 def test_mixer_that_cannot_be_created_fails_one_check():
-    statuses = [finding.status for finding in check_mixer("gate", hiden=3)]
+    statuses = [result.status for result in check_mixer("gate", hiden=3)]
     assert statuses == ["FAIL", *["not run"] * (len(statuses) - 1)]
 
 

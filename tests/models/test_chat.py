@@ -22,9 +22,9 @@ def render(messages, tokenizer):
     """The only sequence of a conversation, or the prompt of its next answer."""
     template = ChatTemplate(tokenizer)
     if messages and messages[-1].get("role") == "assistant":
-        (prompt,) = template.answers(messages)
+        (prompt,) = template.training_prompts(messages)
         return prompt
-    return template.question(messages)
+    return template.generation_prompt(messages)
 
 
 def text_of(prompt, tokenizer) -> str:

@@ -43,7 +43,9 @@ def model_of(name, **options):
 def test_each_answer_is_learned_once_and_ends_in_the_end_token(name):
     tokenizer = tokenizer_of(name)
     template = ChatTemplate(tokenizer)
-    learned = "".join(text_of(prompt, tokenizer, learned=True) for prompt in template.answers(SEVERAL))
+    learned = "".join(
+        text_of(prompt, tokenizer, learned=True) for prompt in template.training_prompts(SEVERAL)
+    )
     assert learned.count("A cat.") == learned.count("A dog!") == 1
     assert learned.count(template.end_token) == 2
     assert learned.endswith(template.end_token)
@@ -53,9 +55,9 @@ def test_each_answer_is_learned_once_and_ends_in_the_end_token(name):
 def test_each_answer_is_learned_under_the_prompt_of_inference(name):
     tokenizer = tokenizer_of(name)
     template = ChatTemplate(tokenizer)
-    sequences = [text_of(prompt, tokenizer) for prompt in template.answers(SEVERAL)]
+    sequences = [text_of(prompt, tokenizer) for prompt in template.training_prompts(SEVERAL)]
     for end in (1, 3):
-        asked = text_of(template.question(SEVERAL[:end]), tokenizer)
+        asked = text_of(template.generation_prompt(SEVERAL[:end]), tokenizer)
         assert any(sequence.startswith(asked) for sequence in sequences)
 
 
@@ -63,7 +65,7 @@ def test_each_answer_is_learned_under_the_prompt_of_inference(name):
 def test_answer_is_what_follows_the_last_thinking_block(name):
     tokenizer = tokenizer_of(name)
     template = ChatTemplate(tokenizer)
-    learned = learned_of(template.answers(SEVERAL)[-1])
+    learned = learned_of(template.training_prompts(SEVERAL)[-1])
     assert template.answer_of(learned, template.opens_thinking(ONE[:1])).endswith("A dog!")
 
 
@@ -112,13 +114,13 @@ def test_end_token_that_is_not_special_is_no_part_of_the_answer():
 def test_thinking_in_an_answer_is_learned():
     tokenizer = tokenizer_of("chatml")
     answer = "<think>\nHm.\n</think>\n\nA cat."
-    (prompt,) = ChatTemplate(tokenizer).answers(user_message("Who?", answer=answer))
+    (prompt,) = ChatTemplate(tokenizer).training_prompts(user_message("Who?", answer=answer))
     assert text_of(prompt, tokenizer, learned=True) == f"{answer}<|im_end|>"
 
 
 def test_line_breaks_around_an_answer_are_not_learned():
     tokenizer = tokenizer_of("chatml")
-    (prompt,) = ChatTemplate(tokenizer).answers(user_message("Who?", answer="\n\nA cat.\n"))
+    (prompt,) = ChatTemplate(tokenizer).training_prompts(user_message("Who?", answer="\n\nA cat.\n"))
     assert text_of(prompt, tokenizer, learned=True) == "A cat.<|im_end|>"
 
 
@@ -128,7 +130,7 @@ def test_variables_of_the_template_are_passed():
         "<|im_start|>assistant\n",
         "<|im_start|>assistant\n{% if not enable_thinking %}<think></think>{% endif %}",
     )
-    prompt = ChatTemplate(tokenizer, {"enable_thinking": False}).question(ONE[:1])
+    prompt = ChatTemplate(tokenizer, {"enable_thinking": False}).generation_prompt(ONE[:1])
     assert text_of(prompt, tokenizer).endswith("<think></think>")
 
 
@@ -141,7 +143,7 @@ def test_tokenizer_without_any_end_token_is_refused():
 
 def test_text_with_half_a_surrogate_pair_is_refused():
     with pytest.raises(PromptError, match=r"ud83d"):
-        ChatTemplate(tokenizer_of("chatml")).question(user_message("Who \ud83d?"))
+        ChatTemplate(tokenizer_of("chatml")).generation_prompt(user_message("Who \ud83d?"))
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def convert_in(folder, name, **options) -> tuple[Path, dict[str, str]]:
 
 def logits_of(model: VideoLLM, clip: Path) -> torch.Tensor:
     with torch.no_grad():
-        packed, visual = model.prepare([[model.chat.question(user_message(QUESTION, str(clip)))]])
+        packed, visual = model.prepare([[model.chat.generation_prompt(user_message(QUESTION, str(clip)))]])
         return model.logits(packed, visual.tokens, torch.arange(packed.mask.shape[-1]))
 
 
@@ -143,7 +143,7 @@ def test_tokenizer_has_the_added_token_and_no_chat_template(released):
     model = VideoLLM.from_pretrained(folder / "two_converted")
     assert (tokenizer.pad_token, tokenizer.chat_template) == ("<PAD>", None)
     assert model.llm.get_input_embeddings().num_embeddings == 320  # 263 tokens, padded to a multiple of 64
-    bos, visual, *rest = ChatTemplate(tokenizer).question(user_message(QUESTION, "clip")).items
+    bos, visual, *rest = ChatTemplate(tokenizer).generation_prompt(user_message(QUESTION, "clip")).items
     assert tokenizer.decode(bos) == "<s>"
     assert visual.source == "clip"
     assert tokenizer.decode(rest) == f"In: {QUESTION}\nOut:"
@@ -178,7 +178,7 @@ def test_turns_of_a_converted_model_have_the_ids_of_the_original_tokenizer(llama
     file, folder = llama
     roles = ["user", "assistant", "user", "assistant"]
     turns = [{"role": role, "content": text} for role, text in zip(roles, "abcd", strict=True)]
-    (prompt,) = VideoLLM.from_pretrained(folder).chat.answers(turns)
+    (prompt,) = VideoLLM.from_pretrained(folder).chat.training_prompts(turns)
     text = "<s>In: a\nOut: b</s>In: c\nOut: d</s>"
     assert prompt.items == file.encode(text, add_special_tokens=False).ids
 

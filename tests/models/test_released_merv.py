@@ -119,6 +119,6 @@ def test_chat_models_have_the_prompt_of_the_release_with_videos_after_bos(name, 
             question + follow_up,
         ),
     ]:
-        items = ChatTemplate(tokenizer).question(conversation).items
+        items = ChatTemplate(tokenizer).generation_prompt(conversation).items
         text = "".join(tokenizer.decode(item) if isinstance(item, int) else VISUAL for item in items)
         assert text == bos + VISUAL + expected

@@ -17,7 +17,7 @@ from merv.encoding.weights import by_library
 from merv.errors import EncoderError
 from merv.testing import check_encoder, make_video, tiny_llm
 from merv.testing.encoder_checks import ENCODER_CHECKS
-from merv.testing.findings import name_of
+from merv.testing.results import name_of
 from merv.types import EncoderSpec, Frames, Grid, Preset
 
 ROOT = Path(__file__).parents[2]
@@ -186,11 +186,11 @@ class RaisingEncoder(Fake):
 
 def failed(encoder: type[Encoder] | Encoder) -> dict[str, str]:
     """Name → message of the checks that fail."""
-    return {finding.name: finding.message for finding in check_encoder(encoder) if finding.status == "FAIL"}
+    return {result.name: result.message for result in check_encoder(encoder) if result.status == "FAIL"}
 
 
 def test_name_may_have_a_variant():
-    assert all(finding.passed for finding in check_encoder("fake/video"))
+    assert all(result.passed for result in check_encoder("fake/video"))
     with pytest.raises(EncoderError, match=r"'video'.*'image'"):
         check_encoder("fake/video", variant="image")
 
@@ -257,7 +257,7 @@ def test_wrong_number_of_parameters_is_found():
 
 
 def test_findings_are_printed_with_their_status():
-    printed = {finding.name: str(finding) for finding in check_encoder(NanEncoder)}
+    printed = {result.name: str(result) for result in check_encoder(NanEncoder)}
     assert len(printed) == len(ENCODER_CHECKS)
     assert printed["can be created"] == "ok       can be created"
     assert printed["shape matches the spec"].startswith("FAIL     shape matches the spec: ")
@@ -266,13 +266,13 @@ def test_findings_are_printed_with_their_status():
 
 
 def test_check_that_does_not_apply_is_skipped_with_its_reason():
-    (finding,) = [finding for finding in check_encoder(Fake) if finding.status != "ok"]
-    assert (finding.status, finding.passed) == ("skipped", True)
-    assert "Linear" in finding.message
+    (result,) = [result for result in check_encoder(Fake) if result.status != "ok"]
+    assert (result.status, result.passed) == ("skipped", True)
+    assert "Linear" in result.message
 
 
 def test_encoder_that_translates_names_loads_what_its_library_saves():
-    assert [str(finding) for finding in check_encoder(TranslatedEncoder) if finding.status != "ok"] == []
+    assert [str(result) for result in check_encoder(TranslatedEncoder) if result.status != "ok"] == []
 
 
 def test_state_dict_is_also_checked_with_weights_from_a_file(tmp_path):

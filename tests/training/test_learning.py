@@ -15,7 +15,7 @@ from merv.errors import (
 from merv.fusion.mixers import NEW_ENCODER_LOGIT, ConcatChannels
 from merv.fusion.registry import MIXERS
 from merv.models.chat import user_message
-from merv.models.llm import LoraOptions, check_same, checkpoint_layers, identity, load_llm
+from merv.models.llm import LoraOptions, check_same, set_gradient_checkpointing, identity, load_llm
 from merv.models.multi_encoder import MultiEncoder
 from merv.models.video_llm import VideoLLM
 from merv.testing import tiny_llm
@@ -95,7 +95,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_with_less_memory():
     before = {name: gradient.clone() for name, gradient in gradients(model).items()}
     model.zero_grad()
     model.llm.eval()
-    checkpoint_layers(model.llm, True)
+    set_gradient_checkpointing(model.llm, True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         loss = model(batch).loss_sum
@@ -104,7 +104,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_with_less_memory():
     assert all(
         torch.allclose(before[name], gradient, atol=1e-6) for name, gradient in gradients(model).items()
     )
-    checkpoint_layers(model.llm, False)
+    set_gradient_checkpointing(model.llm, False)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         _ = model(batch).loss_sum
     assert with_checkpointing < sum(saved) / 2

@@ -87,9 +87,9 @@ def test_other_version_is_downloaded_again(cache, installer, monkeypatch):
     assets.download_asset(ASSET)
     newer = assets.Asset("an-asset", "2.0", "1" * 64, "an_asset", FILES, "An asset")
     monkeypatch.setattr(assets, "ASSETS", (newer,))
-    assert assets.installed_folder("an_asset") is None
+    assert assets.existing_folder("an_asset") is None
     assets.download_asset(newer)
-    assert assets.installed_folder("an_asset") is not None
+    assert assets.existing_folder("an_asset") is not None
 
 
 def test_failed_download_leaves_nothing_and_shows_the_reason(cache, monkeypatch):
@@ -184,7 +184,7 @@ def test_cache_that_cannot_be_written_is_an_error_with_a_way_out(cache, installe
 
 def test_damaged_marker_counts_as_not_downloaded(cache, installer):
     (assets.download_asset(ASSET) / "PART").write_bytes(b"\xff\xfe")
-    assert assets.installed_folder("an_asset") is None
+    assert assets.existing_folder("an_asset") is None
 
 
 def test_download_removes_what_a_killed_download_left(cache, installer):

@@ -24,7 +24,7 @@ class CheckSkipped(Exception):
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """The result of one check.
 
     Attributes:
@@ -47,31 +47,31 @@ class Finding:
         return f"{self.status:7}  {self.name}" + (f": {self.message}" if self.message else "")
 
 
-def run_checks(checks: Checks, subject: Any) -> list[Finding]:
+def run_checks(checks: Checks, subject: Any) -> list[CheckResult]:
     """Run all checks. A check is not run if one that it needs failed, so that one fault gives one FAIL."""
-    findings: dict[Check, Finding] = {}
+    results: dict[Check, CheckResult] = {}
     for check, needed in checks.items():
-        obstacle = next((findings[other] for other in needed if not findings[other].passed), None)
+        obstacle = next((results[other] for other in needed if not results[other].passed), None)
         if obstacle is None:
-            findings[check] = run_check(check, subject)
+            results[check] = run_check(check, subject)
         else:
             reason = f"needs {obstacle.name!r}" if obstacle.status == "FAIL" else obstacle.message
-            findings[check] = Finding(name_of(check), "not run", reason)
-    return list(findings.values())
+            results[check] = CheckResult(name_of(check), "not run", reason)
+    return list(results.values())
 
 
-def run_check(check: Check, subject: Any) -> Finding:
+def run_check(check: Check, subject: Any) -> CheckResult:
     """Run one check. A check that raises has failed, unless it raises CheckSkipped."""
     try:
         with torch.enable_grad():  # without it, a graph built by forward() would go unnoticed
             check(subject)
     except CheckSkipped as reason:
-        return Finding(name_of(check), "skipped", str(reason))
+        return CheckResult(name_of(check), "skipped", str(reason))
     except CheckFailed as fault:
-        return Finding(name_of(check), "FAIL", str(fault))
+        return CheckResult(name_of(check), "FAIL", str(fault))
     except (Exception, SystemExit) as error:
-        return Finding(name_of(check), "FAIL", f"{type(error).__name__}: {error}")
-    return Finding(name_of(check), "ok")
+        return CheckResult(name_of(check), "FAIL", f"{type(error).__name__}: {error}")
+    return CheckResult(name_of(check), "ok")
 
 
 def name_of(check: Check) -> str:
