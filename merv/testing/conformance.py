@@ -11,8 +11,8 @@ from merv.fusion.mixers import Mixer
 from merv.fusion.projectors import Projector
 from merv.fusion.registry import MIXERS, PROJECTORS
 from merv.testing.encoder_checks import ENCODER_CHECKS, EncoderSubject
-from merv.testing.results import Checks, CheckResult, run_checks
 from merv.testing.fusion_checks import MIXER_CHECKS, PROJECTOR_CHECKS, MixerSubject, ProjectorSubject
+from merv.testing.results import CheckResult, Checks, run_checks
 from merv.utils.plugins import Registry
 
 # Kind → its registry, its checks, and the subject that the checks share.

@@ -18,8 +18,8 @@ from merv.fusion.mixers import CrossAttention, Mean, Scalar
 from merv.fusion.registry import MIXERS, PROJECTORS
 from merv.models.video_llm import VideoLLM
 from merv.testing import check_mixer, check_projector, make_video
-from merv.testing.results import name_of
 from merv.testing.fusion_checks import MIXER_CHECKS, PROJECTOR_CHECKS
+from merv.testing.results import name_of
 
 pytestmark = QUIET
 EXAMPLE = Path(__file__).parents[2] / "examples/custom_fusion"

@@ -15,7 +15,7 @@ from merv.errors import (
 from merv.fusion.mixers import NEW_ENCODER_LOGIT, ConcatChannels
 from merv.fusion.registry import MIXERS
 from merv.models.chat import user_message
-from merv.models.llm import LoraOptions, check_same, set_gradient_checkpointing, identity, load_llm
+from merv.models.llm import LoraOptions, check_same, identity, load_llm, set_gradient_checkpointing
 from merv.models.multi_encoder import MultiEncoder
 from merv.models.video_llm import VideoLLM
 from merv.testing import tiny_llm
