@@ -1,9 +1,10 @@
 """Order: the samples of each training step, as a pure function of seed, epoch and number of processes.
 
 An epoch is a sequence of global batches, called steps here; with gradient accumulation, an optimizer step
-uses several. A step is what all processes train on at once: `batch_size` samples for each of them, fewer in the last. Its samples are distributed over the processes round-robin, so all processes
-have the same number of batches, of similar lengths. No sample is repeated or dropped: if a step has fewer
-samples than there are processes, the last processes get an empty batch.
+uses several. A step is what all processes train on at once: `batch_size` samples for each of them, fewer in
+the last. Its samples are distributed over the processes round-robin, so all processes have the same number of
+batches, of similar lengths. No sample is repeated or dropped: if a step has fewer samples than there are
+processes, the last processes get an empty batch.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class EpochOrder:
         world_size: Number of processes that share the data.
         seed: Seed of the order.
         weights: Proportions in which the sets are mixed. An epoch is then as long as it can be without a
-            repeated sample: it has all of one set and a random part of each other set. A set of at least twice
-            the size of its part gives different parts in successive epochs, `size // part` of them; then it is
-            shuffled and split again. None: every epoch has all samples.
+            repeated sample: it has all of one set and a random part of each other set. A set of at least
+            twice the size of its part gives different parts in successive epochs, `size // part` of them;
+            then it is shuffled and split again. None: every epoch has all samples.
         shuffle: False keeps the order of the sets.
         modalities: Index into MODALITIES of each sample.
         lengths: Length of each sample, in any unit. With `modalities` and `lengths`, a step has samples of

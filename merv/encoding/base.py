@@ -103,8 +103,8 @@ class Encoder(TrackedModule):
     def encode(self, pixels: Tensor) -> Tensor:
         """Compute features of preprocessed pixels: [B, T, 3, H, W] → [B, t, h, w, D].
 
-        By default, each window of `spec.window_size` frames goes through `tokens`. An encoder with window_size 0
-        must override `encode`.
+        By default, each window of `spec.window_size` frames goes through `tokens`. An encoder with
+        window_size 0 must override `encode`.
         """
         steps, (_, h, w) = self.spec.window_size // self.spec.tubelet_size, self.spec.grid
         windows = rearrange(pixels, "b (n t) c h w -> (b n) t c h w", t=self.spec.window_size)

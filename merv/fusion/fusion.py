@@ -199,7 +199,7 @@ class Fusion(nn.Module):
         }
 
     def _structure(self) -> dict[str, Any]:
-        """Return the modules and the shapes of the tensors by name; `config` compares them with those at creation."""
+        """Return modules and shapes of tensors by name; `config` compares them with those at creation."""
         modules = {name: module for name, module in self.named_modules() if name}
         return {**modules, **{name: tensor.shape for name, tensor in self.state_dict().items()}}
 

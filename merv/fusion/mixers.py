@@ -58,9 +58,9 @@ class Mixer(nn.Module):
     def add_encoder(self) -> None:
         """Add an encoder after the others.
 
-        With `cross_attention` and `scalar` its logit starts at −4: about a fiftieth of the weight of an encoder
-        whose logit is 0. With `concat_channels` it starts at zero. `gate` and `mean` have no parameters per encoder, so the new encoder
-        counts fully at once; `concat` adds its tokens at once.
+        With `cross_attention` and `scalar` its logit starts at −4: about a fiftieth of the weight of an
+        encoder whose logit is 0. With `concat_channels` it starts at zero. `gate` and `mean` have no
+        parameters per encoder, so the new encoder counts fully at once; `concat` adds its tokens at once.
 
         Raises:
             ShapeError: No encoder can be added to this mixer.

@@ -250,7 +250,7 @@ class ChatTemplate:
         return prompt, answer.removesuffix(tail) + end
 
     def _end(self) -> tuple[str, str]:
-        """Return two texts: all that the template writes after an answer, and its beginning up to the end token.
+        """Return all that the template writes after an answer, and its beginning up to the end token.
 
         For example, "<|end|><|endoftext|>" and "<|end|>" for Phi-3. If the template writes no end token, the
         second is EOS.

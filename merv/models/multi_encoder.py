@@ -86,8 +86,8 @@ class MultiEncoder(PretrainedMixin, nn.Module):
 
     Args:
         encoders: Encoder names (see `merv encoders`; "dinov2/base" selects a variant) or `merv.Encoder`
-            objects. A mapping gives them names of your own. Without it, "dinov2/base" is called dinov2_base, and
-            "module:Class" is called Class.
+            objects. A mapping gives them names of your own. Without it, "dinov2/base" is called dinov2_base,
+            and "module:Class" is called Class.
         grid: Size (t, h, w) of the common grid. Stills get one step of time.
         output_dim: Dimension L of the tokens, usually that of the LLM's embeddings. Without it, there are no
             untrained layers: a token is the concatenation of all encoders' channels.

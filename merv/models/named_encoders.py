@@ -62,7 +62,7 @@ def default_name(encoder: str | Encoder) -> str:
 
 
 def check_name(name: object) -> None:
-    """Raise EncoderError for a name that torch does not allow for a submodule, or that a part of a VideoLLM has."""
+    """Raise EncoderError for a name that torch does not allow, or that a part of a VideoLLM has."""
     if name in RESERVED:
         raise EncoderError(
             f"An encoder cannot be called {name!r}, which is a part of a VideoLLM. Choose another name."

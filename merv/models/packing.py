@@ -49,8 +49,8 @@ class Packed:
             shape [B, 1, S, S].
         positions: Position ids, shape [B, S].
         labels: Tokens of the answers, NOT_LEARNED elsewhere, shape [B, S].
-        conversations: Index in the batch of the token's conversation; in a common prefix, of the first one that
-            shares it; −1 in the padding. Shape [B, S].
+        conversations: Index in the batch of the token's conversation; in a common prefix, of the first one
+            that shares it; −1 in the padding. Shape [B, S].
     """
 
     ids: Tensor

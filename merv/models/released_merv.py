@@ -74,7 +74,8 @@ UNUSED = {
     # It is saved by the transformers version of the release.
     r"llm\..*rotary_emb\.inv_freq": "the language model computes it",
 }
-# Beginning of a tensor's name in older checkpoints → in newer ones; last: of the release's language model → merv's
+# Beginning of a tensor's name in older checkpoints → in newer ones; last: of the release's language model →
+# merv's
 RENAMED = {
     r"^adapter\.": "feature_fusion.",
     r"^projector\.": "projectors.0.",

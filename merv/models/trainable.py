@@ -43,8 +43,9 @@ class TrainablePartsMixin(nn.Module):
         """Return the parameters by part: {part: {parameter name: parameter}}.
 
         The parts are "projector", "mixer", "llm", "lora" if there is one, and each encoder by its name.
-        "projector.NAME" is the projector of one encoder. "mixer.NAME" has the mixer's parameters with one block
-        per encoder; all encoders share them, and `train_only` lets gradients reach only the block of NAME.
+        "projector.NAME" is the projector of one encoder. "mixer.NAME" has the mixer's parameters with one
+        block per encoder; all encoders share them, and `train_only` lets gradients reach only the block of
+        NAME.
         """
         fusion = {f"vision.fusion.{name}": p for name, p in self.fusion.named_parameters()}
         llm = {f"llm.{name}": p for name, p in self.llm.named_parameters()}

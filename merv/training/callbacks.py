@@ -140,8 +140,8 @@ def memory_gb() -> float:
 class SampleAnswers(Callback):
     """Writes the model's answers to a few questions to `answers.jsonl` while it trains.
 
-    The questions come from the validation data if there are any, otherwise from the training data. With `data.stream`
-    and no validation data, no answers are sampled.
+    The questions come from the validation data if there are any, otherwise from the training data. With
+    `data.stream` and no validation data, no answers are sampled.
 
     Args:
         every_n_steps: Steps of the optimizer between two samplings. 0: never.

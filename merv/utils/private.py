@@ -1,9 +1,9 @@
 """Most private names of other libraries that merv uses, with the reason for each.
 
 Not here: overrides of private methods, in `Checkpoints` (training/checkpointing.py), `Sharded`
-(training/sharding.py) and `Fit` (training/fit.py); datasets' `_hf_encoded` (video/open.py); Pillow's `_prev_im`
-(video/images.py); torch's fake tensors and dispatch modes (training/dry_run.py). All were tested with torch
-2.15, transformers 5.23 and lightning 2.6.
+(training/sharding.py) and `Fit` (training/fit.py); datasets' `_hf_encoded` (video/open.py); Pillow's
+`_prev_im` (video/images.py); torch's fake tensors and dispatch modes (training/dry_run.py). All were tested
+with torch 2.15, transformers 5.23 and lightning 2.6.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ class Pictures:
         if packed or len(data) > MAX_EMPTY_VOP or not self._time_bits:
             return True
         picture = _bits(data.partition(VOP)[2])
-        # VOP header: type (2 bits), seconds (ones, then 0), marker, time, marker, vop_coded; vop_coded 0 repeats
-        # the frame before
+        # VOP header: type (2 bits), seconds (ones, then 0), marker, time, marker, vop_coded; vop_coded 0
+        # repeats the frame before
         return not re.match(f"..1*0.{{{1 + self._time_bits + 1}}}0", picture)
 
     def _h264(self, packet: Any) -> bool:
