@@ -7,8 +7,8 @@ encoded, in the middle of writing its data or the header, before or after the sh
 extraction completes the store. Full disk: a system call that writes fails in the middle of its data, once for
 each call; the extraction goes on without storing, and another one completes the store. Two writers: two
 extractions of the same clips run at the same time. In the end every record must be there
-once, valid, and equal to that of an undisturbed extraction, bit for bit. The last column counts the clips that
-were encoded twice, among them the one in progress.
+once, valid, and equal to that of an undisturbed extraction, bit for bit. The last column counts the clips
+that were encoded twice, among them the one in progress.
 """
 
 from __future__ import annotations
