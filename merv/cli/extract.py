@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from merv.features.store import FeatureStore
     from merv.models.multi_encoder import MultiEncoder
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `merv extract` to `parser`."""
@@ -78,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--dtype", choices=["fp32", "bf16"], default="fp32", help="dtype of the encoders (default: fp32)")
     option(
         "--store-dtype",
-        choices=list(DTYPES),
+        choices=["float32", "float16", "bfloat16", "int8"],
         help="dtype of stored features; int8 has a scale per cell (default: as the encoders return them)",
     )
     option("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is a GPU)")
@@ -98,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, _interrupt)
     items = Items(args.sources, args.root)[: args.limit]
-    store = FeatureStore(args.out, dtype=DTYPES.get(args.store_dtype))  # type: ignore[arg-type]
+    store = FeatureStore(args.out, dtype=args.store_dtype)
     encoders = _encoders(args)
     is_local = "://" not in args.out
     if is_local:

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action("gc", "merge small files, and remove repeats, damaged records and leftovers")(
         "--keep", nargs="+", metavar="ENCODER", help="also drop the features of all other encoders"
     )
-    option = action("near", "list the videos that are most similar to a video of the store")
+    option = action("near", "list the most similar videos, by the cosine of pooled features minus their mean")
     option("video", metavar="VIDEO", help="name of a video in the store, or a file with the same content")
     option("-k", "--count", type=int, default=5, help="how many to list (default: %(default)s)")
     option("--encoders", nargs="+", default=[], metavar="NAME", help="which encoders to use (default: all)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import json
 import os
 import sys
@@ -74,6 +75,8 @@ def feature_cache_key(
         "version": VERSION,
         "class": class_path(encoder_class),
         "code": code_digest(encoder_class),
+        # The effect of other arguments is not known, so no other object has these features
+        "object": f"{os.getpid()}.{id(encoder)}" if own_arguments(encoder_class) else None,
         "weights": weights_digest(encoder) if hash_values else encoder.identity.sha256,
         "dtype": str(device_and_dtype(encoder)[1]),
         "variant": [
@@ -113,6 +116,19 @@ def weights_digest(encoder: Encoder) -> str:
     if encoder not in DIGESTS or DIGESTS[encoder][0] != state:
         DIGESTS[encoder] = state, values_digest(encoder)
     return DIGESTS[encoder][1]
+
+
+def own_arguments(encoder_class: type[Encoder]) -> list[str]:
+    """Names of the arguments of a constructor that `Encoder` does not have.
+
+    >>> from merv.encoders.fake import Fake
+    >>> own_arguments(Fake)
+    []
+    """
+    parameters = inspect.signature(encoder_class.__init__).parameters.values()
+    known = {"self", *inspect.signature(Encoder.__init__).parameters}
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.name not in known and p.kind not in variadic]
 
 
 @cache

@@ -93,9 +93,9 @@ class _OpenFile:
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Any = os.close) -> None:  # at the end of Python, `os` may be gone
         if hasattr(self, "number"):
-            os.close(self.number)
+            close(self.number)
 
 
 class RemoteFolder:

@@ -264,6 +264,11 @@ class ChatTemplate:
             if found:
                 first = min(found, key=lambda token: (tail.find(token), -len(token)))
                 end = tail[: tail.find(first) + len(first)]
+                if end.strip() != first:
+                    raise PromptError(
+                        f"The chat template writes {end!r} after an answer: text before its end token "
+                        f"{first!r}, or a changed answer. Set another tokenizer.chat_template."
+                    )
             elif self.tokenizer.eos_token is not None:
                 end = self.tokenizer.eos_token
             else:

@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from merv.encoding.base import Encoder
@@ -73,8 +72,9 @@ class TrainablePartsMixin(nn.Module):
     def train_only(self, trained: Sequence[str] | str) -> None:
         """Make exactly these parts trainable and freeze all others.
 
-        In a loop of your own, give the parameters of "mixer.NAME" no weight decay: it would change the blocks
-        of the other encoders, too.
+        Call it again after copying a model with `copy.deepcopy`, which does not copy the hooks for
+        "mixer.NAME". In a loop of your own, give the parameters of "mixer.NAME" no weight decay: it would
+        change the blocks of the other encoders, too.
 
         Args:
             trained: Names of parts, or a single name; see `parts`.
@@ -113,7 +113,7 @@ class TrainablePartsMixin(nn.Module):
                 for parameter, mask in self.fusion.mixer.encoder_mask(number).items():
                     masks[parameter] = mask | masks.get(parameter, mask)
         get_parameter = self.fusion.mixer.get_parameter
-        return [get_parameter(name).register_hook(partial(torch.mul, mask)) for name, mask in masks.items()]
+        return [get_parameter(name).register_hook(partial(_masked, mask)) for name, mask in masks.items()]
 
     def add_lora(self, options: LoraOptions) -> None:
         """Add a LoRA to the LLM. It is trained if "lora" is among the trained parts.
@@ -166,3 +166,7 @@ class TrainablePartsMixin(nn.Module):
             for name, parameter in parameters.items()
         }
         return {**fusion, **others}
+
+
+def _masked(mask: Tensor, gradient: Tensor) -> Tensor:
+    return gradient * mask.to(gradient.device)  # the model may have been moved since

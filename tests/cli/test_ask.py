@@ -107,7 +107,7 @@ def test_encoders_run_once_for_all_questions(ask, monkeypatch):
     questions = ["--question", "Who?", "--question", "Why?", "--question", "When?"]
     status, out, _ = ask("a.mp4", *questions, "--max-new-tokens", "1", "--mix-weights")
     assert (status, len(calls)) == (0, 2 * once)
-    assert out.count("weights: fake 100%") == 3
+    assert out.count("mix_weights: fake 100%") == 3
 
 
 # Options ------------------------------------------------------------------------------------

@@ -485,7 +485,7 @@ def test_unexpected_error_is_a_finding(tmp_path, monkeypatch, num_workers):
 
 def test_killed_workers_are_findings_and_lose_nothing(tmp_path, monkeypatch):
     """Three of 40 videos end the process that reads them; all others get their own finding."""
-    deadly = {"3": signal.SIGKILL, "4": signal.SIGHUP, "38": signal.SIGKILL}
+    deadly = {"3": signal.SIGKILL, "4": signal.SIGUSR1, "38": signal.SIGKILL}
 
     def open_video(source):
         if number := deadly.get(Path(source).stem):

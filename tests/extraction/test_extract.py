@@ -202,7 +202,7 @@ def test_the_encoders_of_a_saved_model(clips, tmp_path):
 
 def test_options_of_the_encoders_are_used(clips, tmp_path):
     (clips / "bad.mp4").unlink()
-    options = ("--preset", "fake=upstream", "--num-frames", "fake=8", "--store-dtype", "bf16")
+    options = ("--preset", "fake=upstream", "--num-frames", "fake=8", "--store-dtype", "bfloat16")
     assert extract_to(tmp_path / "store", clips, *options) == 0
     model = MultiEncoder(["fake"], grid=(4, 2, 2), presets={"fake": "upstream"}, num_frames={"fake": 8})
     grid = FeatureStore(tmp_path / "store").get(model.key(clips / "a.mp4", "fake"))

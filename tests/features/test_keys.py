@@ -179,3 +179,19 @@ def test_the_same_weights_in_another_folder_have_the_same_features(tmp_path):
         keys.append(model.key(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), "x"))
     assert keys[0] == keys[1]
     assert keys[0].id == keys[1].id
+
+
+def test_features_of_an_encoder_with_arguments_of_its_own_are_found_by_the_same_object_only():
+    from merv.encoders.fake import Fake
+
+    class Scaled(Fake):
+        def __init__(self, *arguments, power=1.0, **options):
+            super().__init__(*arguments, **options)
+            self.power = power
+
+        def encode(self, pixels):
+            return super().encode(pixels) ** self.power
+
+    video = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    models = [MultiEncoder({"x": Scaled(power=power)}, grid=(4, 2, 2)) for power in (1.0, 2.0)]
+    assert models[0].key(video, "x") == models[0].key(video, "x") != models[1].key(video, "x")

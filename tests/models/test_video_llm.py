@@ -341,5 +341,5 @@ def test_ask_prints_the_answer_and_the_weights_for_that_question(folder, tmp_pat
     VideoLLM(llm, tokenizer, vision).save_pretrained(tmp_path / "model")
     path, seen = make_video(tmp_path / "clip.mp4"), count_readings(monkeypatch)
     assert main(["ask", str(path), "What?", "--model", str(tmp_path / "model"), "--mix-weights"]) == 0
-    assert capsys.readouterr().out.endswith("\nweights: fake 50%, fake_video 50%\n")
+    assert capsys.readouterr().out.endswith("\nmix_weights: fake 50%, fake_video 50%\n")
     assert len(seen) == 1
