@@ -339,7 +339,7 @@ def changed(folder: Path, change: Change) -> Iterator[None]:
     try:
         file.write_bytes(change.data)
         if change.seal:
-            write_config(folder, *read_config(folder, change.file))
+            write_config(folder, *read_config(folder))
         yield
     finally:
         for path, data in before.items():

@@ -81,10 +81,22 @@ def _version(package: str, extra: str) -> str:
         install = f'pip install ".[{extra}]" in the clone' if extra else f"pip install {package}"
         raise PackageNotFoundError(f"{package}. Run: {install}") from None
     if not extra:
-        modules = sorted(name for name, owners in packages_distributions().items() if package in owners)
+        owners_of = packages_distributions().items()
+        modules = sorted(
+            name for name, owners in owners_of if _normalized(package) in map(_normalized, owners)
+        )
         same_name = package.replace("-", "_")
         import_module(same_name if same_name in modules or not modules else modules[0])
     return installed
+
+
+def _normalized(distribution: str) -> str:
+    """The name of a distribution as requirements write it.
+
+    >>> _normalized("PyYAML")
+    'pyyaml'
+    """
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def _decode(backend: str) -> str:

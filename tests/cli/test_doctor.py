@@ -76,6 +76,10 @@ def test_missing_package_comes_with_its_install_command(extra: str, command: str
     assert command in str(caught.value)
 
 
+def test_distribution_whose_name_has_capitals_is_imported() -> None:
+    assert doctor._version("pyyaml", "")  # its own name is PyYAML, its module yaml
+
+
 def test_requirements_come_from_the_metadata() -> None:
     requirements = doctor._requirements()
     assert requirements["torch"] == ""
