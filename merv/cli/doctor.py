@@ -82,9 +82,9 @@ def _version(package: str, extra: str) -> str:
         raise PackageNotFoundError(f"{package}. Run: {install}") from None
     if not extra:
         owners_of = packages_distributions().items()
-        modules = sorted(
-            name for name, owners in owners_of if _normalized(package) in map(_normalized, owners)
-        )
+        wanted = _normalized(package)
+        modules = [name for name, owners in owners_of if wanted in map(_normalized, owners)]
+        modules.sort(key=lambda name: (name.startswith("_"), name))  # public ones first
         same_name = package.replace("-", "_")
         import_module(same_name if same_name in modules or not modules else modules[0])
     return installed
