@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     from merv.features.store import FeatureStore
 
     signal.signal(signal.SIGTERM, _interrupt)
-    items = Items(args.sources, args.root)[: args.limit]
+    items = Items(args.sources, args.root, args.limit)
     store = FeatureStore(args.out, dtype=args.store_dtype)
     encoders = _encoders(args)
     is_local = "://" not in args.out

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merv.cli.plan import size
 from merv.errors import DataError, EncoderError
 
 if TYPE_CHECKING:
@@ -84,10 +85,10 @@ def run(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace) -> FeatureStore:
     from merv.features.store import FeatureStore
 
-    store = FeatureStore(args.store, read_only=args.action != "gc")
+    store = FeatureStore(args.store, read_only=True)
     if all(place.version() is None or not place.names() for place in store.places):
         raise DataError(f"{args.store} is no feature store: there is no shard in it. See `merv extract`.")
-    return store
+    return FeatureStore(args.store) if args.action == "gc" else store
 
 
 def _ls(args: argparse.Namespace) -> None:
@@ -111,10 +112,10 @@ def _stats(args: argparse.Namespace) -> None:
     records = list(store.records())
     names = encoder_names([record.key for record in records])
     videos = {record.key.video for record in records}
-    print(f"{place.address}: {len(videos)} videos, {_size(sum(shards.values()))} in {len(shards)} files")
+    print(f"{place.address}: {len(videos)} videos, {size(sum(shards.values()))} in {len(shards)} files")
     for (encoder, options), name in names.items():
         own = [r for r in records if (r.key.encoder, r.key.options) == (encoder, options)]
-        print(f"\n{name}: {len(own)} videos, {_size(sum(record.size for record in own))}, {_stored(own)}")
+        print(f"\n{name}: {len(own)} videos, {size(sum(record.size for record in own))}, {_stored(own)}")
         for option, value in json.loads(options).items():
             print(f"  {option}: {json.dumps(value)}")
 
@@ -147,7 +148,7 @@ def _gc(args: argparse.Namespace) -> None:
     done = collect_garbage(store, keep, progress=True)
     print(
         f"{done.shards_before} shards before, {done.shards_after} after; {done.dropped} records dropped; "
-        f"{_size(done.bytes_freed)} freed."
+        f"{size(done.bytes_freed)} freed."
     )
 
 
@@ -183,10 +184,10 @@ def _estimate(args: argparse.Namespace) -> None:
             raise EncoderError(f"Unknown variant {name!r}. Available: {', '.join(variants)}.")
         spec = variants[variant or next(iter(variants))]
         scale = 4 if args.store_dtype == "int8" else 0
-        size = t * h * w * (spec.embed_dim * BYTES[args.store_dtype] + scale + 1) + 8 * t + 16
-        total += size
-        print(f"{name}: {_size(size)} per video")
-    print(f"{args.videos} videos: {_size(total * args.videos)} (images take one time step: 1/{t} of it)")
+        num_bytes = t * h * w * (spec.embed_dim * BYTES[args.store_dtype] + scale + 1) + 8 * t + 16
+        total += num_bytes
+        print(f"{name}: {size(num_bytes)} per video")
+    print(f"{args.videos} videos: {size(total * args.videos)} (images take one time step: 1/{t} of it)")
 
 
 ACTIONS: dict[str, Callable[[argparse.Namespace], int | None]] = {
@@ -210,16 +211,3 @@ def _stored(records: list[Record]) -> str:
         "×".join(map(str, field.shape[1:])) for r in records for field in r.fields if field.name == "values"
     )
     return f"{', '.join(name.removeprefix('torch.') for name in dtypes)}, {', '.join(shapes)}"
-
-
-def _size(size: float) -> str:
-    """A number of bytes for people.
-
-    >>> _size(7_340_000)
-    '7.3 MB'
-    """
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError

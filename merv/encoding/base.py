@@ -43,8 +43,8 @@ class Encoder(TrackedModule):
             (built-in encoders keep their own). merv never falls back to other weights.
         preset: A key of the spec's presets; None for the first.
 
-    An option of an encoder is a variant: other arguments of a constructor are not saved with a model, and
-    stored features of such an encoder are found by the same object only.
+    An option of an encoder is a variant: a model whose encoder has other constructor arguments cannot be
+    saved, and stored features of such an encoder are found by the same object only.
 
     Attributes:
         variants: Specs by the name of the variant; the first is the default.

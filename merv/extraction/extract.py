@@ -19,7 +19,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from merv.data.loader import SAMPLE_ERRORS
 from merv.errors import DataError
 from merv.extraction.videos import Item
 from merv.features.reader import LoadedVideo, Reader
@@ -94,7 +93,8 @@ def extract(
         Counts, times, and the keys of the features.
 
     Raises:
-        DataError: A worker process was killed. What is stored stays.
+        DataError: The store or `failed` cannot be written, or a worker process was killed. What is stored
+            stays.
 
     Example:
         >>> video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
@@ -113,19 +113,25 @@ def extract(
         prefetch_factor=PREFETCH if num_workers else None,
         worker_init_fn=_start_worker,
     )
-    if failed is not None:
-        Path(failed).write_text("", encoding="utf-8")
+    failures = None if failed is None else Path(failed)
     bar = tqdm(total=len(items), desc="Extracting", unit="video", disable=None if progress else True)
     try:
+        if failures is not None and failures.exists():
+            _write(failures, "w", "")
         for loaded, cpu_s in _waiting(loader, result):
             result.decode_cpu_s += cpu_s
             if isinstance(loaded, Failure):
                 result.failures.append(loaded)
-                if failed is not None:
-                    with Path(failed).open("a", encoding="utf-8") as lines:
-                        lines.write(json.dumps(vars(loaded)) + "\n")
+                if failures is not None:
+                    _write(failures, "a", json.dumps(vars(loaded)) + "\n")
             else:
                 _encode(encoders, loaded, store, result)
+                if store.read_only and loaded.clip is not None:
+                    raise DataError(
+                        f"{store.folder} cannot be written; see the warning above. The features of "
+                        f"{len(store)} videos and encoders are stored. Free space or choose another folder, "
+                        "and run the same command again."
+                    )
             bar.update()
             waiting = result.waited_s / max(time.perf_counter() - start, 1e-9)
             bar.set_postfix(waiting=f"{waiting:.0%}", failed=len(result.failures), refresh=False)
@@ -134,15 +140,25 @@ def extract(
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        done = len(result.keys) + len(result.failures)
+        names = ", ".join(item.name for item in items[done : done + num_workers * PREFETCH])
         raise DataError(
-            f"A worker process was killed after {result.encoded + result.stored} videos; often, the memory "
-            "was full. Run the same command again with fewer --num-workers: stored features are kept."
+            f"A worker process was killed while it read one of {names}; often, the memory was full. Run the "
+            "same command again with fewer --num-workers, or without that video: stored features are kept."
         ) from error
     finally:
         bar.close()
         store.flush()
     result.seconds = time.perf_counter() - start
     return result
+
+
+def _write(file: Path, mode: str, text: str) -> None:
+    try:
+        with file.open(mode, encoding="utf-8") as lines:
+            lines.write(text)
+    except OSError as error:
+        raise DataError(f"{file} cannot be written: {error}. Pass another file as --failed.") from error
 
 
 def _encode(encoders: MultiEncoder, loaded: LoadedVideo, store: FeatureStore, result: Extraction) -> None:
@@ -188,7 +204,7 @@ class _Reading(Dataset):
             if item.error:
                 raise DataError(item.error)
             loaded: LoadedVideo | Failure = self.reader(item.source, name=item.name)
-        except SAMPLE_ERRORS as error:
+        except Exception as error:  # whatever it is, the other videos are still read
             reason = reason_of(error)
             loaded = Failure(item.name, type(error).__name__, reason)
         return loaded, time.process_time() - start

@@ -37,6 +37,7 @@ class Items(Sequence[Item]):
         sources: Videos, images, folders of them, patterns such as `clips/*.mp4`, and data files: .jsonl,
             .json, .parquet, .tar, or folders of `datasets`.
         root: The folder that paths in rows start at; the folder of each file by default.
+        limit: How many videos to keep; None: all.
 
     Raises:
         DataError: A source does not exist, or there is no video in it.
@@ -50,43 +51,53 @@ class Items(Sequence[Item]):
         ['a.png']
     """
 
-    def __init__(self, sources: Sequence[str | Path], root: str | Path | None = None) -> None:
+    def __init__(
+        self, sources: Sequence[str | Path], root: str | Path | None = None, limit: int | None = None
+    ) -> None:
         self.samples: list[Samples] = []
         # A path, or the number of `samples`, a row and a position in it
         self.places: list[str | tuple[int, int, int]] = []
         seen: set[str] = set()
         for source in sources:
-            before = len(self.places)
+            found = 0
             for path in _expanded(str(source)):
                 if path.suffix.lower() in FORMATS or _is_dataset(path):
-                    self._add_rows(open_samples(path, root), seen)
+                    found += self._add_rows(open_samples(path, root), seen)
                 else:
-                    self._add_paths([path] if not path.is_dir() else _media_below(path), seen)
-            if len(self.places) == before and not any(name.startswith(str(source)) for name in seen):
+                    found += self._add_paths([path] if not path.is_dir() else _media_below(path), seen)
+            if not found:
                 raise DataError(
                     f"{source}: there is no video or image. Expected {', '.join((*VIDEOS, *IMAGES))}, a "
                     f"folder of them, or {', '.join(FORMATS)}."
                 )
+        self.places = self.places[:limit]
 
-    def _add_paths(self, paths: Sequence[Path], seen: set[str]) -> None:
+    def _add_paths(self, paths: Sequence[Path], seen: set[str]) -> int:
+        """Add the paths that are new; return how many there are in all."""
         new = [str(path) for path in paths if str(path) not in seen]
         seen.update(new)
         self.places += new
+        return len(paths)
 
-    def _add_rows(self, samples: Samples, seen: set[str]) -> None:
+    def _add_rows(self, samples: Samples, seen: set[str]) -> int:
+        """Add the videos of rows that are new; return how many there are in all, with the unreadable rows."""
+        found = 0
         self.samples.append(samples)
         for row in range(len(samples)):
             try:
                 videos = samples[row].videos()
             except MervError:
                 self.places.append((len(self.samples) - 1, row, -1))
+                found += 1
                 continue
+            found += len(videos)
             for position, video in enumerate(videos):
                 if not isinstance(video, str):
                     self.places.append((len(self.samples) - 1, row, position))
                 elif video not in seen:
                     seen.add(video)
                     self.places.append(video)
+        return found
 
     def __len__(self) -> int:
         return len(self.places)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +11,7 @@ from tqdm import tqdm
 from merv.errors import DataError
 from merv.features.places import LocalFolder, RemoteFolder
 from merv.features.shard import InvalidShard, Packed, Record, ShardWriter, digest_of
-from merv.features.store import VIDEOS_PER_SHARD, FeatureStore, read_records
-from merv.utils.files import is_abandoned, temporaries_beside
+from merv.features.store import VIDEOS_PER_SHARD, FeatureStore, publish, read_records
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def verify(store: FeatureStore, progress: bool = False) -> tuple[int, list[Damag
             if end != size:
                 damaged.append(Damage(path, f"it has {size} bytes; expected {end}"))
             for record in records:
-                if digest_of(place.read(name, record.offset, record.size)) == record.digest:
+                if _packed(place, record) is not None:
                     valid += 1
                 else:
                     source = record.key.source or record.key.video
@@ -82,12 +80,13 @@ def collect_garbage(
         progress: Show a progress bar.
 
     Raises:
-        DataError: The store is in memory, or has several folders.
+        DataError: The store is in memory, has several folders, or could not be written.
     """
     if len(store.places) != 1:
         raise DataError("Expected a store with one folder. Pass its folder alone.")
     (place,) = store.places
     store.flush()
+    store.recover()  # publishes or removes what killed processes left
     before = place.names() if place.version() is not None else {}
     old: dict[str, int] = {}
     move: list[Record] = []
@@ -107,11 +106,13 @@ def collect_garbage(
             move += kept
     if len(old) <= 1 and not dropped and all(name in {r.shard for r in move} for name in old):
         old, move = {}, []  # one small shard, as a store has at its end
-    new = list(_rewritten(place, move, progress)) if old else []
+    try:
+        new = list(_rewritten(place, move, progress)) if old else []
+    except OSError as error:
+        raise DataError(f"{place.address} could not be rewritten: {error}. Nothing was deleted.") from error
     for name in old:
         if name not in new:
             place.remove(name)
-    _remove_leftovers(place)
     after = place.names() if place.version() is not None else {}
     return Collected(len(before), len(after), sum(before.values()) - sum(after.values()), dropped)
 
@@ -125,32 +126,26 @@ def _rewritten(place: LocalFolder | RemoteFolder, records: list[Record], progres
     bar = tqdm(total=len(videos), desc="Rewriting", unit="video", disable=None if progress else True)
     start = 0
     while start < len(videos):
-        with place.temporary() as temporary:
-            writer = ShardWriter(temporary, VIDEOS_PER_SHARD)
+        writer = ShardWriter(place.temporary(), VIDEOS_PER_SHARD)
+        try:
             while start < len(videos) and not writer.is_full:
                 packed = [p for record in videos[start] if (p := _packed(place, record))]
                 if packed and not writer.append(packed):
                     break  # no room for this video; it begins the next shard
                 start += 1
                 bar.update()
-            if writer.records:
-                name = writer.finish()
-                place.publish(temporary, name)
-                yield name
+            yield publish(writer, place)
+        finally:
+            place.discard(writer.path)
     bar.close()
 
 
 def _packed(place: LocalFolder | RemoteFolder, record: Record) -> Packed | None:
     """A record as it is; None if it is damaged, so that it is computed again when it is needed."""
-    data: np.ndarray = place.read(record.shard, record.offset, record.size)
+    try:
+        data: np.ndarray = place.read(record.shard, record.offset, record.size)
+    except OSError:
+        return None
     if digest_of(data) != record.digest:
         return None
     return Packed(record.key, record.dtype, record.fields, (data,), record.digest)
-
-
-def _remove_leftovers(place: LocalFolder | RemoteFolder) -> None:
-    if isinstance(place, LocalFolder):
-        for temporary in temporaries_beside(place.folder / "shard"):
-            if is_abandoned(temporary):
-                with suppress(FileNotFoundError):
-                    temporary.unlink()

@@ -6,10 +6,9 @@ Both offer the same few functions, so the store does not care which it has.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +17,7 @@ import numpy as np
 
 from merv.errors import MissingDependency
 from merv.features.shard import SUFFIX
-from merv.utils.files import temporary_beside
+from merv.utils.files import discard, new_temporary
 
 SHARD_NAME = 32 + len(SUFFIX)  # characters
 LISTING_S = 30.0  # how long a remote listing counts as fresh
@@ -39,11 +38,14 @@ class Place(Protocol):
     def read(self, name: str, offset: int, size: int) -> np.ndarray:
         """Read some bytes of a shard; raises OSError if there are fewer."""
 
-    def temporary(self) -> Any:
-        """A context that yields a temporary file, local and unique."""
+    def temporary(self) -> Path:
+        """A new path for a temporary file on this machine."""
 
     def publish(self, temporary: Path, name: str) -> None:
-        """Make a finished file a shard, all at once."""
+        """Make a finished file a shard, all at once. If that fails, the file stays."""
+
+    def discard(self, temporary: Path) -> None:
+        """Delete a temporary file, if it is still there."""
 
     def remove(self, name: str) -> None:
         """Delete a shard."""
@@ -76,14 +78,17 @@ class LocalFolder:
             view, offset = view[count:], offset + count
         return data
 
-    @contextmanager
-    def temporary(self) -> Iterator[Path]:
+    def temporary(self) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with temporary_beside(self.folder / "shard") as path:
-            yield path
+        return new_temporary(self.folder / "shard")
 
     def publish(self, temporary: Path, name: str) -> None:
         os.replace(temporary, self.folder / name)
+        self._files.cache_clear()  # the same shard may have been open, and damaged
+        discard(temporary)
+
+    def discard(self, temporary: Path) -> None:
+        discard(temporary)
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)
@@ -127,15 +132,17 @@ class RemoteFolder:
             raise OSError(f"{self.address}/{name} is cut short")
         return np.frombuffer(bytearray(data), np.uint8)
 
-    @contextmanager
-    def temporary(self) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="merv-") as folder:
-            yield Path(folder, "shard")
+    def temporary(self) -> Path:
+        return Path(tempfile.mkdtemp(prefix="merv-"), "shard")
 
     def publish(self, temporary: Path, name: str) -> None:
         self.files.makedirs(self.folder, exist_ok=True)
         self.files.put_file(str(temporary), f"{self.folder}/{name}.part")
         self.files.mv(f"{self.folder}/{name}.part", f"{self.folder}/{name}")
+        self.discard(temporary)
+
+    def discard(self, temporary: Path) -> None:
+        shutil.rmtree(temporary.parent, ignore_errors=True)
 
     def remove(self, name: str) -> None:
         self.files.rm_file(f"{self.folder}/{name}")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -92,7 +93,6 @@ class FeatureStore:
             _check_folder(place, create=number == 0 and not self.read_only)
         self._lock = threading.RLock()
         self._writer: ShardWriter | None = None
-        self._temporary = ExitStack()
         self._index: dict[str, list[tuple[Any, Record]]] = {}  # id → its records, and their places
         self._known: dict[tuple[str, str], list[str]] = {}  # address and name of a shard → ids
         self._versions: dict[str, Any] = {}
@@ -157,14 +157,7 @@ class FeatureStore:
             try:
                 self._append(packed)
             except OSError as error:
-                self.read_only = True
-                log.warning(
-                    "The feature store %s cannot be written: %s. Features that it lacks are computed each "
-                    "time that they are needed. To store them, free space or choose another folder, and "
-                    "start again.",
-                    self.places[0].address,
-                    error,
-                )
+                self._stop_writing(error)
         return copies
 
     def __contains__(self, key: FeatureKey) -> bool:
@@ -192,21 +185,24 @@ class FeatureStore:
     # Writing ----------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Publish the features that were put since the last shard was full."""
+        """Publish the features that were put since the last shard was full.
+
+        If that fails, a warning is logged. In a local folder, the next process that writes to it tries again.
+        """
         with self._lock:
             if self._writer is None or self._process != os.getpid():
                 return
             writer, self._writer = self._writer, None
             self._finalizer.detach()
-            with self._temporary:  # removes the file, if it is still there
-                if writer.records:
-                    name = writer.finish()
-                    self.places[0].publish(writer.path, name)
-                    for record in writer.records.values():
-                        self._add(self.places[0], record._replace(shard=name))
+            try:
+                name = publish(writer, self.places[0])
+            except OSError as error:
+                self._stop_writing(error, f" What was not published yet stays in {writer.path}.")
+            else:
+                for record in writer.records.values():
+                    self._add(self.places[0], record._replace(shard=name))
+                if name:
                     self._known[self.places[0].address, name] = list(writer.records)
-                else:
-                    writer.file.close()
 
     close = flush
 
@@ -216,22 +212,29 @@ class FeatureStore:
     def __exit__(self, *_: object) -> None:
         self.flush()
 
+    def _stop_writing(self, error: OSError, more: str = "") -> None:
+        self.read_only = True
+        log.warning(
+            "The feature store %s cannot be written: %s. Features that it lacks are computed each time that "
+            "they are needed. To store them, free space or choose another folder, and start again.%s",
+            *(self.places[0].address, error, more),
+        )
+
     def _append(self, packed: Sequence[Packed]) -> None:
         with self._lock:
             videos = {record.key.video for record in packed}
             if self._writer is not None and self._writer.is_full and not videos <= self._writer.videos:
                 self.flush()
-            if not self._open_writer().append(packed):
-                self.flush()  # its header had no room
-                self._open_writer().append(packed)
+            while not self.read_only and not self._open_writer().append(packed):
+                self.flush()  # its header had no room; a new one is made for these records
 
     def _open_writer(self) -> ShardWriter:
         if self._writer is not None:
             return self._writer
         place = self.places[0]
         self.recover()
-        self._writer = ShardWriter(self._temporary.enter_context(place.temporary()), VIDEOS_PER_SHARD)
-        self._finalizer = weakref.finalize(self, _finish, self._writer, self._temporary, place, self._process)
+        self._writer = ShardWriter(place.temporary(), VIDEOS_PER_SHARD)
+        self._finalizer = weakref.finalize(self, _finish, self._writer, place, self._process)
         return self._writer
 
     def recover(self) -> None:
@@ -240,7 +243,7 @@ class FeatureStore:
         if isinstance(place, LocalFolder) and not self.read_only:
             for temporary in temporaries_beside(place.folder / "shard"):
                 if is_abandoned(temporary):
-                    with suppress(FileNotFoundError):  # another process was faster
+                    with suppress(OSError):  # another process was faster, or the folder is read-only
                         recovered = recover(temporary)
                         if recovered is None:
                             temporary.unlink()
@@ -341,18 +344,25 @@ def _check_folder(place: LocalFolder | RemoteFolder, create: bool) -> None:
             f"The folder {folder} cannot be used as a feature store: {error}. Choose another folder for "
             "feature_store."
         ) from error
-    if any(len(name) == 2 and (folder / name).is_dir() for name in names):
+    if any(re.fullmatch("[0-9a-f]{2}", name) and (folder / name).is_dir() for name in names):
         raise DataError(
             f"{folder} holds features of an older version of merv, which this version does not read. Delete "
             "it, or choose another folder."
         )
 
 
-def _finish(writer: ShardWriter, temporary: ExitStack, place: Any, process: int) -> None:
+def publish(writer: ShardWriter, place: LocalFolder | RemoteFolder) -> str:
+    """Make the file of a writer a shard, and return its name. Raises OSError; the file then stays."""
+    if not writer.records:
+        writer.file.close()
+        place.discard(writer.path)
+        return ""
+    name = writer.finish()
+    place.publish(writer.path, name)
+    return name
+
+
+def _finish(writer: ShardWriter, place: LocalFolder | RemoteFolder, process: int) -> None:
     """Publish what a store has written that nobody closed."""
     if process == os.getpid() and not writer.file.closed:  # a forked process has a copy of the writer
-        with temporary:
-            if writer.records:
-                place.publish(writer.path, writer.finish())
-            else:
-                writer.file.close()
+        publish(writer, place)

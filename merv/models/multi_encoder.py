@@ -21,7 +21,7 @@ from merv.encoding.registry import create_encoder
 from merv.encoding.weights import PRETRAINED
 from merv.encoding.windows import encode_distinct
 from merv.errors import BrokenPlugin, CheckpointError, EncoderError, PluginError, ShapeError
-from merv.features.keys import feature_cache_key
+from merv.features.keys import feature_cache_key, own_arguments
 from merv.features.reader import EncoderRequest, LoadedVideo, Reader
 from merv.features.shard import FeatureKey
 from merv.features.store import FeatureStore
@@ -427,8 +427,8 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         """Return what `from_config` needs, as a dict of JSON values; trained weights are not included.
 
         Raises:
-            CheckpointError: An encoder has random weights, which cannot be loaded again, or the aligner, the
-                mixer or a projector was replaced.
+            CheckpointError: An encoder has random weights or constructor arguments of its own, which loading
+                could not recreate, or the aligner, the mixer or a projector was replaced.
         """
         random = [name for name, encoder in self.named() if encoder.identity.sha256 is None]
         if random:
@@ -436,6 +436,12 @@ class MultiEncoder(PretrainedMixin, nn.Module):
                 f"The weights of {', '.join(random)} are random and cannot be loaded again. Only save models "
                 "whose encoders have weights from a file, folder, package or hub."
             )
+        for name, encoder in self.named():
+            if own := own_arguments(type(encoder)):
+                raise CheckpointError(
+                    f"The constructor of {name} has arguments of its own ({', '.join(own)}), which a saved "
+                    "model does not keep. Make each option a variant; see docs/encoders.md."
+                )
         if type(self.aligner) is not Aligner:
             raise CheckpointError(
                 f"The aligner was replaced by a {type(self.aligner).__name__}, which cannot be saved. "

@@ -264,15 +264,25 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     ...     temporary.name.startswith(".model.")
     True
     """
-    process = os.getpid()
-    temporary = path.with_name(f".{path.name}.{_host()}.{process}.{token_hex(4)}")
-    _ACTIVE.add(temporary.name)
+    process, temporary = os.getpid(), new_temporary(path)
     try:
         yield temporary
     finally:
         if os.getpid() == process:  # a forked process that ends inside the block must not remove it
-            _ACTIVE.discard(temporary.name)
-            _remove(temporary)
+            discard(temporary)
+
+
+def new_temporary(path: Path) -> Path:
+    """Return a temporary path as `temporary_beside` does, which this process uses until `discard`."""
+    temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{token_hex(4)}")
+    _ACTIVE.add(temporary.name)
+    return temporary
+
+
+def discard(temporary: Path) -> None:
+    """Remove a temporary path, if it is still there."""
+    _ACTIVE.discard(temporary.name)
+    _remove(temporary)
 
 
 def temporaries_beside(path: Path) -> list[Path]:

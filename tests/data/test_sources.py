@@ -388,13 +388,18 @@ def flipped(data: bytes, position: int, size: int = 1) -> bytes:
     )
 
 
-def test_damaged_row_group_is_named(tmp_path):
-    rows = [{"video": f"{i}.mp4", "questions": [QUESTION]} for i in range(30)]
-    path = tmp_path / "a.parquet"
+def damaged_parquet(path: Path, row_group: int) -> Path:
+    """Write a file with 10 rows in a group, and damage its last group, which has this number."""
+    rows = [{"video": f"{i}.mp4", "questions": [QUESTION]} for i in range(10 * (row_group + 1))]
     write_table(Table.from_pylist(rows), path, row_group_size=10)
     with ParquetFile(path) as file:
-        page = file.metadata.row_group(2).column(0).data_page_offset
+        page = file.metadata.row_group(row_group).column(0).data_page_offset
     path.write_bytes(flipped(path.read_bytes(), page, 30))
+    return path
+
+
+def test_damaged_row_group_is_named(tmp_path):
+    path = damaged_parquet(tmp_path / "a.parquet", row_group=2)
     with pytest.raises(DataError, match=r"a\.parquet could not be read: row group 2 \(rows 20 to 29\): "):
         open_samples(path)
 
@@ -454,11 +459,6 @@ def test_sparse_member_of_a_shard_is_an_error(tmp_path):
 
 
 def test_damage_in_a_stream_is_named(tmp_path):
-    rows = [{"video": f"{i}.mp4", "questions": [QUESTION]} for i in range(20)]
-    path = tmp_path / "a.parquet"
-    write_table(Table.from_pylist(rows), path, row_group_size=10)
-    with ParquetFile(path) as file:
-        page = file.metadata.row_group(1).column(0).data_page_offset
-    path.write_bytes(flipped(path.read_bytes(), page, 30))
+    path = damaged_parquet(tmp_path / "a.parquet", row_group=1)
     with pytest.raises(DataError, match=r"a\.parquet\[\d+\] could not be read: "):
         list(stream_samples(path))

@@ -1,5 +1,6 @@
 """merv extract and merv store: from files to features, embeddings and neighbors."""
 
+import errno
 import json
 import os
 import signal
@@ -142,6 +143,34 @@ def test_workers_read_the_videos(clips, tmp_path):
     assert result.decode_cpu_s > 0
 
 
+def test_a_full_disk_is_an_error_that_keeps_what_is_stored(clips, tmp_path, capsys, monkeypatch):
+    (clips / "bad.mp4").unlink()
+    calls, write = [], os.pwrite
+
+    def full(*arguments):
+        calls.append(1)
+        if len(calls) > 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    assert extract_to(tmp_path / "store", clips) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert extract_to(tmp_path / "store", clips) == 0
+    assert verify(FeatureStore(tmp_path / "store")) == (3, [])
+
+
+def test_a_failure_that_cannot_be_listed_is_an_error(clips, tmp_path, capsys):
+    assert extract_to(tmp_path / "store", clips, "--failed", tmp_path / "none" / "failed.jsonl") == 2
+    assert "--failed" in capsys.readouterr().err
+
+
+def test_limit_counts_videos(clips, tmp_path):
+    assert extract_to(tmp_path / "store", clips, "--limit", "2") == 0
+    assert len(FeatureStore(tmp_path / "store")) == 2
+
+
 class Killing(list):
     """Kills the process that asks for the second item, as a full memory does."""
 
@@ -154,7 +183,7 @@ class Killing(list):
 def test_a_killed_worker_is_an_error_and_loses_nothing(clips, tmp_path):
     items = Killing([Item(name, str(clips / name)) for name in ("a.mp4", "b.mp4")])
     model, store = MultiEncoder(["fake"], grid=(4, 2, 2)), FeatureStore(tmp_path / "store")
-    with pytest.raises(DataError, match="killed"):
+    with pytest.raises(DataError, match=r"killed while it read one of .*b\.mp4"):
         extract(model, items, store, num_workers=1)
     assert verify(FeatureStore(tmp_path / "store"))[1] == []
 
@@ -184,6 +213,11 @@ def test_an_extraction_that_was_stopped_goes_on(clips, tmp_path, capsys, name):
     assert main(arguments) == 0
     assert "1 encoded, 2 already stored" in capsys.readouterr().out
     assert verify(FeatureStore(tmp_path / "store")) == (3, [])
+
+
+def test_gc_of_a_folder_that_is_not_there_creates_nothing(tmp_path):
+    assert main(["store", "gc", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_one_of_encoders_config_and_model_is_needed(clips, tmp_path, capsys):
@@ -311,7 +345,7 @@ def test_pool_writes_embeddings_of_this_extraction(clips, tmp_path):
 
 def test_estimate_is_the_size_of_the_values(capsys):
     out = run(capsys, "estimate", "--encoders", "fake", "--videos", "1000", "--grid", "4", "2", "2")[1]
-    assert "fake: 576 B per video" in out  # 16 cells × (8 channels × 4 bytes + 1), 4 times, 4 edges
+    assert "1000 videos: 0.6 MB" in out  # 16 cells × (8 channels × 4 bytes + 1), 4 times, 4 edges
 
 
 def test_a_folder_without_features_is_no_store(tmp_path, capsys):

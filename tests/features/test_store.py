@@ -460,6 +460,47 @@ def test_a_full_disk_loses_nothing_and_is_warned_about_once(tmp_path, monkeypatc
             assert_same(grid, some_grid(number))
 
 
+def test_what_cannot_be_published_stays_for_the_next_process(tmp_path, monkeypatch, caplog):
+    store = FeatureStore(tmp_path)
+    store.put(some_key(), some_grid())
+
+    def refuse(*_args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    store.flush()
+    monkeypatch.undo()
+    (left,) = (path for path in tmp_path.iterdir() if path.name.startswith(".shard."))
+    assert str(left) in caplog.text
+    assert store.read_only
+    left.rename(left.with_name(left.name.replace(f".{os.getpid()}.", ".9999999.")))  # as of an ended process
+    with FeatureStore(tmp_path) as again:
+        again.put(some_key(1), some_grid(1))
+    assert verify(FeatureStore(tmp_path)) == (2, [])
+
+
+def test_leftovers_in_a_read_only_folder_do_not_matter(tmp_path, monkeypatch):
+    leftover(tmp_path)
+
+    def refuse(*_args, **_options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("merv.features.store.recover", refuse)
+    FeatureStore(tmp_path).recover()
+
+
+def test_a_damaged_shard_is_healed_while_it_is_open(tmp_path, caplog):
+    store = filled(tmp_path, count=1)
+    (path,) = shards(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert store.get(some_key()) is None
+    store.put(some_key(), some_grid())
+    store.flush()
+    assert_same(store.get(some_key()), some_grid())
+
+
 def test_a_read_only_folder_is_read(tmp_path, monkeypatch, caplog):
     filled(tmp_path, count=1)
     store = FeatureStore(tmp_path)

@@ -419,3 +419,13 @@ def test_sampling_at_a_rate_needs_a_rate() -> None:
     with pytest.raises(EncoderError, match=r"sampling='fps'.*fake"):
         MultiEncoder(["fake"], grid=(4, 2, 2), sampling="fps")
     MultiEncoder(["fake"], grid=(4, 2, 2), sampling=Sampling("fps", fps=2))
+
+
+def test_encoder_with_constructor_arguments_of_its_own_cannot_be_saved(tmp_path):
+    class Scaled(Fake):
+        def __init__(self, *arguments, scale=1.0, **options):
+            super().__init__(*arguments, **options)
+            self.scale = scale
+
+    with pytest.raises(CheckpointError, match="scale"):
+        MultiEncoder({"x": Scaled(scale=2.0)}, grid=(4, 2, 2)).save_pretrained(tmp_path / "model")
