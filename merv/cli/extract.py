@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--grid",
         nargs=3,
         type=int,
-        default=(16, 8, 8),
         metavar=("T", "H", "W"),
         help="grid of time steps, rows and columns that all features are aligned to (default: 16 8 8)",
     )
@@ -65,13 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(
         "--num-frames",
         action="append",
-        type=_pair,
+        type=_name_and_count,
         default=[],
         metavar="NAME=N",
         help="number of frames of an encoder per video; can be repeated",
     )
-    option("--sampling", choices=["uniform", "released"], default="uniform", help="how frames are chosen")
-    option("--start-s", type=float, default=0.0, help="start of the range that is sampled, in seconds")
+    option("--sampling", choices=["uniform", "released"], help="how frames are chosen (default: uniform)")
+    option("--start-s", type=float, help="start of the range that is sampled, in seconds (default: 0)")
     option("--end-s", type=float, help="end of the range that is sampled, in seconds (default: the end)")
     option("--dtype", choices=["fp32", "bf16"], default="fp32", help="dtype of the encoders (default: fp32)")
     option(
@@ -80,24 +79,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype of stored features; int8 has a scale per cell (default: as the encoders return them)",
     )
     option("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is a GPU)")
-    option("--num-workers", type=int, help="processes that decode (default: one per core, at most 16)")
+    option("--num-workers", type=_count, help="processes that decode (default: one per core, at most 16)")
     option("--root", help="folder that paths in data files start at (default: the folder of each file)")
-    option("--limit", type=int, metavar="N", help="only the first N videos")
+    option("--limit", type=_count, metavar="N", help="only the first N videos")
     option("--failed", metavar="FILE", help="where failures are listed (default: failed.jsonl in the store)")
     option("--pool", metavar="OUT.parquet", help="also write one embedding per video and encoder to a file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Extract features; return 1 if a video could not be read."""
-    from merv.extraction.export import Video, embeddings, write_parquet
+    from merv.extraction.export import Video, check_output, embeddings, write_parquet
     from merv.extraction.extract import extract
     from merv.extraction.videos import Items
     from merv.features.store import FeatureStore
 
     signal.signal(signal.SIGTERM, _interrupt)
+    encoders = _encoders(args)
+    pool = check_output(Path(args.pool), is_folder=False) if args.pool else None
     items = Items(args.sources, args.root, args.limit)
     store = FeatureStore(args.out, dtype=args.store_dtype)
-    encoders = _encoders(args)
     is_local = "://" not in args.out
     if is_local:
         Path(args.out).expanduser().mkdir(parents=True, exist_ok=True)
@@ -117,12 +117,12 @@ def run(args: argparse.Namespace) -> int:
         )
         raise
     sys.stdout.write(summary(result, store, failed))
-    if args.pool:
+    if pool is not None:
         videos = [
             Video(next(iter(keys.values())).source, next(iter(keys.values())).video, keys)
             for keys in result.keys
         ]
-        count = write_parquet(embeddings(store, videos), Path(args.pool).expanduser())
+        count = write_parquet(embeddings(store, videos), pool)
         print(f"Wrote {count} embeddings to {args.pool}.")
     return int(bool(result.failures))
 
@@ -158,6 +158,10 @@ def _encoders(args: argparse.Namespace) -> MultiEncoder:
     given = [name for name in ("encoders", "config", "model") if getattr(args, name)]
     if len(given) != 1:
         raise EncoderError("Pass one of --encoders NAME …, --config RECIPE and --model FOLDER.")
+    options = ("grid", "weights", "preset", "num_frames", "sampling", "start_s", "end_s")
+    if not args.encoders and (own := [name for name in options if getattr(args, name) not in (None, [])]):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in own)
+        raise EncoderError(f"{names}: --{given[0]} sets these already. Leave them out, or pass --encoders.")
     if args.model:
         encoders = _saved(args.model)
     elif args.config:
@@ -165,13 +169,17 @@ def _encoders(args: argparse.Namespace) -> MultiEncoder:
     else:
         encoders = MultiEncoder(
             args.encoders,
-            grid=tuple(args.grid),
+            grid=tuple(args.grid or (16, 8, 8)),
             weights={name: None if value == "none" else value for name, value in args.weights},
             presets=dict(args.preset),
-            num_frames={name: int(count) for name, count in args.num_frames},
-            sampling=Sampling(args.sampling, start_s=args.start_s, end_s=args.end_s),
+            num_frames=dict(args.num_frames),
+            sampling=Sampling(args.sampling or "uniform", start_s=args.start_s or 0.0, end_s=args.end_s),
         )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise EncoderError(f"--device {device}: {str(error).splitlines()[0]}") from error
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     return encoders.to(device=device, dtype=dtype).eval()
 
@@ -214,6 +222,19 @@ def _pair(text: str) -> tuple[str, str]:
     if not (name and equals and value):
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
     return name, value
+
+
+def _name_and_count(text: str) -> tuple[str, int]:
+    name, value = _pair(text)
+    if not value.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected NAME=N, got {text!r}")
+    return name, int(value)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
 
 
 def _interrupt(*_: object) -> None:

@@ -47,7 +47,7 @@ COMMANDS = {
 }
 # Commands whose arguments may name `module:Class` in the current folder. Commands that only use a model, such
 # as `ask`, are not among them: the current folder may be that of an untrusted model.
-IMPORT_FROM_CWD = ("encoders", "plugins", "extract", "plan", "fit", "demo")
+IMPORT_FROM_CWD = ("encoders", "plugins", "extract", "store", "plan", "fit", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -148,6 +148,7 @@ def _gc(args: argparse.Namespace) -> None:
     done = collect_garbage(store, keep, progress=True)
     print(
         f"{done.shards_before} shards before, {done.shards_after} after; {done.dropped} records dropped; "
+        f"{done.unreadable} unreadable shards deleted; "
         f"{size(done.bytes_freed)} freed."
     )
 
@@ -160,9 +161,9 @@ def _near(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from merv.extraction.export import WRITERS, embeddings, videos_of, write_parquet
+    from merv.extraction.export import WRITERS, check_output, embeddings, videos_of, write_parquet
 
-    store, out = _open(args), Path(args.out).expanduser()
+    store, out = _open(args), check_output(Path(args.out), is_folder=args.format != "parquet")
     videos = videos_of(store, args.encoders)
     if args.format == "parquet":
         count = write_parquet(embeddings(store, videos, args.per_step), out)

@@ -108,9 +108,7 @@ def embeddings(
     """Yield a row for each video and encoder (and time step): names, times and the mean of the features."""
     for video in videos:
         for encoder, key in video.keys.items():
-            grid = store.get(key)
-            if grid is None:
-                continue
+            grid = _read(store, video, encoder)
             options = json.loads(key.options)
             row = {
                 "source": video.source,
@@ -155,26 +153,23 @@ def neighbors(
         store: The store.
         query: Path or name of a video in the store, or of a file with the same content.
         count: How many to return.
-        encoders: Which encoders to use; all by default.
+        encoders: Which encoders to use; all of the query by default. Videos without them are left out.
 
     Raises:
         DataError: The store does not have the query, or no other video.
     """
     videos = videos_of(store, encoders)
-    names = sorted({name for video in videos for name in video.keys})
-    videos = [video for video in videos if set(video.keys) == set(names)]
+    names = videos[_position_of(query, videos)].keys
+    videos = [video for video in videos if set(names) <= set(video.keys)]
     position = _position_of(query, videos)
     similarity = torch.zeros(len(videos))
     for name in names:
-        rows = [pooled(grid) for video in videos if (grid := store.get(video.keys[name])) is not None]
-        if len(rows) < len(videos):
-            raise DataError(f"Some features of {name} are damaged: see `merv store verify`.")
-        matrix = torch.stack(rows).nan_to_num()
+        matrix = torch.stack([pooled(_read(store, video, name)) for video in videos]).nan_to_num()
         matrix = normalize(matrix - matrix.mean(dim=0), dim=-1)
         similarity += matrix @ matrix[position] / len(names)
     order = [i for i in similarity.argsort(descending=True).tolist() if i != position]
     if not order:
-        raise DataError("The store has no other video with features of the same encoders.")
+        raise DataError(f"The store has no other video with features of {', '.join(names)}.")
     return [Neighbor(videos[i].source, round(similarity[i].item(), 4)) for i in order[:count]]
 
 
@@ -279,16 +274,32 @@ WRITERS: dict[str, Callable[..., int]] = {
 
 def _arrays(store: FeatureStore, video: Video) -> dict[str, np.ndarray]:
     arrays = {}
-    for encoder, key in video.keys.items():
-        grid = store.get(key)
-        if grid is None:
-            raise DataError(
-                f"{video.source}: the features of {encoder} are damaged: see `merv store verify`."
-            )
+    for encoder in video.keys:
+        grid = _read(store, video, encoder)
         for name, tensor in vars(grid).items():
             tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
             arrays[f"{encoder}.{name}"] = tensor[0].numpy()
     return arrays
+
+
+def _read(store: FeatureStore, video: Video, encoder: str) -> Grid:
+    grid = store.get(video.keys[encoder])
+    if grid is None:
+        raise DataError(f"{video.source}: the features of {encoder} are damaged: see `merv store verify`.")
+    return grid
+
+
+def check_output(path: Path, is_folder: bool) -> Path:
+    """Return the absolute path of a file or folder to write.
+
+    Raises DataError if a file would replace a folder, or a folder something that is not empty.
+    """
+    path = path.expanduser().absolute()
+    if is_folder and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise DataError(f"{path} exists. Choose a new folder, or delete it first.")
+    if not is_folder and path.is_dir():
+        raise DataError(f"{path} is a folder. Choose the name of a file.")
+    return path
 
 
 def _bar(videos: Sequence[Video], progress: bool) -> Iterable[Video]:

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from merv.data.loader import SAMPLE_ERRORS
 from merv.errors import DataError
 from merv.extraction.videos import Item
 from merv.features.reader import LoadedVideo, Reader
@@ -87,7 +88,7 @@ def extract(
         failed: File to which each failure is written as a line of JSON. It is overwritten.
         progress: Show a progress bar with rate, time left, failures and the share of time that the encoders
             waited.
-        should_stop: Called before each video; if it returns True, the extraction ends early.
+        should_stop: Called after each video; if it returns True, the extraction ends early.
 
     Returns:
         Counts, times, and the keys of the features.
@@ -120,25 +121,24 @@ def extract(
             _write(failures, "w", "")
         for loaded, cpu_s in _waiting(loader, result):
             result.decode_cpu_s += cpu_s
-            if isinstance(loaded, Failure):
-                result.failures.append(loaded)
+            failure = loaded if isinstance(loaded, Failure) else _encode(encoders, loaded, store, result)
+            if failure is not None:
+                result.failures.append(failure)
                 if failures is not None:
-                    _write(failures, "a", json.dumps(vars(loaded)) + "\n")
-            else:
-                _encode(encoders, loaded, store, result)
-                if store.read_only and loaded.clip is not None:
-                    raise DataError(
-                        f"{store.folder} cannot be written; see the warning above. The features of "
-                        f"{len(store)} videos and encoders are stored. Free space or choose another folder, "
-                        "and run the same command again."
-                    )
+                    _write(failures, "a", json.dumps(vars(failure)) + "\n")
+            elif store.read_only and loaded.clip is not None:
+                raise DataError(
+                    f"{store.folder} cannot be written; see the warning above. The features of {len(store)} "
+                    "videos and encoders are stored. Free space or choose another folder, and run the same "
+                    "command again."
+                )
             bar.update()
             waiting = result.waited_s / max(time.perf_counter() - start, 1e-9)
             bar.set_postfix(waiting=f"{waiting:.0%}", failed=len(result.failures), refresh=False)
             if should_stop():
                 break
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not any(text in str(error) for text in ("exited unexpectedly", "is killed by signal")):
             raise
         done = len(result.keys) + len(result.failures)
         names = ", ".join(item.name for item in items[done : done + num_workers * PREFETCH])
@@ -161,14 +161,21 @@ def _write(file: Path, mode: str, text: str) -> None:
         raise DataError(f"{file} cannot be written: {error}. Pass another file as --failed.") from error
 
 
-def _encode(encoders: MultiEncoder, loaded: LoadedVideo, store: FeatureStore, result: Extraction) -> None:
-    if loaded.clip is None:
-        result.stored += 1
-    else:
-        with torch.inference_mode():
-            encoders.features([loaded], store=store)
-        result.encoded += 1
+def _encode(
+    encoders: MultiEncoder, loaded: LoadedVideo, store: FeatureStore, result: Extraction
+) -> Failure | None:
+    """Encode and store one video; return the failure if its features cannot be stored."""
+    source = next((key.source for key in loaded.keys.values()), "")
+    try:
+        if loaded.clip is not None:
+            with torch.inference_mode():
+                encoders.features([loaded], store=store)
+    except SAMPLE_ERRORS as error:
+        return Failure(source, type(error).__name__, reason_of(error))
+    result.encoded += loaded.clip is not None
+    result.stored += loaded.clip is None
     result.keys.append(dict(loaded.keys))
+    return None
 
 
 def _waiting(loader: Any, result: Extraction) -> Any:

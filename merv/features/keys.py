@@ -13,6 +13,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from io import TextIOBase
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -37,6 +38,7 @@ VERSION = 5  # part of the key; increase it if the same options produce other fe
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 # Encoder → (state of its tensors, digest of its weights)
 DIGESTS: WeakKeyDictionary[Encoder, tuple[list[Any], str]] = WeakKeyDictionary()
+OBJECTS: WeakKeyDictionary[Encoder, str] = WeakKeyDictionary()  # names that no other object has
 
 
 def feature_cache_key(
@@ -76,7 +78,7 @@ def feature_cache_key(
         "class": class_path(encoder_class),
         "code": code_digest(encoder_class),
         # The effect of other arguments is not known, so no other object has these features
-        "object": f"{os.getpid()}.{id(encoder)}" if own_arguments(encoder_class) else None,
+        "object": OBJECTS.setdefault(encoder, token_hex(16)) if own_arguments(encoder_class) else None,
         "weights": weights_digest(encoder) if hash_values else encoder.identity.sha256,
         "dtype": str(device_and_dtype(encoder)[1]),
         "variant": [
@@ -146,7 +148,7 @@ def code_digest(encoder_class: type[Encoder]) -> str:
     modules: dict[str, str] = {}
     for owner in encoder_class.__mro__[: encoder_class.__mro__.index(Encoder)]:
         if not _collect(owner.__module__, modules):
-            return f"{os.getpid()}.{id(encoder_class)}"
+            return token_hex(8)  # kept by `cache`
     return hashlib.sha256(json.dumps(modules, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -199,7 +201,15 @@ def _parsed(path: str, modified_ns: int, name: str) -> tuple[str, frozenset[str]
         has_docstring = isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None
         if has_docstring:
             node.body = node.body[1:]  # type: ignore[attr-defined]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), frozenset(imported)
+    return hashlib.sha256(repr(_content(tree)).encode()).hexdigest(), frozenset(imported)
+
+
+def _content(node: Any) -> Any:
+    """A syntax tree as nested tuples, without empty fields: versions of Python differ in those."""
+    if isinstance(node, ast.AST):
+        fields = ((name, _content(value)) for name, value in ast.iter_fields(node))
+        return type(node).__name__, *(field for field in fields if field[1] not in (None, ()))
+    return tuple(map(_content, node)) if isinstance(node, list) else node
 
 
 # Videos ---------------------------------------------------------------------------------------
@@ -248,13 +258,20 @@ def _path_digest(path: Path) -> str:
 
 
 def source_name(video: Any) -> str:
-    """The path or name of a video, for listings; empty if it has none.
+    """The path or name of a video, for listings; empty if it has none. Bytes that are not UTF-8 are escaped.
 
     >>> source_name("clips/a.mp4"), source_name(b"...")
     ('clips/a.mp4', '')
     """
     original = original_of(video)
-    if isinstance(original, (str, os.PathLike)):
-        return os.fspath(original)
-    name = getattr(original, "name", None)
-    return str(name) if isinstance(name, (str, os.PathLike)) else ""
+    name = original if isinstance(original, (str, os.PathLike)) else getattr(original, "name", "")
+    return printable(os.fspath(name)) if isinstance(name, (str, os.PathLike)) else ""
+
+
+def printable(name: str | bytes) -> str:
+    """A name as text that can be encoded: bytes that are not UTF-8 are escaped.
+
+    >>> len(printable(b"\\xff.mp4"))
+    10
+    """
+    return os.fsdecode(name).encode("utf-8", "backslashreplace").decode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from merv.errors import DataError
 from merv.features.places import LocalFolder, RemoteFolder
-from merv.features.shard import InvalidShard, Packed, Record, ShardWriter, digest_of
+from merv.features.shard import InvalidShard, OtherFormat, Packed, Record, ShardWriter, digest_of
 from merv.features.store import VIDEOS_PER_SHARD, FeatureStore, publish, read_records
 
 
@@ -49,22 +49,34 @@ def verify(store: FeatureStore, progress: bool = False) -> tuple[int, list[Damag
             if end != size:
                 damaged.append(Damage(path, f"it has {size} bytes; expected {end}"))
             for record in records:
-                if _packed(place, record) is not None:
-                    valid += 1
-                else:
+                try:
+                    reason = "" if _packed(place, record) else "they are damaged"
+                except OSError as error:
+                    reason = str(error)
+                valid += not reason
+                if reason:
                     source = record.key.source or record.key.video
-                    damaged.append(Damage(path, f"the {record.key.encoder} features are damaged", source))
+                    damaged.append(Damage(path, f"the features of {record.key.encoder}: {reason}", source))
     return valid, damaged
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What `collect_garbage` did: numbers of shards before and after, bytes freed, records dropped."""
+    """What `collect_garbage` did.
+
+    Args:
+        shards_before: Number of files before.
+        shards_after: Number of files after.
+        bytes_freed: How much smaller the store is.
+        dropped: Number of records that were repeated, damaged, or not to be kept.
+        unreadable: Number of files that were deleted because their header is damaged.
+    """
 
     shards_before: int
     shards_after: int
     bytes_freed: int
     dropped: int
+    unreadable: int
 
 
 def collect_garbage(
@@ -73,6 +85,7 @@ def collect_garbage(
     """Rewrite shards that are small, damaged, or hold records that are repeated or not to be kept.
 
     New shards are published before old ones are deleted, so others can read and write the store meanwhile.
+    Shards of another format are left alone.
 
     Args:
         store: A store with one folder.
@@ -88,33 +101,44 @@ def collect_garbage(
     store.flush()
     store.recover()  # publishes or removes what killed processes left
     before = place.names() if place.version() is not None else {}
-    old: dict[str, int] = {}
+    try:
+        old, move, dropped, unreadable = _to_rewrite(place, before, keep)
+        new = list(_rewritten(place, move, progress))
+    except OSError as error:
+        raise DataError(f"{place.address} could not be rewritten: {error}. Nothing was deleted.") from error
+    for name in old - set(new):
+        place.remove(name)
+    after = place.names() if place.version() is not None else {}
+    freed = sum(before.values()) - sum(after.values())
+    return Collected(len(before), len(after), freed, dropped, unreadable)
+
+
+def _to_rewrite(
+    place: LocalFolder | RemoteFolder, shards: Mapping[str, int], keep: Callable[[Record], bool]
+) -> tuple[set[str], list[Record], int, int]:
+    """The shards to delete, their records to keep, and the numbers of dropped records and bad shards."""
+    old: set[str] = set()
     move: list[Record] = []
     seen: set[str] = set()
-    dropped = 0
-    for name, size in sorted(before.items(), key=lambda item: -item[1]):
+    dropped = unreadable = 0
+    for name, size in sorted(shards.items(), key=lambda item: -item[1]):
         try:
             records = read_records(place, name, size)
-        except (OSError, InvalidShard):
-            old[name] = size
+        except OtherFormat:
+            continue
+        except InvalidShard:
+            old.add(name)
+            unreadable += 1
             continue
         kept = [r for r in records if r.key.id not in seen and keep(r) and _packed(place, r) is not None]
         seen |= {record.key.id for record in kept}
-        videos = len({record.key.video for record in records})
-        if len(kept) < len(records) or videos < VIDEOS_PER_SHARD:
-            old[name], dropped = size, dropped + len(records) - len(kept)
+        if len(kept) < len(records) or len({record.key.video for record in records}) < VIDEOS_PER_SHARD:
+            old.add(name)
+            dropped += len(records) - len(kept)
             move += kept
-    if len(old) <= 1 and not dropped and all(name in {r.shard for r in move} for name in old):
-        old, move = {}, []  # one small shard, as a store has at its end
-    try:
-        new = list(_rewritten(place, move, progress)) if old else []
-    except OSError as error:
-        raise DataError(f"{place.address} could not be rewritten: {error}. Nothing was deleted.") from error
-    for name in old:
-        if name not in new:
-            place.remove(name)
-    after = place.names() if place.version() is not None else {}
-    return Collected(len(before), len(after), sum(before.values()) - sum(after.values()), dropped)
+    if len(old) == 1 and not dropped and not unreadable:
+        return set(), [], 0, 0  # one small shard, as a store has at its end
+    return old, move, dropped, unreadable
 
 
 def _rewritten(place: LocalFolder | RemoteFolder, records: list[Record], progress: bool) -> Iterator[str]:
@@ -142,10 +166,7 @@ def _rewritten(place: LocalFolder | RemoteFolder, records: list[Record], progres
 
 def _packed(place: LocalFolder | RemoteFolder, record: Record) -> Packed | None:
     """A record as it is; None if it is damaged, so that it is computed again when it is needed."""
-    try:
-        data: np.ndarray = place.read(record.shard, record.offset, record.size)
-    except OSError:
-        return None
+    data: np.ndarray = place.read(record.shard, record.offset, record.size)
     if digest_of(data) != record.digest:
         return None
     return Packed(record.key, record.dtype, record.fields, (data,), record.digest)

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,8 +66,11 @@ class LocalFolder:
             return None
 
     def names(self) -> dict[str, int]:
-        with os.scandir(self.folder) as entries:
-            return {e.name: e.stat().st_size for e in entries if is_shard_name(e.name)}
+        sizes = {}
+        for name in filter(is_shard_name, os.listdir(self.folder)):
+            with suppress(FileNotFoundError):  # it has just been merged into another one
+                sizes[name] = (self.folder / name).stat().st_size
+        return sizes
 
     def read(self, name: str, offset: int, size: int) -> np.ndarray:
         data = np.empty(size, np.uint8)
@@ -107,13 +111,24 @@ class RemoteFolder:
     """An address of fsspec. Shards are written to a local temporary file, and uploaded when they are full."""
 
     def __init__(self, address: str) -> None:
-        try:
-            from fsspec.core import url_to_fs
+        self.address, self._process = address, 0
+        self._connect()
 
-            self.files, self.folder = url_to_fs(address)
+    @property
+    def files(self) -> Any:
+        """The file system of fsspec. A forked process needs one of its own."""
+        if self._process != os.getpid():
+            self._connect()
+        return self._files
+
+    def _connect(self) -> None:
+        from fsspec.core import url_to_fs
+
+        try:
+            self._files, self.folder = url_to_fs(self.address, skip_instance_cache=True)
         except ImportError as error:
-            raise MissingDependency(f"{address}: {error}") from error
-        self.address = address
+            raise MissingDependency(f"{self.address}: {error}") from error
+        self._process = os.getpid()
 
     def version(self) -> int | None:
         return int(time.monotonic() / LISTING_S)

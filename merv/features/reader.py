@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from merv.features.keys import content_digest, source_name
+from merv.features.keys import content_digest, printable, source_name
 from merv.features.shard import FeatureKey
 from merv.features.store import FeatureStore
 from merv.types import EncoderSpec, Grid, Preset
@@ -108,7 +108,7 @@ class Reader:
 
     def keys(self, video: Any, source: str | None = None) -> dict[str, FeatureKey]:
         """Return encoder name → key of this video's features in a store, where `source` names it."""
-        digest, source = content_digest(video), source_name(video) if source is None else source
+        digest, source = content_digest(video), source_name(video) if source is None else printable(source)
         return {
             name: FeatureKey(request.cache_key, digest, name, source)
             for name, request in self.requests.items()

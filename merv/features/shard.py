@@ -132,6 +132,8 @@ def pack(key: FeatureKey, grid: Grid, dtype: torch.dtype | None) -> Packed:
         tensors["values"], tensors["scale"] = quantize(grid.values)
     elif dtype is not None:
         tensors["values"] = tensors["values"].to(dtype)
+        if not bool((tensors["values"].isfinite() | ~grid.values.isfinite()).all()):
+            raise DataError(f"Features are too large for {dtype}. Store them as bfloat16.")
     fields, pieces, start, digest = [], [], 0, xxhash.xxh3_128()
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):  # so aligned
         if tensor.dtype not in CODES:
@@ -306,6 +308,10 @@ class InvalidShard(Exception):
     """A file is not a valid shard. The message says why."""
 
 
+class OtherFormat(InvalidShard):
+    """A shard has a format that this version of merv does not read."""
+
+
 def header_size(first_bytes: bytes) -> int:
     """The size of the header with its 8 bytes. Raises InvalidShard if it cannot be right."""
     size = struct.unpack("<Q", first_bytes)[0] if len(first_bytes) == 8 else 0
@@ -338,7 +344,7 @@ def _records(name: str, header: bytes, file_size: int) -> list[Record]:
     entries = json.loads(header[8:])
     metadata = entries.pop("__metadata__")
     if metadata["merv"] != FORMAT:
-        raise InvalidShard(f"it has format {metadata['merv']}; this version of merv reads {FORMAT}")
+        raise OtherFormat(f"it has format {metadata['merv']}; this version of merv reads {FORMAT}")
     tensors: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for path, entry in entries.items():
         key, _, part = path.rpartition("/")

@@ -90,7 +90,7 @@ class FeatureStore:
 
     def _open(self) -> None:
         for number, place in enumerate(self.places):
-            _check_folder(place, create=number == 0 and not self.read_only)
+            _check_folder(place, is_written=number == 0 and not self.read_only)
         self._lock = threading.RLock()
         self._writer: ShardWriter | None = None
         self._index: dict[str, list[tuple[Any, Record]]] = {}  # id → its records, and their places
@@ -330,15 +330,15 @@ def read_records(place: LocalFolder | RemoteFolder, name: str, size: int) -> lis
     return parse(name, place.read(name, 0, length).tobytes(), size)
 
 
-def _check_folder(place: LocalFolder | RemoteFolder, create: bool) -> None:
+def _check_folder(place: LocalFolder | RemoteFolder, is_written: bool) -> None:
     """Raise DataError at once, not after hours, if a folder cannot be used."""
     if not isinstance(place, LocalFolder):
         return
     folder = place.folder
     try:
-        if create:
+        if is_written:
             folder.mkdir(parents=True, exist_ok=True)
-        names = os.listdir(folder) if folder.exists() else []
+        names = os.listdir(folder)
     except (OSError, ValueError) as error:  # ValueError: a null byte or half of a surrogate pair
         raise DataError(
             f"The folder {folder} cannot be used as a feature store: {error}. Choose another folder for "

@@ -16,10 +16,10 @@ import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from operator import attrgetter
-from pkgutil import resolve_name
 from typing import Any
 
 from merv.errors import AmbiguousPlugin, BrokenPlugin, MervError, PluginError, UnknownPlugin
@@ -190,7 +190,7 @@ class Plugin:
             BrokenPlugin: The class cannot be imported, or does not satisfy the contract.
         """
         try:
-            loaded = resolve_name(self.value.replace(" ", ""))  # "module : Class" is allowed
+            loaded = _import(self.value)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # the module of a plug-in may raise anything, SystemExit included
@@ -199,7 +199,7 @@ class Plugin:
 
     def check(self, loaded: Any) -> type:
         """Return `loaded` if it satisfies the contract of its kind; raise BrokenPlugin otherwise."""
-        base = resolve_name(self.registry.base)
+        base = _import(self.registry.base)
         is_subclass = isinstance(loaded, type) and issubclass(loaded, base)
         if not is_subclass:
             raise self.broken(f"is {loaded!r}; expected a subclass of merv.{base.__name__}")
@@ -224,11 +224,18 @@ def trust(path: str) -> None:
         PluginError: The path is not that of a class, or the class cannot be imported.
     """
     try:
-        loaded = resolve_name(path)
+        loaded = _import(path)
     except (Exception, SystemExit) as error:
         raise PluginError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     if not isinstance(loaded, type):
         raise PluginError(f"Expected the path of a class, module:Class; got {path!r}.")
+
+
+def _import(path: str) -> Any:
+    """Import the object at `module:name`, or the module. Unlike `pkgutil.resolve_name`, for any name of a file."""
+    module, _, name = path.partition(":")
+    imported = import_module(module.strip())
+    return attrgetter(name.strip())(imported) if name else imported
 
 
 def class_path(cls: type) -> str:

@@ -16,11 +16,13 @@ from media import make_video
 from pyarrow import parquet
 
 from merv.cli.main import main
+from merv.encoders.fake import Fake
 from merv.errors import DataError
 from merv.extraction import export
 from merv.extraction.extract import extract
 from merv.extraction.videos import Item, Items
 from merv.features.maintenance import verify
+from merv.features.reader import Reader
 from merv.features.store import FeatureStore
 from merv.models.multi_encoder import MultiEncoder
 
@@ -47,6 +49,7 @@ def extract_to(store, *arguments, encoders=("fake",)) -> int:
 
 def test_folders_patterns_and_files_are_sources(clips):
     names = [os.path.relpath(item.name, clips) for item in Items([clips])]
+    assert len(Items([clips, f"{clips}/*.mp4"])) == 4  # each once, and no source is empty
     assert names == ["a.mp4", "b.mp4", "bad.mp4", "below/c.mp4"]
     assert [item.name for item in Items([f"{clips}/[ab].mp4"])] == [f"{clips}/a.mp4", f"{clips}/b.mp4"]
     assert len(Items([clips / "a.mp4", clips])) == 4  # each once
@@ -166,26 +169,74 @@ def test_a_failure_that_cannot_be_listed_is_an_error(clips, tmp_path, capsys):
     assert "--failed" in capsys.readouterr().err
 
 
+def test_features_that_cannot_be_stored_are_failures(clips, tmp_path, monkeypatch):
+    (clips / "bad.mp4").unlink()
+    encode, calls = Fake.encode, []
+
+    def sometimes_infinite(self, pixels):
+        calls.append(1)
+        return encode(self, pixels) / (len(calls) != 1)
+
+    monkeypatch.setattr(Fake, "encode", sometimes_infinite)
+    assert extract_to(tmp_path / "store", clips, "--store-dtype", "int8") == 1
+    (line,) = (tmp_path / "store" / "failed.jsonl").read_text().splitlines()
+    assert "int8" in json.loads(line)["reason"]
+    assert len(FeatureStore(tmp_path / "store")) == 2
+
+
+@pytest.mark.parametrize(
+    "option", [("--grid", "1", "1", "1"), ("--num-frames", "fake=3"), ("--start-s", "1")]
+)
+def test_options_beside_a_recipe_are_an_error(clips, tmp_path, capsys, option):
+    arguments = ["extract", str(clips), "--out", str(tmp_path / "store"), "--config", "demo", *option]
+    assert main(arguments) == 2
+    assert option[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", [("--num-frames", "fake=abc"), ("--num-workers", "-1"), ("--device", "foo")]
+)
+def test_an_invalid_option_is_named(clips, tmp_path, capsys, option):
+    try:
+        status = extract_to(tmp_path / "store", clips, *option)
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert option[0] in capsys.readouterr().err
+
+
+def test_an_error_of_a_plug_in_in_a_worker_is_its_own(clips, tmp_path, monkeypatch):
+    def broken(*_arguments, **_options):
+        raise RuntimeError("my own mistake")
+
+    monkeypatch.setattr(Reader, "read", broken)
+    model, store = MultiEncoder(["fake"], grid=(4, 2, 2)), FeatureStore(tmp_path / "store")
+    result = extract(model, Items([clips / "a.mp4"]), store, num_workers=1)
+    assert result.failures[0].reason == "my own mistake"
+
+
 def test_limit_counts_videos(clips, tmp_path):
     assert extract_to(tmp_path / "store", clips, "--limit", "2") == 0
     assert len(FeatureStore(tmp_path / "store")) == 2
 
 
 class Killing(list):
-    """Kills the process that asks for the second item, as a full memory does."""
+    """Kills the process that asks for the third item, as a full memory does."""
 
     def __getitem__(self, index):
-        if index == 1:
+        if index == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(index)
 
 
 def test_a_killed_worker_is_an_error_and_loses_nothing(clips, tmp_path):
-    items = Killing([Item(name, str(clips / name)) for name in ("a.mp4", "b.mp4")])
+    items = Killing([Item(name, str(clips / name)) for name in ("a.mp4", "below/c.mp4", "b.mp4")])
     model, store = MultiEncoder(["fake"], grid=(4, 2, 2)), FeatureStore(tmp_path / "store")
     with pytest.raises(DataError, match=r"killed while it read one of .*b\.mp4"):
         extract(model, items, store, num_workers=1)
-    assert verify(FeatureStore(tmp_path / "store"))[1] == []
+    valid, damaged = verify(FeatureStore(tmp_path / "store"))
+    assert damaged == []
+    assert valid >= 1  # the worker may die before it hands out the second one
 
 
 SCRIPT = """
@@ -346,6 +397,24 @@ def test_pool_writes_embeddings_of_this_extraction(clips, tmp_path):
 def test_estimate_is_the_size_of_the_values(capsys):
     out = run(capsys, "estimate", "--encoders", "fake", "--videos", "1000", "--grid", "4", "2", "2")[1]
     assert "1000 videos: 0.6 MB" in out  # 16 cells × (8 channels × 4 bytes + 1), 4 times, 4 edges
+
+
+@pytest.mark.parametrize("form", ["numpy", "webdataset"])
+def test_export_replaces_no_folder(store, tmp_path, capsys, form):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    for out in (tmp_path / "mine", store):
+        assert main(["store", "export", str(store), str(out), "--format", form]) == 2
+        assert "exists" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    assert len(FeatureStore(store)) == 6
+    assert main(["store", "export", str(store), str(tmp_path / "mine")]) == 2  # a Parquet file
+
+
+def test_near_uses_the_encoders_of_the_query(store, clips, capsys):
+    extract_to(store, clips / "a.mp4", "--preset", "fake=upstream")
+    assert len(run(capsys, "near", store, clips / "b.mp4")[1].splitlines()) == 2
+    assert main(["store", "near", str(store), str(clips / "a.mp4")]) == 2  # no other has this setting
 
 
 def test_a_folder_without_features_is_no_store(tmp_path, capsys):

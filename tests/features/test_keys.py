@@ -3,6 +3,7 @@
 import importlib
 import io
 import os
+import subprocess
 import sys
 import textwrap
 
@@ -156,10 +157,22 @@ def test_merv_itself_is_not_part_of_the_code():
     assert set(modules) == {"merv.encoders.languagebind", "merv.encoders._languagebind_tower"}
 
 
+INTERACTIVE = """
+from merv.features.keys import code_digest
+scope = {"__name__": "no_such_module"}
+exec("from merv.encoders.fake import Fake\\nclass Mine(Fake): pass", scope)
+digests = [code_digest(scope["Mine"]) for _ in range(2)]
+"""
+
+
 def test_class_without_a_file_has_a_key_that_no_other_process_has():
-    scope = {"__name__": "no_such_module"}
-    exec("from merv.encoders.fake import Fake\nclass Mine(Fake): pass", scope)
-    assert code_digest(scope["Mine"]).startswith(f"{os.getpid()}.")
+    scope = {}
+    exec(INTERACTIVE, scope)
+    first, second = scope["digests"]
+    other = subprocess.run(
+        [sys.executable, "-c", f"{INTERACTIVE}print(digests[0])"], check=True, capture_output=True, text=True
+    )
+    assert first == second != other.stdout.strip()
 
 
 def test_the_same_weights_in_another_folder_have_the_same_features(tmp_path):
@@ -193,5 +206,10 @@ def test_features_of_an_encoder_with_arguments_of_its_own_are_found_by_the_same_
             return super().encode(pixels) ** self.power
 
     video = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
-    models = [MultiEncoder({"x": Scaled(power=power)}, grid=(4, 2, 2)) for power in (1.0, 2.0)]
-    assert models[0].key(video, "x") == models[0].key(video, "x") != models[1].key(video, "x")
+    keys = set()
+    for power in range(8):  # the memory of one is used again by the next
+        model = MultiEncoder({"x": Scaled(power=power)}, grid=(4, 2, 2))
+        assert model.key(video, "x") == model.key(video, "x")
+        keys.add(model.key(video, "x").id)
+        del model
+    assert len(keys) == 8

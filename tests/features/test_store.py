@@ -518,8 +518,16 @@ def test_a_read_only_folder_is_read(tmp_path, monkeypatch, caplog):
 
 
 def test_a_store_that_is_read_only_by_choice_writes_nothing(tmp_path):
-    store = FeatureStore(tmp_path / "none", read_only=True)
+    store = FeatureStore(tmp_path, read_only=True)
     assert_same(store.put(some_key(), some_grid()), some_grid())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_folder_that_is_only_read_must_exist(tmp_path, read_only):
+    folders = [tmp_path / "none"] if read_only else [tmp_path / "mine", tmp_path / "none"]
+    with pytest.raises(DataError, match="none"):
+        FeatureStore(folders, read_only=read_only)
     assert not (tmp_path / "none").exists()
 
 
@@ -584,6 +592,52 @@ def test_repeats_and_encoders_that_are_not_kept_are_dropped(tmp_path):
     assert sorted(key.video for key in FeatureStore(tmp_path)) == ["video 1", "video 2"]
 
 
+def test_gc_deletes_nothing_when_the_disk_fails(tmp_path, monkeypatch):
+    for number in range(3):
+        with FeatureStore(tmp_path) as store:
+            store.put(some_key(number), some_grid(number))
+
+    def refuse(*_args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for name in ("preadv", "fsync"):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, name, refuse)
+            with pytest.raises(DataError, match="Nothing was deleted"):
+                collect_garbage(FeatureStore(tmp_path))
+        assert verify(FeatureStore(tmp_path)) == (3, [])
+
+
+def test_gc_leaves_shards_of_another_format_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard, "FORMAT", "2")
+    filled(tmp_path)
+    monkeypatch.undo()
+    assert collect_garbage(FeatureStore(tmp_path)).shards_after == 1
+
+
+def test_a_shard_that_goes_away_while_it_is_listed_is_left_out(tmp_path, monkeypatch):
+    filled(tmp_path)
+    names = os.listdir(tmp_path)
+    monkeypatch.setattr(os, "listdir", lambda folder: [*names, f"{'0' * 32}.safetensors"])
+    assert len(FeatureStore(tmp_path)) == 3
+
+
+def test_an_interrupt_while_a_shard_is_finished_loses_nothing(tmp_path):
+    end = "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGINT); store.flush()"
+    assert run_writer(tmp_path, end) != 0
+    with FeatureStore(tmp_path) as store:
+        store.put(some_key(9), some_grid(9))
+    assert verify(FeatureStore(tmp_path)) == (4, [])
+
+
+def test_values_that_float16_cannot_hold_are_refused(tmp_path):
+    store, grid = FeatureStore(tmp_path, dtype="float16"), some_grid(dtype=torch.float32)
+    grid.values[0, 0, 0, 0, 0] = 1e6
+    with pytest.raises(DataError, match="float16"):
+        store.put(some_key(), grid)
+
+
 def test_only_one_folder_is_collected(tmp_path):
+    (tmp_path / "b").mkdir()
     with pytest.raises(DataError, match="one folder"):
         collect_garbage(FeatureStore([tmp_path / "a", tmp_path / "b"]))
