@@ -166,6 +166,8 @@ def _check_json(value: Any, key: str, depth: int = MAX_DEPTH) -> None:
             _check_json(each, inner, depth - 1)
     elif isinstance(value, float) and not math.isfinite(value):
         raise wrong(key, value, "a finite number")
+    elif isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise wrong(key, value, f"a number from -{MAX_INTEGER} to {MAX_INTEGER}")
 
 
 def _check_keys(cls: type[Any], value: Any, key: str, limits: Any) -> None:
@@ -266,8 +268,11 @@ def _check_fusion(config: dict[str, Any], key: str) -> None:
         raise wrong(_join(key, "grid"), config["grid"], f"at most {MAX_CELLS} cells")
     for name in FusionConfig.__annotations__:
         if (name in config) != (config["output_dim"] is not None):
-            fault = "is an unknown key" if name in config else "is missing"
-            raise Invalid(_join(key, name), fault, "the keys of a fusion only if output_dim is not null")
+            if name in config:
+                raise Invalid(
+                    _join(key, name), "is an unknown key", "no such key, because output_dim is null"
+                )
+            raise Invalid(_join(key, name), "is missing", "this key, because output_dim is not null")
 
 
 class LLMConfig(TypedDict):

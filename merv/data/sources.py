@@ -27,6 +27,7 @@ from merv.utils.files import PositionedFile, check_regular
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 VIDEOS = (".mp4", ".m4v", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif")
+BLOCK_ROWS = 1000  # rows of a table that are validated together
 CAPTION_QUESTION = "Describe what is shown."  # the .txt of a WebDataset sample is the answer
 FOREIGN_FILE = re.compile(r"(readme|license|notice)\.(md|rst|txt)|thumbs\.db|desktop\.ini", re.IGNORECASE)
 FOREIGN_FOLDERS = (".", "__MACOSX", "PaxHeader")  # prefixes of folder names
@@ -83,7 +84,7 @@ def _data_errors(origin: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise DataError(f"{origin} could not be read: {reason}.") from error
+        raise DataError(f"{origin}: could not be read: {reason}.") from error
 
 
 @dataclass
@@ -419,13 +420,7 @@ class ShardRows(Rows):
                 stem, _, suffix = name.partition(".")
                 key = f"{folder}/{stem}".lstrip("/")
                 offsets.setdefault(key, {})[f".{suffix.lower()}"] = member.offset_data, member.size
-            # tarfile ends at a damaged header as it does at the block of zeros that ends an archive
-            with self.path.open("rb") as file:
-                file.seek(tar.offset)
-                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise ValueError(
-                        f"it is cut off or damaged at byte {tar.offset}, after {len(offsets)} samples"
-                    )
+            _check_end(self.path, tar.offset, len(offsets))
         self.keys, self.offsets = list(offsets), list(offsets.values())
 
     def __len__(self) -> int:
@@ -479,6 +474,21 @@ def foreign_members(rows: Rows) -> str:
     return f"skipped {len(rows.foreign)} members that do not belong to samples: {names}"
 
 
+def _check_end(path: Path, end: int, num_samples: int) -> None:
+    """Raise ValueError unless a tar file has only zeros from a byte on.
+
+    tarfile ends at a damaged header, and at one that was zeroed, as it does at the zeros that end an archive.
+    """
+    with path.open("rb") as file:
+        file.seek(end)
+        block = file.read(tarfile.BLOCKSIZE)
+        is_end = block == bytes(tarfile.BLOCKSIZE)
+        while is_end and (block := file.read(1 << 20)):
+            is_end = not block.strip(b"\0")
+    if not is_end:
+        raise ValueError(f"it is cut off or damaged at byte {end}, after {num_samples} samples")
+
+
 class TableRows(Rows):
     """Rows of a Parquet file, or of a folder written by `datasets`. Videos and images are not decoded."""
 
@@ -498,15 +508,31 @@ class TableRows(Rows):
         else:
             table = Dataset.from_list([])
         self.table = table.with_format("arrow")
+        self.is_valid: dict[int, bool] = {}  # for blocks of rows that were validated
 
     def __len__(self) -> int:
         return len(self.table)
 
     def row(self, index: int) -> Any:
         table = self.table[index : index + 1]
-        table.validate(full=True)  # damaged offsets would make to_pylist read other memory, and crash
+        if not self._block_is_valid(index // BLOCK_ROWS):
+            table.validate(full=True)
         (row,) = table.to_pylist()
         return row
+
+    def _block_is_valid(self, block: int) -> bool:
+        """Validate a block of rows, once: damaged offsets would make to_pylist read other memory, and crash.
+
+        Validating a row takes as long, because its lists lie in the columns of many rows.
+        """
+        if block not in self.is_valid:
+            try:
+                self.table[block * BLOCK_ROWS : (block + 1) * BLOCK_ROWS].validate(full=True)
+            except Exception:  # which row it is will be seen when that is read
+                self.is_valid[block] = False
+            else:
+                self.is_valid[block] = True
+        return self.is_valid[block]
 
 
 def _check_row_groups(path: str) -> None:

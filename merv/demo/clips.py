@@ -9,7 +9,7 @@ The splits:
                all sequences.
     held_out   The same things in the remaining sequences: no training clip shows the same things in the same
                order. Crops, moves, durations, transitions and excerpts are also new.
-    unseen     Clips with at least one held-out photograph. The other splits never show or name one.
+    unseen     Clips with at least one unseen photograph. The other splits never show or name one.
 """
 
 from __future__ import annotations

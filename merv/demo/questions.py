@@ -3,7 +3,7 @@
 Kinds of questions: `first` and `last` (what is shown), `count` (number of shots), `when` (start, middle or
 end), `order` (is one thing shown before another) and `present` (is a thing shown). Answers are balanced as
 far as the clips allow it, so guessing helps little; `majority_accuracy` measures how much. If the name of a
-held-out thing is in the question or the answer, the kind is `new name`.
+unseen thing is in the question or the answer, the kind is `new name`.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ def _generate(
         else:
             name, answer = rng.choice([(shown[0], "start"), (shown[-1], "end")])
         return f"When is the {name} shown: start, middle or end?", answer
+    # order
     earlier, later = sorted(rng.sample(shown, 2), key=shown.index)
     first, second = (earlier, later) if yes else (later, earlier)
     return f"Is the {first} shown before the {second}?", "yes" if yes else "no"
@@ -112,7 +113,7 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     """Generate questions about each clip.
 
-    Only clips that show held-out things get questions about such things.
+    Only clips that show unseen things get questions about such things.
 
     Args:
         plans: The plans of the clips.

@@ -109,9 +109,17 @@ class Encoder(TrackedModule):
         By default, each window of `spec.window_size` frames goes through `tokens`. An encoder with
         window_size 0 must override `encode`.
         """
+        if not self.spec.window_size:
+            raise EncoderError(f"{self.spec.name} has window_size 0, so its class must define encode().")
         steps, (_, h, w) = self.spec.window_size // self.spec.tubelet_size, self.spec.grid
         windows = rearrange(pixels, "b (n t) c h w -> (b n) t c h w", t=self.spec.window_size)
         tokens = self.tokens(windows)
+        if tokens.ndim != 3 or tokens.shape[1] != steps * h * w:
+            raise EncoderError(
+                f"{self.spec.name}: tokens() must return [{len(windows)}, {steps * h * w}, "
+                f"{self.spec.embed_dim}], a token for each of {steps}×{h}×{w} cells; got "
+                f"{list(tokens.shape)}. Remove class and register tokens."
+            )
         return rearrange(tokens, "(b n) (t h w) d -> b (n t) h w d", b=pixels.shape[0], t=steps, h=h, w=w)
 
     def tokens(self, windows: Tensor) -> Tensor:

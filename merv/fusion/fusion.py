@@ -158,6 +158,7 @@ class Fusion(nn.Module):
         Raises:
             ShapeError: No encoder can be added to the mixer.
         """
+        before = self._structure()
         device, dtype = device_and_dtype(self)
         projector = self._create_projector(embed_dim).to(device, dtype)
         if self.token_rms is not None:
@@ -165,7 +166,9 @@ class Fusion(nn.Module):
         self.mixer.add_encoder()
         self.projectors[name] = projector
         self.names.append(name)
-        self._created = self._structure()
+        for name, part in self._structure().items():  # what was modified before stays modified
+            if before.get(name) == self._created.get(name):
+                self._created[name] = part
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments, without `embed_dims` and `folded`, as a dict of JSON values.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merv.checkpoints.folder import fill_exactly, replacing, write_model
+from merv.checkpoints.folder import check_free, fill_exactly, replacing, write_model
 from merv.encoding.base import Encoder
 from merv.encoding.registry import create_encoder
 from merv.encoding.weights import PRETRAINED
@@ -69,11 +69,12 @@ def convert(
         CheckpointError: The checkpoint or config has an unknown part or lacks one, or `out` has other files.
         WeightsError: An encoder, or the config or tokenizer of the language model, could not be loaded.
     """
+    check_free(out)  # before minutes of reading
+    released = read_config(_read_json(config))
+    network, tokenizer = load_base(llm or LLMS[released.llm].source, released.llm)
+    tensors, for_training = read_tensors(checkpoint)
+    state, unused = translate(tensors, released)
     with replacing(out) as folder:
-        released = read_config(_read_json(config))
-        network, tokenizer = load_base(llm or LLMS[released.llm].source, released.llm)
-        tensors, for_training = read_tensors(checkpoint)
-        state, unused = translate(tensors, released)
         of_llm = {name.removeprefix(LLM): state.pop(name) for name in list(state) if name.startswith(LLM)}
         assign(network, of_llm, checkpoint)
         vision = _build_vision(released, state, network.config.hidden_size, encoders or {})

@@ -326,6 +326,11 @@ def _works_with_embeddings(llm: Any, ids: Tensor) -> bool:
     packed = pack([[_unlearned([*ids.tolist(), -1])]], pad_id=0).to(ids.device)
     try:
         logits = logits_of(llm, packed, visual, torch.arange(len(ids), device=ids.device))
+    except TypeError as error:
+        raise WeightsError(
+            "The LLM cannot be used: its forward() must accept inputs_embeds, attention_mask, position_ids "
+            f"and logits_to_keep ({error})."
+        ) from error
     except (RuntimeError, ValueError):  # it looks for the tokens of the embeddings
         return False
     return _close(logits, expected)

@@ -219,7 +219,8 @@ def translate(
         released: The configuration.
 
     Returns:
-        The tensors by their new names, and old name → reason for those that are left out.
+        The tensors by their new names, and name → reason for those that are left out, by the names of newer
+        checkpoints.
 
     Raises:
         CheckpointError: Two tensors get the same name.

@@ -107,9 +107,9 @@ def _is_frozen(subject: EncoderSubject) -> None:
     )
     training = [name for name, module in subject.encoder.train().named_modules() if module.training]
     subject.encoder.eval()
-    for name in training:
+    if training:
         raise CheckFailed(
-            f"{name or 'the encoder'} is in training mode after .train(); it must stay in eval mode"
+            f"{training[0] or 'the encoder'} is in training mode after .train(); it must stay in eval mode"
         )
 
 

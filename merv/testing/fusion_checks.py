@@ -85,7 +85,8 @@ class MixerSubject(Subject):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Mix clips: tokens, their mask, weights."""
         question = _random(2, OUTPUT_DIM, seed=9)[clips] if mixer.conditioned else None
-        return mixer(streams[clips], self.mask[clips], question)
+        with torch.set_grad_enabled(mixer.training):  # modules that keep a graph cannot be copied
+            return mixer(streams[clips], self.mask[clips], question)
 
     def run(self, module: Mixer, clips: slice = slice(None)) -> Tensor:
         tokens, real, _ = self.mix(module, self.streams, clips)
@@ -106,7 +107,8 @@ class ProjectorSubject(Subject):
         return Fusion(EMBED_DIMS, OUTPUT_DIM, "mean", projector=self.type, projector_options=self.options)
 
     def run(self, module: Projector, clips: slice = slice(None)) -> Tensor:
-        return module(self.features[clips])
+        with torch.set_grad_enabled(module.training):
+            return module(self.features[clips])
 
 
 # Mixers and projectors --------------------------------------------------------------------
@@ -208,6 +210,16 @@ def _masked_features_are_ignored(subject: MixerSubject) -> None:
     require_equal(tokens[real], subject.output, " if the features at masked cells change")
 
 
+def _an_added_encoder_has_the_shapes_of_the_constructor(subject: MixerSubject) -> None:
+    """A model is saved with its number of encoders, and created again with it."""
+    mixer = MIXERS.create(subject.type, OUTPUT_DIM, len(EMBED_DIMS) - 1, **subject.options)
+    if mixer.per_encoder_parameters is None:
+        raise CheckSkipped("no encoder can be added to it")
+    mixer.add_encoder()
+    added, created = ({n: list(t.shape) for n, t in m.state_dict().items()} for m in (mixer, subject.module))
+    require(added == created, f"after add_encoder(), its tensors are {added} instead of {created}")
+
+
 def _accepts_a_clip_without_features(subject: MixerSubject) -> None:
     """A training step without a video runs the fusion on one cell that no encoder sees."""
     mixer = copy.deepcopy(subject.module).train()
@@ -258,6 +270,7 @@ MIXER_CHECKS: Checks = {
     _masked_features_are_ignored: (_output_shapes_are_correct,),
     **_shared(_output_shapes_are_correct),
     _accepts_a_clip_without_features: (_every_parameter_gets_a_gradient,),
+    _an_added_encoder_has_the_shapes_of_the_constructor: (_can_be_created,),
 }
 PROJECTOR_CHECKS: Checks = {
     _can_be_created: (),

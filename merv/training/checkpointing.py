@@ -168,6 +168,16 @@ class Best(ModelCheckpoint):
                 f"Available: {', '.join(known)}."
             )
 
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Save the checkpoint if it is better; raises TrainingError if validation did not log the metric."""
+        if not trainer.sanity_checking and self.monitor not in trainer.callback_metrics:
+            logged = [name for name in trainer.callback_metrics if name.startswith("val/")]
+            raise TrainingError(
+                f"checkpoints.monitor is {self.monitor}, but validation logged "
+                f"{', '.join(logged) or 'nothing'}. Choose one of these, or validate on more batches."
+            )
+        super().on_validation_end(trainer, module)
+
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
     """The checkpoint with the highest step in a folder, or None."""

@@ -232,7 +232,7 @@ def trust(path: str) -> None:
 
 
 def _import(path: str) -> Any:
-    """Import the object at `module:name`, or the module. Unlike `pkgutil.resolve_name`, for any name of a file."""
+    """Import the object at `module:name`, or the module; unlike `pkgutil.resolve_name`, of any name."""
     module, _, name = path.partition(":")
     imported = import_module(module.strip())
     return attrgetter(name.strip())(imported) if name else imported

@@ -274,11 +274,12 @@ def _packets(container: Any, *streams: Any) -> Iterator[Any]:
 def _packets_and_logs(container: Any, stream: Any) -> Iterator[tuple[Any, list[Report]]]:
     """Yield (packet, what FFmpeg logs when it reads it); at the end (None, what it logs there)."""
     packets = _packets(container, stream)
-    packet: Any = True
-    while packet is not None:
+    while True:
         with reports() as log:
             packet = next(packets, None)
         yield packet, log
+        if packet is None:
+            return
 
 
 def decoded(packet: Any) -> list[Any]:

@@ -13,7 +13,7 @@ Report = tuple[int, str, str]  # level, name of the demuxer or decoder, message
 
 _lock = threading.Lock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
-_readers = 0  # threads that collect reports now
+_levels: list[int] = []  # of those who collect reports now
 _before: tuple[int | None, bool] = (None, True)  # settings of PyAV's log to restore
 
 
@@ -31,14 +31,13 @@ def reports(level: int = logging.ERROR) -> Iterator[list[Report]]:
     >>> errors_of(log, "h264"), errors_of(log, "ogg")
     (['error while decoding MB 3 1'], [])
     """
-    global _readers, _before
+    global _before
     with _lock:
-        if not _readers:
+        if not _levels:
             _before = logging.get_level(), logging.get_skip_repeated()
             logging.set_skip_repeated(False)
-        if (logging.get_level() or logging.PANIC) < level:
-            logging.set_level(level)
-        _readers += 1
+        _levels.append(level)
+        _set_level()
         ignored = _before[0] is None
     try:
         others = logging.Capture(local=False) if ignored else nullcontext()
@@ -46,10 +45,16 @@ def reports(level: int = logging.ERROR) -> Iterator[list[Report]]:
             yield log
     finally:
         with _lock:
-            _readers -= 1
-            if not _readers:
+            _levels.remove(level)
+            if _levels:
+                _set_level()
+            else:
                 logging.set_level(_before[0])
                 logging.set_skip_repeated(_before[1])
+
+
+def _set_level() -> None:
+    logging.set_level(max(*_levels, logging.PANIC if _before[0] is None else _before[0]))
 
 
 def errors_of(log: list[Report], *names: str) -> list[str]:

@@ -107,7 +107,7 @@ def test_braces_with_commas_list_words(tmp_path):
         ("empty.jsonl", b"\n", r"empty\.jsonl"),
         ("cut.json", b'[{"a": 1}, {"b"', r"cut\.json"),
         ("open.json", b'[{"a": 1}', r"open\.json"),
-        ("latin.json", b'["\xe4"]', r"latin\.json .*utf-8"),
+        ("latin.json", b'["\xe4"]', r"latin\.json: .*utf-8"),
         ("a.csv", b"a,b", r"a\.csv.* \.jsonl, \.json, \.parquet, \.tar"),
         ("a.parquet", b"PAR1" * 9, r"a\.parquet"),
         ("a.tar", b"no tar" * 999, r"a\.tar"),
@@ -176,7 +176,7 @@ def test_files_that_are_not_those_of_the_shard_are_named_with_the_members(tmp_pa
 
 def test_object_over_several_lines_is_an_error(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"messages": []}, indent=1))
-    with pytest.raises(DataError, match=r"a\.json .*one object per line"):
+    with pytest.raises(DataError, match=r"a\.json: .*one object per line"):
         open_samples(tmp_path / "a.json")
 
 
@@ -348,7 +348,7 @@ def test_malformed_line_is_an_error_with_its_number(tmp_path, line, reason):
 
 def test_deep_item_of_a_list_is_named(tmp_path):
     (tmp_path / "a.json").write_bytes(b"[{}, " + deep() + b"]")
-    with pytest.raises(DataError, match=r"a\.json could not be read: item 1: .*recursion"):
+    with pytest.raises(DataError, match=r"a\.json: could not be read: item 1: .*recursion"):
         open_samples(tmp_path / "a.json")
 
 
@@ -400,7 +400,7 @@ def damaged_parquet(path: Path, row_group: int) -> Path:
 
 def test_damaged_row_group_is_named(tmp_path):
     path = damaged_parquet(tmp_path / "a.parquet", row_group=2)
-    with pytest.raises(DataError, match=r"a\.parquet could not be read: row group 2 \(rows 20 to 29\): "):
+    with pytest.raises(DataError, match=r"a\.parquet: could not be read: row group 2 \(rows 20 to 29\): "):
         open_samples(path)
 
 
@@ -408,7 +408,7 @@ def test_damaged_row_group_is_named(tmp_path):
 def test_file_that_is_no_parquet_is_an_error(tmp_path, content):
     whole = parquet(tmp_path / "whole.parquet", 2).read_bytes()
     (tmp_path / "a.parquet").write_bytes(whole[:-100] if content is None else content)
-    with pytest.raises(DataError, match=r"a\.parquet could not be read: "):
+    with pytest.raises(DataError, match=r"a\.parquet: could not be read: "):
         open_samples(tmp_path / "a.parquet")
 
 
@@ -422,13 +422,13 @@ def test_damaged_offsets_of_a_saved_dataset_are_an_error(tmp_path):
     assert whole.count(offsets) == 1
     path.write_bytes(flipped(whole, whole.index(offsets) + 12, 3))
     samples = open_samples(tmp_path / "saved")
-    with pytest.raises(DataError, match=r"saved\[3\] could not be read: "):
+    with pytest.raises(DataError, match=r"saved\[3\]: could not be read: "):
         samples[3]
     path.write_bytes(whole[:100])
-    with pytest.raises(DataError, match="saved could not be read: "):
+    with pytest.raises(DataError, match="saved: could not be read: "):
         open_samples(tmp_path / "saved")
     (tmp_path / "saved/state.json").write_text("{")
-    with pytest.raises(DataError, match="saved could not be read: "):
+    with pytest.raises(DataError, match="saved: could not be read: "):
         open_samples(tmp_path / "saved")
 
 
@@ -437,15 +437,35 @@ def test_damaged_header_of_a_shard_is_an_error(tmp_path):
     row = json.dumps({"questions": [QUESTION], "image": "a"}).encode()
     whole = shard(tmp_path / "a.tar", x1__json=row, x2__json=row, x3__json=row).read_bytes()
     end = whole.rindex(row) // 512 * 512 + 512  # of the last member
-    for damaged in flipped(whole, 1024 + 150), whole[:1024], whole[:1300], whole[:end]:
+    zeroed = whole[:1024] + bytes(512) + whole[1536:]  # as of a copy with a hole
+    for damaged in flipped(whole, 1024 + 150), zeroed, whole[:1024], whole[:1300], whole[:end]:
         (tmp_path / "a.tar").write_bytes(damaged)
         at = end if damaged == whole[:end] else 1024
         with pytest.raises(
-            DataError, match=rf"a\.tar could not be read: .* at byte {at}, after {at // 1024} "
+            DataError, match=rf"a\.tar: could not be read: .* at byte {at}, after {at // 1024} "
         ):
             open_samples(tmp_path / "a.tar")
     (tmp_path / "a.tar").write_bytes(whole)
     assert len(open_samples(tmp_path / "a.tar")) == 3
+
+
+def test_concatenated_shards_are_an_error(tmp_path):
+    """tarfile ends at the zeros between them."""
+    row = json.dumps({"questions": [QUESTION], "image": "a"}).encode()
+    whole = shard(tmp_path / "a.tar", x1__json=row).read_bytes()
+    (tmp_path / "a.tar").write_bytes(2 * whole)
+    with pytest.raises(DataError, match="after 1 samples"):
+        open_samples(tmp_path / "a.tar")
+
+
+def test_a_block_of_rows_is_validated_once(tmp_path, monkeypatch):
+    rows = [{"video": f"{i}.mp4", "questions": [QUESTION]} for i in range(30)]
+    write_table(Table.from_pylist(rows), tmp_path / "a.parquet")
+    monkeypatch.setattr("merv.data.sources.BLOCK_ROWS", 10)
+    samples = open_samples(tmp_path / "a.parquet")
+    for index in range(30):
+        assert samples[index].videos() == [str(tmp_path / f"{index}.mp4")]
+    assert samples.files[0].is_valid == {0: True, 1: True, 2: True}
 
 
 def test_sparse_member_of_a_shard_is_an_error(tmp_path):
@@ -454,11 +474,11 @@ def test_sparse_member_of_a_shard_is_an_error(tmp_path):
         file.seek(1 << 19)
         file.write(b"1")
     subprocess.run(["tar", "--sparse", "-cf", "a.tar", "x1.mp4"], cwd=tmp_path, check=True)
-    with pytest.raises(DataError, match=r"a\.tar .*x1\.mp4 .*sparse"):
+    with pytest.raises(DataError, match=r"a\.tar: .*x1\.mp4 .*sparse"):
         open_samples(tmp_path / "a.tar")
 
 
 def test_damage_in_a_stream_is_named(tmp_path):
     path = damaged_parquet(tmp_path / "a.parquet", row_group=1)
-    with pytest.raises(DataError, match=r"a\.parquet\[\d+\] could not be read: "):
+    with pytest.raises(DataError, match=r"a\.parquet\[\d+\]: could not be read: "):
         list(stream_samples(path))

@@ -238,7 +238,7 @@ def test_answers_are_balanced():
     assert max(top["first"], top["last"]) < 0.2
 
 
-def test_questions_with_held_out_names_are_unseen_and_of_their_own_kind():
+def test_questions_with_unseen_names_are_unseen_and_of_their_own_kind():
     unseen = {thing.name for thing in fake_things() if thing.unseen}
     for split in SPLITS:
         for question in (question for row in rows(split, 40) for question in row["questions"]):

@@ -231,6 +231,15 @@ def test_model_with_replaced_parts_is_not_saved(change, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize("change", [replace_projector, replace_mixer, add_a_layer, replace_a_parameter])
+def test_replaced_parts_stay_replaced_when_an_encoder_is_added(change, tmp_path):
+    vision = build()
+    change(vision)
+    vision.add_encoder("more", "fake")
+    with pytest.raises(CheckpointError):
+        vision.save_pretrained(tmp_path / "model")
+
+
 def test_features_of_a_custom_aligner_are_not_stored():
     vision = build()
     replace_aligner(vision)
@@ -247,6 +256,27 @@ class Wide(Mean):
 
     def num_tokens(self, cells):
         return 2 * cells
+
+
+class KeepsWeights(Scalar):
+    """Keeps its last weights, for plots."""
+
+    def weigh(self, score_inputs, mask, question=None):
+        self.last = super().weigh(score_inputs, mask, question)
+        return self.last
+
+
+class GrowsWrong(Mean):
+    """Adds an encoder without its parameter."""
+
+    per_encoder_parameters = {}
+
+    def __init__(self, output_dim, num_encoders):
+        super().__init__(output_dim, num_encoders)
+        self.scale = nn.Parameter(torch.ones(num_encoders))
+
+    def weigh(self, score_inputs, mask, question=None):
+        return super().weigh(score_inputs, mask, question) + 0.0 * self.scale.sum()
 
 
 class IgnoresMask(Mixer):
@@ -401,6 +431,7 @@ FAULTS = [
     (check_projector, WrongShape, "output shape is correct"),
     (check_projector, FoldsWrongly, "folded form equals the plain one"),
     (check_mixer, local_mixer(), "can be saved"),
+    (check_mixer, GrowsWrong, "an added encoder has the shapes of the constructor"),
 ]
 
 
@@ -421,6 +452,7 @@ def test_every_check_of_mixers_and_projectors_has_a_faulty_plug_in():
         (check_mixer, Largest),
         (check_mixer, Tanh),
         (check_mixer, Tempered),
+        (check_mixer, KeepsWeights),
         (check_mixer, "gate"),
         (check_projector, Doubled),
         (check_projector, Unbiased),

@@ -256,6 +256,31 @@ def test_wrong_number_of_parameters_is_found():
     assert "502" in message
 
 
+class OneWindow(Fake):
+    """Takes a whole clip, but defines only tokens()."""
+
+    variants = {"one": replace(Fake.variants["image"], window_size=0)}
+    encode = Encoder.encode
+
+    def tokens(self, windows):
+        return windows.flatten(1)[:, None, :8]
+
+
+class KeepsClassToken(Fake):
+    encode = Encoder.encode
+
+    def tokens(self, windows):
+        return torch.zeros(len(windows), 17, 8)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "text"), [(OneWindow, "define encode"), (KeepsClassToken, "class and register")]
+)
+def test_mistakes_in_tokens_are_named(encoder, text):
+    with pytest.raises(EncoderError, match=text):
+        encoder().encode(torch.zeros(1, 4, 3, 16, 16))
+
+
 def test_findings_are_printed_with_their_status():
     printed = {result.name: str(result) for result in check_encoder(NanEncoder)}
     assert len(printed) == len(ENCODER_CHECKS)

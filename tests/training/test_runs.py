@@ -107,6 +107,15 @@ def test_unknown_monitor_lists_the_metrics_before_loading(material, tmp_path, ca
     assert re.search("Did you mean 'val/exact_match/who'.*val/exact_match, .*val/loss", err)
 
 
+def test_monitor_that_a_short_validation_does_not_log_is_an_error(material, tmp_path, capsys):
+    rows = [json.loads(line) for line in (material / "data.jsonl").read_text().splitlines()]
+    rows[0]["questions"] = [{"question": "Who?", "answer": "a"}]  # without a kind
+    (material / "val.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"data__val": material / "val.jsonl", "checkpoints__monitor": "val/exact_match/who"}
+    assert fit(material, tmp_path, data__batch_size=1, trainer__limit_val_batches=1, **options) == 2
+    assert re.search("val/exact_match/who.*logged val/exact_match, val/loss", capsys.readouterr().err)
+
+
 def test_resuming_without_a_checkpoint_is_an_error(material, tmp_path, capsys):
     assert fit(material, tmp_path, ckpt_path="last") == 2
     assert str(tmp_path / "checkpoints") in capsys.readouterr().err

@@ -218,6 +218,16 @@ def test_settings_of_the_log_are_restored_by_the_last_reader() -> None:
     assert (av.logging.get_level(), av.logging.get_skip_repeated()) == before
 
 
+def test_a_reader_that_collects_more_does_not_change_the_level_of_others() -> None:
+    with reports() as log:
+        with reports(av.logging.INFO) as more:
+            av.logging.log(av.logging.INFO, "h264", "sps")
+        av.logging.log(av.logging.INFO, "h264", "sps")
+        assert av.logging.get_level() == av.logging.ERROR
+    assert len(more) == 1
+    assert not log
+
+
 def test_level_that_a_user_set_stays_and_other_threads_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     av.logging.set_level(av.logging.INFO)
     try:
