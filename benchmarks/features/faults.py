@@ -5,10 +5,10 @@
 Kills: an extraction of clips is a process that gets SIGKILL in one phase: while a clip is read, while it is
 encoded, in the middle of writing its data or the header, before or after the shard is published. Another
 extraction completes the store. Full disk: a system call that writes fails in the middle of its data, once for
-each call; the extraction goes on without storing, and another one completes the store. Two writers: two
-extractions of the same clips run at the same time. In the end every record must be there
-once, valid, and equal to that of an undisturbed extraction, bit for bit. The last column counts the clips
-that were encoded twice, among them the one in progress.
+each call; the extraction stops, and another one completes the store. Two writers: two extractions of the same
+clips run at the same time. In the end every record must be there once, valid, and equal to that of an
+undisturbed extraction, bit for bit. The last column counts the clips that were encoded twice, among them the
+one in progress.
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ def after(owner: object, name: str, count: int, act: Callable[..., object]) -> N
 
     def watched(*args: object, **options: object) -> object:
         calls[0] += 1
-        return (act if calls[0] == count else original)(*args, **options)
+        if calls[0] == count:
+            HAPPENED.touch()
+            return act(*args, **options)
+        return original(*args, **options)
 
     setattr(owner, name, watched)
 
@@ -96,6 +99,7 @@ def kill(*_args: object, **_options: object) -> None:
 
 
 REAL_PWRITE = os.pwrite
+HAPPENED = Path(tempfile.mkdtemp(), "happened")  # a file that a fault makes
 
 
 def write_half(then: Callable[[], object]) -> Callable[..., object]:
@@ -167,8 +171,9 @@ def main() -> None:
             fault()
             run(folder, encoded)
 
+        HAPPENED.unlink(missing_ok=True)
         status = wait(forked(faulty))
-        happened = os.WIFSIGNALED(status) if killed else status == 0
+        happened = HAPPENED.exists() and (os.WIFSIGNALED(status) if killed else os.WIFEXITED(status))
         completed = wait(forked(lambda: run(folder, encoded))) == 0
         problem = check(folder, reference)
         if problem or not happened:

@@ -140,8 +140,9 @@ def extract(
     except RuntimeError as error:
         if not any(text in str(error) for text in ("exited unexpectedly", "is killed by signal")):
             raise
+        # It interrupts whatever runs, perhaps the encoding of the video before
         done = len(result.keys) + len(result.failures)
-        names = ", ".join(item.name for item in items[done : done + num_workers * PREFETCH])
+        names = ", ".join(item.name for item in items[done : done + num_workers * PREFETCH + 1])
         raise DataError(
             f"A worker process was killed while it read one of {names}; often, the memory was full. Run the "
             "same command again with fewer --num-workers, or without that video: stored features are kept."

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from functools import cache
-from importlib.metadata import version
+from importlib import metadata
 from importlib.util import find_spec
 from io import TextIOBase
 from pathlib import Path
@@ -34,6 +34,7 @@ from merv.video.reader import BACKENDS
 from merv.video.sampling import Sampling
 from merv.video.transforms import Resample
 
+version = cache(metadata.version)  # it reads files
 VERSION = 5  # part of the key; increase it if the same options produce other features
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 # Encoder → (state of its tensors, digest of its weights)

@@ -302,10 +302,13 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             ShapeError: There is no video.
         """
         names = [name for name, _ in self.named(encoders)]
-        reader = self.reader(store, encoders)
         batch = as_batch(videos)
         distinct = {source_key(video): video for video in batch}
-        loaded = ((key, v if isinstance(v, LoadedVideo) else reader(v)) for key, v in distinct.items())
+        if all(isinstance(video, LoadedVideo) for video in batch):
+            loaded: Iterator[tuple[Any, LoadedVideo]] = iter(distinct.items())
+        else:
+            reader = self.reader(store, encoders)
+            loaded = ((key, v if isinstance(v, LoadedVideo) else reader(v)) for key, v in distinct.items())
         grids_of = {key: self._features(video, store) for key, video in loaded}  # loads one video at a time
         grids = [grids_of[source_key(video)] for video in batch]
         if missing := sorted({name for video_grids in grids for name in names if name not in video_grids}):
