@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from merv.encoding.registry import find_encoder as find_encoder
     from merv.encoding.registry import list_encoders as list_encoders
     from merv.errors import MervError as MervError
+    from merv.features.dataset import FeatureDataset as FeatureDataset
     from merv.features.store import FeatureStore as FeatureStore
     from merv.fusion.align import Aligner as Aligner
     from merv.fusion.fusion import Fusion as Fusion
@@ -42,6 +43,7 @@ _MODULES = {
     "Aligner": "merv.fusion.align",
     "Encoder": "merv.encoding.base",
     "EncoderSpec": "merv.types",
+    "FeatureDataset": "merv.features.dataset",
     "FeatureStore": "merv.features.store",
     "Frames": "merv.types",
     "Fused": "merv.types",

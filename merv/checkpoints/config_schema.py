@@ -251,7 +251,7 @@ class FusionConfig(TypedDict, total=False):
 class MultiEncoderConfig(FusionConfig):
     """The config of a MultiEncoder."""
 
-    grid: Annotated[list[Count], Limits(3, 3)]
+    grid: Annotated[list[Count], Limits(3, 3)] | None
     output_dim: Annotated[int, Limits(1, 2**16)] | None  # the largest language models have 2**14
     fusion_dtype: Dtype
     align: Literal["area", "released"]
@@ -263,8 +263,10 @@ class MultiEncoderConfig(FusionConfig):
 
 
 def _check_fusion(config: dict[str, Any], key: str) -> None:
-    t, h, w = config["grid"]
-    if t * h * w > MAX_CELLS:
+    grid = config["grid"]
+    if grid is None and config["output_dim"] is not None:
+        raise wrong(_join(key, "grid"), grid, "three integers, because output_dim is not null")
+    if grid is not None and math.prod(grid) > MAX_CELLS:
         raise wrong(_join(key, "grid"), config["grid"], f"at most {MAX_CELLS} cells")
     for name in FusionConfig.__annotations__:
         if (name in config) != (config["output_dim"] is not None):

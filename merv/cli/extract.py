@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("T", "H", "W"),
         help="grid of time steps, rows and columns that all features are aligned to (default: 16 8 8)",
     )
+    option("--own-grid", action="store_true", help="keep each encoder's own grid: for export, not for fusion")
     option(
         "--weights",
         action="append",
@@ -84,15 +85,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--limit", type=_count, metavar="N", help="only the first N videos")
     option("--failed", metavar="FILE", help="where failures are listed (default: failed.jsonl in the store)")
     option("--pool", metavar="OUT.parquet", help="also write one embedding per video and encoder to a file")
+    option("--per-step", action="store_true", help="with --pool: one embedding per time step of the grid")
 
 
 def run(args: argparse.Namespace) -> int:
     """Extract features; return 1 if a video could not be read."""
-    from merv.extraction.export import Video, check_output, embeddings, write_parquet
+    from merv.extraction.export import check_output, embeddings, write_parquet
     from merv.extraction.extract import extract
     from merv.extraction.videos import Items
+    from merv.features.dataset import StoredVideo
     from merv.features.store import FeatureStore
 
+    if args.per_step and not args.pool:
+        raise EncoderError("--per-step needs --pool OUT.parquet, the file that embeddings are written to.")
     signal.signal(signal.SIGTERM, _interrupt)
     encoders = _encoders(args)
     pool = check_output(Path(args.pool), is_folder=False) if args.pool else None
@@ -119,10 +124,10 @@ def run(args: argparse.Namespace) -> int:
     sys.stdout.write(summary(result, store, failed))
     if pool is not None:
         videos = [
-            Video(next(iter(keys.values())).source, next(iter(keys.values())).video, keys)
+            StoredVideo(next(iter(keys.values())).source, next(iter(keys.values())).video, keys)
             for keys in result.keys
         ]
-        count = write_parquet(embeddings(store, videos), pool)
+        count = write_parquet(embeddings(store, videos, args.per_step), pool)
         print(f"Wrote {count} embeddings to {args.pool}.")
     return int(bool(result.failures))
 
@@ -158,10 +163,13 @@ def _encoders(args: argparse.Namespace) -> MultiEncoder:
     given = [name for name in ("encoders", "config", "model") if getattr(args, name)]
     if len(given) != 1:
         raise EncoderError("Pass one of --encoders NAME …, --config RECIPE and --model FOLDER.")
-    options = ("grid", "weights", "preset", "num_frames", "sampling", "start_s", "end_s")
-    if not args.encoders and (own := [name for name in options if getattr(args, name) not in (None, [])]):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in own)
+    options = ("grid", "own_grid", "weights", "preset", "num_frames", "sampling", "start_s", "end_s")
+    given_options = [name for name in options if getattr(args, name) not in (None, [], False)]
+    if given_options and not args.encoders:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given_options)
         raise EncoderError(f"{names}: --{given[0]} sets these already. Leave them out, or pass --encoders.")
+    if args.grid and args.own_grid:
+        raise EncoderError("Pass --grid T H W or --own-grid, not both.")
     if args.model:
         encoders = _saved(args.model)
     elif args.config:
@@ -169,7 +177,7 @@ def _encoders(args: argparse.Namespace) -> MultiEncoder:
     else:
         encoders = MultiEncoder(
             args.encoders,
-            grid=tuple(args.grid or (16, 8, 8)),
+            grid=None if args.own_grid else tuple(args.grid or (16, 8, 8)),
             weights={name: None if value == "none" else value for name, value in args.weights},
             presets=dict(args.preset),
             num_frames=dict(args.num_frames),

@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--encoders", nargs="+", required=True, metavar="NAME", help="encoders; see `merv encoders`")
     option("--videos", type=int, required=True, metavar="N", help="number of videos")
     option("--grid", nargs=3, type=int, default=(16, 8, 8), metavar=("T", "H", "W"), help="default: 16 8 8")
+    option("--own-grid", action="store_true", help="each encoder's own grid")
     option(
         "--store-dtype",
         choices=list(BYTES),
@@ -92,7 +93,7 @@ def _open(args: argparse.Namespace) -> FeatureStore:
 
 
 def _ls(args: argparse.Namespace) -> None:
-    from merv.extraction.export import videos_of
+    from merv.features.dataset import videos_of
 
     videos = videos_of(_open(args))
     width = max((len(video.source) for video in videos), default=0)
@@ -104,7 +105,7 @@ def _ls(args: argparse.Namespace) -> None:
 
 
 def _stats(args: argparse.Namespace) -> None:
-    from merv.extraction.export import encoder_names
+    from merv.features.dataset import encoder_names
 
     store = _open(args)
     (place,) = store.places
@@ -133,7 +134,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _gc(args: argparse.Namespace) -> None:
-    from merv.extraction.export import encoder_names
+    from merv.features.dataset import encoder_names
     from merv.features.maintenance import collect_garbage
 
     store = _open(args)
@@ -161,7 +162,8 @@ def _near(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from merv.extraction.export import WRITERS, check_output, embeddings, videos_of, write_parquet
+    from merv.extraction.export import WRITERS, check_output, embeddings, write_parquet
+    from merv.features.dataset import videos_of
 
     store, out = _open(args), check_output(Path(args.out), is_folder=args.format != "parquet")
     videos = videos_of(store, args.encoders)
@@ -176,7 +178,6 @@ def _export(args: argparse.Namespace) -> None:
 def _estimate(args: argparse.Namespace) -> None:
     from merv.encoding.registry import find_encoder, name_and_variant
 
-    t, h, w = args.grid
     total = 0
     for name in args.encoders:
         encoder, variant = name_and_variant(name)
@@ -184,11 +185,12 @@ def _estimate(args: argparse.Namespace) -> None:
         if variant is not None and variant not in variants:
             raise EncoderError(f"Unknown variant {name!r}. Available: {', '.join(variants)}.")
         spec = variants[variant or next(iter(variants))]
+        t, h, w = spec.grid if args.own_grid else args.grid
         scale = 4 if args.store_dtype == "int8" else 0
         num_bytes = t * h * w * (spec.embed_dim * BYTES[args.store_dtype] + scale + 1) + 8 * t + 16
         total += num_bytes
-        print(f"{name}: {size(num_bytes)} per video")
-    print(f"{args.videos} videos: {size(total * args.videos)} (images take one time step: 1/{t} of it)")
+        print(f"{name}: {size(num_bytes)} per video, {size(num_bytes / t)} per image")
+    print(f"{args.videos} videos: {size(total * args.videos)}")
 
 
 ACTIONS: dict[str, Callable[[argparse.Namespace], int | None]] = {

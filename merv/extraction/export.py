@@ -18,71 +18,15 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from merv.errors import DataError, MissingDependency
+from merv.features.dataset import StoredVideo, videos_of
 from merv.features.keys import content_digest
-from merv.features.shard import FeatureKey, options_id
 from merv.features.store import FeatureStore
+from merv.fusion.align import cell_edges
 from merv.types import Grid
 from merv.utils.files import new_folder, temporary_beside
 
 VIDEOS_PER_TAR = 1000
 ROWS_AT_ONCE = 1000  # rows of a table that are held in memory
-
-
-@dataclass(frozen=True)
-class Video:
-    """A video of a store, with its features' keys by encoder.
-
-    Args:
-        source: Its path or name.
-        digest: Hash of its content.
-        keys: Name of each encoder → the key of its features.
-    """
-
-    source: str
-    digest: str
-    keys: dict[str, FeatureKey]
-
-
-def videos_of(store: FeatureStore, encoders: Sequence[str] = ()) -> list[Video]:
-    """The videos of a store, ordered by name.
-
-    Args:
-        store: The store. If it has features of one encoder with different options, the encoder's name is
-            followed by a part of their hash.
-        encoders: Names of the encoders to include; all by default.
-
-    Raises:
-        DataError: The store has no features of an encoder.
-    """
-    keys = list(store)
-    names = encoder_names(keys)
-    wanted = [name for name in names.values() if not encoders or name in encoders]
-    if missing := [name for name in encoders if name not in wanted]:
-        available = ", ".join(sorted(set(names.values()))) or "none"
-        raise DataError(f"The store has no features of {', '.join(missing)}. Available: {available}.")
-    videos: dict[str, Video] = {}
-    for key in keys:
-        name = names[key.encoder, key.options]
-        if name in wanted:
-            video = videos.setdefault(key.video, Video(key.source or key.video, key.video, {}))
-            video.keys[name] = key
-    return sorted(videos.values(), key=lambda video: video.source)
-
-
-def encoder_names(keys: Iterable[FeatureKey]) -> dict[tuple[str, str], str]:
-    """(Name, options) of each encoder in a store → a name that no other has.
-
-    >>> encoder_names([FeatureKey("{}", "v", "clip"), FeatureKey("[]", "v", "clip")]).values()
-    dict_values(['clip-44136fa3', 'clip-4f53cda1'])
-    """
-    found = dict.fromkeys((key.encoder, key.options) for key in keys)
-    names = [encoder for encoder, _ in found]
-    return {
-        (encoder, options): encoder
-        if names.count(encoder) == 1
-        else f"{encoder}-{options_id(FeatureKey(options, ''))[:8]}"
-        for encoder, options in found
-    }
 
 
 # Embeddings -----------------------------------------------------------------------------------
@@ -103,12 +47,13 @@ def pooled(grid: Grid, per_step: bool = False) -> Tensor:
 
 
 def embeddings(
-    store: FeatureStore, videos: Sequence[Video], per_step: bool = False
+    store: FeatureStore, videos: Sequence[StoredVideo], per_step: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each video and encoder (and time step): names, times and the mean of the features."""
+    """Yield a row for each video and encoder (and time step): names, the time in seconds that it covers, and
+    the mean of the features."""
     for video in videos:
         for encoder, key in video.keys.items():
-            grid = _read(store, video, encoder)
+            grid = video.read(store, encoder)
             options = json.loads(key.options)
             row = {
                 "source": video.source,
@@ -117,20 +62,14 @@ def embeddings(
                 "variant": options["variant"][0],
                 "weights": options["weights"],
             }
-            times_s = grid.times_s[0].tolist()
-            if not per_step:
-                yield row | {
-                    "start_s": times_s[0],
-                    "end_s": times_s[-1],
-                    "embedding": pooled(grid).numpy(),
-                }
-                continue
-            for step, embedding in enumerate(pooled(grid, per_step=True)):
-                yield row | {
-                    "start_s": times_s[step],
-                    "end_s": times_s[step],
-                    "embedding": embedding.numpy(),
-                }
+            bounds_s = cell_edges(grid.times_s)[0].tolist()
+            if per_step:
+                steps = pooled(grid, per_step=True)
+            else:
+                steps, bounds_s = pooled(grid)[None], [(bounds_s[0][0], bounds_s[-1][1])]
+            for embedding, (start_s, end_s) in zip(steps, bounds_s, strict=True):
+                times = {"start_s": round(start_s, 6), "end_s": round(end_s, 6)}
+                yield row | times | {"embedding": embedding.numpy()}
 
 
 @dataclass(frozen=True)
@@ -164,7 +103,7 @@ def neighbors(
     position = _position_of(query, videos)
     similarity = torch.zeros(len(videos))
     for name in names:
-        matrix = torch.stack([pooled(_read(store, video, name)) for video in videos]).nan_to_num()
+        matrix = torch.stack([pooled(video.read(store, name)) for video in videos]).nan_to_num()
         matrix = normalize(matrix - matrix.mean(dim=0), dim=-1)
         similarity += matrix @ matrix[position] / len(names)
     order = [i for i in similarity.argsort(descending=True).tolist() if i != position]
@@ -173,7 +112,7 @@ def neighbors(
     return [Neighbor(videos[i].source, round(similarity[i].item(), 4)) for i in order[:count]]
 
 
-def _position_of(query: str, videos: Sequence[Video]) -> int:
+def _position_of(query: str, videos: Sequence[StoredVideo]) -> int:
     for position, video in enumerate(videos):
         if query in (video.source, video.digest):
             return position
@@ -218,7 +157,9 @@ def write_parquet(rows: Iterable[dict[str, Any]], path: Path) -> int:
     return count + len(batch)
 
 
-def write_numpy(store: FeatureStore, videos: Sequence[Video], folder: Path, progress: bool = False) -> int:
+def write_numpy(
+    store: FeatureStore, videos: Sequence[StoredVideo], folder: Path, progress: bool = False
+) -> int:
     """Write an .npz file per video, with the arrays ENCODER.values, .times_s, .extent and .mask, and
     index.jsonl with the names of the videos. bfloat16 becomes float32."""
     with new_folder(folder) as temporary, (temporary / "index.jsonl").open("w", encoding="utf-8") as index:
@@ -230,7 +171,7 @@ def write_numpy(store: FeatureStore, videos: Sequence[Video], folder: Path, prog
 
 
 def write_webdataset(
-    store: FeatureStore, videos: Sequence[Video], folder: Path, progress: bool = False
+    store: FeatureStore, videos: Sequence[StoredVideo], folder: Path, progress: bool = False
 ) -> int:
     """Write shards of 1000 videos: KEY.npz as in `write_numpy`, and KEY.json with the name of the video."""
     with new_folder(folder) as temporary:
@@ -248,7 +189,9 @@ def write_webdataset(
     return len(videos)
 
 
-def write_zarr(store: FeatureStore, videos: Sequence[Video], folder: Path, progress: bool = False) -> int:
+def write_zarr(
+    store: FeatureStore, videos: Sequence[StoredVideo], folder: Path, progress: bool = False
+) -> int:
     """Write a Zarr group per video, named by its number, with one array per encoder and field."""
     try:
         import zarr
@@ -272,21 +215,14 @@ WRITERS: dict[str, Callable[..., int]] = {
 }
 
 
-def _arrays(store: FeatureStore, video: Video) -> dict[str, np.ndarray]:
+def _arrays(store: FeatureStore, video: StoredVideo) -> dict[str, np.ndarray]:
     arrays = {}
     for encoder in video.keys:
-        grid = _read(store, video, encoder)
+        grid = video.read(store, encoder)
         for name, tensor in vars(grid).items():
             tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
             arrays[f"{encoder}.{name}"] = tensor[0].numpy()
     return arrays
-
-
-def _read(store: FeatureStore, video: Video, encoder: str) -> Grid:
-    grid = store.get(video.keys[encoder])
-    if grid is None:
-        raise DataError(f"{video.source}: the features of {encoder} are damaged: see `merv store verify`.")
-    return grid
 
 
 def check_output(path: Path, is_folder: bool) -> Path:
@@ -302,5 +238,5 @@ def check_output(path: Path, is_folder: bool) -> Path:
     return path
 
 
-def _bar(videos: Sequence[Video], progress: bool) -> Iterable[Video]:
+def _bar(videos: Sequence[StoredVideo], progress: bool) -> Iterable[StoredVideo]:
     return tqdm(videos, "Exporting", unit="video", disable=None if progress else True)

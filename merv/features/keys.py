@@ -24,6 +24,7 @@ from torch import Tensor
 from merv.encoding.base import Encoder
 from merv.encoding.weights import values_digest
 from merv.errors import DataError, EncoderError, UnreadableVideo
+from merv.features.stored import StoredEncoder
 from merv.fusion.align import Aligner
 from merv.utils.files import file_digest, stream_digest, view_of
 from merv.utils.plugins import class_path
@@ -66,6 +67,8 @@ def feature_cache_key(
     Raises:
         EncoderError: The aligner is a custom one; merv does not know what its output depends on.
     """
+    if isinstance(encoder, StoredEncoder):
+        return encoder.options
     if type(aligner) is not Aligner:
         raise EncoderError(
             f"Features of the custom aligner {type(aligner).__name__} cannot be stored. Use merv.Aligner, "

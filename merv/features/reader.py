@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from merv.errors import DataError
 from merv.features.keys import content_digest, printable, source_name
 from merv.features.shard import FeatureKey
 from merv.features.store import FeatureStore
@@ -28,11 +29,13 @@ class EncoderRequest:
         preset: The encoder's preprocessing.
         cache_key: Everything that the features depend on except the video; see `feature_cache_key`. Empty if
             there is no store.
+        stored_only: Whether the features can only come from the store.
     """
 
     spec: EncoderSpec
     preset: Preset
     cache_key: str = ""
+    stored_only: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +97,8 @@ class Reader:
         Raises:
             VideoError: The video cannot be read.
             SamplingError: The sampling does not fit the video.
-            DataError: There is a store, but the video has no content that can be hashed.
+            DataError: There is a store, but the video has no content that can be hashed, or the store lacks
+                features that only it can have.
         """
         if seed is not None and self.sampling.seed is None:
             return replace(self, sampling=replace(self.sampling, seed=seed))(video, name=name)
@@ -104,6 +108,11 @@ class Reader:
         entries = {name: self.store.get(key) for name, key in keys.items()}
         stored = {name: grid for name, grid in entries.items() if grid is not None}
         missing = [name for name in keys if name not in stored]
+        if lacking := [name for name in missing if self.requests[name].stored_only]:
+            raise DataError(
+                f"{keys[lacking[0]].source or video}: {self.store} has no features of {', '.join(lacking)}. "
+                "Add them with `merv extract`, with the options that `merv store stats` shows."
+            )
         return LoadedVideo(self.read(video, missing) if missing else None, stored, keys)
 
     def keys(self, video: Any, source: str | None = None) -> dict[str, FeatureKey]:

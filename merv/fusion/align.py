@@ -26,7 +26,8 @@ class Aligner(nn.Module):
     """Resample a grid of any size to a common size, using its times, extent and mask.
 
     Args:
-        grid: The common size (t, h, w). A still, which has no duration, gets one step of time.
+        grid: The common size (t, h, w). A still, which has no duration, gets one step of time. None: each
+            encoder keeps its own grid.
         mode: "area" weights source cells by their overlap. "released" is the AdaptiveAvgPool3d of the
             released MERV, which ignores times and extents. The two are equal if the encoder's size is a
             multiple of the common size and it sees the whole image. From 14 to 8 cells, the windows of
@@ -45,17 +46,25 @@ class Aligner(nn.Module):
     """
 
     def __init__(
-        self, grid: tuple[int, int, int] = (16, 8, 8), mode: Literal["area", "released"] = "area"
+        self, grid: tuple[int, int, int] | None = (16, 8, 8), mode: Literal["area", "released"] = "area"
     ) -> None:
         super().__init__()
-        if not isinstance(grid, Sequence) or len(grid) != 3 or not all(map(is_count, grid)):
+        is_size = isinstance(grid, Sequence) and len(grid) == 3 and all(map(is_count, grid))
+        if grid is not None and not is_size:
             raise ShapeError(
                 f"Expected a grid (time, rows, columns), three integers of at least 1; got {grid!r}."
             )
         if mode not in ("area", "released"):
             raise ShapeError(f"Unknown aligner mode {mode!r}. Available: 'area', 'released'.")
-        self.grid = (int(grid[0]), int(grid[1]), int(grid[2]))
+        self.grid = None if grid is None else (int(grid[0]), int(grid[1]), int(grid[2]))
         self.mode = mode
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """The common size (t, h, w). Raises ShapeError if each encoder keeps its own grid."""
+        if self.grid is None:
+            raise ShapeError("Each encoder keeps its own grid, as grid=None says. Pass a grid (t, h, w).")
+        return self.grid
 
     def forward(self, grid: Grid, span_s: Tensor | None = None, shown_s: Tensor | None = None) -> Grid:
         """Resample a batch of features.
@@ -69,6 +78,7 @@ class Aligner(nn.Module):
 
         Returns:
             Features on the common cells, values of shape [B, T, H, W, D] for an aligner of size (T, H, W).
+            Without a common size: the features as they are, of a still only the first step.
         """
         edges_s = cell_edges(grid.times_s)  # [B, t, 2]
         if span_s is None:
@@ -76,6 +86,8 @@ class Aligner(nn.Module):
         elif shown_s is not None:
             edges_s = extend_to_span(edges_s, span_s, shown_s)
         still = bool((span_s[:, 0] >= span_s[:, 1]).all())
+        if self.grid is None:
+            return first_step(grid) if still else grid
         t, h, w = (1, *self.grid[1:]) if still else self.grid
         starts_ends = equal_cells(span_s[:, 0], span_s[:, 1], t)  # [B, t, 2]
         whole = grid.extent.new_tensor(WHOLE_PICTURE).expand_as(grid.extent)
@@ -93,6 +105,11 @@ class Aligner(nn.Module):
             )
             values, mask = _weighted_mean(grid, time, rows, columns)
         return Grid(values, starts_ends.mean(dim=2), whole, mask)
+
+
+def first_step(grid: Grid) -> Grid:
+    """The features without the steps after the first one."""
+    return Grid(grid.values[:, :1], grid.times_s[:, :1], grid.extent, grid.mask[:, :1])
 
 
 def cell_edges(times_s: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from merv.features.keys import feature_cache_key, own_arguments
 from merv.features.reader import EncoderRequest, LoadedVideo, Reader
 from merv.features.shard import FeatureKey
 from merv.features.store import FeatureStore
+from merv.features.stored import StoredEncoder, stored_encoders
 from merv.fusion.align import Aligner
 from merv.fusion.fusion import Fusion
 from merv.fusion.mixers import Mixer, any_present, cell_positions
@@ -88,7 +89,8 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         encoders: Encoder names (see `merv encoders`; "dinov2/base" selects a variant) or `merv.Encoder`
             objects. A mapping gives them names of your own. Without it, "dinov2/base" is called dinov2_base,
             and "module:Class" is called Class.
-        grid: Size (t, h, w) of the common grid. Stills get one step of time.
+        grid: Size (t, h, w) of the common grid. Stills get one step of time. None: each encoder keeps its own
+            grid, and `features` can be used, but not `fuse` and `forward`.
         output_dim: Dimension L of the tokens, usually that of the LLM's embeddings. Without it, there are no
             untrained layers: a token is the concatenation of all encoders' channels.
         mixer: A registered name, `module:Class` or a subclass of `Mixer`. This and the next four arguments
@@ -132,7 +134,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         self,
         encoders: Sequence[str | Encoder] | Mapping[str, str | Encoder],
         *,
-        grid: tuple[int, int, int] = (16, 8, 8),
+        grid: tuple[int, int, int] | None = (16, 8, 8),
         output_dim: int | None = None,
         mixer: str | type[Mixer] | None = None,
         projector: str | type[Projector] | None = None,
@@ -163,6 +165,8 @@ class MultiEncoder(PretrainedMixin, nn.Module):
                 f"{', '.join(given) or 'norm'}: without output_dim= there is no fusion that could use it. "
                 "Set output_dim to the dimension of the tokens, usually that of the LLM's embeddings."
             )
+        if output_dim is not None and grid is None:
+            raise ShapeError("output_dim: tokens need a common grid. Pass grid=(t, h, w) instead of None.")
         for option, plugin, registry in (("mixer", mixer, MIXERS), ("projector", projector, PROJECTORS)):
             if isinstance(plugin, str):
                 registry.find(plugin)
@@ -188,6 +192,64 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             embed_dims = {name: encoder.spec.embed_dim for name, encoder in self.named()}
             self.fusion = Fusion(embed_dims, output_dim, norm=norm, **given)
         self.backend, self.resample = backend, resample
+        self.store: FeatureStore | None = None  # where `features` looks first
+
+    @classmethod
+    def from_store(
+        cls,
+        store: FeatureStore | str | Path,
+        encoders: Sequence[str] | None = None,
+        *,
+        output_dim: int | None = None,
+        mixer: str | type[Mixer] | None = None,
+        projector: str | type[Projector] | None = None,
+        norm: bool = True,
+        mixer_options: Mapping[str, Any] | None = None,
+        projector_options: Mapping[str, Any] | None = None,
+    ) -> MultiEncoder:
+        """Create a MultiEncoder that reads all features from a store and loads no encoder.
+
+        Grid and sampling are those of the features. The model accepts the videos of the store, and
+        `FeatureDataset` yields their features without the videos. It cannot be saved; load the trained
+        `fusion.state_dict()` into a MultiEncoder with the encoders.
+
+        Args:
+            store: A feature store, or its folder or address.
+            encoders: Names of the encoders; all of the store by default. `merv store stats` shows them.
+            output_dim: Dimension of the tokens; this and the other arguments are those of MultiEncoder.
+            mixer: See MultiEncoder.
+            projector: See MultiEncoder.
+            norm: See MultiEncoder.
+            mixer_options: See MultiEncoder.
+            projector_options: See MultiEncoder.
+
+        Raises:
+            DataError: The store is empty, lacks an encoder, or has features of different grids or sampling.
+
+        Example:
+            >>> video, store = torch.zeros(8, 3, 32, 32, dtype=torch.uint8), FeatureStore()
+            >>> _ = MultiEncoder(["fake", "fake/video"], grid=(4, 2, 2)).features(video, store=store)
+            >>> MultiEncoder.from_store(store, output_dim=32)(video).tokens.shape
+            torch.Size([1, 16, 32])
+        """
+        store = store if isinstance(store, FeatureStore) else FeatureStore(store, read_only=True)
+        stored, shared = stored_encoders(store, encoders)
+        grid, align = shared["aligner"]
+        mode, start_s, end_s, fps, seed, total = shared["sampling"]
+        model = cls(
+            stored,
+            grid=None if grid is None else tuple(grid),
+            output_dim=output_dim,
+            mixer=mixer,
+            projector=projector,
+            norm=norm,
+            mixer_options=mixer_options,
+            projector_options=projector_options,
+            sampling=Sampling(mode, start_s=start_s, end_s=end_s, fps=fps, seed=seed, total=total),
+            align=align,
+        )
+        model.store = store
+        return model
 
     def forward(
         self,
@@ -269,6 +331,9 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             raise ShapeError(
                 "Without output_dim= there is no mixer that could use the question. Set output_dim."
             )
+        shapes = {name: grid.shape for name, grid in features.items()}
+        if len(set(shapes.values())) > 1:
+            raise ShapeError(f"Expected features on one grid to fuse, got {shapes}. Set grid=(t, h, w).")
         values = torch.cat([grid.values for grid in features.values()], dim=-1)
         mask = torch.stack([grid.mask for grid in features.values()], dim=1)  # [B, E, t, h, w]
         grid = next(iter(features.values()))
@@ -291,7 +356,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             videos: A video, or a list of videos: anything that `load_video` reads, or a `LoadedVideo` from
                 `reader`. The features of a LoadedVideo are only stored if its reader had a store.
             encoders: Names of the encoders to use. Defaults to all.
-            store: Store where features are looked up and saved.
+            store: Store where features are looked up and saved; that of `from_store` by default.
 
         Returns:
             Encoder name → aligned features, values of shape [B, t, h, w, D].
@@ -301,6 +366,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             EncoderError: A name in `encoders` is unknown, or a LoadedVideo lacks an encoder.
             ShapeError: There is no video.
         """
+        store = self.store if store is None else store
         names = [name for name, _ in self.named(encoders)]
         batch = as_batch(videos)
         distinct = {source_key(video): video for video in batch}
@@ -351,6 +417,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         Raises:
             EncoderError: `store` is not a FeatureStore, or a name in `encoders` is unknown.
         """
+        store = self.store if store is None else store
         options: dict[str, Any] = {"backend": self.backend, "resample": self.resample}
         if not isinstance(store, FeatureStore | None):
             raise EncoderError(
@@ -363,7 +430,9 @@ class MultiEncoder(PretrainedMixin, nn.Module):
                 key = feature_cache_key(
                     encoder, self.num_frames.get(name), self.sampling, self.aligner, **options
                 )
-            requests[name] = EncoderRequest(encoder.spec, encoder.preset, key)
+            requests[name] = EncoderRequest(
+                encoder.spec, encoder.preset, key, stored_only=isinstance(encoder, StoredEncoder)
+            )
         return Reader(requests, self.sampling, self.num_frames, store=store, **options)
 
     def add_encoder(self, name: str, encoder: str | Encoder, num_frames: int | None = None) -> None:
@@ -433,6 +502,11 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             CheckpointError: An encoder has random weights or constructor arguments of its own, which loading
                 could not recreate, or the aligner, the mixer or a projector was replaced.
         """
+        if any(isinstance(encoder, StoredEncoder) for _, encoder in self.named()):
+            raise CheckpointError(
+                "A MultiEncoder that was created by from_store cannot be saved, because it has no encoders. "
+                "Load its fusion.state_dict() into the fusion of a MultiEncoder that has them."
+            )
         random = [name for name, encoder in self.named() if encoder.identity.sha256 is None]
         if random:
             raise CheckpointError(
@@ -452,7 +526,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             )
         fusion = {"output_dim": None} if self.fusion is None else self.fusion.config()
         return {
-            "grid": list(self.aligner.grid),
+            "grid": None if self.aligner.grid is None else list(self.aligner.grid),
             **fusion,
             "fusion_dtype": "float32" if self.fusion is None else _dtype_name(self.fusion),
             "align": self.aligner.mode,
@@ -507,7 +581,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
                 name: recreate(name, saved, weights).to(getattr(torch, saved["dtype"]))
                 for name, saved in saved_encoders.items()
             }
-        options |= {"sampling": Sampling(**options["sampling"]), "grid": tuple(options["grid"])}
+        options["sampling"] = Sampling(**options["sampling"])
         with invalid_config(where, PluginError):
             if state is not None:
                 empty = without_weights(lambda: cls(encoders, **options), BrokenPlugin)

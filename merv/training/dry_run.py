@@ -220,7 +220,7 @@ def _without_shortcuts() -> Iterator[None]:
 def _features(model: Any, shape: BatchShape, meter: Meter, encode: bool) -> list[dict[str, Grid]]:
     """Aligned features by encoder, for the videos and for the stills of a batch."""
     features = []
-    t, h, w = model.vision.aligner.grid
+    t, h, w = model.vision.aligner.size
     for clips, steps in ((shape.videos, t), (shape.stills, 1)):
         if not clips:
             continue

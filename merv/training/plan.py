@@ -320,7 +320,7 @@ class _Size(NamedTuple):
 
 def _size(conversations: Sequence[Any], model: VideoLLM) -> _Size:
     """Tokenize the conversations of a sample; a video becomes as many tokens as the model makes of it."""
-    t, h, w = model.vision.aligner.grid
+    t, h, w = model.vision.aligner.size
     parts = [part for messages in conversations for part in media_parts(messages)]
     images = {str(part["image"]) for part in parts if part["type"] == "image"}
     visuals: set[str] = set()

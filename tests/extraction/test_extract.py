@@ -18,9 +18,9 @@ from pyarrow import parquet
 from merv.cli.main import main
 from merv.encoders.fake import Fake
 from merv.errors import DataError
-from merv.extraction import export
 from merv.extraction.extract import extract
 from merv.extraction.videos import Item, Items
+from merv.features.dataset import videos_of
 from merv.features.maintenance import verify
 from merv.features.reader import Reader
 from merv.features.store import FeatureStore
@@ -371,7 +371,10 @@ def test_embeddings_are_means_over_valid_cells(store, clips, tmp_path, capsys):
     np.testing.assert_allclose(row["embedding"], grid.values.mean((0, 1, 2, 3)), rtol=1e-5)
     run(capsys, "export", store, tmp_path / "steps.parquet", "--per-step", "--encoders", "fake")
     steps = parquet.read_table(tmp_path / "steps.parquet").to_pylist()
-    assert [row["start_s"] for row in steps[:4]] == grid.times_s[0].tolist()
+    assert [(row["start_s"] + row["end_s"]) / 2 for row in steps[:4]] == pytest.approx(
+        grid.times_s[0].tolist()
+    )
+    assert [row["start_s"] for row in steps[1:4]] == [row["end_s"] for row in steps[:3]]
     np.testing.assert_allclose(steps[1]["embedding"], grid.values[0, 1].mean((0, 1)), rtol=1e-5)
 
 
@@ -385,6 +388,32 @@ def test_features_are_exported(store, clips, tmp_path, capsys, form):
     grid = MultiEncoder(["fake"], grid=(4, 2, 2)).features(clips / "a.mp4")["fake"]
     np.testing.assert_array_equal(arrays["fake.values"], grid.values[0])
     np.testing.assert_array_equal(arrays["fake.times_s"], grid.times_s[0])
+
+
+def test_own_grids_of_encoders_are_stored(clips, tmp_path, capsys):
+    arguments = ["--out", tmp_path, "--encoders", "fake", "fake/video", "--num-workers", "0", "--own-grid"]
+    assert main(["extract", *map(str, [clips / "a.mp4", *arguments])]) == 0
+    model = MultiEncoder(["fake", "fake/video"])
+    clip = model.read(clips / "a.mp4")
+    for name, (own,) in model.encode([clip]).items():
+        stored = next(v for v in videos_of(FeatureStore(tmp_path))).read(FeatureStore(tmp_path), name)
+        assert torch.equal(stored.values, own.values)
+        assert torch.equal(stored.times_s, own.times_s)
+
+
+def test_grid_and_own_grid_exclude_each_other(clips, tmp_path, capsys):
+    assert extract_to(tmp_path / "store", clips, "--own-grid") == 2
+    assert "--grid T H W or --own-grid" in capsys.readouterr().err
+
+
+def test_pool_per_step_has_a_row_for_each_step(clips, tmp_path, capsys):
+    assert extract_to(tmp_path / "store", clips / "a.mp4", "--per-step") == 2
+    assert "--pool" in capsys.readouterr().err
+    extract_to(tmp_path / "store", clips / "a.mp4", "--per-step", "--pool", tmp_path / "out.parquet")
+    rows = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    duration_s = 8 / 25
+    assert [row["start_s"] for row in rows] == pytest.approx([duration_s * i / 4 for i in range(4)])
+    assert rows[-1]["end_s"] == pytest.approx(duration_s)
 
 
 def test_pool_writes_embeddings_of_this_extraction(clips, tmp_path):
@@ -425,6 +454,6 @@ def test_a_folder_without_features_is_no_store(tmp_path, capsys):
 
 def test_two_settings_of_one_encoder_have_two_names(store, clips, capsys):
     extract_to(store, clips, "--preset", "fake=upstream")
-    names = {name for video in export.videos_of(FeatureStore(store)) for name in video.keys}
+    names = {name for video in videos_of(FeatureStore(store)) for name in video.keys}
     assert len(names) == 3
     assert sum(name.startswith("fake-") for name in names) == 2

@@ -12,6 +12,7 @@ from merv.cli.fit import NOISE
 from merv.cli.main import main
 from merv.data.module import ChatData
 from merv.errors import TrainingError
+from merv.features.store import FeatureStore
 from merv.models.llm import LoraOptions
 from merv.models.video_llm import VideoLLM
 from merv.testing import make_video, tiny_llm
@@ -210,20 +211,40 @@ def tiny(folder, out, **more) -> list[str]:
     return [f"--{key}={value}" for key, value in options.items()]
 
 
-@pytest.mark.parametrize("name", sorted(recipes()))
-def test_every_recipe_trains_with_tiny_parts(folder, name, capsys):
+def earlier_stage(folder, name) -> dict:
+    """Train the stage that a recipe starts from; return the options for it."""
     more = {}
-    if "init_from:" in recipes()[name].read_text():  # needs the model of an earlier stage
+    if "init_from:" in recipes()[name].read_text():
         first = "merv/full_stage1" if name == "merv/full_stage2" else "merv/lora"
         assert main(["fit", "--config", first, *tiny(folder, folder / "first")]) == 0
         more["model.init_from"] = folder / "first/model"
     if name == "merv/add_encoder":
         more["model.encoders"] = "[fake,fake/video]"
         more["model.trainable"] = "[projector.fake_video,mixer.fake_video]"
+    return more
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_recipe_trains_with_tiny_parts(folder, name, capsys):
+    more = earlier_stage(folder, name)
     assert main(["fit", "--config", name, *tiny(folder, folder / "run", **more)]) == 0
     assert (folder / "run/loss.png").read_bytes().startswith(b"\x89PNG")
     assert "merv ask VIDEO QUESTION --model" in capsys.readouterr().out
     assert main(["ask", str(folder / "0.mp4"), "Who?", "--model", str(folder / "run/model")]) == 0
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_recipe_trains_from_a_store_bit_for_bit(folder, name):
+    more = earlier_stage(folder, name) | {"trainer.precision": "32-true"}
+    store = {"model.feature_store": folder / "store"}
+    assert main(["fit", "--config", name, *tiny(folder, folder / "run", **more)]) == 0
+    assert main(["fit", "--config", name, *tiny(folder, folder / "stored", **more, **store)]) == 0
+    num_encoders = 2 if name == "merv/add_encoder" else 1
+    assert len(FeatureStore(folder / "store", read_only=True)) == 2 * num_encoders
+    trained = [file for file in (folder / "run/model").rglob("*.safetensors") if file.is_file()]
+    assert trained
+    for file in trained:
+        assert file.read_bytes() == (folder / "stored" / file.relative_to(folder / "run")).read_bytes()
 
 
 def test_every_recipe_has_a_complete_header():
