@@ -271,6 +271,8 @@ class MadeWhenRead(Sequence[Item]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
+        if index >= len(self):
+            raise IndexError(index)
         generator = torch.Generator().manual_seed(index + len(self.prefix) * 10**6)
         pixels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, generator=generator)
         return Item(f"{self.prefix}clip {index}", pixels)
@@ -292,16 +294,18 @@ def measure_rate(number: int) -> None:
             extract(encoders, MadeWhenRead(70, "warm-up "), store)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
         before_mb = resident_mb("VmRSS")
+        cpu = time.process_time()
         with FeatureStore(Path(folder, "store")) as store:
             seconds = extract(encoders, MadeWhenRead(number), store).seconds
             assert len(store) == number
-        print(json.dumps([number / seconds, resident_mb("VmHWM") - before_mb, before_mb]))
+        cpu_ms = 1e3 * (time.process_time() - cpu) / number
+        print(json.dumps([number / seconds, resident_mb("VmHWM") - before_mb, before_mb, cpu_ms]))
 
 
-def rates(counts: Sequence[int]) -> dict[int, tuple[float, float, float]]:
-    """Number of clips → clips per second, MB above the start and at the start; medians."""
+def rates(counts: Sequence[int], repeats: int) -> dict[int, tuple[float, float, float, float]]:
+    """Number of clips → clips per second, MB above the start and at the start, ms of CPU a clip; medians."""
     found: dict[int, list[list[float]]] = {number: [] for number in counts}
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for number in counts:
             command = [sys.executable, __file__, "--one-rate", str(number)]
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -311,27 +315,28 @@ def rates(counts: Sequence[int]) -> dict[int, tuple[float, float, float]]:
     return {number: tuple(map(statistics.median, values)) for number, values in columns.items()}  # type: ignore[misc]
 
 
-def describe_rates(measured: dict[int, tuple[float, float, float]]) -> list[str]:
+def describe_rates(measured: dict[int, tuple[float, float, float, float]], repeats: int) -> list[str]:
     """A table of rate and memory."""
-    lines = [f"Rate and memory: fake, grid 4×2×2, one thread, medians of {REPEATS}"]
-    for number, (rate, more_mb, before_mb) in measured.items():
+    lines = [f"Rate and memory: fake, grid 4×2×2, one thread, medians of {repeats}"]
+    for number, (rate, more_mb, before_mb, cpu_ms) in measured.items():
         lines.append(
-            f"{number:6} clips  {rate:6.1f} clips/s  {more_mb:6.1f} MB above {before_mb:.0f} MB at the start"
+            f"{number:6} clips  {rate:6.1f} clips/s  {cpu_ms:.2f} ms CPU a clip  "
+            f"{more_mb:6.1f} MB above {before_mb:.0f} MB at the start"
         )
     return lines
 
 
-def draw(measured: dict[int, tuple[float, float, float]], path: Path) -> None:
+def draw(measured: dict[int, tuple[float, float, float, float]], path: Path) -> None:
     """Draw rate and memory against the number of clips."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     labels = ("clips per second", "peak memory (MB)")
     series = [
-        [(COLORS[0], "extract", [rate for rate, _, _ in measured.values()])],
+        [(COLORS[0], "extract", [rate for rate, *_ in measured.values()])],
         [
-            (COLORS[1], "during extract", [before + more for _, more, before in measured.values()]),
-            (COLORS[5], "before it", [before for _, _, before in measured.values()]),
+            (COLORS[1], "during extract", [before + more for _, more, before, _ in measured.values()]),
+            (COLORS[5], "before it", [before for _, _, before, _ in measured.values()]),
         ],
     ]
     for axes, label, lines in zip(figure.subplots(1, 2), labels, series, strict=True):
@@ -412,7 +417,7 @@ def kill_once(folder: Path, clips: Path, after: int) -> str:
 def kills(folder: Path, number: int) -> list[str]:
     """Kill extractions early, in the middle and late."""
     make_clips(folder / "clips", number)
-    lines = ["Kill: merv extract, killed with SIGKILL (limit: 64 clips, one shard)"]
+    lines = ["Kill of merv extract by SIGKILL; at most 64 clips, one shard, may be encoded twice"]
     for share in KILLS:
         (one := folder / f"killed {share}").mkdir(parents=True)
         lines.append(kill_once(one, folder / "clips", round(share * number)))
@@ -420,15 +425,23 @@ def kills(folder: Path, number: int) -> list[str]:
     return lines
 
 
+def write_sections(measured: dict[str, str], path: Path) -> None:
+    """Write what was measured; the sections of other parts stay as they are."""
+    old = path.read_text().rstrip().split("\n\n\n") if path.exists() else []
+    sections = {section.partition(" ")[0].lower(): section for section in old} | measured
+    path.write_text("\n\n\n".join(sections[part] for part in PARTS if part in sections) + "\n")
+
+
 def main() -> None:
     """Measure, print, and write the results if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--clips", type=int, default=2000, help="clips for the overhead (default: 2000)")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="repetitions of the rate (default: 3)")
     parser.add_argument("--threads", type=int, help="threads of the encoder (default: one per core)")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--quick", action="store_true", help="try the script with few clips")
-    parser.add_argument("--write", action="store_true", help="write extraction.txt and extraction.png")
+    parser.add_argument("--write", action="store_true", help="write results/extraction.txt and .png")
     parser.add_argument("--one-rate", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one_rate:
@@ -437,24 +450,24 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     out = Path(tempfile.mkdtemp(dir=args.folder))
-    text = [f"python {' '.join(sys.argv)}    # {machine()}"]
+    command, sections = f"python {' '.join(sys.argv)}    # {machine()}", {}
     try:
         for part in args.parts:
             (folder := out / part).mkdir()
             if part == "overhead":
                 lines = overhead(folder, *((16, 8) if args.quick else (args.clips, PER_BLOCK)))
             elif part == "rate":
-                measured = rates(COUNTS[:2] if args.quick else COUNTS)
-                lines = describe_rates(measured)
+                measured = rates(COUNTS[:2] if args.quick else COUNTS, args.repeats)
+                lines = describe_rates(measured, args.repeats)
                 draw(measured, RESULTS / "extraction.png" if args.write else out / "extraction.png")
             else:
                 lines = kills(folder, 20 if args.quick else 200)
             print("\n".join(["", *lines]), flush=True)
-            text += ["", *lines]
+            sections[part] = "\n".join([lines[0], command, "", *lines[1:]])
     finally:
         shutil.rmtree(out)
     if args.write:
-        (RESULTS / "extraction.txt").write_text("\n".join([*text, ""]))
+        write_sections(sections, RESULTS / "extraction.txt")
 
 
 if __name__ == "__main__":
