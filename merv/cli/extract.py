@@ -73,6 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--sampling", choices=["uniform", "released"], help="how frames are chosen (default: uniform)")
     option("--start-s", type=float, help="start of the range that is sampled, in seconds (default: 0)")
     option("--end-s", type=float, help="end of the range that is sampled, in seconds (default: the end)")
+    option(
+        "--window",
+        type=_seconds,
+        metavar="SECONDS",
+        help="cut each video into windows of this length, each with features of its own",
+    )
     option("--dtype", choices=["fp32", "bf16"], default="fp32", help="dtype of the encoders (default: fp32)")
     option(
         "--store-dtype",
@@ -112,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
             encoders,
             items,
             store,
+            window_s=args.window,
             num_workers=min(os.cpu_count() or 1, 16) if args.num_workers is None else args.num_workers,
             failed=failed.expanduser(),
             progress=True,
@@ -121,7 +128,8 @@ def run(args: argparse.Namespace) -> int:
             "merv: stopped. Run the same command again to go on; stored features are kept.", file=sys.stderr
         )
         raise
-    sys.stdout.write(summary(result, store, failed))
+    unit = "video" if args.window is None else "window"
+    sys.stdout.write(summary(result, store, failed, unit))
     if pool is not None:
         videos = [
             StoredVideo(next(iter(keys.values())).source, next(iter(keys.values())).video, keys)
@@ -132,19 +140,19 @@ def run(args: argparse.Namespace) -> int:
     return int(bool(result.failures))
 
 
-def summary(result: Extraction, store: FeatureStore, failed: Path) -> str:
+def summary(result: Extraction, store: FeatureStore, failed: Path, unit: str) -> str:
     """What an extraction has done, and what limited its speed."""
     total = result.encoded + result.stored + len(result.failures)
     lines = [
-        f"{total} videos in {result.seconds:.1f} s: {result.encoded} encoded, {result.stored} already "
+        f"{total} {unit}s in {result.seconds:.1f} s: {result.encoded} encoded, {result.stored} already "
         f"stored, {len(result.failures)} failed."
     ]
     if result.encoded:
         waiting = result.waited_s / result.seconds
         limit = "decoding: more --num-workers help" if waiting > 0.5 else "the encoders"
         lines.append(
-            f"{result.encoded / result.seconds:.2f} videos/s; the encoders waited for {waiting:.0%} of the "
-            f"time; reading took {result.decode_cpu_s / total:.2f} core-seconds per video. The limit is "
+            f"{result.encoded / result.seconds:.2f} {unit}s/s; the encoders waited for {waiting:.0%} of the "
+            f"time; reading took {result.decode_cpu_s / total:.2f} core-seconds per {unit}. The limit is "
             f"{limit}."
         )
     for cause, count in result.causes.most_common():
@@ -237,6 +245,16 @@ def _name_and_count(text: str) -> tuple[str, int]:
     if not value.isdecimal():
         raise argparse.ArgumentTypeError(f"expected NAME=N, got {text!r}")
     return name, int(value)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of seconds greater than 0, got {text!r}")
+    return seconds
 
 
 def _count(text: str) -> int:

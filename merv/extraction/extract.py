@@ -7,25 +7,30 @@ extractions, also on several machines, can write to one store.
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from merv.data.loader import SAMPLE_ERRORS
 from merv.errors import DataError
 from merv.extraction.videos import Item
+from merv.features.keys import range_of
 from merv.features.reader import LoadedVideo, Reader
 from merv.features.shard import FeatureKey
 from merv.features.store import FeatureStore
 from merv.models.multi_encoder import MultiEncoder
+from merv.video.open import open_video
 from merv.video.reader import reason_of
 
 PREFETCH = 2  # videos that each worker reads ahead
@@ -45,10 +50,10 @@ class Extraction:
     """The result of `extract`.
 
     Args:
-        keys: The key of each video's features, by encoder; of videos that did not fail.
-        encoded: Number of videos that at least one encoder has encoded.
-        stored: Number of videos whose features were all in the store.
-        failures: Videos that could not be read.
+        keys: For each video or window that did not fail: encoder name → the key of its features.
+        encoded: Number of videos, or windows of videos, that at least one encoder has encoded.
+        stored: Number of those whose features were all in the store.
+        failures: Videos and windows that could not be read.
         seconds: Duration of the extraction.
         waited_s: How long the encoders waited for a decoded video.
         decode_cpu_s: CPU time of hashing, decoding and preprocessing, of all workers.
@@ -73,6 +78,7 @@ def extract(
     items: Sequence[Item],
     store: FeatureStore,
     *,
+    window_s: float | None = None,
     num_workers: int = 0,
     failed: str | Path | None = None,
     progress: bool = False,
@@ -84,6 +90,8 @@ def extract(
         encoders: The encoders, on their device and with their dtype. The fusion is not used.
         items: The videos.
         store: Where the features go; it is flushed at the end.
+        window_s: Cut each video into windows of this many seconds, each with features of its own. The last
+            one is shorter. None: whole videos.
         num_workers: Worker processes that decode; 0: this process does it.
         failed: File to which each failure is written as a line of JSON. It is overwritten.
         progress: Show a progress bar with rate, time left, failures and the share of time that the encoders
@@ -108,7 +116,7 @@ def extract(
     store.recover()
     len(store)  # reads the index, so that forked workers have it
     loader: Any = DataLoader(
-        _Reading(encoders.reader(store), items),
+        _Reading(encoders.reader(store), items, window_s),
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=PREFETCH if num_workers else None,
@@ -116,10 +124,12 @@ def extract(
     )
     failures = None if failed is None else Path(failed)
     bar = tqdm(total=len(items), desc="Extracting", unit="video", disable=None if progress else True)
+    unfinished = list(range(max(num_workers, 1)))  # for each worker, the number of its next item
     try:
         if failures is not None and failures.exists():
             _write(failures, "w", "")
-        for loaded, cpu_s in _waiting(loader, result):
+        for index, is_last, loaded, cpu_s in _waiting(loader, result):
+            unfinished[index % len(unfinished)] = index + is_last * len(unfinished)
             result.decode_cpu_s += cpu_s
             failure = loaded if isinstance(loaded, Failure) else _encode(encoders, loaded, store, result)
             if failure is not None:
@@ -132,26 +142,40 @@ def extract(
                     "videos and encoders are stored. Free space or choose another folder, and run the same "
                     "command again."
                 )
-            bar.update()
+            bar.update(is_last)
             waiting = result.waited_s / max(time.perf_counter() - start, 1e-9)
             bar.set_postfix(waiting=f"{waiting:.0%}", failed=len(result.failures), refresh=False)
             if should_stop():
                 break
-    except RuntimeError as error:
-        if not any(text in str(error) for text in ("exited unexpectedly", "is killed by signal")):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and not _is_of_killed_worker(error):
             raise
         # It interrupts whatever runs, perhaps the encoding of the video before
-        done = len(result.keys) + len(result.failures)
-        names = ", ".join(item.name for item in items[done : done + num_workers * PREFETCH + 1])
+        ahead = range(0, (PREFETCH + 1) * num_workers, num_workers)
+        numbers = sorted(first + more for first in unfinished for more in ahead)
+        names = ", ".join(items[number].name for number in numbers if number < len(items))
         raise DataError(
             f"A worker process was killed while it read one of {names}; often, the memory was full. Run the "
             "same command again with fewer --num-workers, or without that video: stored features are kept."
         ) from error
     finally:
         bar.close()
-        store.flush()
+        _flush(store)
     result.seconds = time.perf_counter() - start
     return result
+
+
+def _is_of_killed_worker(error: RuntimeError) -> bool:
+    return any(text in str(error) for text in ("exited unexpectedly", "is killed by signal"))
+
+
+def _flush(store: FeatureStore) -> None:
+    try:
+        store.flush()
+    except RuntimeError as error:  # torch raises it in whatever runs when a worker is killed
+        if not _is_of_killed_worker(error):
+            raise
+        store.flush()
 
 
 def _write(file: Path, mode: str, text: str) -> None:
@@ -172,7 +196,7 @@ def _encode(
             with torch.inference_mode():
                 encoders.features([loaded], store=store)
     except SAMPLE_ERRORS as error:
-        return Failure(source, type(error).__name__, reason_of(error))
+        return _failure(source, error)
     result.encoded += loaded.clip is not None
     result.stored += loaded.clip is None
     result.keys.append(dict(loaded.keys))
@@ -197,22 +221,58 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends the workers
 
 
-class _Reading(Dataset):
-    """Reads videos in worker processes: what was read, or the failure; and the CPU time that it took."""
+def windows(span_s: tuple[float, float], window_s: float) -> list[tuple[float, float]]:
+    """Cut a range of a video into windows; the last one is shorter. A still has none.
 
-    def __init__(self, reader: Reader, items: Sequence[Item]) -> None:
-        self.reader, self.items = reader, items
+    >>> windows((0.0, 25.0), 10.0)
+    [(0.0, 10.0), (10.0, 20.0), (20.0, 25.0)]
+    """
+    start_s, end_s = span_s
+    count = math.ceil((end_s - start_s) / window_s - 1e-6)
+    bounds = [*(round(start_s + window_s * number, 6) for number in range(count)), end_s]
+    return list(pairwise(bounds))
 
-    def __len__(self) -> int:
-        return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[LoadedVideo | Failure, float]:
-        start, item = time.process_time(), self.items[index]
-        try:
-            if item.error:
-                raise DataError(item.error)
-            loaded: LoadedVideo | Failure = self.reader(item.source, name=item.name)
-        except Exception as error:  # whatever it is, the other videos are still read
-            reason = reason_of(error)
-            loaded = Failure(item.name, type(error).__name__, reason)
-        return loaded, time.process_time() - start
+class _Reading(IterableDataset):
+    """Reads videos in worker processes.
+
+    Yields the number of the item, whether this was its last window, what was read or the failure, and the CPU
+    time that it took.
+    """
+
+    def __init__(self, reader: Reader, items: Sequence[Item], window_s: float | None) -> None:
+        self.reader, self.items, self.window_s = reader, items, window_s
+
+    def __iter__(self) -> Iterator[tuple[int, bool, LoadedVideo | Failure, float]]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for index in range(first, len(self.items), step):
+            start = time.process_time()
+            for is_last, loaded in self._read(self.items[index]):
+                yield index, is_last, loaded, time.process_time() - start
+                start = time.process_time()
+
+    def _read(self, item: Item) -> Iterator[tuple[bool, LoadedVideo | Failure]]:
+        with ExitStack() as stack:
+            readers, opened = [self.reader], None
+            try:
+                if item.error:
+                    raise DataError(item.error)
+                if self.window_s is not None:
+                    opened = stack.enter_context(open_video(item.source, backend=self.reader.backend))
+                    spans_s = windows(self.reader.sampling.span_s(opened.info), self.window_s)
+                    if len(spans_s) > 1:
+                        readers = [self.reader.of_range(*span_s) for span_s in spans_s]
+            except Exception as error:
+                yield True, _failure(item.name, error)
+                return
+            for reader in readers:
+                try:
+                    loaded: LoadedVideo | Failure = reader(item.source, name=item.name, opened=opened)
+                except Exception as error:  # whatever it is, the others are still read
+                    loaded = _failure(item.name + range_of(reader.sampling), error)
+                yield reader is readers[-1], loaded
+
+
+def _failure(source: str, error: Exception) -> Failure:
+    return Failure(source, type(error).__name__, reason_of(error))

@@ -36,7 +36,7 @@ from merv.video.sampling import Sampling
 from merv.video.transforms import Resample
 
 version = cache(metadata.version)  # it reads files
-VERSION = 5  # part of the key; increase it if the same options produce other features
+VERSION = 6  # part of the key; increase it if the same options produce other features
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 # Encoder → (state of its tensors, digest of its weights)
 DIGESTS: WeakKeyDictionary[Encoder, tuple[list[Any], str]] = WeakKeyDictionary()
@@ -56,7 +56,7 @@ def feature_cache_key(
     Args:
         encoder: The encoder, with its final weights and dtype.
         num_frames: Number of frames per video; None for that of the encoder's spec.
-        sampling: How times are chosen.
+        sampling: How times are chosen. The range is not part of the key; see `range_of`.
         aligner: The aligner.
         backend: Decoding backend.
         resample: How frames are resized.
@@ -99,14 +99,7 @@ def feature_cache_key(
         "resize": [preset.interpolation, resample, version("pillow")],  # Pillow versions differ
         "normalization": [preset.mean, preset.std],
         "decoder": [(package, version(package)) for package in BACKENDS[backend]],
-        "sampling": [
-            sampling.mode,
-            sampling.start_s,
-            sampling.end_s,
-            sampling.fps,
-            sampling.seed,
-            sampling.total,
-        ],
+        "sampling": [sampling.mode, sampling.fps, sampling.seed, sampling.total],  # the range: `range_of`
         "aligner": (aligner.grid, aligner.mode),
     }
     return json.dumps(key, sort_keys=True, default=str)
@@ -270,6 +263,18 @@ def source_name(video: Any) -> str:
     original = original_of(video)
     name = original if isinstance(original, (str, os.PathLike)) else getattr(original, "name", "")
     return printable(os.fspath(name)) if isinstance(name, (str, os.PathLike)) else ""
+
+
+def range_of(sampling: Sampling) -> str:
+    """The range that is sampled, as it is appended to the hash and the name of a video; empty for all of it.
+
+    >>> range_of(Sampling(start_s=10, end_s=12.5)), range_of(Sampling(start_s=10)), range_of(Sampling())
+    ('@10-12.5', '@10-', '')
+    """
+    if not sampling.start_s and sampling.end_s is None:
+        return ""
+    start_s, end_s = (f"{s:.6f}".rstrip("0").rstrip(".") for s in (sampling.start_s, sampling.end_s or 0.0))
+    return f"@{start_s}-{end_s if sampling.end_s else ''}"
 
 
 def printable(name: str | bytes) -> str:

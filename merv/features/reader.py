@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from merv.errors import DataError
-from merv.features.keys import content_digest, printable, source_name
+from merv.features.keys import content_digest, printable, range_of, source_name
 from merv.features.shard import FeatureKey
 from merv.features.store import FeatureStore
 from merv.types import EncoderSpec, Grid, Preset
 from merv.video.clip import Clip, prepare
+from merv.video.reader import VideoReader
 from merv.video.sampling import Sampling
 from merv.video.transforms import Resample
 
@@ -83,13 +84,20 @@ class Reader:
     resample: Resample = "exact"
     store: FeatureStore | None = None
 
-    def __call__(self, video: Any, seed: int | None = None, name: str | None = None) -> LoadedVideo:
+    def __call__(
+        self,
+        video: Any,
+        seed: int | None = None,
+        name: str | None = None,
+        opened: VideoReader | None = None,
+    ) -> LoadedVideo:
         """Read one video, or load its features from the store.
 
         Args:
             video: Anything that `load_video` reads.
             seed: Seed for the sampling mode "segment", if the sampling has none.
             name: Name of the video in the store; its path by default.
+            opened: The open reader of `video`, if there is one, so that it need not be opened again.
 
         Returns:
             Stored features, and frames for the other encoders.
@@ -101,9 +109,9 @@ class Reader:
                 features that only it can have.
         """
         if seed is not None and self.sampling.seed is None:
-            return replace(self, sampling=replace(self.sampling, seed=seed))(video, name=name)
+            return replace(self, sampling=replace(self.sampling, seed=seed))(video, None, name, opened)
         if self.store is None:
-            return LoadedVideo(self.read(video), {}, {})
+            return LoadedVideo(self.read(opened or video), {}, {})
         keys = self.keys(video, name)
         entries = {name: self.store.get(key) for name, key in keys.items()}
         stored = {name: grid for name, grid in entries.items() if grid is not None}
@@ -113,11 +121,16 @@ class Reader:
                 f"{keys[lacking[0]].source or video}: {self.store} has no features of {', '.join(lacking)}. "
                 "Add them with `merv extract`, with the options that `merv store stats` shows."
             )
-        return LoadedVideo(self.read(video, missing) if missing else None, stored, keys)
+        return LoadedVideo(self.read(opened or video, missing) if missing else None, stored, keys)
+
+    def of_range(self, start_s: float, end_s: float) -> Reader:
+        """Return the reader for a range of videos, in seconds."""
+        return replace(self, sampling=replace(self.sampling, start_s=start_s, end_s=end_s))
 
     def keys(self, video: Any, source: str | None = None) -> dict[str, FeatureKey]:
         """Return encoder name → key of this video's features in a store, where `source` names it."""
-        digest, source = content_digest(video), source_name(video) if source is None else printable(source)
+        span, source = range_of(self.sampling), source_name(video) if source is None else printable(source)
+        digest, source = content_digest(video) + span, source and source + span
         return {
             name: FeatureKey(request.cache_key, digest, name, source)
             for name, request in self.requests.items()

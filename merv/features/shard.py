@@ -55,7 +55,7 @@ class FeatureKey:
 
     Args:
         options: Everything that the features depend on except the video, as JSON; see `feature_cache_key`.
-        video: Hash of the content of the video.
+        video: Hash of the content of the video, and the range that was sampled.
         encoder: Name of the encoder in its model. It does not matter for finding features.
         source: Path or description of the video. It does not matter for finding features.
     """
@@ -132,7 +132,7 @@ def pack(key: FeatureKey, grid: Grid, dtype: torch.dtype | None) -> Packed:
         tensors["values"], tensors["scale"] = quantize(grid.values)
     elif dtype is not None:
         tensors["values"] = tensors["values"].to(dtype)
-        if not bool((tensors["values"].isfinite() | ~grid.values.isfinite()).all()):
+        if _overflowed(grid.values, tensors["values"]):
             raise DataError(f"Features are too large for {dtype}. Store them as bfloat16.")
     fields, pieces, start, digest = [], [], 0, xxhash.xxh3_128()
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):  # so aligned
@@ -146,6 +146,13 @@ def pack(key: FeatureKey, grid: Grid, dtype: torch.dtype | None) -> Packed:
         digest.update(piece)
     restored = grid.values.dtype if dtype in (None, torch.int8) else dtype
     return Packed(key, restored, tuple(fields), tuple(pieces), digest.hexdigest())
+
+
+def _overflowed(values: Tensor, converted: Tensor) -> bool:
+    """Whether a value became infinite."""
+    if not values.numel() or converted.abs().max().isfinite():  # NaN and infinity reach the maximum
+        return False
+    return not bool((converted.isfinite() | ~values.isfinite()).all())
 
 
 def grid_of(data: np.ndarray, record: Record | Packed) -> Grid:
@@ -260,12 +267,13 @@ class ShardWriter:
     def finish(self) -> str:
         """Close the file, when all of it is on the disk; return the name that the shard must get.
 
-        Raises OSError if that fails.
+        Raises OSError if that fails; the file then stays open.
         """
-        with self.file:
-            self._restore()  # in case that the last `append` failed
-            os.fsync(self.file.fileno())
-            return digest_of(os.pread(self.file.fileno(), self.header_size, 0)) + SUFFIX
+        self._restore()  # in case that the last `append` failed
+        os.fsync(self.file.fileno())
+        name = digest_of(os.pread(self.file.fileno(), self.header_size, 0)) + SUFFIX
+        self.file.close()
+        return name
 
 
 def _room(entries: Sequence[str], metadata: Mapping[str, str], max_videos: int) -> int:

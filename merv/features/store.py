@@ -163,6 +163,10 @@ class FeatureStore:
     def __contains__(self, key: FeatureKey) -> bool:
         return key in self.memory if not self.places else bool(self._find(key.id))
 
+    def __bool__(self) -> bool:
+        """True, also for an empty store."""
+        return True
+
     def __len__(self) -> int:
         """Number of records: pairs of a video and an encoder."""
         return sum(1 for _ in self)
@@ -175,7 +179,8 @@ class FeatureStore:
 
     def __repr__(self) -> str:
         keys = list(self)
-        videos, encoders = len({key.video for key in keys}), len({key.options for key in keys})
+        videos = len({key.video.partition("@")[0] for key in keys})  # without ranges
+        encoders = len({key.options for key in keys})
         where = ", ".join(place.address for place in self.places) or "in memory"
         return (
             f"FeatureStore({where}: {videos} video{'s' * (videos != 1)}, "
@@ -192,19 +197,27 @@ class FeatureStore:
         with self._lock:
             if self._writer is None or self._process != os.getpid():
                 return
-            writer, self._writer = self._writer, None
-            self._finalizer.detach()
+            writer, name = self._writer, ""
             try:
-                name = publish(writer, self.places[0])
+                if not writer.file.closed:  # else, `flush` was interrupted after that
+                    name = publish(writer, self.places[0])
             except OSError as error:
+                self._close_writer()
                 self._stop_writing(error, f" What was not published yet stays in {writer.path}.")
             else:
-                for record in writer.records.values():
-                    self._add(self.places[0], record._replace(shard=name))
+                self._close_writer()
                 if name:
+                    for record in writer.records.values():
+                        self._add(self.places[0], record._replace(shard=name))
                     self._known[self.places[0].address, name] = list(writer.records)
 
     close = flush
+
+    def _close_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.file.close()
+        self._writer = None
+        self._finalizer.detach()
 
     def __enter__(self) -> FeatureStore:
         return self
@@ -365,4 +378,7 @@ def publish(writer: ShardWriter, place: LocalFolder | RemoteFolder) -> str:
 def _finish(writer: ShardWriter, place: LocalFolder | RemoteFolder, process: int) -> None:
     """Publish what a store has written that nobody closed."""
     if process == os.getpid() and not writer.file.closed:  # a forked process has a copy of the writer
-        publish(writer, place)
+        try:
+            publish(writer, place)
+        except OSError as error:
+            log.warning("%s: the last features could not be published: %s", place.address, error)

@@ -235,7 +235,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         store = store if isinstance(store, FeatureStore) else FeatureStore(store, read_only=True)
         stored, shared = stored_encoders(store, encoders)
         grid, align = shared["aligner"]
-        mode, start_s, end_s, fps, seed, total = shared["sampling"]
+        mode, fps, seed, total = shared["sampling"]
         model = cls(
             stored,
             grid=None if grid is None else tuple(grid),
@@ -245,7 +245,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             norm=norm,
             mixer_options=mixer_options,
             projector_options=projector_options,
-            sampling=Sampling(mode, start_s=start_s, end_s=end_s, fps=fps, seed=seed, total=total),
+            sampling=Sampling(mode, fps=fps, seed=seed, total=total),
             align=align,
         )
         model.store = store

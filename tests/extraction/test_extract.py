@@ -14,6 +14,7 @@ import pytest
 import torch
 from media import make_video
 from pyarrow import parquet
+from torch.utils.data import get_worker_info
 
 from merv.cli.main import main
 from merv.encoders.fake import Fake
@@ -25,6 +26,7 @@ from merv.features.maintenance import verify
 from merv.features.reader import Reader
 from merv.features.store import FeatureStore
 from merv.models.multi_encoder import MultiEncoder
+from merv.video.sampling import Sampling
 
 
 @pytest.fixture
@@ -215,16 +217,58 @@ def test_an_error_of_a_plug_in_in_a_worker_is_its_own(clips, tmp_path, monkeypat
     assert result.failures[0].reason == "my own mistake"
 
 
+# Windows -------------------------------------------------------------------------------------------
+
+
+def test_each_window_has_the_features_of_its_range(clips, tmp_path, capsys):
+    (clips / "bad.mp4").unlink()
+    assert extract_to(tmp_path / "store", clips, "--window", "0.2", "--pool", tmp_path / "out.parquet") == 0
+    out = capsys.readouterr().out
+    assert "9 windows in" in out  # of 8, 12 and 16 frames at 25 per second
+    assert "3 videos, 1 encoder" in out
+    store = FeatureStore(tmp_path / "store")
+    windows = [v for v in videos_of(store) if v.source.startswith(str(clips / "below"))]
+    ranges = [(0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.64)]
+    assert [v.source for v in windows] == [f"{clips / 'below/c.mp4'}@{a:g}-{b:g}" for a, b in ranges]
+    for video, (start_s, end_s) in zip(windows, ranges, strict=True):
+        model = MultiEncoder(["fake"], grid=(4, 2, 2), sampling=Sampling(start_s=start_s, end_s=end_s))
+        expected = model.features(clips / "below/c.mp4")["fake"]
+        assert torch.equal(video.read(store, "fake").values, expected.values)
+        assert torch.equal(video.read(store, "fake").times_s, expected.times_s)
+    rows = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    np.testing.assert_allclose([(r["start_s"], r["end_s"]) for r in rows[-4:]], ranges, atol=1e-9)
+
+
+def test_windows_are_stored_once(clips, tmp_path, capsys):
+    (clips / "bad.mp4").unlink()
+    for _ in range(2):
+        assert extract_to(tmp_path / "store", clips, "--window", "0.2", "--num-workers", "2") == 0
+    assert "9 already stored" in capsys.readouterr().out
+    assert len(FeatureStore(tmp_path / "store")) == 9
+
+
+def test_a_video_without_a_second_window_is_whole(clips, tmp_path):
+    extract_to(tmp_path / "store", clips / "a.mp4")
+    extract_to(tmp_path / "store", clips / "a.mp4", "--window", "10")
+    assert len(FeatureStore(tmp_path / "store")) == 1
+
+
+def test_a_window_of_no_length_is_refused(clips, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        extract_to(tmp_path / "store", clips, "--window", "0")
+    assert "expected a number of seconds greater than 0" in capsys.readouterr().err
+
+
 def test_limit_counts_videos(clips, tmp_path):
     assert extract_to(tmp_path / "store", clips, "--limit", "2") == 0
     assert len(FeatureStore(tmp_path / "store")) == 2
 
 
 class Killing(list):
-    """Kills the process that asks for the last item, as a full memory does."""
+    """Kills the worker process that asks for the last item, as a full memory does."""
 
     def __getitem__(self, index):
-        if index == len(self) - 1:
+        if get_worker_info() and index == len(self) - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(index)
 

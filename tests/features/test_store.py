@@ -1,7 +1,6 @@
 """FeatureStore: what is stored and found again, by whom, and what damage, kills and full disks do."""
 
 import errno
-import json
 import multiprocessing
 import os
 import pickle
@@ -12,8 +11,10 @@ import sys
 import textwrap
 from types import SimpleNamespace
 
+import grids
 import pytest
 import torch
+from grids import some_grid, some_key
 from safetensors.torch import load_file
 
 from merv.errors import DataError
@@ -23,21 +24,7 @@ from merv.features.shard import FeatureKey
 from merv.features.store import FeatureStore
 from merv.models.multi_encoder import MultiEncoder
 from merv.training.module import encode_all
-from merv.types import WHOLE_PICTURE, Grid
-
-
-def some_grid(seed: int = 0, t: int = 2, dtype: torch.dtype = torch.bfloat16) -> Grid:
-    generator = torch.Generator().manual_seed(seed)
-    return Grid(
-        torch.randn(1, t, 3, 3, 4, generator=generator).to(dtype),
-        torch.arange(t, dtype=torch.float64)[None] + 0.25,
-        torch.tensor([WHOLE_PICTURE]),
-        torch.rand(1, t, 3, 3, generator=generator) > 0.5,
-    )
-
-
-def some_key(number: int = 0, encoder: str = "clip") -> FeatureKey:
-    return FeatureKey(json.dumps({"class": encoder}), f"video {number}", encoder, f"clips/{number}.mp4")
+from merv.types import Grid
 
 
 def filled(folder, count: int = 3, **options) -> FeatureStore:
@@ -283,7 +270,8 @@ def test_a_reader_survives_that_shards_are_merged(tmp_path):
 WRITER = """
     import os, signal, sys
     sys.path.insert(0, {tests!r})
-    from test_store import FeatureStore, some_grid, some_key
+    from grids import some_grid, some_key
+    from merv.features.store import FeatureStore
     store = FeatureStore({folder!r})
     for number in range(3):
         store.put(some_key(number), some_grid(number))
@@ -292,7 +280,7 @@ WRITER = """
 
 
 def run_writer(folder, end):
-    code = textwrap.dedent(WRITER.format(tests=os.path.dirname(__file__), folder=str(folder), end=end))
+    code = textwrap.dedent(WRITER.format(tests=os.path.dirname(grids.__file__), folder=str(folder), end=end))
     return subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode
 
 
@@ -635,6 +623,15 @@ def test_values_that_float16_cannot_hold_are_refused(tmp_path):
     grid.values[0, 0, 0, 0, 0] = 1e6
     with pytest.raises(DataError, match="float16"):
         store.put(some_key(), grid)
+
+
+def test_an_empty_store_is_not_false():
+    assert FeatureStore()
+
+
+def test_a_folder_that_was_deleted_is_a_warning_at_exit(tmp_path):
+    end = f"import shutil; shutil.rmtree({str(tmp_path)!r})"
+    assert run_writer(tmp_path, end) == 0
 
 
 def test_only_one_folder_is_collected(tmp_path):
