@@ -271,6 +271,8 @@ class ShardWriter:
         """
         self._restore()  # in case that the last `append` failed
         os.fsync(self.file.fileno())
+        if hasattr(os, "posix_fadvise"):  # the next shard reuses the memory; getting new memory is 3× slower
+            os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         name = digest_of(os.pread(self.file.fileno(), self.header_size, 0)) + SUFFIX
         self.file.close()
         return name
