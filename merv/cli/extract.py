@@ -79,6 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="cut each video into windows of this length, each with features of its own",
     )
+    option(
+        "--batch-size",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="videos that are encoded at a time: more are faster on a GPU, but the last bits of the features "
+        "then depend on the other videos of the batch (default: %(default)s)",
+    )
     option("--dtype", choices=["fp32", "bf16"], default="fp32", help="dtype of the encoders (default: fp32)")
     option(
         "--store-dtype",
@@ -119,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
             items,
             store,
             window_s=args.window,
+            batch_size=max(args.batch_size, 1),
             num_workers=min(os.cpu_count() or 1, 16) if args.num_workers is None else args.num_workers,
             failed=failed.expanduser(),
             progress=True,

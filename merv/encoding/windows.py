@@ -14,7 +14,8 @@ from merv.encoding.base import Encoder
 from merv.types import Frames, Grid
 from merv.utils.torch_modules import device_and_dtype
 
-FRAMES_AT_ONCE = 8  # frames in one forward pass: more are not faster on a CPU, and need more memory
+FRAMES_AT_ONCE = 8  # frames in one forward pass on a CPU: more are not faster, and need more memory
+FRAMES_AT_ONCE_ON_GPU = 64
 
 
 def encode_distinct(
@@ -63,18 +64,18 @@ def _window(clip: Frames, start: int, size: int) -> Frames:
 def _encode(encoder: Encoder, windows: Sequence[Frames]) -> list[Grid]:
     device, dtype = device_and_dtype(encoder)
     grids: list[Grid] = []
-    for group in _groups(windows):
+    for group in _groups(windows, FRAMES_AT_ONCE if device.type == "cpu" else FRAMES_AT_ONCE_ON_GPU):
         grid = encoder(Frames.cat(group).to(device=device, dtype=dtype))
         grids += [grid[i : i + 1] for i in range(len(group))]
     return grids
 
 
-def _groups(windows: Sequence[Frames]) -> Iterator[list[Frames]]:
-    """Group consecutive windows of equal length, at most FRAMES_AT_ONCE frames or one window each."""
+def _groups(windows: Sequence[Frames], max_frames: int) -> Iterator[list[Frames]]:
+    """Group consecutive windows of equal length, at most `max_frames` frames or one window each."""
     group: list[Frames] = []
     for window in windows:
         size = window.mask.shape[1]
-        if group and (group[0].mask.shape[1] != size or (len(group) + 1) * size > FRAMES_AT_ONCE):
+        if group and (group[0].mask.shape[1] != size or (len(group) + 1) * size > max_frames):
             yield group
             group = []
         group.append(window)

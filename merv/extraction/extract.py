@@ -79,6 +79,7 @@ def extract(
     store: FeatureStore,
     *,
     window_s: float | None = None,
+    batch_size: int = 1,
     num_workers: int = 0,
     failed: str | Path | None = None,
     progress: bool = False,
@@ -92,6 +93,8 @@ def extract(
         store: Where the features go; it is flushed at the end.
         window_s: Cut each video into windows of this many seconds, each with features of its own. The last
             one is shorter. None: whole videos.
+        batch_size: How many videos or windows to encode at a time. More are faster on a GPU, but the last
+            bits of the features then depend on the other videos of the batch.
         num_workers: Worker processes that decode; 0: this process does it.
         failed: File to which each failure is written as a line of JSON. It is overwritten.
         progress: Show a progress bar with rate, time left, failures and the share of time that the encoders
@@ -124,6 +127,14 @@ def extract(
     )
     failures = None if failed is None else Path(failed)
     bar = tqdm(total=len(items), desc="Extracting", unit="video", disable=None if progress else True)
+    batch: list[LoadedVideo] = []
+
+    def note(failed_videos: Sequence[Failure]) -> None:
+        result.failures.extend(failed_videos)
+        if failures is not None:
+            for failure in failed_videos:
+                _write(failures, "a", json.dumps(vars(failure)) + "\n")
+
     unfinished = list(range(max(num_workers, 1)))  # for each worker, the number of its next item
     try:
         if failures is not None and failures.exists():
@@ -131,22 +142,22 @@ def extract(
         for index, is_last, loaded, cpu_s in _waiting(loader, result):
             unfinished[index % len(unfinished)] = index + is_last * len(unfinished)
             result.decode_cpu_s += cpu_s
-            failure = loaded if isinstance(loaded, Failure) else _encode(encoders, loaded, store, result)
-            if failure is not None:
-                result.failures.append(failure)
-                if failures is not None:
-                    _write(failures, "a", json.dumps(vars(failure)) + "\n")
-            elif store.read_only and loaded.clip is not None:
-                raise DataError(
-                    f"{store.folder} cannot be written; see the warning above. The features of {len(store)} "
-                    "videos and encoders are stored. Free space or choose another folder, and run the same "
-                    "command again."
-                )
+            if isinstance(loaded, Failure):
+                note([loaded])
+            elif loaded.clip is None:
+                result.stored += 1
+                result.keys.append(dict(loaded.keys))
+            else:
+                batch.append(loaded)
+            if len(batch) == batch_size:
+                note(_encode(encoders, batch, store, result))
+                batch.clear()
             bar.update(is_last)
             waiting = result.waited_s / max(time.perf_counter() - start, 1e-9)
             bar.set_postfix(waiting=f"{waiting:.0%}", failed=len(result.failures), refresh=False)
             if should_stop():
                 break
+        note(_encode(encoders, batch, store, result))
     except (RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, RuntimeError) and not _is_of_killed_worker(error):
             raise
@@ -187,20 +198,26 @@ def _write(file: Path, mode: str, text: str) -> None:
 
 
 def _encode(
-    encoders: MultiEncoder, loaded: LoadedVideo, store: FeatureStore, result: Extraction
-) -> Failure | None:
-    """Encode and store one video; return the failure if its features cannot be stored."""
-    source = next((key.source for key in loaded.keys.values()), "")
+    encoders: MultiEncoder, batch: Sequence[LoadedVideo], store: FeatureStore, result: Extraction
+) -> list[Failure]:
+    """Encode and store some videos; return those whose features cannot be stored."""
+    if not batch:
+        return []
     try:
-        if loaded.clip is not None:
-            with torch.inference_mode():
-                encoders.features([loaded], store=store)
+        with torch.inference_mode():
+            encoders.features(batch, store=store, together=True)
     except SAMPLE_ERRORS as error:
-        return _failure(source, error)
-    result.encoded += loaded.clip is not None
-    result.stored += loaded.clip is None
-    result.keys.append(dict(loaded.keys))
-    return None
+        if len(batch) > 1:
+            return [failure for video in batch for failure in _encode(encoders, [video], store, result)]
+        return [_failure(next((key.source for key in batch[0].keys.values()), ""), error)]
+    if store.read_only:
+        raise DataError(
+            f"{store.folder} cannot be written; see the warning above. The features of {len(store)} videos "
+            "and encoders are stored. Free space or choose another folder, and run the same command again."
+        )
+    result.encoded += len(batch)
+    result.keys += [dict(video.keys) for video in batch]
+    return []
 
 
 def _waiting(loader: Any, result: Extraction) -> Any:

@@ -345,7 +345,11 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         return Encoded(dict(features), fused)
 
     def features(
-        self, videos: Any, encoders: Sequence[str] | None = None, store: FeatureStore | None = None
+        self,
+        videos: Any,
+        encoders: Sequence[str] | None = None,
+        store: FeatureStore | None = None,
+        together: bool = False,
     ) -> dict[str, Grid]:
         """Read, encode and align videos, or take their features from the store.
 
@@ -357,6 +361,8 @@ class MultiEncoder(PretrainedMixin, nn.Module):
                 `reader`. The features of a LoadedVideo are only stored if its reader had a store.
             encoders: Names of the encoders to use. Defaults to all.
             store: Store where features are looked up and saved; that of `from_store` by default.
+            together: Encode all videos in one batch, which is faster on a GPU. The last bits of the features
+                then depend on the other videos.
 
         Returns:
             Encoder name → aligned features, values of shape [B, t, h, w, D].
@@ -375,7 +381,11 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         else:
             reader = self.reader(store, encoders)
             loaded = ((key, v if isinstance(v, LoadedVideo) else reader(v)) for key, v in distinct.items())
-        grids_of = {key: self._features(video, store) for key, video in loaded}  # loads one video at a time
+        if together:
+            distinct = dict(loaded)
+            grids_of = dict(zip(distinct, self._features(list(distinct.values()), store), strict=True))
+        else:  # loads one video at a time
+            grids_of = {key: self._features([video], store)[0] for key, video in loaded}
         grids = [grids_of[source_key(video)] for video in batch]
         if missing := sorted({name for video_grids in grids for name in names if name not in video_grids}):
             raise EncoderError(
@@ -386,23 +396,26 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             name: Grid.batch([video_grids[name] for video_grids in grids]).to(self.device) for name in names
         }
 
-    def _features(self, video: LoadedVideo, store: FeatureStore | None) -> dict[str, Grid]:
-        """Return the aligned features of one video, encoded where the store has none."""
-        grids, clip = dict(video.stored), video.clip
-        if clip is not None and store is not None and video.keys:  # a worker does not see what is unpublished
-            found = {name: store.get(video.keys[name]) for name in clip.frames}
-            grids |= {name: grid for name, grid in found.items() if grid is not None}
-            clip = clip.only([name for name, grid in found.items() if grid is None])
-        if clip is None:
-            return grids
+    def _features(self, videos: Sequence[LoadedVideo], store: FeatureStore | None) -> list[dict[str, Grid]]:
+        """Return the aligned features of each video, encoded together where the store has none."""
+        grids, clips = [dict(video.stored) for video in videos], [video.clip for video in videos]
+        if store is not None:  # a worker does not see what is unpublished
+            for number, (video, clip) in enumerate(zip(videos, clips, strict=True)):
+                if clip is not None and video.keys:
+                    found = {name: store.get(video.keys[name]) for name in clip.frames}
+                    grids[number] |= {name: grid for name, grid in found.items() if grid is not None}
+                    clips[number] = clip.only([name for name, grid in found.items() if grid is None])
         # Stored features must not depend on whether mixed precision is on.
         full_precision = torch.autocast(self.device.type, enabled=False)
-        with nullcontext() if store is None else full_precision:
-            encoded = self.align(self.encode([clip]), [clip])
-        if store is not None and video.keys:
-            stored = store.put_all({video.keys[name]: grid for name, grid in encoded.items()})
-            encoded = {name: stored[video.keys[name]] for name in encoded}
-        return grids | encoded
+        for numbers in _of_equal_shapes(clips):
+            group = [clip for number in numbers if (clip := clips[number]) is not None]
+            with nullcontext() if store is None else full_precision:
+                encoded = self.align(self.encode(group), group)
+            for position, number in enumerate(numbers):
+                own = {name: grid[position : position + 1] for name, grid in encoded.items()}
+                keys = videos[number].keys
+                grids[number] |= own if store is None or not keys else _stored(own, keys, store)
+        return grids
 
     def reader(self, store: FeatureStore | None = None, encoders: Sequence[str] | None = None) -> Reader:
         """Create a reader, which loads videos for `features` in other processes.
@@ -634,6 +647,24 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         model = cls.from_config(config, weights or {}, state, folder / CONFIG)
         fill_exactly(model.trainable_state_dict(), state, folder)
         return model.eval()
+
+
+def _of_equal_shapes(clips: Sequence[Clip | None]) -> list[list[int]]:
+    """Group the numbers of the clips that can be encoded and aligned as one batch."""
+    groups: dict[Any, list[int]] = {}
+    for number, clip in enumerate(clips):
+        if clip is not None:
+            shapes = tuple((name, frames.pixels.shape) for name, frames in clip.frames.items())
+            groups.setdefault((shapes, clip.span_s[0] < clip.span_s[1]), []).append(number)
+    return list(groups.values())
+
+
+def _stored(
+    grids: Mapping[str, Grid], keys: Mapping[str, FeatureKey], store: FeatureStore
+) -> dict[str, Grid]:
+    """Store the features of a video, unless a copy of it in the same batch was stored; return them."""
+    stored = store.put_all({keys[name]: grid for name, grid in grids.items() if keys[name] not in store})
+    return {name: stored.get(keys[name]) or store.get(keys[name]) or grid for name, grid in grids.items()}
 
 
 def _dtype_name(module: nn.Module) -> str:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,6 +216,23 @@ def test_an_error_of_a_plug_in_in_a_worker_is_its_own(clips, tmp_path, monkeypat
     model, store = MultiEncoder(["fake"], grid=(4, 2, 2)), FeatureStore(tmp_path / "store")
     result = extract(model, Items([clips / "a.mp4"]), store, num_workers=1)
     assert result.failures[0].reason == "my own mistake"
+
+
+def test_a_batch_has_the_features_of_its_videos(clips, tmp_path):
+    extract_to(tmp_path / "one", clips, encoders=("fake", "fake/video"))
+    extract_to(tmp_path / "all", clips, "--batch-size", "2", encoders=("fake", "fake/video"))
+    one, together = FeatureStore(tmp_path / "one"), FeatureStore(tmp_path / "all")
+    assert set(one) == set(together)
+    for key in one:
+        for field, tensor in vars(one.get(key)).items():
+            torch.testing.assert_close(getattr(together.get(key), field), tensor)
+
+
+def test_a_copy_in_the_same_batch_is_stored_once(clips, tmp_path):
+    shutil.copy(clips / "a.mp4", clips / "copy.mp4")
+    extract_to(tmp_path, clips / "a.mp4", clips / "copy.mp4", "--batch-size", "2")
+    assert len(FeatureStore(tmp_path)) == 1
+    assert verify(FeatureStore(tmp_path)) == (1, [])
 
 
 # Windows -------------------------------------------------------------------------------------------

@@ -29,6 +29,15 @@ def test_features_of_loaded_and_unloaded_videos_are_equal(vision):
             assert torch.equal(tensor, getattr(loaded[name], field))
 
 
+def test_videos_and_stills_are_encoded_together(vision, tmp_path):
+    clips, store = [video(20), video(1), video(7), video(1)], FeatureStore(tmp_path)
+    vision.features(clips[2], encoders=["fake"], store=store)
+    together = vision.features(clips, store=store, together=True)
+    for name, grid in vision.features(clips).items():
+        for field, tensor in vars(grid).items():
+            torch.testing.assert_close(getattr(together[name], field), tensor)
+
+
 def test_reader_reads_only_for_features_that_are_not_stored(vision, tmp_path, monkeypatch):
     clip, store = video(), FeatureStore(tmp_path)
     vision.features(clip, encoders=["fake"], store=store)
