@@ -6,7 +6,8 @@ Reads: records of 7.34 MB (what four encoders give at 16×8×8 in bf16) by `get`
 without digests, against `os.pread` of the same bytes into a new buffer; warm, and cold after the pages of the
 file were dropped with `posix_fadvise`. CPU is that of the process. Writes: time of `put` and `flush` against
 `os.write` and `fsync` of the same bytes. Rate: clips per second and memory of an extraction with `fake`, for
-growing numbers of clips. Each number is the median of five repetitions; ratios compare runs that alternate.
+growing numbers of clips. Reads take turns, in another order each time; their ratios are medians of the ratios
+within a turn. Writes are medians of five repetitions.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from merv.features.shard import FeatureKey
 from merv.types import Grid
 
 REPEATS = 5
+TURNS = 20
 RECORDS = 24
 DIM = 3584  # 16 × 8 × 8 × 3584 bf16 values: 7.34 MB
 COUNTS = (10, 100, 1000)
@@ -93,18 +95,20 @@ def reads(folder: Path) -> list[str]:
     lines = [f"{RECORDS} records of {records[0].size / 1e6:.2f} MB"]
     for pages in ("warm", "cold"):
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
-        for _ in range(REPEATS + 1):  # the first one is not counted
-            for name, one in work.items():
+        for turn in range(TURNS + 1):  # the first one is not counted
+            order = list(work) if turn % 2 else list(reversed(work))
+            for name in order:
                 if pages == "cold":
                     drop_pages(folder)
-                times[name].append(timed(one))
-        base = statistics.median(wall for wall, _ in times["pread"][1:])
+                times[name].append(timed(work[name]))
         for name, measured in times.items():
+            pairs = zip(times["pread"][1:], measured[1:], strict=True)
+            ratio = statistics.median(base / wall for (base, _), (wall, _) in pairs)
             wall = statistics.median(wall for wall, _ in measured[1:])
             cpu = statistics.median(cpu for _, cpu in measured[1:]) / RECORDS
             rate = RECORDS * records[0].size / wall / 1e9
             lines.append(
-                f"{pages}  {name:16} {rate:6.2f} GB/s  {base / wall:5.0%} of pread  {cpu * 1e3:5.2f} ms CPU"
+                f"{pages}  {name:16} {rate:6.2f} GB/s  {ratio:5.0%} of pread  {cpu * 1e3:5.2f} ms CPU"
             )
     return lines
 
