@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     option(
         "--batch-size",
-        type=_count,
+        type=_positive,
         default=1,
         metavar="N",
         help="videos that are encoded at a time: more are faster on a GPU, but the last bits of the features "
@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--root", help="folder that paths in data files start at (default: the folder of each file)")
     option("--limit", type=_count, metavar="N", help="only the first N videos")
     option("--failed", metavar="FILE", help="where failures are listed (default: failed.jsonl in the store)")
-    option("--pool", metavar="OUT.parquet", help="also write one embedding per video and encoder to a file")
+    option("--pool", metavar="OUT.parquet", help="also write one embedding per video (or window) and encoder")
     option("--per-step", action="store_true", help="with --pool: one embedding per time step of the grid")
 
 
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
             items,
             store,
             window_s=args.window,
-            batch_size=max(args.batch_size, 1),
+            batch_size=args.batch_size,
             num_workers=min(os.cpu_count() or 1, 16) if args.num_workers is None else args.num_workers,
             failed=failed.expanduser(),
             progress=True,
@@ -261,9 +261,15 @@ def _seconds(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of seconds greater than 0, got {text!r}")
+    if not 0.1 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of seconds of at least 0.1, got {text!r}")
     return seconds
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _count(text: str) -> int:

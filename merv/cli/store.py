@@ -112,11 +112,11 @@ def _stats(args: argparse.Namespace) -> None:
     shards = place.names()
     records = list(store.records())
     names = encoder_names([record.key for record in records])
-    videos = {record.key.video for record in records}
+    videos = {record.key.video.partition("@")[0] for record in records}
     print(f"{place.address}: {len(videos)} videos, {size(sum(shards.values()))} in {len(shards)} files")
     for (encoder, options), name in names.items():
         own = [r for r in records if (r.key.encoder, r.key.options) == (encoder, options)]
-        print(f"\n{name}: {len(own)} videos, {size(sum(record.size for record in own))}, {_stored(own)}")
+        print(f"\n{name}: {len(own)} records, {size(sum(record.size for record in own))}, {_stored(own)}")
         for option, value in json.loads(options).items():
             print(f"  {option}: {json.dumps(value)}")
 

@@ -14,8 +14,7 @@ from merv.encoding.base import Encoder
 from merv.types import Frames, Grid
 from merv.utils.torch_modules import device_and_dtype
 
-FRAMES_AT_ONCE = 8  # frames in one forward pass on a CPU: more are not faster, and need more memory
-FRAMES_AT_ONCE_ON_GPU = 64
+FRAMES_AT_ONCE = 8  # frames of a clip in one forward pass: more are not faster on a CPU, and need more memory
 
 
 def encode_distinct(
@@ -49,7 +48,8 @@ def encode_distinct(
             key = (number, *shown[start : start + size], *(round(time_s, 6) for time_s in pace_s))
             distinct.setdefault(key, window)
             starts[-1].append((key, clip.times_s[:, start]))
-    grids = dict(zip(distinct, _encode(encoder, list(distinct.values())), strict=True))
+    encoded = _encode(encoder, list(distinct.values()), FRAMES_AT_ONCE * len(clips))
+    grids = dict(zip(distinct, encoded, strict=True))
     return [
         _join([_shifted(grids[key], start_s - distinct[key].times_s[:, 0]) for key, start_s in windows])
         for windows in starts
@@ -61,10 +61,10 @@ def _window(clip: Frames, start: int, size: int) -> Frames:
     return Frames(clip.pixels[:, part], clip.times_s[:, part], clip.extent, clip.mask[:, part])
 
 
-def _encode(encoder: Encoder, windows: Sequence[Frames]) -> list[Grid]:
+def _encode(encoder: Encoder, windows: Sequence[Frames], max_frames: int) -> list[Grid]:
     device, dtype = device_and_dtype(encoder)
     grids: list[Grid] = []
-    for group in _groups(windows, FRAMES_AT_ONCE if device.type == "cpu" else FRAMES_AT_ONCE_ON_GPU):
+    for group in _groups(windows, max_frames):
         grid = encoder(Frames.cat(group).to(device=device, dtype=dtype))
         grids += [grid[i : i + 1] for i in range(len(group))]
     return grids

@@ -50,7 +50,7 @@ def embeddings(
     store: FeatureStore, videos: Sequence[StoredVideo], per_step: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each video and encoder (and time step): names, the time in seconds that it covers, and
-    the mean of the features."""
+    the mean of the features. The time is None if the grid has one step, whose length is not known."""
     for video in videos:
         for encoder, key in video.keys.items():
             grid = video.read(store, encoder)
@@ -68,7 +68,11 @@ def embeddings(
             else:
                 steps, bounds_s = pooled(grid)[None], [(bounds_s[0][0], bounds_s[-1][1])]
             for embedding, (start_s, end_s) in zip(steps, bounds_s, strict=True):
-                times = {"start_s": round(start_s, 6), "end_s": round(end_s, 6)}
+                has_length = end_s > start_s
+                times = {
+                    "start_s": round(start_s, 6) if has_length else None,
+                    "end_s": round(end_s, 6) if has_length else None,
+                }
                 yield row | times | {"embedding": embedding.numpy()}
 
 

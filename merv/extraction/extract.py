@@ -12,7 +12,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +34,7 @@ from merv.video.open import open_video
 from merv.video.reader import reason_of
 
 PREFETCH = 2  # videos that each worker reads ahead
+SHORTEST_WINDOW_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def extract(
         Counts, times, and the keys of the features.
 
     Raises:
-        DataError: The store or `failed` cannot be written, or a worker process was killed. What is stored
-            stays.
+        DataError: The store or `failed` cannot be written, a worker process was killed, or a GPU has not
+            enough memory for a batch. What is stored stays.
 
     Example:
         >>> video = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
@@ -116,6 +117,7 @@ def extract(
         (1, 1)
     """
     result, start = Extraction(), time.perf_counter()
+    _allow_open_files()
     store.recover()
     len(store)  # reads the index, so that forked workers have it
     loader: Any = DataLoader(
@@ -161,6 +163,7 @@ def extract(
     except (RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, RuntimeError) and not _is_of_killed_worker(error):
             raise
+        _await_signal()
         # It interrupts whatever runs, perhaps the encoding of the video before
         ahead = range(0, (PREFETCH + 1) * num_workers, num_workers)
         numbers = sorted(first + more for first in unfinished for more in ahead)
@@ -176,8 +179,23 @@ def extract(
     return result
 
 
+def _allow_open_files() -> None:
+    """Raise the limit of open files: each tensor from a worker has one, and a batch has many tensors."""
+    with suppress(ImportError, OSError, ValueError):  # not on Windows
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _is_of_killed_worker(error: RuntimeError) -> bool:
     return any(text in str(error) for text in ("exited unexpectedly", "is killed by signal"))
+
+
+def _await_signal() -> None:
+    """Let torch raise the error that a worker was killed here, if it has not yet."""
+    with suppress(RuntimeError):
+        time.sleep(1)
 
 
 def _flush(store: FeatureStore) -> None:
@@ -206,6 +224,11 @@ def _encode(
     try:
         with torch.inference_mode():
             encoders.features(batch, store=store, together=True)
+    except torch.OutOfMemoryError as error:
+        raise DataError(
+            f"There is not enough memory to encode {len(batch)} videos at a time: {error}. Run the same "
+            "command again with a smaller --batch-size: stored features are kept."
+        ) from error
     except SAMPLE_ERRORS as error:
         if len(batch) > 1:
             return [failure for video in batch for failure in _encode(encoders, [video], store, result)]
@@ -239,15 +262,15 @@ def _start_worker(worker: int) -> None:
 
 
 def windows(span_s: tuple[float, float], window_s: float) -> list[tuple[float, float]]:
-    """Cut a range of a video into windows; the last one is shorter. A still has none.
+    """Cut a range of a video into windows; a rest of less than 0.1 seconds joins the last. A still has none.
 
     >>> windows((0.0, 25.0), 10.0)
     [(0.0, 10.0), (10.0, 20.0), (20.0, 25.0)]
     """
     start_s, end_s = span_s
-    count = math.ceil((end_s - start_s) / window_s - 1e-6)
-    bounds = [*(round(start_s + window_s * number, 6) for number in range(count)), end_s]
-    return list(pairwise(bounds))
+    count = max(math.ceil((end_s - start_s - SHORTEST_WINDOW_S) / window_s), int(end_s > start_s))
+    starts = [round(start_s + window_s * number, 6) for number in range(count)]
+    return list(pairwise([*starts, math.ceil(end_s * 1e6) / 1e6]))  # rounded up: to the end of the video
 
 
 class _Reading(IterableDataset):
@@ -258,6 +281,8 @@ class _Reading(IterableDataset):
     """
 
     def __init__(self, reader: Reader, items: Sequence[Item], window_s: float | None) -> None:
+        if window_s is not None and not window_s >= SHORTEST_WINDOW_S:
+            raise DataError(f"Expected window_s to be at least {SHORTEST_WINDOW_S} seconds, got {window_s}.")
         self.reader, self.items, self.window_s = reader, items, window_s
 
     def __iter__(self) -> Iterator[tuple[int, bool, LoadedVideo | Failure, float]]:

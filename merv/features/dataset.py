@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from merv.errors import DataError
-from merv.features.shard import FeatureKey, options_id
+from merv.features.shard import KEY_VERSION, FeatureKey, options_id
 from merv.features.store import FeatureStore
 from merv.types import Grid
 
@@ -29,15 +31,17 @@ class StoredVideo:
     keys: dict[str, FeatureKey]
 
     def read(self, store: FeatureStore, encoder: str) -> Grid:
-        """Read the features of an encoder. Raises DataError if they are damaged."""
+        """Read the features of an encoder. Raises DataError if they are damaged or gone."""
         grid = store.get(self.keys[encoder])
         if grid is None:
-            raise DataError(f"{self.source}: the features of {encoder} are damaged: see `merv store verify`.")
+            raise DataError(
+                f"{self.source}: the features of {encoder} are damaged or gone: see `merv store verify`."
+            )
         return grid
 
 
 def videos_of(store: FeatureStore, encoders: Sequence[str] = ()) -> list[StoredVideo]:
-    """The videos of a store, ordered by name.
+    """The videos of a store, ordered by name; the windows of a video by time.
 
     Args:
         store: The store. If it has features of one encoder with different options, the encoder's name is
@@ -59,7 +63,14 @@ def videos_of(store: FeatureStore, encoders: Sequence[str] = ()) -> list[StoredV
         if name in wanted:
             video = videos.setdefault(key.video, StoredVideo(key.source or key.video, key.video, {}))
             video.keys[name] = key
-    return sorted(videos.values(), key=lambda video: video.source)
+    return sorted(videos.values(), key=_order)
+
+
+def _order(video: StoredVideo) -> tuple[str, float]:
+    """By name; windows of a video by time."""
+    if "@" not in video.digest:
+        return video.source, 0.0
+    return video.source.rpartition("@")[0], float(video.digest.partition("@")[2].partition("-")[0])
 
 
 def encoder_names(keys: Iterable[FeatureKey]) -> dict[tuple[str, str], str]:
@@ -78,6 +89,34 @@ def encoder_names(keys: Iterable[FeatureKey]) -> dict[tuple[str, str], str]:
     }
 
 
+def choose_encoders(store: FeatureStore, encoders: Sequence[str] | str | None = None) -> dict[str, str]:
+    """Choose encoders of a store: name in a model → options of its features.
+
+    Args:
+        store: The store.
+        encoders: Names as in `encoder_names`, in the order of the result; by default all, sorted by name. If
+            one setting of each encoder is chosen, the result has the names without the hash of the options.
+
+    Raises:
+        DataError: The store is empty, lacks an encoder, or its features are of another version of merv.
+    """
+    names = {name: key for key, name in encoder_names(store).items()}
+    if not names:
+        raise DataError(f"{store} has no features. Add some with `merv extract`.")
+    chosen = sorted(names) if not encoders else [encoders] if isinstance(encoders, str) else list(encoders)
+    if missing := [name for name in chosen if name not in names]:
+        raise DataError(f"{store} has no features of {', '.join(missing)}. Available: {', '.join(names)}.")
+    for name in chosen:
+        if json.loads(names[name][1]).get("version") != KEY_VERSION:
+            raise DataError(
+                f"{store}: the features of {name} were made by another version of merv. Make them again with "
+                "`merv extract`, or choose others with encoders=."
+            )
+    short = [names[name][0] for name in chosen]
+    keep = chosen if len(set(short)) < len(short) else short
+    return {name: names[stored][1] for name, stored in zip(keep, chosen, strict=True)}
+
+
 class FeatureDataset(Dataset):
     """The videos of a store that have features of all encoders, for `torch.utils.data.DataLoader`.
 
@@ -87,7 +126,8 @@ class FeatureDataset(Dataset):
 
     Args:
         store: A store, or its folder or address.
-        encoders: Names of the encoders; all of the store by default. `merv store ls` shows them.
+        encoders: Names of the encoders, in the order of `features`; by default all of the store, sorted by
+            name. `merv store ls` shows them.
 
     Raises:
         DataError: The store has no features of an encoder, or no video has features of all of them.
@@ -107,16 +147,21 @@ class FeatureDataset(Dataset):
         torch.Size([3, 16, 16])
     """
 
-    def __init__(self, store: FeatureStore | str, encoders: Sequence[str] = ()) -> None:
+    def __init__(self, store: FeatureStore | str | Path, encoders: Sequence[str] | str | None = None) -> None:
         self.store = store if isinstance(store, FeatureStore) else FeatureStore(store, read_only=True)
-        videos = videos_of(self.store, encoders)
-        names = dict.fromkeys(name for video in videos for name in video.keys)
-        self.encoders = list(encoders or names)
-        self.videos = [video for video in videos if len(video.keys) == len(names)]
+        self.store.flush()  # worker processes see only what is published
+        self.encoders = choose_encoders(self.store, encoders)
+        options = {options: name for name, options in self.encoders.items()}
+        videos: dict[str, StoredVideo] = {}
+        for key in self.store:
+            if key.options in options:
+                video = videos.setdefault(key.video, StoredVideo(key.source or key.video, key.video, {}))
+                video.keys[options[key.options]] = key
+        self.videos = sorted((v for v in videos.values() if len(v.keys) == len(options)), key=_order)
         if not self.videos:
             raise DataError(
-                f"{self.store} has no video with features of all of: {', '.join(self.encoders) or 'none'}. "
-                "Choose encoders=, or see `merv store ls`."
+                f"{self.store} has no video with features of all of: {', '.join(self.encoders)}. Choose some "
+                "with encoders=; `merv store ls` lists them."
             )
 
     def __len__(self) -> int:

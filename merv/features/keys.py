@@ -24,6 +24,7 @@ from torch import Tensor
 from merv.encoding.base import Encoder
 from merv.encoding.weights import values_digest
 from merv.errors import DataError, EncoderError, UnreadableVideo
+from merv.features.shard import KEY_VERSION
 from merv.features.stored import StoredEncoder
 from merv.fusion.align import Aligner
 from merv.utils.files import file_digest, stream_digest, view_of
@@ -36,7 +37,6 @@ from merv.video.sampling import Sampling
 from merv.video.transforms import Resample
 
 version = cache(metadata.version)  # it reads files
-VERSION = 6  # part of the key; increase it if the same options produce other features
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 # Encoder → (state of its tensors, digest of its weights)
 DIGESTS: WeakKeyDictionary[Encoder, tuple[list[Any], str]] = WeakKeyDictionary()
@@ -78,7 +78,7 @@ def feature_cache_key(
     spec, preset = encoder.spec, encoder.preset
     encoder_class: Any = type(encoder)
     key = {
-        "version": VERSION,
+        "version": KEY_VERSION,
         "class": class_path(encoder_class),
         "code": code_digest(encoder_class),
         # The effect of other arguments is not known, so no other object has these features
@@ -100,7 +100,7 @@ def feature_cache_key(
         "normalization": [preset.mean, preset.std],
         "decoder": [(package, version(package)) for package in BACKENDS[backend]],
         "sampling": [sampling.mode, sampling.fps, sampling.seed, sampling.total],  # the range: `range_of`
-        "aligner": (aligner.grid, aligner.mode),
+        "aligner": (aligner.grid, aligner.grid and aligner.mode),
     }
     return json.dumps(key, sort_keys=True, default=str)
 
@@ -135,8 +135,8 @@ def code_digest(encoder_class: type[Encoder]) -> str:
     """Return a hash of the code that an encoder class consists of, so that edited code has other features.
 
     It covers the module of the class, those of its base classes, and what they import from the same package,
-    without comments and docstrings. merv itself is covered by `VERSION`. A class whose code is in no file,
-    such as one from an interactive session, gets a hash that no other process has.
+    without comments and docstrings. `KEY_VERSION` covers merv itself. A class whose code is in no file, such
+    as one from an interactive session, gets a hash that no other process has.
 
     >>> from merv.encoders.fake import Fake
     >>> len(code_digest(Fake))

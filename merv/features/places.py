@@ -87,7 +87,8 @@ class LocalFolder:
         return new_temporary(self.folder / "shard")
 
     def publish(self, temporary: Path, name: str) -> None:
-        os.replace(temporary, self.folder / name)
+        if temporary.exists() or name not in self.names():  # else, an interrupted call did it
+            os.replace(temporary, self.folder / name)
         self._files.cache_clear()  # the same shard may have been open, and damaged
         discard(temporary)
 

@@ -118,8 +118,9 @@ class Reader:
         missing = [name for name in keys if name not in stored]
         if lacking := [name for name in missing if self.requests[name].stored_only]:
             raise DataError(
-                f"{keys[lacking[0]].source or video}: {self.store} has no features of {', '.join(lacking)}. "
-                "Add them with `merv extract`, with the options that `merv store stats` shows."
+                f"{keys[lacking[0]].source or keys[lacking[0]].video}: {self.store} has no features of "
+                f"{', '.join(lacking)}. Add them with `merv extract` and the options that `merv store stats` "
+                "shows. Windows are found if the model's `sampling` has their range."
             )
         return LoadedVideo(self.read(opened or video, missing) if missing else None, stored, keys)
 

@@ -32,6 +32,7 @@ from merv.errors import DataError, ShapeError
 from merv.types import Grid
 
 FORMAT = "1"
+KEY_VERSION = 6  # part of each key; increase it if the same options produce other features
 SUFFIX = ".safetensors"
 ALIGNMENT = 8  # bytes; every record starts at a multiple of it
 MAX_HEADER = 100 << 20  # bytes, as in safetensors
@@ -201,11 +202,17 @@ class ShardWriter:
         return len(self.videos) >= self.max_videos
 
     def append(self, packed: Sequence[Packed]) -> bool:
-        """Write the features of one video; False if the header has no room for them.
+        """Write the features of one video; False if another shard is needed for them.
+
+        That is so if the header has no room, or if a record with the same key was damaged after it was
+        written. Records that the shard has are not written again.
 
         Raises:
             OSError: There is no space, for example. The records before it stay.
         """
+        packed = [record for record in packed if record.key.id not in self.records]
+        if any(record.key.id in self._metadata for record in packed):
+            return False
         entries, metadata, records, end = list(self._entries), dict(self._metadata), {}, self._end
         for record in packed:
             key, start = record.key, end
@@ -265,16 +272,12 @@ class ShardWriter:
         return np.frombuffer(bytearray(os.pread(self.file.fileno(), record.size, record.offset)), np.uint8)
 
     def finish(self) -> str:
-        """Close the file, when all of it is on the disk; return the name that the shard must get.
-
-        Raises OSError if that fails; the file then stays open.
-        """
+        """Write all of the file to the disk; return the name that the shard must get. Raises OSError."""
         self._restore()  # in case that the last `append` failed
         os.fsync(self.file.fileno())
         if hasattr(os, "posix_fadvise"):  # the next shard reuses the memory; getting new memory is 3× slower
             os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         name = digest_of(os.pread(self.file.fileno(), self.header_size, 0)) + SUFFIX
-        self.file.close()
         return name
 
 
@@ -360,12 +363,15 @@ def _records(name: str, header: bytes, file_size: int) -> list[Record]:
         key, _, part = path.rpartition("/")
         tensors.setdefault(key, []).append((part, entry))
     layouts: dict[tuple[Field, ...], tuple[Field, ...]] = {}  # most records share one
-    records = []
+    records, position = [], 0
     for key_id, parts in tensors.items():
         about = json.loads(metadata[key_id])
         options = metadata[f"options/{about['options']}"]
         key = FeatureKey(options, about["video"], about["encoder"], about["source"])
         start, end = parts[0][1]["data_offsets"][0], parts[-1][1]["data_offsets"][1]
+        if start != position:
+            raise InvalidShard(f"its records do not follow each other at {start}")
+        position = end
         fields = tuple(
             Field(part, DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"][0] - start)
             for part, entry in parts
@@ -387,12 +393,11 @@ def _records(name: str, header: bytes, file_size: int) -> list[Record]:
     return records
 
 
-def recover(path: Path, keep: int = 1) -> tuple[str, int] | None:
+def recover(path: Path) -> tuple[str, int] | None:
     """Complete the temporary file of a writer that was killed.
 
     Args:
         path: The temporary file.
-        keep: How many records it must have.
 
     Returns:
         The name that the shard must get, and the number of its records. None if it holds nothing to keep.
@@ -409,7 +414,7 @@ def recover(path: Path, keep: int = 1) -> tuple[str, int] | None:
             file.seek(record.offset)
             if digest_of(file.read(record.size)) != record.digest:
                 return None
-        if len(records) < keep:
+        if not records:
             return None
         file.truncate(max(record.offset + record.size for record in records))
         os.fsync(file.fileno())

@@ -197,10 +197,9 @@ class FeatureStore:
         with self._lock:
             if self._writer is None or self._process != os.getpid():
                 return
-            writer, name = self._writer, ""
+            writer = self._writer
             try:
-                if not writer.file.closed:  # else, `flush` was interrupted after that
-                    name = publish(writer, self.places[0])
+                name = publish(writer, self.places[0])
             except OSError as error:
                 self._close_writer()
                 self._stop_writing(error, f" What was not published yet stays in {writer.path}.")
@@ -366,12 +365,12 @@ def _check_folder(place: LocalFolder | RemoteFolder, is_written: bool) -> None:
 
 def publish(writer: ShardWriter, place: LocalFolder | RemoteFolder) -> str:
     """Make the file of a writer a shard, and return its name. Raises OSError; the file then stays."""
-    if not writer.records:
-        writer.file.close()
+    name = writer.finish() if writer.records else ""
+    if name:
+        place.publish(writer.path, name)
+    else:
         place.discard(writer.path)
-        return ""
-    name = writer.finish()
-    place.publish(writer.path, name)
+    writer.file.close()  # only now: if anything interrupts this, it can be done again
     return name
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from merv.encoding.base import Encoder
 from merv.errors import DataError
-from merv.features.dataset import encoder_names
+from merv.features.dataset import choose_encoders
 from merv.features.store import FeatureStore
 from merv.types import EncoderSpec, Preset
 
@@ -48,21 +48,14 @@ class StoredEncoder(Encoder):
 
 
 def stored_encoders(
-    store: FeatureStore, encoders: Sequence[str] | None = None
+    store: FeatureStore, encoders: Sequence[str] | str | None = None
 ) -> tuple[dict[str, StoredEncoder], dict[str, Any]]:
     """Create a stand-in for each encoder of a store; also return the options that they have in common.
 
     Raises:
-        DataError: The store is empty, lacks an encoder, or has features of different grids or sampling.
+        DataError: See `choose_encoders`; or the features have different grids or sampling.
     """
-    names = {name: options for (_, options), name in encoder_names(store).items()}
-    if missing := [name for name in encoders or () if name not in names]:
-        raise DataError(
-            f"{store} has no features of {', '.join(missing)}. Available: {', '.join(names) or 'none'}."
-        )
-    chosen = {name: names[name] for name in encoders or names}
-    if not chosen:
-        raise DataError(f"{store} has no features. Add some with `merv extract`.")
+    chosen = choose_encoders(store, encoders)
     values = {name: json.loads(options) for name, options in chosen.items()}
     first, *others = values
     for name in others:

@@ -210,12 +210,14 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         """Create a MultiEncoder that reads all features from a store and loads no encoder.
 
         Grid and sampling are those of the features. The model accepts the videos of the store, and
-        `FeatureDataset` yields their features without the videos. It cannot be saved; load the trained
-        `fusion.state_dict()` into a MultiEncoder with the encoders.
+        `FeatureDataset` yields their features without the videos; for windows, set `sampling` to their range.
+        Neither it nor a VideoLLM of it can be saved: load the trained `fusion.state_dict()` into a
+        MultiEncoder that has the encoders, in the same order.
 
         Args:
             store: A feature store, or its folder or address.
-            encoders: Names of the encoders; all of the store by default. `merv store stats` shows them.
+            encoders: Names of the encoders, in the order of the streams; by default all of the store, sorted
+                by name. `merv store stats` shows them.
             output_dim: Dimension of the tokens; this and the other arguments are those of MultiEncoder.
             mixer: See MultiEncoder.
             projector: See MultiEncoder.
@@ -246,7 +248,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             mixer_options=mixer_options,
             projector_options=projector_options,
             sampling=Sampling(mode, fps=fps, seed=seed, total=total),
-            align=align,
+            align=align or "area",
         )
         model.store = store
         return model
@@ -331,6 +333,7 @@ class MultiEncoder(PretrainedMixin, nn.Module):
             raise ShapeError(
                 "Without output_dim= there is no mixer that could use the question. Set output_dim."
             )
+        features = {name: features[name] for name in self.encoders if name in features}
         shapes = {name: grid.shape for name, grid in features.items()}
         if len(set(shapes.values())) > 1:
             raise ShapeError(f"Expected features on one grid to fuse, got {shapes}. Set grid=(t, h, w).")
@@ -353,8 +356,8 @@ class MultiEncoder(PretrainedMixin, nn.Module):
     ) -> dict[str, Grid]:
         """Read, encode and align videos, or take their features from the store.
 
-        Each video is encoded alone, so its features do not depend on the other videos of the batch. A video
-        that occurs twice is encoded once.
+        Unless `together` is set, each video is encoded alone, so its features do not depend on the other
+        videos of the batch. A video that occurs twice is encoded once.
 
         Args:
             videos: A video, or a list of videos: anything that `load_video` reads, or a `LoadedVideo` from
@@ -407,14 +410,21 @@ class MultiEncoder(PretrainedMixin, nn.Module):
                     clips[number] = clip.only([name for name, grid in found.items() if grid is None])
         # Stored features must not depend on whether mixed precision is on.
         full_precision = torch.autocast(self.device.type, enabled=False)
-        for numbers in _of_equal_shapes(clips):
-            group = [clip for number in numbers if (clip := clips[number]) is not None]
-            with nullcontext() if store is None else full_precision:
-                encoded = self.align(self.encode(group), group)
-            for position, number in enumerate(numbers):
-                own = {name: grid[position : position + 1] for name, grid in encoded.items()}
-                keys = videos[number].keys
-                grids[number] |= own if store is None or not keys else _stored(own, keys, store)
+        new: list[dict[str, Grid]] = [{} for _ in videos]
+        for name in self.encoders:
+            parts = {
+                n: part for n, clip in enumerate(clips) if clip is not None and (part := clip.only([name]))
+            }
+            if parts:
+                with nullcontext() if store is None else full_precision:
+                    encoded = self.encode(list(parts.values()))[name]
+                    for (number, part), grid in zip(parts.items(), encoded, strict=True):
+                        new[number] |= self.align({name: [grid]}, [part])
+        for number, video in enumerate(videos):
+            if store is not None and video.keys and new[number]:
+                stored = store.put_all({video.keys[name]: grid for name, grid in new[number].items()})
+                new[number] = {name: stored[video.keys[name]] for name in new[number]}
+            grids[number] |= new[number]
         return grids
 
     def reader(self, store: FeatureStore | None = None, encoders: Sequence[str] | None = None) -> Reader:
@@ -647,24 +657,6 @@ class MultiEncoder(PretrainedMixin, nn.Module):
         model = cls.from_config(config, weights or {}, state, folder / CONFIG)
         fill_exactly(model.trainable_state_dict(), state, folder)
         return model.eval()
-
-
-def _of_equal_shapes(clips: Sequence[Clip | None]) -> list[list[int]]:
-    """Group the numbers of the clips that can be encoded and aligned as one batch."""
-    groups: dict[Any, list[int]] = {}
-    for number, clip in enumerate(clips):
-        if clip is not None:
-            shapes = tuple((name, frames.pixels.shape) for name, frames in clip.frames.items())
-            groups.setdefault((shapes, clip.span_s[0] < clip.span_s[1]), []).append(number)
-    return list(groups.values())
-
-
-def _stored(
-    grids: Mapping[str, Grid], keys: Mapping[str, FeatureKey], store: FeatureStore
-) -> dict[str, Grid]:
-    """Store the features of a video, unless a copy of it in the same batch was stored; return them."""
-    stored = store.put_all({keys[name]: grid for name, grid in grids.items() if keys[name] not in store})
-    return {name: stored.get(keys[name]) or store.get(keys[name]) or grid for name, grid in grids.items()}
 
 
 def _dtype_name(module: nn.Module) -> str:

@@ -37,8 +37,8 @@ class Clip:
     indices: dict[str, tuple[int, ...]]
 
     def only(self, encoders: Sequence[str]) -> Clip | None:
-        """The clip for some of its encoders; None for none."""
-        frames = {name: self.frames[name] for name in encoders}
+        """The clip for those of its encoders that are named; None if there are none."""
+        frames = {name: self.frames[name] for name in encoders if name in self.frames}
         return replace(self, frames=frames, indices={n: self.indices[n] for n in frames}) if frames else None
 
 

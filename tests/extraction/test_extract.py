@@ -15,6 +15,7 @@ import pytest
 import torch
 from media import make_video
 from pyarrow import parquet
+from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
 
 from merv.cli.main import main
@@ -218,8 +219,15 @@ def test_an_error_of_a_plug_in_in_a_worker_is_its_own(clips, tmp_path, monkeypat
     assert result.failures[0].reason == "my own mistake"
 
 
-def test_a_batch_has_the_features_of_its_videos(clips, tmp_path):
+def test_a_batch_has_the_features_of_its_videos(clips, tmp_path, monkeypatch):
     extract_to(tmp_path / "one", clips, encoders=("fake", "fake/video"))
+    encode, calls = Fake.encode, []
+
+    def counting(self, pixels):
+        calls.extend([len(pixels)] * (self.spec.window_size == 1))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(Fake, "encode", counting)
     extract_to(tmp_path / "all", clips, "--batch-size", "2", encoders=("fake", "fake/video"))
     one, together = FeatureStore(tmp_path / "one"), FeatureStore(tmp_path / "all")
     assert set(one) == set(together)
@@ -227,12 +235,39 @@ def test_a_batch_has_the_features_of_its_videos(clips, tmp_path):
         for field, tensor in vars(one.get(key)).items():
             torch.testing.assert_close(getattr(together.get(key), field), tensor)
 
+    assert calls == [16, 4, 8, 8]  # 8 and 12 distinct frames of two videos together, 16 of one
+
+
+def test_a_video_of_a_batch_that_fails_does_not_cost_the_others(clips, tmp_path, monkeypatch):
+    encode = Fake.encode
+
+    def failing(self, pixels):
+        if len(pixels) in (24, 4):  # the batch, and the rest of b.mp4, which has 12 frames
+            raise DataError("cannot be encoded")
+        return encode(self, pixels)
+
+    monkeypatch.setattr(Fake, "encode", failing)
+    items = [Item(name, clips / name) for name in ("a.mp4", "b.mp4", "below/c.mp4")]
+    store = FeatureStore(tmp_path / "store")
+    result = extract(MultiEncoder(["fake"], grid=(4, 2, 2)), items, store, batch_size=3)
+    assert [failure.source for failure in result.failures] == ["b.mp4"]
+    assert sorted(key.source for key in store) == ["a.mp4", "below/c.mp4"]
+
 
 def test_a_copy_in_the_same_batch_is_stored_once(clips, tmp_path):
     shutil.copy(clips / "a.mp4", clips / "copy.mp4")
     extract_to(tmp_path, clips / "a.mp4", clips / "copy.mp4", "--batch-size", "2")
-    assert len(FeatureStore(tmp_path)) == 1
-    assert verify(FeatureStore(tmp_path)) == (1, [])
+    (shard,) = tmp_path.glob("*.safetensors")
+    assert len(load_file(shard)) == 4  # the tensors of one record
+
+
+def test_a_gpu_without_memory_is_an_error_that_names_the_option(clips, tmp_path, monkeypatch, capsys):
+    def full(self, pixels):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Fake, "encode", full)
+    assert extract_to(tmp_path, clips, "--batch-size", "2") == 2
+    assert "--batch-size" in capsys.readouterr().err
 
 
 # Windows -------------------------------------------------------------------------------------------
@@ -242,11 +277,11 @@ def test_each_window_has_the_features_of_its_range(clips, tmp_path, capsys):
     (clips / "bad.mp4").unlink()
     assert extract_to(tmp_path / "store", clips, "--window", "0.2", "--pool", tmp_path / "out.parquet") == 0
     out = capsys.readouterr().out
-    assert "9 windows in" in out  # of 8, 12 and 16 frames at 25 per second
+    assert "7 windows in" in out  # of 8, 12 and 16 frames at 25 per second
     assert "3 videos, 1 encoder" in out
     store = FeatureStore(tmp_path / "store")
     windows = [v for v in videos_of(store) if v.source.startswith(str(clips / "below"))]
-    ranges = [(0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.64)]
+    ranges = [(0.0, 0.2), (0.2, 0.4), (0.4, 0.64)]  # the rest is too short
     assert [v.source for v in windows] == [f"{clips / 'below/c.mp4'}@{a:g}-{b:g}" for a, b in ranges]
     for video, (start_s, end_s) in zip(windows, ranges, strict=True):
         model = MultiEncoder(["fake"], grid=(4, 2, 2), sampling=Sampling(start_s=start_s, end_s=end_s))
@@ -254,15 +289,15 @@ def test_each_window_has_the_features_of_its_range(clips, tmp_path, capsys):
         assert torch.equal(video.read(store, "fake").values, expected.values)
         assert torch.equal(video.read(store, "fake").times_s, expected.times_s)
     rows = parquet.read_table(tmp_path / "out.parquet").to_pylist()
-    np.testing.assert_allclose([(r["start_s"], r["end_s"]) for r in rows[-4:]], ranges, atol=1e-9)
+    np.testing.assert_allclose([(r["start_s"], r["end_s"]) for r in rows[-3:]], ranges, atol=1e-9)
 
 
 def test_windows_are_stored_once(clips, tmp_path, capsys):
     (clips / "bad.mp4").unlink()
     for _ in range(2):
         assert extract_to(tmp_path / "store", clips, "--window", "0.2", "--num-workers", "2") == 0
-    assert "9 already stored" in capsys.readouterr().out
-    assert len(FeatureStore(tmp_path / "store")) == 9
+    assert "7 already stored" in capsys.readouterr().out
+    assert len(FeatureStore(tmp_path / "store")) == 7
 
 
 def test_a_video_without_a_second_window_is_whole(clips, tmp_path):
@@ -271,10 +306,10 @@ def test_a_video_without_a_second_window_is_whole(clips, tmp_path):
     assert len(FeatureStore(tmp_path / "store")) == 1
 
 
-def test_a_window_of_no_length_is_refused(clips, tmp_path, capsys):
+def test_a_window_that_is_too_short_is_refused(clips, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        extract_to(tmp_path / "store", clips, "--window", "0")
-    assert "expected a number of seconds greater than 0" in capsys.readouterr().err
+        extract_to(tmp_path / "store", clips, "--window", "0.05")
+    assert "expected a number of seconds of at least 0.1" in capsys.readouterr().err
 
 
 def test_limit_counts_videos(clips, tmp_path):
@@ -385,7 +420,7 @@ def test_stats_show_sizes_and_options(store, capsys):
     out = run(capsys, "stats", store)[1]
     assert "3 videos, " in out
     assert "in 1 files" in out
-    assert "fake_video: 3 videos" in out
+    assert "fake_video: 3 records" in out
     assert '"merv.encoders.fake:Fake"' in out
 
 

@@ -6,6 +6,7 @@ from torch.utils.data import DataLoader
 
 from merv import FeatureDataset, FeatureStore, MultiEncoder
 from merv.errors import CheckpointError, DataError, ShapeError
+from merv.features.dataset import encoder_names
 from merv.features.stored import StoredEncoder
 
 CLIPS = [torch.full((8, 3, 32, 32), 40 * number, dtype=torch.uint8) for number in range(3)]
@@ -55,6 +56,37 @@ def test_model_from_a_store_equals_the_one_with_encoders(folder, encoders):
     model.fusion.load_state_dict(encoders.fusion.state_dict())
     assert torch.equal(model(CLIPS).tokens, encoders(CLIPS).tokens)
     assert torch.equal(model.fuse(model.features(CLIPS)).tokens, encoders(CLIPS).tokens)
+
+
+def test_encoders_have_one_order(tmp_path):
+    encoders = MultiEncoder(["fake/video", "fake"], grid=(4, 2, 2))
+    for name in ("fake", "fake_video"):  # each in a shard of its own
+        with FeatureStore(tmp_path) as store:
+            encoders.features(CLIPS, [name], store)
+    dataset, model = FeatureDataset(tmp_path), MultiEncoder.from_store(tmp_path)
+    assert list(dataset[0]["features"]) == list(model.encoders) == ["fake", "fake_video"]
+    model = MultiEncoder.from_store(tmp_path, ["fake_video", "fake"])
+    assert torch.equal(model(CLIPS).tokens, encoders(CLIPS).tokens)
+    features = FeatureDataset(tmp_path).collate(list(FeatureDataset(tmp_path)))["features"]
+    order = [encoders.key(clip, "fake").video for clip in CLIPS]
+    rows = [[item["video"] for item in FeatureDataset(tmp_path)].index(video) for video in order]
+    assert torch.equal(model.fuse(features).tokens[rows], encoders(CLIPS).tokens)
+
+
+def test_one_setting_of_an_encoder_keeps_its_name(folder):
+    with FeatureStore(folder) as store:
+        MultiEncoder(["fake"], grid=(2, 1, 1)).features(CLIPS, store=store)
+    names = [name for name in encoder_names(FeatureStore(folder)).values() if name.startswith("fake-")]
+    assert len(names) == 2
+    for name in names:
+        assert list(MultiEncoder.from_store(folder, name).encoders) == ["fake"]
+        assert FeatureDataset(folder, name)[0]["features"]["fake"].shape in ((2, 1, 1), (4, 2, 2))
+
+
+def test_features_of_another_version_are_refused(folder, monkeypatch):
+    monkeypatch.setattr("merv.features.dataset.KEY_VERSION", 99)
+    with pytest.raises(DataError, match="another version of merv"):
+        MultiEncoder.from_store(folder)
 
 
 def test_model_from_a_store_names_a_video_that_is_not_stored(folder, tmp_path):

@@ -625,6 +625,41 @@ def test_values_that_float16_cannot_hold_are_refused(tmp_path):
         store.put(some_key(), grid)
 
 
+def test_an_interrupted_upload_can_be_repeated(monkeypatch):
+    store = FeatureStore("memory://interrupted")
+    store.put(some_key(), some_grid())
+    files = store.places[0].files
+    upload = type(files).put_file
+    monkeypatch.setattr(type(files), "put_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        store.flush()
+    assert_same(store.get(some_key()), some_grid())
+    monkeypatch.setattr(type(files), "put_file", upload)
+    store.flush()
+    assert_same(FeatureStore("memory://interrupted").get(some_key()), some_grid())
+
+
+def test_a_flush_that_was_interrupted_at_its_end_can_be_repeated(tmp_path, monkeypatch):
+    store = filled(tmp_path, 0)
+    store.put(some_key(), some_grid())
+    replace = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *paths: (replace(*paths), os.kill(os.getpid(), signal.SIGINT)))
+        with pytest.raises(KeyboardInterrupt):
+            store.flush()
+    store.flush()
+    assert not store.read_only
+    assert verify(FeatureStore(tmp_path)) == (1, [])
+
+
+def test_a_key_that_is_put_twice_is_written_once(tmp_path):
+    with FeatureStore(tmp_path) as store:
+        store.put(some_key(), some_grid())
+        store.put(some_key(), some_grid())
+    (path,) = shards(tmp_path)
+    assert {name.partition("/")[0] for name in load_file(path)} == {some_key().id}
+
+
 def test_an_empty_store_is_not_false():
     assert FeatureStore()
 
