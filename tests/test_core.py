@@ -23,6 +23,7 @@ LAYERS = (
     ("features", "checkpoints"),
     ("models",),
     ("data",),
+    ("evaluation",),
     ("training",),
     ("extraction",),
     ("testing",),
