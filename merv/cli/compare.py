@@ -4,9 +4,9 @@ examples:
   merv compare base.jsonl mine.jsonl
   merv compare base.jsonl mine.jsonl --flips 20       also list questions whose score changed
 
-Both files have the form that `merv score --help` describes, with the same `id`s. The p-value is the
-probability of a difference at least this large if both runs are equally good. The detectable difference is
-the one that four of five such comparisons would find significant (p < 5 %).
+Both files have the form that `merv score --help` describes, with the same `id`s. The p-value is a mid-p: the
+probability of a larger difference, plus half of that of an equal one, if both runs are equally good. The
+detectable difference is the one that four of five such comparisons would find significant (p < 5 %).
 """
 
 from __future__ import annotations

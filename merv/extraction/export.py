@@ -70,7 +70,7 @@ def embeddings(
             for embedding, (start_s, end_s) in zip(steps, bounds_s, strict=True):
                 has_length = end_s > start_s
                 times = {
-                    "start_s": round(start_s, 6) if has_length else None,
+                    "start_s": round(start_s, 6) + 0.0 if has_length else None,  # no -0.0
                     "end_s": round(end_s, 6) if has_length else None,
                 }
                 yield row | times | {"embedding": embedding.numpy()}
@@ -123,9 +123,15 @@ def _position_of(query: str, videos: Sequence[StoredVideo]) -> int:
     path = Path(query).expanduser()
     if path.exists():
         digest = content_digest(path)
-        for position, video in enumerate(videos):
-            if video.digest.partition("@")[0] == digest:
-                return position
+        same = [n for n, video in enumerate(videos) if video.digest.partition("@")[0] == digest]
+        whole = [position for position in same if videos[position].digest == digest]
+        if len(same) > 1 and not whole:
+            raise DataError(
+                f"The store has {len(same)} windows of {query}. Pass the name of one, such as "
+                f"{videos[same[0]].source}; `merv store ls` lists them."
+            )
+        if same:
+            return (whole or same)[0]
     some = ", ".join(video.source for video in videos[:3])
     raise DataError(
         f"{query} is not in the store, which has {len(videos)} videos ({some}, …). Add it with `merv "

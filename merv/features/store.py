@@ -122,7 +122,7 @@ class FeatureStore:
             except (OSError, InvalidShard) as error:
                 if not self._is_gone(place, record):
                     log.warning(
-                        "%s/%s: the features of %s are damaged and will be recomputed: %s",
+                        "%s/%s: the features of %s are damaged: %s",
                         *(place.address, record.shard, record.key.source or record.key.video, error),
                     )
                 self._forget(place, record)

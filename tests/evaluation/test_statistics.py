@@ -58,6 +58,15 @@ def test_equal_runs_do_not_differ():
     assert (result.difference, result.p_value) == (0, 1)
 
 
+def test_intervals_of_few_clusters_that_differ_equally_do_not_collapse():
+    better, equal = compare([1] * 5, [0] * 5, range(5)), compare([1] * 5, [1] * 5, range(5))
+    assert 0 < better.low < 0.3
+    assert better.high == 1
+    assert equal.low == pytest.approx(-equal.high)
+    assert 0.2 < equal.high < 0.5
+    assert min(better.detectable, equal.detectable) > 0.2
+
+
 def test_comparison_is_symmetric():
     generator = np.random.default_rng(0)
     a, b = generator.integers(0, 2, (2, 60))

@@ -292,6 +292,14 @@ def test_each_window_has_the_features_of_its_range(clips, tmp_path, capsys):
     np.testing.assert_allclose([(r["start_s"], r["end_s"]) for r in rows[-3:]], ranges, atol=1e-9)
 
 
+def test_near_asks_for_one_window_of_several(clips, tmp_path, capsys):
+    (clips / "bad.mp4").unlink()
+    extract_to(tmp_path, clips, "--window", "0.2")
+    assert main(["store", "near", str(tmp_path), str(clips / "a.mp4")]) == 2
+    assert "2 windows of" in " ".join(capsys.readouterr().err.split())
+    assert main(["store", "near", str(tmp_path), f"{clips / 'a.mp4'}@0-0.2"]) == 0
+
+
 def test_windows_are_stored_once(clips, tmp_path, capsys):
     (clips / "bad.mp4").unlink()
     for _ in range(2):
