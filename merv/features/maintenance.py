@@ -160,7 +160,7 @@ def _rewritten(place: LocalFolder | RemoteFolder, records: list[Record], progres
                 bar.update()
             yield publish(writer, place)
         finally:
-            writer.file.close()
+            writer.close()
             place.discard(writer.path)
     bar.close()
 

@@ -29,6 +29,7 @@ import xxhash
 from torch import Tensor
 
 from merv.errors import DataError, ShapeError
+from merv.features.direct import BLOCK, Appender, write_all
 from merv.types import Grid
 
 FORMAT = "1"
@@ -190,6 +191,7 @@ class ShardWriter:
     def __init__(self, path: Path, max_videos: int) -> None:
         self.path, self.max_videos = path, max_videos
         self.file: BinaryIO = path.open("x+b", buffering=0)
+        self._data = Appender(path, self.file.fileno())
         self.records: dict[str, Record] = {}  # by id
         self.videos: set[str] = set()
         self.header_size = 0  # with the 8 bytes; known after the first `append`
@@ -243,8 +245,8 @@ class ShardWriter:
         if 8 + len(header) > size:
             return False
         try:
-            self._write_all(size + self._end, [piece for record in packed for piece in record.pieces])
-            self._write_all(0, [_with_length(header, size)])
+            self._data.append([piece for record in packed for piece in record.pieces], size + self._end)
+            write_all(self.file.fileno(), [_with_length(header, size)], 0)
         except BaseException:
             with suppress(OSError):
                 self._restore()
@@ -258,22 +260,21 @@ class ShardWriter:
         """Write the header of the records so far, and cut off what follows them."""
         if self.header_size:
             os.ftruncate(self.file.fileno(), self.header_size + self._end)
-            self._write_all(0, [_with_length(_header(self._entries, self._metadata), self.header_size)])
-
-    def _write_all(self, offset: int, pieces: Sequence[Any]) -> None:
-        for piece in pieces:
-            view = memoryview(piece)
-            while len(view):
-                written = os.pwrite(self.file.fileno(), view, offset)
-                view, offset = view[written:], offset + written
+            header = _with_length(_header(self._entries, self._metadata), self.header_size)
+            write_all(self.file.fileno(), [header], 0)
 
     def read(self, record: Record) -> np.ndarray:
         """Read the bytes of a record that was appended."""
         return np.frombuffer(bytearray(os.pread(self.file.fileno(), record.size, record.offset)), np.uint8)
 
+    def close(self) -> None:
+        """Close the file."""
+        self._data.close()
+        self.file.close()
+
     def finish(self) -> str:
         """Write all of the file to the disk; return the name that the shard must get. Raises OSError."""
-        self._restore()  # in case that the last `append` failed
+        self._restore()  # cuts off what follows the records
         os.fsync(self.file.fileno())
         if hasattr(os, "posix_fadvise"):  # the next shard reuses the memory; getting new memory is 3× slower
             os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -292,7 +293,7 @@ def _room(entries: Sequence[str], metadata: Mapping[str, str], max_videos: int) 
 
 
 def _padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return -(-size // BLOCK) * BLOCK
 
 
 def _entry(name: str, dtype: torch.dtype, shape: Sequence[int], start: int, end: int) -> str:

@@ -214,7 +214,7 @@ class FeatureStore:
 
     def _close_writer(self) -> None:
         if self._writer is not None:
-            self._writer.file.close()
+            self._writer.close()
         self._writer = None
         self._finalizer.detach()
 
@@ -370,7 +370,7 @@ def publish(writer: ShardWriter, place: LocalFolder | RemoteFolder) -> str:
         place.publish(writer.path, name)
     else:
         place.discard(writer.path)
-    writer.file.close()  # only now: if anything interrupts this, it can be done again
+    writer.close()  # only now: if anything interrupts this, it can be done again
     return name
 
 
