@@ -70,6 +70,11 @@ def paired(
             f"{', '.join(list(others)[:3]) or '-'}."
         )
     for one, other in pairs:
+        if bool(one.log_likelihoods) != bool(other.log_likelihoods):
+            raise DataError(
+                f"The item {one.id} has log_likelihoods in one run only, so its scores cannot be compared. "
+                "Remove them from both files, or add them to the other one."
+            )
         if (one.options, one.answers, one.right, one.video) != (
             other.options,
             other.answers,

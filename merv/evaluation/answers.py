@@ -11,27 +11,44 @@ from collections import Counter
 from collections.abc import Sequence
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-REASONING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+REASONING = re.compile(r"\A.*</think>|<think>.*\Z", re.DOTALL)  # some templates put <think> into the prompt
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-# A capital letter that stands alone. "A" and "I" before a word in small letters are that word of English.
-LETTER = r"(?<![\w'])([A-Z])(?![\w'])"
-NO_WORD = r"(?<![AI](?=\s[a-z]))(?!(?<=[AI])\s+[a-z])"
+# A capital letter that stands alone. Before most words, "A" and "I" are words of English and no letters.
+# A letter in a list, such as "A or B", is not chosen.
+VERBS = r"(?:is|was|because|since|as|seems|appears|if|which|that)\b"
+LETTER = (
+    rf"(?<![\w'])([A-Z])(?![\w'])(?!(?<=[AI])[ \t]+(?!{VERBS})[A-Za-z])"
+    r"(?!\W{0,3}(?:,|/|&|\bor\b|\band\b)\W{0,3}[A-Z](?![\w']))"
+)
+FILLERS = r"(?:\W+(?i:is|would|should|must|be|probably|likely|most|option|choice|letter|therefore))*\W{0,4}"
 # From the surest form to the least sure one; the first that finds something decides.
 FORMS = tuple(
-    re.compile(pattern)
+    re.compile(pattern, re.MULTILINE)
     for pattern in (
-        r"^\W*([A-Za-z])\W*$",  # "b", "(B)", "B."
-        rf"(?i:answer)\W*(?i:(?:is|would be)\W*)?(?i:option\W*)?{LETTER}{NO_WORD}",
-        r"^\W*([A-Z])\s*[).:\]](?!\w)(?!.*\([A-Z]\))",  # "B. a dog", "(B) a dog"
-        rf"(?i:option|choice)\W*(?i:is\W*)?{LETTER}{NO_WORD}",
-        rf"{LETTER}\W+(?i:is|seems|appears)\W+(?i:right|correct|the)",  # "D is right"
-        r"\(([A-Z])\)",
+        r"\A\W*([A-Za-z])\W*\Z",  # "b", "(B)", "B."
+        r"\A\W*([A-Z])\W*\n",  # "B" in the first line
+        r"\\boxed\{\W*([A-Z])\W*\}",
+        rf"(?i:\banswer){FILLERS}{LETTER}",
+        rf"(?i:\banswer){FILLERS}\(([a-z])\)",
+        rf"(?i:\banswer){FILLERS}(?<![\w'])([a-z])\W*\Z",
+        rf"^\W*{LETTER}[ \t]*[).:\]](?!\w)",  # "B. a dog", "(B) a dog"
+        rf"(?i:\b(?:option|choice)){FILLERS}{LETTER}",
+        rf"{LETTER}\W+(?:is|seems|appears)\W+(?:to be\W+)?(?:the\W+)?(?:right|correct|best|answer)\b",
+        rf"\({LETTER}\)",
     )
+)
+# Around a letter that is not chosen: "not (A)", "rule out option A", "B is wrong"
+REFUSED_BEFORE = re.compile(
+    r"(?i)(?:\bnot|n't|rule out|rules out|eliminate|exclude)\W+(?:option|choice)?\W*\Z"
+)
+LISTED_BEFORE = re.compile(r"(?<![\w'])[A-Z]\W{0,3}(?:[,/&]|\bor\b|\band\b)\W{0,3}\Z")
+REFUSED_AFTER = re.compile(
+    r"(?i)\W*(?:is|was|are|seems)\W+(?:not|wrong|incorrect|false)\b|\W*(?:isn't|wasn't)"
 )
 
 
 def without_reasoning(text: str) -> str:
-    """Remove what stands between <think> and </think>.
+    """Remove what stands before </think>, or after a <think> that does not end.
 
     >>> without_reasoning("<think>A or B?</think> B")
     'B'
@@ -63,7 +80,13 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
     if answer and texts.count(answer) == 1:
         return texts.index(answer)
     for form in FORMS:
-        found = {letter.upper() for letter in form.findall(text)}
+        found = {
+            match[1].upper()
+            for match in form.finditer(text)
+            if not REFUSED_BEFORE.search(text[: match.start(1)])
+            and not LISTED_BEFORE.search(text[: match.start(1)])
+            and not REFUSED_AFTER.match(text[match.end(1) :])
+        }
         if found:
             number = LETTERS.index(found.pop())
             return None if found or number >= len(options) else number
@@ -85,7 +108,7 @@ def normalize(text: str) -> str:
 
 def exact_match(text: str, answers: Sequence[str]) -> bool:
     """Whether an answer equals one of the right ones, apart from spaces around it."""
-    return text.strip() in {answer.strip() for answer in answers}
+    return without_reasoning(text) in {answer.strip() for answer in answers}
 
 
 def normalized_match(text: str, answers: Sequence[str]) -> bool:

@@ -26,6 +26,8 @@ from merv.errors import DataError
 from merv.evaluation.answers import LETTERS, exact_match, normalize, normalized_match, parse_choice, token_f1
 from merv.evaluation.statistics import Interval, interval
 
+MOST = 1e300  # of a log-likelihood; larger integers are no floats
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -112,7 +114,7 @@ def read_predictions(path: str | Path) -> list[Prediction]:
     """
     path = Path(path).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise DataError(f"{path}: could not be read: {error}.") from error
     found: dict[str, Prediction] = {}
@@ -144,20 +146,16 @@ def parse(row: Any, origin: str, default_id: str = "") -> Prediction:
     if not (options or answers):
         raise DataError(f"{origin}: expected at least one answer.")
     likelihoods = row.get("log_likelihoods") or []
-    is_numbers = isinstance(likelihoods, list) and all(isinstance(x, (int, float)) for x in likelihoods)
-    if (
-        not is_numbers
-        or (likelihoods and len(likelihoods) != len(options))
-        or any(map(math.isnan, likelihoods))
-    ):
+    is_list = isinstance(likelihoods, list) and (not likelihoods or len(likelihoods) == len(options))
+    if not is_list or not all(map(_is_log_likelihood, likelihoods)):
         raise DataError(f"{origin}: expected log_likelihoods to have a number for each option.")
     output = row["output"]
     if not isinstance(output, str | None):
         raise DataError(f"{origin}: expected output to be a text or null, got {output!r}.")
-    name = str(row.get("id", default_id))
+    name = str(default_id if row.get("id") is None else row["id"])
     return Prediction(
         id=name,
-        video=str(row.get("video", name)),
+        video=str(name if row.get("video") is None else row["video"]),
         kind=str(row.get("kind") or ""),
         question=str(row.get("question") or ""),
         options=options,
@@ -166,6 +164,11 @@ def parse(row: Any, origin: str, default_id: str = "") -> Prediction:
         output=output or "",
         log_likelihoods=tuple(map(float, likelihoods)),
     )
+
+
+def _is_log_likelihood(value: Any) -> bool:
+    """Whether a value is a number, or -inf."""
+    return isinstance(value, int | float) and (abs(value) < MOST or value == -math.inf)
 
 
 def _texts(value: Any, origin: str, name: str) -> tuple[str, ...]:
@@ -199,9 +202,9 @@ class Row:
     Args:
         name: "all", or a kind of question.
         metrics: Name of each metric → its mean with an interval. `score` is the main one.
-        not_parsed: Share of outputs that choose no option, or say nothing; they count as wrong.
-        disagreement: Share of items where output and log-likelihoods choose different options; None without
-            log-likelihoods.
+        not_parsed: Share of outputs that choose no option, or say nothing; `choice` counts them as wrong.
+        disagreement: Share of items with log-likelihoods where the output names another option than the
+            likeliest; None if no item has any.
     """
 
     name: str
@@ -218,8 +221,8 @@ def table(predictions: Sequence[Prediction]) -> list[Row]:
     (0.5, 0.0)
     """
     kinds = sorted({item.kind for item in predictions} - {""})
-    groups = {"all": list(predictions)} | {k: [p for p in predictions if p.kind == k] for k in kinds}
-    return [_row(name, items) for name, items in groups.items()]
+    rows = [_row(kind, [item for item in predictions if item.kind == kind]) for kind in kinds]
+    return [_row("all", predictions), *rows]
 
 
 def _row(name: str, items: Sequence[Prediction]) -> Row:
@@ -230,5 +233,6 @@ def _row(name: str, items: Sequence[Prediction]) -> Row:
             values, videos = zip(*scored, strict=True)
             metrics[metric] = interval(values, videos)
     both = [item for item in items if item.log_likelihoods]
-    disagreement = sum(item.choice != item.likeliest for item in both) / len(both) if both else None
+    others = [item for item in both if item.choice not in (None, item.likeliest)]
+    disagreement = len(others) / len(both) if both else None
     return Row(name, metrics, sum(not item.is_parsed for item in items) / len(items), disagreement)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from mmap import mmap
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
 from typing import Any
 
+PRIVATE = MAP_PRIVATE | MAP_ANONYMOUS  # a forked process has a copy
 BLOCK = 4096  # bytes; direct writes start and end at a multiple of it, in the file and in memory
 
 
@@ -29,7 +30,7 @@ class Appender:
 
     def __init__(self, path: Path, file: int) -> None:
         self.file, self._direct = file, _open_direct(path)
-        self._buffer = mmap(-1, BLOCK)  # starts at a page
+        self._buffer = mmap(-1, BLOCK, PRIVATE)  # starts at a page
         # Offset where the next call may start → what the last block holds before it
         self._rests: dict[int, bytes] = {}
 
@@ -50,7 +51,7 @@ class Appender:
         first, size = offset - len(rest), len(rest) + sum(map(len, pieces))
         padded = -(-size // BLOCK) * BLOCK
         if len(self._buffer) < padded:
-            self._buffer = mmap(-1, padded)
+            self._buffer = mmap(-1, padded, PRIVATE)
         position = 0
         for piece in (rest, *pieces):
             self._buffer[position : position + len(piece)] = memoryview(piece)

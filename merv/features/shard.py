@@ -179,9 +179,10 @@ def digest_of(data: Any) -> str:
 
 
 class ShardWriter:
-    """Writes a shard to a temporary file, which is a valid safetensors file after each `append`.
+    """Writes a shard to a temporary file.
 
-    So the records of a killed process can be saved: see `recover`.
+    The file is complete after each `append`, except that a part of a block may follow the records. So the records
+    of a killed process can be saved: see `recover`.
 
     Args:
         path: The temporary file.
@@ -259,9 +260,9 @@ class ShardWriter:
     def _restore(self) -> None:
         """Write the header of the records so far, and cut off what follows them."""
         if self.header_size:
-            os.ftruncate(self.file.fileno(), self.header_size + self._end)
             header = _with_length(_header(self._entries, self._metadata), self.header_size)
-            write_all(self.file.fileno(), [header], 0)
+            write_all(self.file.fileno(), [header], 0)  # first: a header must not name what was cut off
+            os.ftruncate(self.file.fileno(), self.header_size + self._end)
 
     def read(self, record: Record) -> np.ndarray:
         """Read the bytes of a record that was appended."""
@@ -394,6 +395,11 @@ def _records(name: str, header: bytes, file_size: int) -> list[Record]:
     return records
 
 
+def _is_valid(file: BinaryIO, record: Record) -> bool:
+    file.seek(record.offset)
+    return digest_of(file.read(record.size)) == record.digest
+
+
 def recover(path: Path) -> tuple[str, int] | None:
     """Complete the temporary file of a writer that was killed.
 
@@ -411,12 +417,8 @@ def recover(path: Path) -> tuple[str, int] | None:
             records = parse(path.name, header, path.stat().st_size, check_name=False)
         except InvalidShard:
             return None
-        for record in records:
-            file.seek(record.offset)
-            if digest_of(file.read(record.size)) != record.digest:
-                return None
-        if not records:
-            return None
+        if not any(_is_valid(file, record) for record in records):
+            return None  # a damaged one beside valid ones is found when it is read
         file.truncate(max(record.offset + record.size for record in records))
         os.fsync(file.fileno())
     return digest_of(header) + SUFFIX, len(records)

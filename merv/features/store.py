@@ -212,6 +212,12 @@ class FeatureStore:
 
     close = flush
 
+    def _forked(self) -> None:
+        """Leave the file of the parent process to it, and write to one of this process's own."""
+        self._lock, self._process = threading.RLock(), os.getpid()
+        if self._writer is not None:
+            self._close_writer()
+
     def _close_writer(self) -> None:
         if self._writer is not None:
             self._writer.close()
@@ -233,6 +239,8 @@ class FeatureStore:
         )
 
     def _append(self, packed: Sequence[Packed]) -> None:
+        if self._process != os.getpid():
+            self._forked()
         with self._lock:
             videos = {record.key.video for record in packed}
             if self._writer is not None and self._writer.is_full and not videos <= self._writer.videos:

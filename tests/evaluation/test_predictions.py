@@ -31,6 +31,7 @@ def test_right_option_is_a_number_a_letter_or_a_text(answer):
         ({"answer": True}, "one of the 2 options"),
         ({"log_likelihoods": [0.5]}, "a number for each option"),
         ({"log_likelihoods": [0.5, float("nan")]}, "a number for each option"),
+        ({"log_likelihoods": [0.5, 10**400]}, "a number for each option"),
         ({"output": 3}, "a text or null"),
         ({"options": [{}]}, "options to be a text"),
     ],
@@ -85,6 +86,28 @@ def test_likelihoods_are_the_score_and_disagreement_is_counted():
     assert row.metrics["score"].mean == row.metrics["likelihood"].mean == 0
     assert row.metrics["choice"].mean == 0.5
     assert row.disagreement == 0.5
+
+
+def test_missing_names_and_other_line_separators_are_read(tmp_path):
+    rows = [{**OPEN, "video": None, "question": "line\u2028separator"} for _ in range(2)]
+    text = "\n".join(json.dumps({"id": None, **row}, ensure_ascii=False) for row in rows)
+    (tmp_path / "p.jsonl").write_text(text, encoding="utf-8")
+    assert [(item.id, item.video) for item in read_predictions(tmp_path / "p.jsonl")] == [
+        ("1", "1"),
+        ("2", "2"),
+    ]
+
+
+def test_a_kind_may_be_called_all():
+    rows = table([parse({**OPEN, "kind": "all"}, "line"), parse({**OPEN, "output": ""}, "line")])
+    assert [(row.name, row.metrics["score"].items) for row in rows] == [("all", 2), ("all", 1), ("count", 1)]
+
+
+def test_runs_with_other_scores_are_not_compared(tmp_path, capsys):
+    first = write(tmp_path / "a.jsonl", [CHOICE])
+    second = write(tmp_path / "b.jsonl", [{**CHOICE, "log_likelihoods": [-1, -2]}])
+    assert main(["compare", first, second]) == 2
+    assert "in one run only" in capsys.readouterr().err
 
 
 def test_score_prints_a_table(tmp_path, capsys):

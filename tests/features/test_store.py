@@ -254,6 +254,22 @@ def test_a_forked_process_does_not_publish_for_its_parent(tmp_path):
     assert len(FeatureStore(tmp_path)) == 1
 
 
+def test_a_forked_process_writes_to_a_file_of_its_own(tmp_path):
+    store = FeatureStore(tmp_path)
+    store.put(some_key(0), some_grid(0))
+
+    def put_in_child():
+        store.put(some_key(1), some_grid(1))
+        store.flush()
+
+    child = multiprocessing.get_context("fork").Process(target=put_in_child)
+    child.start()
+    child.join()
+    store.put(some_key(2), some_grid(2))
+    store.flush()
+    assert verify(FeatureStore(tmp_path)) == (3, [])
+
+
 def test_a_reader_survives_that_shards_are_merged(tmp_path):
     for number in range(4):
         filled_one = FeatureStore(tmp_path)
@@ -644,8 +660,13 @@ def test_a_flush_that_was_interrupted_at_its_end_can_be_repeated(tmp_path, monke
     store = filled(tmp_path, 0)
     store.put(some_key(), some_grid())
     replace = os.replace
+
+    def interrupted(*paths):
+        replace(*paths)
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *paths: (replace(*paths), os.kill(os.getpid(), signal.SIGINT)))
+        patch.setattr(os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.flush()
     store.flush()
