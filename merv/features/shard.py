@@ -181,8 +181,8 @@ def digest_of(data: Any) -> str:
 class ShardWriter:
     """Writes a shard to a temporary file.
 
-    The file is complete after each `append`, except that a part of a block may follow the records. So the records
-    of a killed process can be saved: see `recover`.
+    The file is complete after each `append`, except that a part of a block may follow the records. So the
+    records of a killed process can be saved: see `recover`.
 
     Args:
         path: The temporary file.
