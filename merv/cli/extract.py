@@ -84,8 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=1,
         metavar="N",
-        help="videos that are encoded at a time: more are faster on a GPU, but the last bits of the features "
-        "then depend on the other videos of the batch (default: %(default)s)",
+        help="videos that are encoded at a time: more can be faster on a GPU, but the last bits of the "
+        "features then depend on the other videos of the batch (default: %(default)s)",
     )
     option("--dtype", choices=["fp32", "bf16"], default="fp32", help="dtype of the encoders (default: fp32)")
     option(

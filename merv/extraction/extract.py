@@ -94,8 +94,8 @@ def extract(
         store: Where the features go; it is flushed at the end.
         window_s: Cut each video into windows of this many seconds, each with features of its own. The last
             one is shorter. None: whole videos.
-        batch_size: How many videos or windows to encode at a time. More are faster on a GPU, but the last
-            bits of the features then depend on the other videos of the batch.
+        batch_size: How many videos or windows to encode at a time. More can be faster on a GPU, but the
+            last bits of the features then depend on the other videos of the batch.
         num_workers: Worker processes that decode; 0: this process does it.
         failed: File to which each failure is written as a line of JSON. It is overwritten.
         progress: Show a progress bar with rate, time left, failures and the share of time that the encoders

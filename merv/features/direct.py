@@ -1,8 +1,7 @@
 """Write to a file past the page cache of the system (O_DIRECT), where that is possible.
 
-Features are written once and read much later. Through the page cache, the system copies them and writes them
-out with threads that compete with the encoders for the cores; on two cores that costs 3 to 5 % of the time of
-a small encoder. Direct writes cost nothing that can be measured.
+Features are written once and read much later. Through the page cache, the system would copy them, drop other
+pages for them, and write them out with threads that compete with the encoders for the cores.
 """
 
 from __future__ import annotations

@@ -277,7 +277,7 @@ class ShardWriter:
         """Write all of the file to the disk; return the name that the shard must get. Raises OSError."""
         self._restore()  # cuts off what follows the records
         os.fsync(self.file.fileno())
-        if hasattr(os, "posix_fadvise"):  # the next shard reuses the memory; getting new memory is 3× slower
+        if hasattr(os, "posix_fadvise"):  # the next shard can reuse the memory
             os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         name = digest_of(os.pread(self.file.fileno(), self.header_size, 0)) + SUFFIX
         return name

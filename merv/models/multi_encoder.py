@@ -364,8 +364,8 @@ class MultiEncoder(PretrainedMixin, nn.Module):
                 `reader`. The features of a LoadedVideo are only stored if its reader had a store.
             encoders: Names of the encoders to use. Defaults to all.
             store: Store where features are looked up and saved; that of `from_store` by default.
-            together: Encode all videos in one batch, which is faster on a GPU. The last bits of the features
-                then depend on the other videos.
+            together: Encode all videos in one batch, which can be faster on a GPU. The last bits of the
+                features then depend on the other videos.
 
         Returns:
             Encoder name → aligned features, values of shape [B, t, h, w, D].
