@@ -41,7 +41,7 @@ COMMANDS = {
     "store": "List, check, search and export the features in a store.",
     "plan": "Estimate memory and time of a training run.",
     "fit": "Train a model with a recipe.",
-    "score": "Score kept answers, with confidence intervals.",
+    "score": "Score saved predictions, with confidence intervals.",
     "compare": "Compare two runs that answered the same questions.",
     "average": "Average the weights of several checkpoints of one model.",
     "convert": "Convert a checkpoint of the released MERV.",

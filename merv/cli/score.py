@@ -1,4 +1,4 @@
-"""Score kept answers, with 95 % intervals over videos. No model is needed.
+"""Score saved predictions, with 95 % intervals over videos. No model is needed.
 
 examples:
   merv score predictions.jsonl

@@ -1,4 +1,4 @@
-"""Kept answers: read them, and score them again without a model.
+"""Saved predictions: read them, and score them again without a model.
 
 A file of predictions has a JSON object per line:
 

@@ -161,7 +161,7 @@ def extract(
                 break
         note(_encode(encoders, batch, store, result))
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and not _is_of_killed_worker(error):
+        if not num_workers or (isinstance(error, RuntimeError) and not _is_of_killed_worker(error)):
             raise
         _await_signal()
         # It interrupts whatever runs, perhaps the encoding of the video before

@@ -325,6 +325,16 @@ def test_limit_counts_videos(clips, tmp_path):
     assert len(FeatureStore(tmp_path / "store")) == 2
 
 
+@pytest.mark.parametrize("kind", [EOFError, ConnectionError, RuntimeError])
+def test_an_error_without_workers_is_not_that_of_a_killed_one(clips, tmp_path, monkeypatch, kind):
+    def broken(self, pixels):
+        raise kind("of the encoder")
+
+    monkeypatch.setattr(Fake, "encode", broken)
+    with pytest.raises(kind, match="of the encoder"):
+        extract(MultiEncoder(["fake"]), [Item("a", clips / "a.mp4")], FeatureStore())
+
+
 class Killing(list):
     """Kills the worker process that asks for the last item, as a full memory does."""
 
